@@ -1,0 +1,216 @@
+"""DAVIS data sets: layouts on disk, sequences, and random pairs of frames for training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+import preprocess
+
+HOME = "https://davischallenge.org"
+YEARS = ("2016", "2017", "all")
+SETS = ("train", "val", "trainval")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One video: its frames in order, with a mask for each.
+
+    Args:
+        name: such as "bear".
+        images, masks: files, of the same number.
+        single_object: every non-zero value of a mask is object 1 (DAVIS-2016).
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    single_object: bool = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        return preprocess.read_image(self.images[index])
+
+    def mask(self, index: int) -> np.ndarray:
+        """(H, W) uint8, 0 background, else the object's id."""
+        return preprocess.read_mask(self.masks[index], self.single_object)
+
+    def check(self) -> None:
+        """Look at every file's header.
+
+        Raises:
+            FileNotFoundError: a frame without its mask.
+            ValueError: fewer than two frames, or a mask of another size than its frame.
+        """
+        if len(self) < 2:
+            raise ValueError(f"sequence {self.name} has {len(self)} frames, expected at least a "
+                             "reference frame and one more")
+        for image, mask in zip(self.images, self.masks):
+            expected, found = _size(image, "a frame"), _size(mask, f"the mask of {image}")
+            if expected != found:
+                raise ValueError(f"{mask}: a mask of {found[0]}x{found[1]} pixels, expected "
+                                 f"{expected[0]}x{expected[1]} as in {image}")
+
+
+def _size(path: Path, what: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, expected {what}") from None
+    except Exception as error:
+        raise OSError(f"{path}: expected {what}, but it can't be read ({error})") from error
+
+
+class Davis:
+    """The sequences of a DAVIS folder, in the order of its lists.
+
+    Both archives are read: 2016 lists files (`ImageSets/480p/train.txt`), 2017 lists names
+    (`ImageSets/2016/train.txt`, `ImageSets/2017/train.txt`).
+
+    Args:
+        root: the folder with `JPEGImages`, `Annotations` and `ImageSets`.
+        year: "2016", one object in a sequence; "2017", many; "all", both lists joined, many.
+        set: "train", "val" or "trainval".
+        names: these sequences only.
+
+    Raises:
+        FileNotFoundError: no DAVIS there, no such list, or a frame without its mask.
+        ValueError: an unknown sequence, or a mask of another size than its frame.
+    """
+
+    def __init__(self, root: str | Path, year: str = "2016", set: str = "train",
+                 names: list[str] | None = None):
+        self.root = Path(root)
+        if not (self.root / "JPEGImages").is_dir():
+            raise FileNotFoundError(
+                f"{self.root}: no DAVIS data set there, expected a folder with JPEGImages, "
+                f"Annotations and ImageSets. Get it at {HOME} and name it with --dataset, or "
+                "try --demo, which needs none")
+        lists = [self._list(y, s) for y in (("2016", "2017") if year == "all" else (year,))
+                 for s in (("train", "val") if set == "trainval" else (set,))]
+        listed = list(dict.fromkeys(name for names_ in lists for name in names_))
+        for name in names or ():
+            if name not in listed:
+                raise ValueError(f"unknown sequence {name!r} (--sequences): not in the lists of "
+                                 f"{self.root} for year {year}, set {set}")
+        self.sequences = [self._sequence(name, year == "2016") for name in listed
+                          if not names or name in names]
+        for sequence in self.sequences:
+            sequence.check()
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __iter__(self):
+        return iter(self.sequences)
+
+    def _list(self, year: str, set: str) -> list[str]:
+        """Names of the sequences in an image set, from whichever list the archive has."""
+        candidates = [self.root / "ImageSets" / year / f"{set}.txt"]
+        if year == "2016":
+            candidates.append(self.root / "ImageSets" / "480p" / f"{set}.txt")
+        for path in candidates:
+            if path.is_file():
+                lines = (line.split() for line in path.read_text().splitlines())
+                # a line is a name, or /JPEGImages/480p/NAME/00000.jpg and its mask
+                names = [Path(line[0]).parent.name or line[0] for line in lines if line]
+                return list(dict.fromkeys(names))
+        raise FileNotFoundError(f"{candidates[0]}: no such list, expected the names of the {set} "
+                                f"sequences of DAVIS-{year}")
+
+    def _sequence(self, name: str, single_object: bool) -> Sequence:
+        folder = self.root / "JPEGImages" / "480p" / name
+        images = tuple(sorted(folder.glob("*.jpg")))
+        if not images:
+            raise FileNotFoundError(f"{folder}: no frames (*.jpg) of sequence {name} there")
+        annotations = self.root / "Annotations" / "480p" / name
+        masks = tuple(annotations / f"{image.stem}.png" for image in images)
+        return Sequence(name, images, masks, single_object)
+
+
+def split(sequences: list[Sequence], share: float, seed: int) -> tuple[list, list]:
+    """Hold out whole sequences, at least one: (training, held out).
+
+    Raises:
+        ValueError: `share` isn't in (0, 1), or nothing would be left to train on.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"--validation_size must be between 0 and 1, got {share}")
+    if len(sequences) < 2:
+        raise ValueError("training needs at least two sequences: one to train on, one held out")
+    count = min(max(1, round(share * len(sequences))), len(sequences) - 1)
+    held_out = set(np.random.default_rng(seed).choice(len(sequences), count, replace=False))
+    return ([s for i, s in enumerate(sequences) if i not in held_out],
+            [s for i, s in enumerate(sequences) if i in held_out])
+
+
+class Pairs(Dataset):
+    """Random pairs of frames of one sequence, with the binary masks of one of its objects.
+
+    An index is a (frame, seed) pair from `PairSampler`: the frame is the test frame, counted
+    through all sequences; the seed chooses the reference frame, the object and the
+    augmentation, so a pair is the same whichever worker makes it.
+
+    Items are four tensors: reference image (3, H, W) and mask (H, W), test image and mask.
+    """
+
+    TRIES = 20  # reference frames looked at before one without an object is taken
+
+    def __init__(self, sequences: list[Sequence], augment: preprocess.Augment):
+        self.frames = [(sequence, i) for sequence in sequences for i in range(len(sequence))]
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: tuple[int, int]):
+        frame, seed = index
+        sequence, test = self.frames[frame]
+        rng = np.random.default_rng(seed)
+        reference, mask, object_id = self._reference(sequence, rng)
+        pair = [(sequence.image(reference), mask), (sequence.image(test), sequence.mask(test))]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return tuple(tensor for image, mask in pair
+                         for tensor in self.augment(image, (mask == object_id).astype(np.uint8)))
+
+    def _reference(self, sequence: Sequence, rng) -> tuple[int, np.ndarray, int]:
+        """A random frame in which there is an object, its mask, and one of its objects."""
+        for _ in range(self.TRIES):
+            frame = int(rng.integers(len(sequence)))
+            mask = sequence.mask(frame)
+            ids = np.unique(mask[mask > 0])
+            if len(ids):
+                return frame, mask, int(rng.choice(ids))
+        raise ValueError(f"sequence {sequence.name}: no object found in {self.TRIES} masks")
+
+
+class PairSampler(Sampler):
+    """Indices for `Pairs`: every frame once before any comes again.
+
+    Args:
+        frames: how many there are.
+        count: how many pairs to draw.
+        shuffle: False keeps the order of the sequences.
+        seed: fixes order and pairs.
+    """
+
+    def __init__(self, frames: int, count: int, shuffle: bool = True, seed: int = 0):
+        self.frames, self.count, self.shuffle, self.seed = frames, count, shuffle, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        rng = np.random.default_rng(self.seed)
+        for start in range(0, self.count, self.frames):
+            order = rng.permutation(self.frames) if self.shuffle else np.arange(self.frames)
+            for frame in order[:self.count - start]:
+                yield int(frame), int(rng.integers(2**31))

@@ -1,0 +1,195 @@
+"""Evaluation: segment whole sequences, save what was found, print the official DAVIS table.
+
+Run by itself it scores a folder of masks, whatever made them:
+    python evaluate.py RESULTS -d DAVIS -t val
+"""
+
+import argparse
+import csv
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import metrics
+import preprocess
+import visualize
+from davis import SETS, YEARS, Davis, Sequence
+from videomatch import VideoMatch
+
+log = logging.getLogger(__name__)
+
+Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
+
+
+@dataclass
+class Options:
+    """What `evaluate` needs to know beside model and data; the flags of `main.py`."""
+
+    results: Path | None = None  # folder for masks, videos and tables; None keeps nothing
+    set_name: str = "val"  # which the tables are named after
+    videos: bool = False
+    input_shape: tuple[int, int] | None = None  # (H, W) for the network; None: the frame's
+    segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
+    threshold: float = 0.5
+    remove_outliers: bool = True
+
+
+def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> Table:
+    """Segment every sequence from its first mask; write and print the table.
+
+    Returns:
+        A row of `metrics.MEASURES` for each sequence (for each object where there are many).
+    """
+    model.eval()
+    table: Table = {}
+    frames = seconds = 0
+    bar = tqdm(sequences, desc="sequences", disable=None)
+    for sequence in bar:
+        bar.set_postfix_str(sequence.name)
+        start = time.monotonic()
+        score, scoring = segment_sequence(model, sequence, options)
+        seconds += time.monotonic() - start - scoring
+        frames += len(sequence) - 1
+        table |= rows(sequence.name, score)
+    report(table, options.results, options.set_name)
+    print(f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second "
+          "(reading, segmenting, writing)")
+    if options.results:
+        print(f"masks and tables: {options.results}")
+    return table
+
+
+def segment_sequence(model: VideoMatch, sequence: Sequence,
+                     options: Options) -> tuple[metrics.SequenceScore, float]:
+    """Returns the score of a sequence and the seconds that scoring took."""
+    reference = sequence.mask(0)
+    if not reference.any():
+        raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
+                         "in the first frame")
+    model.set_reference(preprocess.to_tensor(sequence.image(0), options.input_shape), reference)
+    score = metrics.SequenceScore(model.object_ids)
+    scoring = 0.0
+    with Writer(sequence, options) as writer:
+        writer.write(0, sequence.image(0), reference)
+        for frame in range(1, len(sequence)):
+            image = sequence.image(frame)
+            mask = segment(model, image, options)
+            writer.write(frame, image, mask)
+            if frame < len(sequence) - 1:
+                start = time.monotonic()
+                score.feed(mask, sequence.mask(frame))
+                scoring += time.monotonic() - start
+    return score, scoring
+
+
+def segment(model: VideoMatch, image: np.ndarray, options: Options) -> np.ndarray:
+    """(H, W, 3) uint8 frame -> (H, W) uint8 mask of the frame's size."""
+    mask = model.segment(preprocess.to_tensor(image, options.input_shape),
+                         options.segmentation_shape or image.shape[:2], options.threshold,
+                         options.remove_outliers)
+    return preprocess.resize_mask(mask, image.shape[:2])
+
+
+class Writer:
+    """Masks named as the frames are, and an overlay video, of one sequence."""
+
+    def __init__(self, sequence: Sequence, options: Options):
+        self.sequence, self.results = sequence, options.results
+        self.video = None
+        if self.results:
+            self.folder = self.results / sequence.name
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if options.videos:
+                self.video = visualize.VideoWriter(self.results / f"{sequence.name}.mp4")
+
+    def write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
+        if self.results:
+            name = self.sequence.images[frame].with_suffix(".png").name
+            preprocess.write_mask(self.folder / name, mask)
+        if self.video:
+            self.video.write(visualize.overlay(image, mask))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.video:
+            self.video.__exit__(*exception)
+
+
+def score_folder(results: Path, sequences: list[Sequence]) -> Table:
+    """Score masks in `results`/SEQUENCE/FRAME.png, whatever made them.
+
+    Raises:
+        FileNotFoundError: a mask is missing.
+        ValueError: a mask is of another size than the frame.
+    """
+    table: Table = {}
+    for sequence in tqdm(sequences, desc="sequences", disable=None):
+        ids = [int(i) for i in np.unique(sequence.mask(0)) if i]
+        score = metrics.SequenceScore(ids)
+        for frame in range(1, len(sequence) - 1):
+            path = results / sequence.name / sequence.masks[frame].name
+            truth = sequence.mask(frame)
+            prediction = preprocess.read_mask(path, sequence.single_object)
+            preprocess.check_same_size(sequence.masks[frame], truth, path, prediction)
+            score.feed(prediction, truth)
+        table |= rows(sequence.name, score)
+    return table
+
+
+def rows(name: str, score: metrics.SequenceScore) -> Table:
+    """A sequence's rows: under its name, or NAME_ID for each of several objects."""
+    measures = score.conclude()
+    if len(measures) == 1:
+        return {name: row for row in measures.values()}
+    return {f"{name}_{object_id}": row for object_id, row in measures.items()}
+
+
+def report(table: Table, results: Path | None, set_name: str) -> None:
+    """Print the table; write it as CSV, with the names of the official evaluation code."""
+    mean = metrics.average(list(table.values()))
+    width = max(len(name) for name in ("sequence", *table))
+    print(f"{'sequence':{width}}  " + "  ".join(f"{m:>8}" for m in metrics.MEASURES))
+    for name, row in (*table.items(), ("all", mean)):
+        print(f"{name:{width}}  " + "  ".join(f"{row[m]:8.3f}" for m in metrics.MEASURES))
+    if results:
+        _write_csv(results / f"global_results-{set_name}.csv", {"": mean}, key=None)
+        _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
+
+
+def _write_csv(path: Path, table: Table, key: str | None) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(([key] if key else []) + list(metrics.MEASURES))
+        for name, row in table.items():
+            writer.writerow(([name] if key else []) + [f"{row[m]:.5f}" for m in metrics.MEASURES])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Score a folder of masks by the DAVIS protocol.")
+    parser.add_argument("results", type=Path, help="folder with SEQUENCE/FRAME.png")
+    parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
+                        help="the DAVIS folder (default: ./DAVIS)")
+    parser.add_argument("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
+    parser.add_argument("--set", "-t", choices=SETS, default="val", help="default: val")
+    parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
+    args = parser.parse_args()
+    try:
+        if not args.results.is_dir():
+            raise FileNotFoundError(f"{args.results}: no such folder, expected masks in "
+                                    "SEQUENCE/FRAME.png")
+        sequences = Davis(args.dataset, args.year, args.set, args.sequences).sequences
+        report(score_folder(args.results, sequences), args.results, args.set)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""Command line of VideoMatch: train the matching features, or segment and score videos.
+
+    python main.py -m eval --demo
+    python main.py -m train -d DAVIS -s models/vm.pth
+    python main.py -m eval -d DAVIS -t val -o models/vm.pth -j results
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+import demo
+import evaluate
+import train
+from davis import SETS, YEARS, Davis, split
+from encoder import BACKBONES, Encoder
+from videomatch import SHIPPED, VideoMatch
+
+log = logging.getLogger("videomatch")
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
+          "fatal": logging.CRITICAL}
+# a stride of 16 leaves small objects few cells: enlarge more, average less
+MATCHING = {"vgg": (1.0, 20), "resnet": (1.0, 20), "mobilenet": (2.0, 5)}  # factor, K
+TRAINING_SHAPE = (320, 576)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="VideoMatch: matching based video object segmentation.",
+        epilog="Try it with nothing but this folder: python main.py -m eval --demo")
+    add = parser.add_argument
+    add("--mode", "-m", choices=["train", "eval"], default="train",
+        help="train the encoder, or segment sequences and score them (default: train)")
+    add("--logger", "-f", metavar="LEVEL", choices=LEVELS, default="info",
+        help="debug, info, warn or fatal; debug also shows where an error came from "
+             "(default: info)")
+    add("--cuda_device", "-c", metavar="DEVICE", default=None,
+        help="id of a CUDA device, or cpu, or mps (default: the best there is)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="change it to see how much a result owes to chance (default: 0)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
+        help="the DAVIS folder, 2016 or 2017 archive (default: ./DAVIS)")
+    add("--demo", action="store_true",
+        help="a small data set that the toolkit draws itself: to try things without DAVIS")
+    add("--year", "-y", choices=YEARS, default=None,
+        help="2016: one object in a sequence; 2017: many; all: both lists, many "
+             "(default: 2016, for the demo 2017)")
+    add("--set", "-t", choices=SETS, default=None,
+        help="which sequences (default: train for training, val for evaluation)")
+    add("--sequences", "-q", metavar="NAME", nargs="+",
+        help="only these: to look at a few, or to leave some out")
+    add("--no-shuffle", "-u", action="store_true",
+        help="train on the frames in order: to compare runs (evaluation never shuffles)")
+    add("--workers", metavar="N", type=int, default=2,
+        help="processes that read and augment pairs; more when the GPU waits for data, "
+             "0 to debug (default: 2)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model_load", "-o", metavar="PATH", type=Path,
+        help="checkpoint to evaluate or to train on from; it brings its configuration "
+             "(default: for evaluation the one in models/, for training ImageNet weights)")
+    add("--encoder", "-en", choices=BACKBONES, default=None,
+        help="mobilenet for a CPU, vgg or resnet with a GPU (default: the checkpoint's, "
+             "else mobilenet)")
+    add("--encoder_weights", metavar="PATH",
+        help="file of ImageNet weights in torchvision's layout where they can't be downloaded; "
+             "none: random weights")
+    add("--upsample_factor", "-uf", metavar="FACTOR", type=float,
+        help="enlarge features by this much: higher for finer masks and small objects, lower "
+             "for speed (default: the checkpoint's, else 2 for mobilenet, 1 for vgg and resnet)")
+    add("--top_k", "-k", metavar="K", type=int,
+        help="best similarities averaged: lower for small objects, higher against noise "
+             "(default: the checkpoint's, else 5 for mobilenet, 20 for vgg and resnet)")
+    add("--temperature", metavar="T", type=float,
+        help="of the softmax over scores: lower for more decided probabilities "
+             "(default: the checkpoint's, else 0.05)")
+    add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
+        help="size at which the network sees frames: smaller for speed and memory (default: "
+             "the frame's own size for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
+
+    add = parser.add_argument_group("training").add_argument
+    add("--model_save", "-s", metavar="PATH", type=Path,
+        help="where the best weights go, with the log (.jsonl) beside them "
+             "(default: runs/vm_ENCODER.pth)")
+    add("--batch_size", "-b", metavar="N", type=int, default=1,
+        help="pairs in a step: more for a steadier gradient if memory allows (default: 1)")
+    add("--epochs", "-e", metavar="N", type=int, default=1, help="passes (default: 1)")
+    add("--iters", "-i", metavar="N", type=int, default=-1,
+        help="steps in a pass; -1: as many as show each frame once (default: -1)")
+    add("--no-augment", "-a", action="store_true",
+        help="train on frames as they are, only resized")
+    add("--learning_rate", "-l", metavar="RATE", type=float, default=1e-4,
+        help="of Adam, falling to 0 as a cosine; lower for larger encoders, or when the loss "
+             "jumps (default: 1e-4)")
+    add("--weight_decay", "-w", metavar="DECAY", type=float, default=0.0,
+        help="of Adam; raise it when held-out IoU falls while the loss does too (default: 0)")
+    add("--validation_size", "-vs", metavar="SHARE", type=float, default=0.1,
+        help="share of the sequences held out, whole, to choose the best weights (default: 0.1)")
+    add("--loss_function", "-lf", choices=train.LOSSES, nargs="+", default=["dice", "bce"],
+        help="one, or several to add up; balancedbce for small objects (default: dice bce)")
+    add("--val_report", "-r", metavar="ITERS", type=int, default=100,
+        help="iterations between validations; -1: at the end only (default: 100)")
+    add("--patience", metavar="N", type=int, default=10,
+        help="stop after this many reports without a better held-out IoU (default: 10)")
+    add("--loss_visualization", "-x", action="store_true",
+        help="write the curves of loss and held-out IoU beside the weights (.png)")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--results_dir", "-j", metavar="DIR", type=Path,
+        help="write masks and tables there (default: only print the table; for the demo "
+             "results/demo)")
+    add("--visualize", "-v", action="store_true",
+        help="also write a video with the masks laid over the frames, into --results_dir")
+    add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
+        help="size at which pixels are decided, before masks get the frame's size: smaller "
+             "for speed with large frames (default: the frame's own)")
+    add("--leave_outliers", "-ro", action="store_true",
+        help="keep what lies far from the object's place in the frame before: for fast "
+             "objects and for cuts")
+    add("--dilation", metavar="PIXELS", type=int,
+        help="how far is far: lower where look-alikes are near, higher for fast objects "
+             "(default: the checkpoint's, else 100)")
+    add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
+        help="probability from which a pixel is foreground: higher for fewer false positives "
+             "(default: 0.5)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
+    try:
+        check(args)
+        run_train(args) if args.mode == "train" else run_eval(args)
+    except (OSError, ValueError) as error:
+        log.debug("where the error came from:", exc_info=True)
+        print(f"main.py: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error; of one that a loader's worker passed on, its last line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    last = str(error).strip().splitlines()[-1]
+    return last.removeprefix(f"{type(error).__name__}: ")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse values that no run could use, before anything is read."""
+    def expect(condition: bool, flag: str, expected: str, value) -> None:
+        if not condition:
+            raise ValueError(f"{flag}: expected {expected}, got {value}")
+
+    for flag in ("upsample_factor", "temperature"):
+        value = getattr(args, flag)
+        expect(value is None or 0 < value < float("inf"), f"--{flag}", "a number above 0", value)
+    for flag in ("top_k", "batch_size", "epochs", "patience"):
+        value = getattr(args, flag)
+        expect(value is None or value >= 1, f"--{flag}", "a whole number of at least 1", value)
+    for flag in ("iters", "val_report"):
+        value = getattr(args, flag)
+        expect(value == -1 or value >= 1, f"--{flag}", "-1 or at least 1", value)
+    for flag in ("input_image_shape", "segmentation_shape"):
+        value = getattr(args, flag)
+        expect(value is None or min(value) >= 16, f"--{flag}", "at least 16 16", value)
+    for flag in ("weight_decay", "workers", "dilation", "seed"):
+        value = getattr(args, flag)
+        expect(value is None or value >= 0, f"--{flag}", "at least 0", value)
+    expect(args.learning_rate > 0, "--learning_rate", "a number above 0", args.learning_rate)
+    expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
+    expect(not (args.visualize and args.mode == "eval" and not args.results_dir and not args.demo),
+           "--visualize", "--results_dir DIR beside it, to write the videos to", "none")
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device that --cuda_device names, or the best there is.
+
+    Raises:
+        ValueError: there is no such device on this machine.
+    """
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        raise ValueError("--cuda_device mps: this machine has no MPS device, use -c cpu")
+    if not name.isdecimal():
+        raise ValueError(f"--cuda_device {name}: expected the id of a CUDA device, cpu or mps")
+    if int(name) >= torch.cuda.device_count():
+        raise ValueError(f"--cuda_device {name}: this machine has {torch.cuda.device_count()} "
+                         "CUDA devices, use -c cpu to run on the processor")
+    return torch.device("cuda", int(name))
+
+
+def build_model(args: argparse.Namespace) -> VideoMatch:
+    """The model that the flags describe: from a checkpoint, or new on ImageNet weights."""
+    name = args.encoder or "mobilenet"
+    path = args.model_load
+    if path is None and args.mode == "eval" and args.encoder_weights is None:
+        path = SHIPPED.get(name)
+    if path is not None:
+        return configure(load_checkpoint(path, args), args)
+    factor, k = MATCHING[name]
+    encoder = Encoder(name, factor)
+    if args.encoder_weights == "none":
+        log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
+    else:
+        encoder.load_imagenet(args.encoder_weights)
+    return configure(VideoMatch(encoder, k), args)
+
+
+def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
+    if args.encoder_weights is not None:
+        raise ValueError(f"--encoder_weights contradicts the checkpoint {path}, which brings "
+                         "its own weights: leave one of them out")
+    model = VideoMatch.load(path)
+    if args.encoder not in (None, model.encoder.name):
+        raise ValueError(f"--encoder {args.encoder} contradicts the checkpoint {path}, whose "
+                         f"encoder is {model.encoder.name}")
+    log.info("checkpoint %s: encoder %s, held-out IoU %.3f", path, model.encoder.name,
+             model.facts.get("held_out_iou", float("nan")))
+    return model
+
+
+def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
+    """Set what the flags name, move to the device, and say how the model matches."""
+    for owner, name in ((model.encoder, "upsample_factor"), (model, "top_k"),
+                        (model, "temperature"), (model, "dilation")):
+        if getattr(args, name) is not None:
+            setattr(owner, name, getattr(args, name))
+    device = device_of(args.cuda_device)
+    log.info("encoder %s, upsample factor %g, K %d, temperature %g, on %s", model.encoder.name,
+             model.encoder.upsample_factor, model.top_k, model.temperature, device)
+    return model.to(device)
+
+
+def data(args: argparse.Namespace) -> Davis:
+    root = demo.make() if args.demo else args.dataset
+    year = args.year or ("2017" if args.demo else "2016")
+    return Davis(root, year, set_name(args), args.sequences)
+
+
+def set_name(args: argparse.Namespace) -> str:
+    return args.set or ("val" if args.mode == "eval" else "train")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    torch.manual_seed(args.seed)
+    model = build_model(args)
+    frames = sum(len(sequence) for sequence in training)
+    iterations = args.epochs * (-(-frames // args.batch_size) if args.iters == -1 else args.iters)
+    log.info("%d sequences to train on, held out: %s", len(training),
+             ", ".join(sequence.name for sequence in held_out))
+    train.train(model, training, held_out, train.Options(
+        save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
+        shape=tuple(args.input_image_shape or TRAINING_SHAPE), iterations=iterations,
+        batch_size=args.batch_size, losses=tuple(args.loss_function),
+        learning_rate=args.learning_rate, weight_decay=args.weight_decay,
+        augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
+        patience=args.patience, workers=args.workers, seed=args.seed,
+        plot=args.loss_visualization))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    sequences = data(args).sequences
+    torch.manual_seed(args.seed)
+    evaluate.evaluate(build_model(args), sequences, evaluate.Options(
+        results=args.results_dir or (Path("results/demo") if args.demo else None),
+        set_name=set_name(args), videos=args.visualize or args.demo,
+        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
+        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

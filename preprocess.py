@@ -1,0 +1,182 @@
+"""Images and masks: files to arrays, arrays to tensors, paired augmentation.
+
+Run by itself it previews the augmentation:
+    python preprocess.py IMG.jpg MASK.png [--save FILE]
+"""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+import visualize
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+VOID = 255  # "not labelled" in DAVIS masks that hold object ids
+MASK_MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file as (H, W, 3) uint8 RGB.
+
+    Raises:
+        OSError: no such file, or not a whole image; the message names it.
+    """
+    return np.array(_open(path, "an image").convert("RGB"))
+
+
+def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
+    """Read a mask file as (H, W) uint8: 0 background, else the object's id.
+
+    Masks come as 0/1, as 0/255 grey (also with an alpha channel, which is dropped) and as
+    palette or grey with object ids. 255 is the object where it is the only value, else void,
+    which counts as background.
+
+    Args:
+        single_object: every non-zero value is object 1, as DAVIS-2016 has it.
+
+    Raises:
+        OSError: no such file, or not a whole image.
+        ValueError: an image that is not a mask, such as RGB or 16 bit.
+    """
+    image = _open(path, "a mask")
+    if image.mode not in MASK_MODES:
+        raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
+                         f"found an image of mode {image.mode}")
+    if image.mode == "LA":
+        image = image.getchannel("L")
+    mask = np.array(image, dtype=np.uint8)
+    if single_object or set(np.unique(mask)) <= {0, VOID}:
+        return (mask > 0).astype(np.uint8)
+    mask[mask == VOID] = 0
+    return mask
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 RGB in the format that the file's name says."""
+    Image.fromarray(image).save(path, quality=90)
+
+
+def write_mask(path: str | Path, mask: np.ndarray) -> None:
+    """Write a (H, W) uint8 mask as PNG with the DAVIS palette."""
+    image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
+    image.putpalette(visualize.PALETTE.tobytes())  # which makes a grey image a palette one
+    image.save(path, format="PNG")
+
+
+def check_same_size(image_path, image: np.ndarray, mask_path, mask: np.ndarray) -> None:
+    """Raise a ValueError that names the mask unless it is as large as its image."""
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"{mask_path}: a mask of {size_text(mask)} pixels, expected "
+                         f"{size_text(image)} as in {image_path}")
+
+
+def size_text(picture: np.ndarray) -> str:
+    return f"{picture.shape[1]}x{picture.shape[0]}"
+
+
+def _open(path: str | Path, what: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, expected {what}") from None
+    except Exception as error:
+        raise OSError(f"{path}: expected {what}, but it can't be read ({error})") from error
+
+
+def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None) -> torch.Tensor:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32, ImageNet-normalised, resized to `shape`."""
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    if shape is not None and tuple(tensor.shape[-2:]) != tuple(shape):
+        tensor = TF.resize(tensor, list(shape), antialias=True)
+    return TF.normalize(tensor.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def to_image(tensor: torch.Tensor) -> np.ndarray:
+    """(3, H, W) ImageNet-normalised -> (H, W, 3) uint8 RGB: the inverse of `to_tensor`."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((tensor.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 mask to another (H, W), by nearest neighbour."""
+    if mask.shape == tuple(shape):
+        return mask
+    return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+class Augment:
+    """Random flip, crop with scale, and colour; the same geometry for image and mask.
+
+    Two frames of a pair are augmented by two calls, so independently of each other. Masks are
+    sampled by nearest neighbour. Randomness comes from torch's global generator.
+
+    Args:
+        shape: (H, W) of what comes out.
+        random: False resizes to `shape` and changes nothing else.
+    """
+
+    CROPS = 10  # tries at a crop that keeps enough of the object
+    KEEP = 0.25  # of the object's share of the frame
+
+    def __init__(self, shape: tuple[int, int], random: bool = True):
+        self.shape, self.random = tuple(shape), random
+        ratio = shape[1] / shape[0]
+        self.geometry = v2.Compose([
+            v2.RandomHorizontalFlip(),
+            v2.RandomResizedCrop(self.shape, scale=(0.35, 1.0), ratio=(ratio * 0.8, ratio * 1.25),
+                                 interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+        ])
+        self.resize = v2.Resize(self.shape, antialias=True)
+        self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(H, W, 3) uint8 and (H, W) uint8 -> (3, *shape) normalised float32, (*shape) uint8."""
+        pair = (tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
+                tv_tensors.Mask(torch.from_numpy(mask)))
+        image, mask = self._random(*pair) if self.random else self.resize(*pair)
+        image = TF.normalize(image.as_subclass(torch.Tensor).float() / 255,
+                             IMAGENET_MEAN, IMAGENET_STD)
+        return image, mask.as_subclass(torch.Tensor)
+
+    def _random(self, image, mask):
+        share = (mask > 0).float().mean()
+        for _ in range(self.CROPS):
+            new_image, new_mask = self.geometry(image, mask)
+            if (new_mask > 0).float().mean() >= self.KEEP * share:
+                return self.colour(new_image), new_mask
+        return self.colour(self.resize(image)), self.resize(mask)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Preview the augmentation of a frame.")
+    parser.add_argument("image", type=Path, help="a frame, such as .../JPEGImages/480p/bear/00000.jpg")
+    parser.add_argument("mask", type=Path, help="its mask")
+    parser.add_argument("--save", metavar="FILE", type=Path,
+                        help="write the figure there instead of opening a window")
+    args = parser.parse_args()
+    try:
+        image, mask = read_image(args.image), read_mask(args.mask)
+        check_same_size(args.image, image, args.mask, mask)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    panels = [("frame and mask", visualize.overlay(image, mask))]
+    augment = Augment(image.shape[:2])
+    for i in range(5):
+        new_image, new_mask = augment(image, mask)
+        panels.append((f"augmented {i + 1}", visualize.overlay(to_image(new_image), new_mask.numpy())))
+    figure = visualize.grid(panels, columns=3)
+    visualize.show_or_save(figure, args.save, default=Path("augmentation.png"))
+
+
+if __name__ == "__main__":
+    main()

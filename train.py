@@ -1,0 +1,190 @@
+"""Training on random pairs of frames of one sequence, with whole sequences held out."""
+
+import json
+import logging
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import metrics
+import preprocess
+import visualize
+from davis import Pairs, PairSampler, Sequence
+from videomatch import VideoMatch
+
+log = logging.getLogger(__name__)
+
+VALIDATION_FRAMES = 8  # of each held-out sequence, evenly spaced
+
+
+def dice(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - (2 * intersection + 1) / (sum of both + 1) of each frame, averaged over the batch.
+
+    Args:
+        probability: (B, H, W) of the object, in [0, 1].
+        target: (B, H, W), 0 or 1.
+    """
+    intersection = (probability * target).sum((1, 2))
+    total = probability.sum((1, 2)) + target.sum((1, 2))
+    return (1 - (2 * intersection + 1) / (total + 1)).mean()
+
+
+def bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of probabilities, averaged over all pixels; shapes as for `dice`."""
+    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target)
+
+
+def balanced_bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy in which object and background weigh alike in each frame.
+
+    Foreground pixels are weighted by the share of background, background pixels by the share
+    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2).
+    """
+    foreground = target.mean((1, 2), keepdim=True)
+    weight = torch.where(target > 0, 1 - foreground, foreground)
+    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target, weight=weight)
+
+
+LOSSES = {"dice": dice, "bce": bce, "balancedbce": balanced_bce}
+
+
+@dataclass
+class Options:
+    """What `train` needs to know beside model and data; the flags of `main.py`."""
+
+    save: Path  # the best weights; beside it .jsonl, the log, and .png, the curves
+    shape: tuple[int, int]  # (H, W) of the frames that the network sees
+    iterations: int
+    batch_size: int = 1
+    losses: tuple[str, ...] = ("dice", "bce")  # keys of LOSSES, added up
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    augment: bool = True
+    shuffle: bool = True
+    report: int = 100  # iterations between validations; -1 validates at the end only
+    patience: int = 10  # reports without a better IoU before training stops
+    workers: int = 2
+    seed: int = 0
+    plot: bool = False
+
+
+def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
+          options: Options) -> float:
+    """Fit the encoder; keep the weights with the best IoU on the held-out sequences.
+
+    Ctrl+C ends training after the running iteration, as if it had been the last one.
+
+    Returns:
+        The best held-out IoU, in [0, 1].
+    """
+    torch.manual_seed(options.seed)
+    pairs = Pairs(training, preprocess.Augment(options.shape, options.augment))
+    sampler = PairSampler(len(pairs), options.iterations * options.batch_size, options.shuffle,
+                          options.seed)
+    loader = DataLoader(pairs, options.batch_size, sampler=sampler, num_workers=options.workers)
+    optimizer = torch.optim.Adam(model.parameters(), options.learning_rate,
+                                 weight_decay=options.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations)
+    report = Report(model, held_out, options)
+    report(0)
+    with _interruptible() as interrupted:
+        bar = tqdm(loader, desc="training", disable=None)
+        for iteration, batch in enumerate(bar, start=1):
+            loss = step(model, optimizer, batch, options.losses)
+            schedule.step()
+            report.losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}", iou=f"{report.best:.3f}")
+            last = interrupted() or iteration == options.iterations
+            if last or (options.report > 0 and iteration % options.report == 0):
+                report(iteration)
+            if last or report.stale >= options.patience:
+                break
+    if interrupted():
+        log.info("interrupted after iteration %d", iteration)
+    elif report.stale >= options.patience:
+        log.info("stopped early: no better IoU in %d reports", report.stale)
+    log.info("best held-out IoU %.4f, saved in %s", report.best, options.save)
+    return report.best
+
+
+def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
+    """One update on a batch from `Pairs`; returns the loss before it."""
+    model.train()
+    reference, mask, test, truth = batch
+    model.set_reference(reference, mask, object_ids=[1])
+    probability = model.predict(test)[:, 1]  # (B, H, W)
+    target = truth.to(probability)
+    loss = sum(LOSSES[name](probability, target) for name in losses)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int]) -> float:
+    """Mean J of matching to the first frame, without outlier removal, over some later frames."""
+    model.eval()
+    scores = []
+    for sequence in sequences:
+        mask = sequence.mask(0)
+        model.set_reference(preprocess.to_tensor(sequence.image(0), shape), mask)
+        frames = torch.linspace(1, len(sequence) - 1, min(VALIDATION_FRAMES, len(sequence) - 1))
+        for frame in frames.round().int().tolist():
+            image = preprocess.to_tensor(sequence.image(frame), shape)
+            result = model.segment(image, mask.shape, remove_outliers=False)
+            truth = sequence.mask(frame)
+            scores += [metrics.jaccard(result == i, truth == i) for i in model.object_ids]
+    return sum(scores) / len(scores)
+
+
+class Report:
+    """Validate, log one JSON line, keep the best weights, draw the curves."""
+
+    def __init__(self, model: VideoMatch, held_out: list[Sequence], options: Options):
+        self.model, self.held_out, self.options = model, held_out, options
+        self.losses: list[float] = []  # since the last report
+        self.history: list[dict] = []
+        self.best, self.stale = -1.0, 0
+        self.start = time.monotonic()
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        self.log = options.save.with_suffix(".jsonl")
+        self.log.write_text("")
+
+    def __call__(self, iteration: int) -> None:
+        iou = validate(self.model, self.held_out, self.options.shape)
+        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses = []
+        line = {"iteration": iteration, "loss": loss, "held_out_iou": iou,
+                "seconds": round(time.monotonic() - self.start, 1)}
+        self.history.append(line)
+        with self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        log.info("iteration %d: loss %s, held-out IoU %.4f", iteration,
+                 "-" if loss is None else f"{loss:.4f}", iou)
+        if iou > self.best:
+            self.best, self.stale = iou, 0
+            self.model.save(self.options.save, held_out_iou=iou, iteration=iteration,
+                            held_out=[s.name for s in self.held_out])
+        else:
+            self.stale += 1
+        if self.options.plot and len(self.history) > 1:
+            visualize.curves(self.options.save.with_suffix(".png"), self.history)
+
+
+@contextmanager
+def _interruptible():
+    """Turn Ctrl+C into a flag for as long as the context lasts."""
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield lambda: bool(caught)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,250 @@
+"""VideoMatch: find the object of a reference frame in other frames by matching features.
+
+Hu, Huang, Schwing: VideoMatch: Matching based Video Object Segmentation, ECCV 2018.
+
+Run by itself it shows the probabilities:
+    python videomatch.py REF.jpg REF_MASK.png TEST.jpg [TEST.jpg ...] [--save DIR]
+"""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import preprocess
+import visualize
+from encoder import Encoder
+from matching import soft_match
+
+SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
+VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
+
+
+class VideoMatch(nn.Module):
+    """Set the reference once, then predict or segment any number of frames.
+
+    Args:
+        encoder: images to features; see `Encoder`.
+        top_k: K, how many of the best similarities are averaged (the paper: 20).
+        temperature: divides the scores before the softmax. Cosines lie in [-1, 1], so
+            without it no probability could leave [0.12, 0.88].
+        dilation: outlier removal keeps what lies within this many pixels of the object's
+            previous mask (the paper: 100).
+    """
+
+    def __init__(self, encoder: Encoder, top_k: int = 20, temperature: float = 0.05,
+                 dilation: int = 100):
+        super().__init__()
+        if top_k < 1:
+            raise ValueError(f"top K must be at least 1, got {top_k}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if dilation < 0:
+            raise ValueError(f"dilation must not be negative, got {dilation}")
+        self.encoder = encoder
+        self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
+        self.facts: dict = {}
+        self.object_ids: list[int] = []
+        self._sets: list[list[torch.Tensor]] = []
+        self._reference_share: dict[int, float] = {}
+        self._previous: np.ndarray | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def set_reference(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray,
+                      object_ids: list[int] | None = None) -> None:
+        """Gather the features of the background and of each object of the reference frame.
+
+        Args:
+            image: (3, H, W) or (B, 3, H, W) float32, ImageNet-normalised.
+            mask: (H, W) or (B, H, W) integers, 0 background, else object ids; its size may
+                differ from the image's.
+            object_ids: the objects to look for; None takes all that are in the mask.
+
+        Raises:
+            ValueError: the mask holds no object.
+        """
+        image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
+        if mask.ndim == 2:
+            self._previous = mask.cpu().numpy().astype(np.uint8)
+            image, mask = image[None], mask[None]
+        self.object_ids = object_ids or [i for i in mask.unique().tolist() if i != 0]
+        if not self.object_ids:
+            raise ValueError("the reference mask holds no object: all of its pixels are 0")
+        self._reference_share = {i: (mask == i).float().mean().item() for i in self.object_ids}
+        features = self.encoder(image)  # (B, C, h, w)
+        labels = cell_labels(mask, features.shape[-2:])  # (B, h, w)
+        self._sets = [[cells[:, label == i].T for i in (0, *self.object_ids)]
+                      for cells, label in zip(features, labels)]
+
+    def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """Probabilities of background and objects.
+
+        Args:
+            image: (3, H, W), or (B, 3, H, W) with one frame for each reference frame.
+            shape: (H, W) of the result; None takes the image's.
+
+        Returns:
+            (N+1, H, W) or (B, N+1, H, W) float32 that sum to 1 over the channels: background,
+            then `object_ids` in order. Differentiable.
+        """
+        if not self._sets:
+            raise RuntimeError("predict needs a reference frame: call set_reference first")
+        images = image.to(self.device).view(-1, *image.shape[-3:])
+        features = self.encoder(images)  # (B, C, h, w)
+        scores = torch.stack([
+            soft_match(cells.flatten(1).T, sets, self.top_k).view(-1, *cells.shape[1:])
+            for cells, sets in zip(features, self._sets)])  # (B, N+1, h, w)
+        scores = F.interpolate(scores, size=tuple(shape or image.shape[-2:]), mode="bilinear",
+                               align_corners=False)
+        probabilities = torch.softmax(scores / self.temperature, dim=1)
+        return probabilities if image.ndim == 4 else probabilities[0]
+
+    @torch.no_grad()
+    def segment(self, image: torch.Tensor, shape: tuple[int, int] | None = None,
+                threshold: float = 0.5, remove_outliers: bool = True) -> np.ndarray:
+        """The mask of the next frame of a video.
+
+        Args:
+            image: (3, H, W) float32, ImageNet-normalised.
+            shape: (H, W) of the mask; None takes the image's.
+            threshold: a pixel belongs to an object where the probability of all objects
+                together is above it, in [0, 1].
+            remove_outliers: drop what lies further than `dilation` pixels from the object's
+                place in the frame before (section 3.2). After an object vanished, it may
+                re-appear anywhere.
+
+        Returns:
+            (H, W) uint8 with the ids of the reference mask.
+        """
+        probabilities = self.predict(image, shape).cpu().numpy()
+        if remove_outliers:
+            self._remove_outliers(probabilities)
+        ids = np.array(self.object_ids, dtype=np.uint8)
+        mask = ids[probabilities[1:].argmax(0)]
+        mask[probabilities[0] >= 1 - threshold] = 0
+        self._previous = mask
+        return mask
+
+    def _remove_outliers(self, probabilities: np.ndarray) -> None:
+        """Give an object's probability outside its extruded previous mask to the background."""
+        previous = preprocess.resize_mask(self._previous, probabilities.shape[1:])
+        for channel, object_id in enumerate(self.object_ids, start=1):
+            before = previous == object_id
+            if before.mean() <= VANISHED * self._reference_share[object_id]:
+                continue
+            outside = ~extrude(before, self.dilation)
+            probabilities[0][outside] += probabilities[channel][outside]
+            probabilities[channel][outside] = 0
+
+    def save(self, path: str | Path, **facts) -> None:
+        """Write a checkpoint that needs no flags to be loaded: weights and configuration.
+
+        Args:
+            facts: numbers and texts kept beside it, such as `held_out_iou`.
+        """
+        spec = self.encoder.spec
+        config = {"encoder": self.encoder.name, "layer": spec.layer,
+                  "upsample_factor": self.encoder.upsample_factor, "top_k": self.top_k,
+                  "temperature": self.temperature, "dilation": self.dilation}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        torch.save({"config": config, "facts": facts, "model": self.state_dict()}, beside)
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "VideoMatch":
+        """Build the model that `save` wrote, on the CPU. `facts` holds what was kept beside it.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a checkpoint of this toolkit.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, expected a checkpoint written by "
+                                    "--model_save")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            config = dict(checkpoint["config"])
+            encoder = Encoder(config.pop("encoder"), config.pop("upsample_factor"))
+            layer = config.pop("layer")
+            if layer != encoder.spec.layer:
+                raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
+            model = cls(encoder, **config)
+            model.load_state_dict(checkpoint["model"])
+        except Exception as error:
+            raise ValueError(f"{path}: not a checkpoint of this toolkit "
+                             f"({str(error).strip().splitlines()[0]})") from error
+        model.facts = dict(checkpoint["facts"])
+        return model
+
+
+def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """(B, H, W) object ids -> (B, h, w) object ids of the feature cells, by nearest neighbour.
+
+    An object too small to be met by any cell's centre gets the cell that holds most of it.
+    """
+    cells = F.interpolate(mask[:, None].float(), size=shape, mode="nearest-exact")[:, 0].long()
+    for frame, grid in zip(mask, cells):
+        for object_id in set(frame.unique().tolist()) - set(grid.unique().tolist()) - {0}:
+            share = F.adaptive_avg_pool2d((frame == object_id)[None].float(), shape)[0]
+            grid.view(-1)[share.argmax()] = object_id
+    return cells
+
+
+def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
+    """(H, W) bool -> (H, W) bool: the pixels within `distance` of the mask (a disk dilation).
+
+    By the distance transform, whose cost doesn't grow with the distance.
+    """
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
+                                 cv2.DIST_MASK_PRECISE) <= distance
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Show the foreground and background probabilities of test frames.")
+    parser.add_argument("reference", type=Path, help="the reference frame")
+    parser.add_argument("mask", type=Path, help="the mask of the object in the reference frame")
+    parser.add_argument("tests", type=Path, nargs="+", metavar="TEST", help="frames to search")
+    parser.add_argument("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"],
+                        metavar="PATH", help="checkpoint (default: the one in models/)")
+    parser.add_argument("--save", metavar="DIR", type=Path,
+                        help="write the figures there instead of opening windows")
+    args = parser.parse_args()
+    try:
+        show(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def show(args) -> None:
+    model = VideoMatch.load(args.model_load).eval()
+    image, mask = preprocess.read_image(args.reference), preprocess.read_mask(args.mask)
+    preprocess.check_same_size(args.reference, image, args.mask, mask)
+    model.set_reference(preprocess.to_tensor(image), mask)
+    for path in args.tests:
+        test = preprocess.read_image(path)
+        tensor = preprocess.to_tensor(test)
+        with torch.no_grad():
+            probabilities = model.predict(tensor).cpu().numpy()
+        result = model.segment(tensor, remove_outliers=False)
+        figure = visualize.grid([
+            ("reference frame", image), ("reference mask", visualize.overlay(image, mask)),
+            (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),
+            ("background probability", probabilities[0]),
+            ("result", visualize.overlay(test, result))], columns=3)
+        name = f"{path.stem}_probabilities.png"
+        visualize.show_or_save(figure, args.save and args.save / name, default=Path(name))
+
+
+if __name__ == "__main__":
+    main()
