@@ -1,14 +1,14 @@
 """Truncated ImageNet backbones and the enlargement of their features.
 
 VideoMatch compares features, so the backbone stops in the middle of the network, where
-features still know where they are (VideoMatch, section 3.1: ResNet-101 or VGG).
+features still know where they are.
 """
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

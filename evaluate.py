@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import metrics
@@ -39,6 +40,7 @@ class Options:
     remove_outliers: bool = True
 
 
+@torch.no_grad()
 def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> Table:
     """Segment every sequence from its first mask; write and print the table.
 
@@ -146,9 +148,8 @@ def score_folder(results: Path, sequences: list[Sequence]) -> Table:
 def rows(name: str, score: metrics.SequenceScore) -> Table:
     """A sequence's rows: under its name, or NAME_ID for each of several objects."""
     measures = score.conclude()
-    if len(measures) == 1:
-        return {name: row for row in measures.values()}
-    return {f"{name}_{object_id}": row for object_id, row in measures.items()}
+    alone = len(measures) == 1
+    return {name if alone else f"{name}_{i}": row for i, row in measures.items()}
 
 
 def report(table: Table, results: Path | None, set_name: str) -> None:

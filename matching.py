@@ -9,7 +9,7 @@ LOWEST_COSINE = -1.0  # the score of an empty set
 
 
 def soft_match(query: torch.Tensor, sets: list[torch.Tensor], k: int) -> torch.Tensor:
-    """Score every query feature against every set (VideoMatch, section 3.1).
+    """Score every query feature against every set (the paper's soft matching layer).
 
     Args:
         query: (Q, C) features of the new frame.

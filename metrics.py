@@ -17,7 +17,7 @@ MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "
 def jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
     """J, the intersection over union of two (H, W) bool masks, in [0, 1]; 1 if both are empty."""
     union = np.count_nonzero(prediction | truth)
-    return np.count_nonzero(prediction & truth) / union if union else 1.0
+    return float(np.count_nonzero(prediction & truth) / union) if union else 1.0
 
 
 def boundary_f(prediction: np.ndarray, truth: np.ndarray) -> float:

@@ -159,7 +159,7 @@ class Augment:
 
 def main():
     parser = argparse.ArgumentParser(description="Preview the augmentation of a frame.")
-    parser.add_argument("image", type=Path, help="a frame, such as .../JPEGImages/480p/bear/00000.jpg")
+    parser.add_argument("image", type=Path, help="a frame")
     parser.add_argument("mask", type=Path, help="its mask")
     parser.add_argument("--save", metavar="FILE", type=Path,
                         help="write the figure there instead of opening a window")
@@ -173,7 +173,8 @@ def main():
     augment = Augment(image.shape[:2])
     for i in range(5):
         new_image, new_mask = augment(image, mask)
-        panels.append((f"augmented {i + 1}", visualize.overlay(to_image(new_image), new_mask.numpy())))
+        picture = visualize.overlay(to_image(new_image), new_mask.numpy())
+        panels.append((f"augmented {i + 1}", picture))
     figure = visualize.grid(panels, columns=3)
     visualize.show_or_save(figure, args.save, default=Path("augmentation.png"))
 

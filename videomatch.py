@@ -117,8 +117,8 @@ class VideoMatch(nn.Module):
             threshold: a pixel belongs to an object where the probability of all objects
                 together is above it, in [0, 1].
             remove_outliers: drop what lies further than `dilation` pixels from the object's
-                place in the frame before (section 3.2). After an object vanished, it may
-                re-appear anywhere.
+                place in the frame before (the paper's outlier removal). After an object
+                vanished, it may re-appear anywhere.
 
         Returns:
             (H, W) uint8 with the ids of the reference mask.
@@ -181,8 +181,8 @@ class VideoMatch(nn.Module):
             model = cls(encoder, **config)
             model.load_state_dict(checkpoint["model"])
         except Exception as error:
-            raise ValueError(f"{path}: not a checkpoint of this toolkit "
-                             f"({str(error).strip().splitlines()[0]})") from error
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ValueError(f"{path}: not a checkpoint of this toolkit ({reason})") from error
         model.facts = dict(checkpoint["facts"])
         return model
 
@@ -226,6 +226,7 @@ def main():
         parser.error(str(error))
 
 
+@torch.no_grad()
 def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
     image, mask = preprocess.read_image(args.reference), preprocess.read_mask(args.mask)
@@ -234,8 +235,7 @@ def show(args) -> None:
     for path in args.tests:
         test = preprocess.read_image(path)
         tensor = preprocess.to_tensor(test)
-        with torch.no_grad():
-            probabilities = model.predict(tensor).cpu().numpy()
+        probabilities = model.predict(tensor).cpu().numpy()
         result = model.segment(tensor, remove_outliers=False)
         figure = visualize.grid([
             ("reference frame", image), ("reference mask", visualize.overlay(image, mask)),

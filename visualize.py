@@ -105,7 +105,8 @@ def curves(path: str | Path, history: list[dict]) -> None:
     losses = [np.nan if report["loss"] is None else report["loss"] for report in history]
     top.plot(iterations, losses, marker=".")
     top.set_ylabel("training loss")
-    bottom.plot(iterations, [report["held_out_iou"] for report in history], marker=".", color="tab:green")
+    ious = [report["held_out_iou"] for report in history]
+    bottom.plot(iterations, ious, marker=".", color="tab:green")
     bottom.set_ylabel("IoU on held-out sequences")
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):

@@ -1,0 +1,106 @@
+"""Truncated backbones against the whole networks of torchvision."""
+
+import urllib.error
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from encoder import BACKBONES, Encoder
+
+
+def whole_network(name):
+    """torchvision's network, and its features at the layer that the paper's method takes."""
+    torch.manual_seed(1)
+    if name == "vgg":
+        net = nn.ModuleDict({"features": models.vgg.make_layers(models.vgg.cfgs["E"])})
+        relus = [i for i, m in enumerate(net["features"]) if isinstance(m, nn.ReLU)]
+        last = relus[2 + 2 + 4 + 4 - 1]  # conv4_4 is the twelfth convolution
+        return net, lambda x: net["features"][:last + 1](x)
+    net = {"resnet": models.resnet101, "mobilenet": models.mobilenet_v2}[name]().eval()
+    if name == "mobilenet":
+        return net, net.features[:14]
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    return net, lambda x: net.layer2(net.layer1(stem(x)))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_are_those_of_the_whole_network(name, tmp_path):
+    net, features = whole_network(name)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    encoder = Encoder(name).eval()
+    encoder.load_imagenet(tmp_path / "weights.pth")
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        found, expected = encoder(image), features(image)
+    torch.testing.assert_close(found, expected)
+    spec = BACKBONES[name]
+    assert found.shape == (1, spec.channels, 64 // spec.stride, 96 // spec.stride)
+
+
+@pytest.mark.parametrize("factor, shape", [(1.0, (3, 5)), (1.8, (5, 9)), (2.0, (6, 10)),
+                                           (4.0, (12, 20)), (0.1, (1, 1))])
+def test_upsample_factor(factor, shape):
+    assert Encoder("mobilenet", factor)(torch.randn(2, 3, 48, 80)).shape == (2, 96, *shape)
+
+
+def test_enlargement_keeps_a_ramp():
+    encoder = Encoder("mobilenet", 2.0)
+    encoder.backbone = nn.Identity()
+    ramp = torch.arange(8.0).expand(1, 1, 4, 8)
+    inner = encoder(ramp)[0, 0, 3, 1:-1]  # a cell is two half cells, a quarter off its centre
+    torch.testing.assert_close(inner, torch.arange(14) / 2 + 0.25)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_batchnorm_statistics_stay_frozen_in_training(name):
+    encoder = Encoder(name).train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items() if "running" in k}
+    encoder(torch.randn(2, 3, 32, 32) + 5)
+    assert before and all(torch.equal(encoder.state_dict()[k], v) for k, v in before.items())
+
+
+def test_weights_come_from_the_cache_of_torch_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    net, _ = whole_network("mobilenet")
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(net.state_dict(), folder / "mobilenet_v2-b0353104.pth")
+    encoder = Encoder("mobilenet")
+    encoder.load_imagenet()
+    torch.testing.assert_close(encoder.backbone[0][0].weight, net.features[0][0].weight)
+
+
+def test_failed_download_names_file_and_ways_out(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(OSError, match="resnet101-.*pth") as caught:
+        Encoder("resnet").load_imagenet()
+    message = str(caught.value)
+    assert "--encoder_weights PATH" in message and "--encoder_weights none" in message
+    assert str(tmp_path) in message and "no network" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("content", ["missing", "garbage", "list", "other network"])
+def test_bad_weight_files_are_named(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    if content == "garbage":
+        path.write_bytes(b"not weights")
+    elif content == "list":
+        torch.save([1, 2], path)
+    elif content == "other network":
+        torch.save(models.resnet18().state_dict(), path)
+    with pytest.raises((OSError, ValueError), match="weights.pth") as caught:
+        Encoder("mobilenet").load_imagenet(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, factor", [("alexnet", 1), ("vgg", 0), ("vgg", -1),
+                                          ("vgg", float("nan"))])
+def test_bad_arguments(name, factor):
+    with pytest.raises(ValueError):
+        Encoder(name, factor)

@@ -1,0 +1,159 @@
+"""What evaluation leaves behind, and its figures against the independent scorer."""
+
+import csv
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from vos_benchmark.benchmark import benchmark
+
+import evaluate
+import metrics
+from davis import Davis
+
+PALETTE_START = [0, 0, 0, 128, 0, 0, 0, 128, 0]
+
+
+def read_csv(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "results"
+
+
+def test_masks_tables_and_video(model, davis_2016, results, capsys):
+    sequences = Davis(davis_2016, "2016", "val").sequences
+    table = evaluate.evaluate(model, sequences, evaluate.Options(results=results, videos=True))
+    assert sorted(p.name for p in (results / "dog").iterdir()) == [f"{i:05d}.png" for i in range(6)]
+    for path in (results / "dog").iterdir():
+        with Image.open(path) as mask:
+            assert mask.mode == "P" and mask.size == (80, 48)
+            assert mask.getpalette()[:9] == PALETTE_START
+            assert set(np.unique(mask)) <= {0, 1}
+    np.testing.assert_array_equal(np.array(Image.open(results / "dog/00000.png")),
+                                  sequences[0].mask(0))
+    video = cv2.VideoCapture(str(results / "dog.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 6
+    overall, = read_csv(results / "global_results-val.csv")
+    row, = read_csv(results / "per-sequence_results-val.csv")
+    assert row["Sequence"] == "dog"
+    for measure in metrics.MEASURES:
+        assert float(overall[measure]) == pytest.approx(table["dog"][measure], abs=1e-5)
+        assert float(row[measure]) == pytest.approx(table["dog"][measure], abs=1e-5)
+    printed = capsys.readouterr().out
+    assert "J&F-Mean" in printed and "frames per second" in printed
+
+
+def test_many_objects_have_a_row_each(model, davis_2017, results):
+    sequences = Davis(davis_2017, "2017", "val").sequences
+    table = evaluate.evaluate(model, sequences, evaluate.Options(results=results))
+    assert list(table) == ["dog_1", "dog_2"]
+    overall, = read_csv(results / "global_results-val.csv")
+    mean = np.mean([table[name]["J-Mean"] for name in table])
+    assert float(overall["J-Mean"]) == pytest.approx(mean, abs=1e-5)
+
+
+def test_masks_have_the_frames_size_whatever_the_network_sees(model, davis_2016, results):
+    sequences = Davis(davis_2016, "2016", "val").sequences
+    options = evaluate.Options(results=results, input_shape=(96, 160), segmentation_shape=(24, 40))
+    evaluate.evaluate(model, sequences, options)
+    mask = np.array(Image.open(results / "dog/00003.png"))
+    assert mask.shape == (48, 80)
+    np.testing.assert_array_equal(mask, mask[::2, ::2].repeat(2, 0).repeat(2, 1))
+
+
+def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
+    sequences = Davis(davis_2017, "2017", "train").sequences
+    table = evaluate.evaluate(model, sequences, evaluate.Options(results=results))
+    again = evaluate.score_folder(results, sequences)
+    assert table.keys() == again.keys()
+    for name in table:
+        assert table[name] == pytest.approx(again[name], abs=1e-12)
+
+
+def test_the_truth_scores_one(davis_2016):
+    sequences = Davis(davis_2016).sequences
+    table = evaluate.score_folder(davis_2016 / "Annotations" / "480p", sequences)
+    for row in table.values():
+        assert row == {m: 0.0 if "Decay" in m else 1.0 for m in metrics.MEASURES}
+
+
+def test_first_and_last_frame_do_not_count(davis_2016, tmp_path):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    folder = tmp_path / "ant"
+    folder.mkdir()
+    for i in range(len(sequence)):
+        mask = sequence.mask(i) if 0 < i < 5 else np.zeros((48, 80), np.uint8)
+        Image.fromarray(mask * 255).save(folder / f"{i:05d}.png")
+    assert evaluate.score_folder(tmp_path, [sequence])["ant"]["J-Mean"] == 1
+
+
+@pytest.mark.parametrize("year", ["2016", "2017"])
+def test_agrees_with_vos_benchmark(year, model, davis_2017, results, tmp_path):
+    sequences = Davis(davis_2017, year, "val").sequences
+    table = evaluate.evaluate(model, sequences, evaluate.Options(results=results))
+    assert_agrees(sequences, results, table, tmp_path / "truth")
+
+
+def test_agrees_with_vos_benchmark_on_real_video(model, davis_dir, results, tmp_path):
+    sequence = Davis(davis_dir, "2016", "train").sequences[0]
+    short = type(sequence)(sequence.name, sequence.images[:8], sequence.masks[:8])
+    options = evaluate.Options(results=results, input_shape=(240, 427))
+    table = evaluate.evaluate(model, [short], options)
+    assert 0 < table[short.name]["J-Mean"] < 1
+    assert_agrees([short], results, table, tmp_path / "truth")
+
+
+def assert_agrees(sequences, results, table, truth_folder):
+    for sequence in sequences:
+        (truth_folder / sequence.name).mkdir(parents=True)
+        for i, path in enumerate(sequence.masks):
+            Image.fromarray(sequence.mask(i)).save(truth_folder / sequence.name / path.name)
+    jf, j, f, _ = benchmark([truth_folder], [results], verbose=False, num_processes=1)
+    mean = metrics.average(list(table.values()))
+    assert mean["J-Mean"] == pytest.approx(j[0] / 100, abs=1e-9)
+    assert mean["F-Mean"] == pytest.approx(f[0] / 100, abs=1e-9)
+    assert mean["J&F-Mean"] == pytest.approx(jf[0] / 100, abs=1e-9)
+
+
+def test_an_empty_reference_mask_is_named(model, davis_2016):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    Image.fromarray(np.zeros((48, 80), np.uint8)).save(sequence.masks[0])
+    with pytest.raises(ValueError, match="00000.png.*no object"):
+        evaluate.evaluate(model, [sequence], evaluate.Options())
+
+
+def script(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+def test_script_scores_masks_made_by_anything(davis_2016):
+    masks = davis_2016 / "Annotations" / "480p"
+    run = script(masks, "-d", davis_2016, "-t", "train")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].split() == ["all"] + ["1.000"] * 3 + ["0.000", "1.000",
+                                                                           "1.000", "0.000"]
+    assert (masks / "global_results-train.csv").is_file()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda folder: (folder / "ant/00002.png").unlink(), "00002.png"),
+    (lambda folder: Image.new("L", (8, 9)).save(folder / "ant/00003.png"), "00003.png.*8x9.*80x48"),
+    (lambda folder: Image.new("RGB", (80, 48)).save(folder / "ant/00003.png"), "00003.png.*RGB"),
+])
+def test_bad_results_are_named(spoil, message, davis_2016, tmp_path):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    (tmp_path / "ant").mkdir()
+    for i, path in enumerate(sequence.masks):
+        Image.fromarray(sequence.mask(i)).save(tmp_path / "ant" / path.name)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate.score_folder(tmp_path, [sequence])

@@ -1,0 +1,196 @@
+"""The command line: its flags, its errors in one line, the road from frames to table."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, write_list, write_sequence
+from PIL import Image
+
+import main
+from videomatch import VideoMatch
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    """A file of (random) ImageNet weights in torchvision's layout."""
+    path = tmp_path / "mobilenet.pth"
+    state = model.encoder.backbone.state_dict()
+    torch.save({f"features.{name}": value for name, value in state.items()}, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    model.save(tmp_path / "vm.pth", held_out_iou=0.5)
+    return tmp_path / "vm.pth"
+
+
+@pytest.mark.parametrize("line", [
+    "-c 0 -m train -t train -s models/vm_resnet.pth -p 416 790 -l 1e-5 -x -en resnet",
+    "-c 0 -m eval -t val -u -o models/vm_vgg.pth -j vm_results -v",
+])
+def test_published_command_lines_parse_and_want_a_gpu_here(line, davis_2016, model, tmp_path,
+                                                           monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    model.save(tmp_path / "models/vm_vgg.pth")
+    args = [*line.split(), "-d", str(davis_2016)]
+    if "train" in line:
+        args += ["--encoder_weights", "none"]
+    assert main.main(args) == 2
+    assert "-c cpu" in capsys.readouterr().err
+
+
+def test_published_command_lines_run_on_the_cpu(davis_2016, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = "-c cpu -m train -t train -s models/vm_resnet.pth -p 96 160 -l 1e-5 -x -en resnet -i 2"
+    assert main.main([*train.split(), "-d", str(davis_2016), "--encoder_weights", "none"]) == 0
+    for name in ("vm_resnet.pth", "vm_resnet.jsonl", "vm_resnet.png"):
+        assert (tmp_path / "models" / name).is_file()
+    evaluation = "-c cpu -m eval -t val -u -o models/vm_resnet.pth -j vm_results -v"
+    assert main.main([*evaluation.split(), "-d", str(davis_2016)]) == 0
+    assert (tmp_path / "vm_results/dog/00005.png").is_file()
+    assert (tmp_path / "vm_results/dog.mp4").is_file()
+    assert (tmp_path / "vm_results/global_results-val.csv").is_file()
+
+
+def test_training_flags_reach_the_training(davis_2016, weights, tmp_path):
+    save = tmp_path / "vm.pth"
+    assert main.main(["-m", "train", "-d", str(davis_2016), "-s", str(save), "-b", "2", "-e", "2",
+                      "-i", "1", "-lf", "balancedbce", "-a", "-u", "-vs", "0.4", "-r", "1",
+                      "-p", "64", "96", "--encoder_weights", str(weights), "-uf", "1.5", "-k", "4",
+                      "--temperature", "0.1", "-w", "1e-4", "--workers", "0"]) == 0
+    model = VideoMatch.load(save)
+    assert (model.encoder.upsample_factor, model.top_k, model.temperature) == (1.5, 4, 0.1)
+    assert len(save.with_suffix(".jsonl").read_text().splitlines()) == 3
+
+
+def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
+    model.encoder.upsample_factor, model.top_k = 1.5, 4
+    model.save(tmp_path / "vm.pth")
+    assert main.main(["-m", "eval", "-d", str(davis_2016), "-o", str(tmp_path / "vm.pth")]) == 0
+    assert "all" in capsys.readouterr().out
+
+
+def test_matching_flags_override_the_checkpoint(checkpoint):
+    args = main.parse_args(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
+                            "--temperature", "0.2", "--dilation", "7"])
+    model = main.build_model(args)
+    assert (model.encoder.upsample_factor, model.top_k) == (4, 9)
+    assert (model.temperature, model.dilation) == (0.2, 7)
+
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+def test_demo(tmp_path):
+    result = run("-m", "eval", "--demo", "-q", "hills", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[1].split()[1]) > 0.8
+    assert (tmp_path / "results/demo/hills/00023.png").is_file()
+    assert (tmp_path / "results/demo/hills.mp4").is_file()
+
+
+def test_training_on_the_demo(tmp_path, weights):
+    result = run("-m", "train", "--demo", "-i", "2", "-p", "96", "160", "--encoder_weights",
+                 weights, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs/vm_mobilenet.pth").is_file()
+
+
+def spoil_mask_size(root):
+    Image.new("L", (8, 9)).save(root / "Annotations/480p/dog/00003.png")
+
+
+def spoil_jpeg(root):
+    path = root / "JPEGImages/480p/dog/00003.jpg"
+    path.write_bytes(path.read_bytes()[:900])
+
+
+BAD_FLAGS = [  # arguments, what the line must name
+    (["-d", "nowhere"], ["nowhere", "--demo", "davischallenge"]),
+    (["-q", "yeti"], ["yeti", "--sequences"]),
+    (["-y", "2017"], ["2017", "val.txt"]),
+    (["-o", "none.pth"], ["none.pth", "no such file"]),
+    (["-en", "vgg"], ["--encoder vgg", "contradicts", "mobilenet"]),
+    (["--encoder_weights", "x.pth"], ["--encoder_weights", "contradicts"]),
+    (["-uf", "0"], ["--upsample_factor", "above 0"]),
+    (["-uf", "nan"], ["--upsample_factor", "above 0"]),
+    (["-k", "0"], ["--top_k", "at least 1"]),
+    (["--temperature", "-1"], ["--temperature"]),
+    (["-p", "1", "1"], ["--input_image_shape", "16"]),
+    (["-fg", "2"], ["--fg_thresh", "[0, 1)"]),
+    (["-v"], ["--visualize", "--results_dir"]),
+    (["-c", "gpu"], ["--cuda_device gpu", "cpu"]),
+    (["-c", "99"], ["--cuda_device 99", "-c cpu"]),
+    (["-m", "train", "-vs", "1"], ["--validation_size"]),
+    (["-m", "train", "-q", "ant"], ["two sequences"]),
+    (["-m", "train", "-b", "0"], ["--batch_size"]),
+    (["-m", "train", "-l", "0"], ["--learning_rate"]),
+]
+
+
+@pytest.mark.parametrize("arguments, words", BAD_FLAGS, ids=lambda x: " ".join(x))
+def test_bad_flags_get_one_line(arguments, words, davis_2016, checkpoint, capsys):
+    assert main.main(["-m", "eval", "-d", str(davis_2016), "-o", str(checkpoint), *arguments]) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+BAD_DATA = [
+    (lambda root: (root / "Annotations/480p/dog/00003.png").unlink(), ["dog/00003.png", "mask"]),
+    (lambda root: (root / "JPEGImages/480p/dog/00003.jpg").write_bytes(b""), ["dog/00003.jpg"]),
+    (spoil_mask_size, ["dog/00003.png", "8x9", "80x48"]),
+    (spoil_jpeg, ["dog/00003.jpg", "can't be read"]),
+]
+
+
+@pytest.mark.parametrize("spoil, words", BAD_DATA)
+def test_bad_data_get_one_line(spoil, words, davis_2016, checkpoint, capsys):
+    spoil(davis_2016)
+    assert main.main(["-m", "eval", "-d", str(davis_2016), "-o", str(checkpoint)]) == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_a_broken_frame_met_by_a_loading_worker_gets_one_line(tmp_path, weights, capsys):
+    root = tmp_path / "broken"
+    for name in ("ant", "bee"):
+        write_sequence(root, name)
+        for frame in (root / "JPEGImages/480p" / name).glob("0000[1-5].jpg"):
+            frame.write_bytes(frame.read_bytes()[:900])
+    write_list(root, "2016", "train", ["ant", "bee"])
+    arguments = ["-m", "train", "-d", root, "-p", "64", "96", "--encoder_weights", weights,
+                 "-s", tmp_path / "vm.pth", "--workers", "1"]
+    assert main.main([str(a) for a in arguments]) == 2
+    assert_one_line(capsys.readouterr().err, [".jpg", "can't be read"])
+
+
+def assert_one_line(printed, words):
+    errors = [line for line in printed.splitlines() if "error" in line]
+    assert len(errors) == 1 and "Traceback" not in printed, printed
+    for word in words:
+        assert word in errors[0]
+
+
+def test_no_traceback_from_the_real_command(tmp_path):
+    result = run("-d", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
+
+
+def test_help_names_every_published_flag():
+    text = run("-h", cwd=ROOT).stdout
+    for flag in ("--dataset", "-d", "--year", "-y", "--set", "-t", "--sequences", "-q",
+                 "--no-shuffle", "-u", "--mode", "-m", "--cuda_device", "-c", "--model_save", "-s",
+                 "--model_load", "-o", "--batch_size", "-b", "--epochs", "-e", "--iters", "-i",
+                 "--no-augment", "-a", "--learning_rate", "-l", "--weight_decay", "-w",
+                 "--validation_size", "-vs", "--loss_function", "-lf", "--input_image_shape", "-p",
+                 "--segmentation_shape", "-g", "--leave_outliers", "-ro", "--fg_thresh", "-fg",
+                 "--encoder", "-en", "--upsample_factor", "-uf", "--val_report", "-r",
+                 "--visualize", "-v", "--results_dir", "-j", "--logger", "-f",
+                 "--loss_visualization", "-x"):
+        assert re.search(rf"{flag}[ ,\n]", text), flag

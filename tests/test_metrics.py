@@ -1,0 +1,209 @@
+"""The measures by hand, by naive formulas, and against vos-benchmark."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from vos_benchmark.evaluator import Evaluator
+
+import davis
+import metrics
+
+EMPTY, FULL = np.zeros((9, 12), bool), np.ones((9, 12), bool)
+SQUARE = EMPTY.copy()
+SQUARE[2:6, 3:8] = True
+
+
+def reference_means(pairs) -> dict[int, tuple[float, float]]:
+    """vos-benchmark's mean J and F of each object over (prediction, truth) masks of ids."""
+    evaluator = Evaluator()
+    for prediction, truth in pairs:
+        evaluator.feed_frame(prediction, truth)
+    ious, boundary_fs = evaluator.conclude()
+    return {i: (ious[i] / 100, boundary_fs[i] / 100) for i in ious}
+
+
+def blobs(rng, shape: tuple[int, int], share: float, similarity: float):
+    """Two alike random masks: smoothed noise, the highest `share` of its values."""
+    common, *own = (cv2.GaussianBlur(rng.normal(size=shape), (0, 0), max(shape) / 15)
+                    for _ in range(3))
+    fields = (similarity * common + (1 - similarity) * field for field in own)
+    return tuple(field >= np.quantile(field, 1 - share) for field in fields)
+
+
+@pytest.mark.parametrize("prediction, truth, expected", [
+    ([1, 1, 0, 0], [1, 1, 0, 0], 1),
+    ([1, 1, 0, 0], [0, 1, 1, 0], 1 / 3),
+    ([1, 1, 1, 1], [1, 0, 0, 0], 1 / 4),
+    ([1, 1, 0, 0], [0, 0, 1, 1], 0),
+    ([0, 0, 0, 0], [0, 0, 1, 0], 0),
+    ([0, 1, 0, 0], [0, 0, 0, 0], 0),
+    ([0, 0, 0, 0], [0, 0, 0, 0], 1),
+])
+def test_jaccard_by_hand(prediction, truth, expected):
+    prediction, truth = (np.array(m, bool).reshape(2, 2) for m in (prediction, truth))
+    assert metrics.jaccard(prediction, truth) == expected
+
+
+def naive_boundary(mask: np.ndarray) -> np.ndarray:
+    height, width = mask.shape
+    result = np.zeros(mask.shape, np.uint8)
+    for y in range(height):
+        for x in range(width):
+            neighbours = []
+            if x < width - 1:
+                neighbours.append(mask[y, x + 1])
+            if y < height - 1:
+                neighbours.append(mask[y + 1, x])
+            if x < width - 1 and y < height - 1:
+                neighbours.append(mask[y + 1, x + 1])
+            result[y, x] = any(mask[y, x] != other for other in neighbours)
+    return result
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 2), (9, 12), (15, 11)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_boundary_is_where_east_south_or_south_east_differ(shape, share):
+    rng = np.random.default_rng(5)
+    for _ in range(10):
+        mask = rng.random(shape) < share
+        np.testing.assert_array_equal(metrics.boundary(mask), naive_boundary(mask))
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (64, 64), (131, 214), (1, 40), (241, 427)])
+@pytest.mark.parametrize("share", [0.002, 0.05, 0.3, 0.9])
+@pytest.mark.parametrize("similarity", [0.0, 0.5, 0.9])
+def test_both_measures_agree_with_vos_benchmark_on_blobs(shape, share, similarity):
+    rng = np.random.default_rng(7)
+    for _ in range(2 if shape[0] > 200 else 6):
+        prediction, truth = blobs(rng, shape, share, similarity)
+        (expected,) = reference_means([(prediction.astype(np.uint8), truth.astype(np.uint8))]
+                                      ).values()
+        found = metrics.jaccard(prediction, truth), metrics.boundary_f(prediction, truth)
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("distance", range(5))
+def test_a_boundary_is_found_within_the_tolerance_only(distance):
+    truth, prediction = np.zeros((2, 150, 200), bool)  # 0.008 * 250 = 2 pixels
+    truth[:, :100] = True
+    prediction[:, :100 + distance] = True
+    assert metrics.boundary_f(prediction, truth) == (1.0 if distance <= 2 else 0.0)
+
+
+@pytest.mark.parametrize("prediction, truth, expected", [
+    (EMPTY, SQUARE, 0), (SQUARE, EMPTY, 0), (EMPTY, EMPTY, 1), (SQUARE, SQUARE, 1),
+    (FULL, SQUARE, 0), (SQUARE, FULL, 0), (FULL, FULL, 1)])
+def test_f_of_masks_without_boundary(prediction, truth, expected):
+    assert metrics.boundary_f(prediction, truth) == expected
+
+
+SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=12)
+MASK_PAIRS = SHAPES.flatmap(lambda s: st.tuples(hnp.arrays(bool, s), hnp.arrays(bool, s)))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(MASK_PAIRS)
+def test_measures_are_symmetric_bounded_and_one_for_equal_masks(pair):
+    a, b = pair
+    for measure in (metrics.jaccard, metrics.boundary_f):
+        assert measure(a, b) == pytest.approx(measure(b, a), abs=1e-12)
+        assert 0 <= measure(a, b) <= 1 + 1e-12
+        assert measure(a, a) == 1
+    assert (metrics.jaccard(a, b) == 1) == np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("values, first, last", [
+    ([0.9, 0.7, 0.5, 0.1], [0.9, 0.7], [0.5, 0.1]),
+    ([1.0, 0.8, 0.6, 0.4, 0.3], [1.0, 0.8], [0.4, 0.3]),
+    # quarters end at frames 2.5 and 5.5, both rounded up
+    ([0.9, 0.8, 0.1, 0.5, 0.7, 0.2, 0.3], [0.9, 0.8, 0.1], [0.2, 0.3]),
+    ([0.9, 0.8, 0.7, 0.1, 0.2, 0.3, 0.4, 0.6, 0.5, 0.1], [0.9, 0.8, 0.7], [0.6, 0.5, 0.1]),
+    ([0.1, 0.2, 0.6, 0.9], [0.1, 0.2], [0.6, 0.9]),
+    ([0.7], [0.7], [0.7]),
+])
+def test_statistics_by_hand(values, first, last):
+    mean, recall, decay = metrics.statistics(values)
+    assert mean == pytest.approx(sum(values) / len(values))
+    assert recall == pytest.approx(sum(value > 0.5 for value in values) / len(values))
+    assert decay == pytest.approx(sum(first) / len(first) - sum(last) / len(last))
+
+
+def test_recall_is_strictly_above_one_half():
+    assert metrics.statistics([0.5, 0.5, 0.5, 0.5 + 1e-9])[1] == 0.25
+
+
+@pytest.mark.parametrize("n", [255, 257, 600, 1025])  # an 8-bit index would wrap
+def test_decay_of_a_long_sequence(n):
+    values = np.random.default_rng(n).random(n).tolist()
+    ids = [round(1 + (n - 1) * quarter / 4 + 1e-10) - 1 for quarter in range(5)]
+    first, last = values[ids[0]:ids[1] + 1], values[ids[3]:ids[4] + 1]
+    expected = sum(first) / len(first) - sum(last) / len(last)
+    assert metrics.statistics(values)[2] == pytest.approx(expected, abs=1e-12)
+
+
+def two_object_frames(count: int):
+    """(prediction, truth) of id masks: objects 1 and 3, the prediction lags and has a stray 2."""
+    for step in range(count):
+        masks = []
+        for shift in (step, 2 * step):
+            mask = np.zeros((60, 90), np.uint8)
+            mask[5:30, 4 + shift:34 + shift] = 1
+            mask[25:50, 40:60 + shift] = 3
+            masks.append(mask)
+        masks[0][55:, :5] = 2
+        yield tuple(masks)
+
+
+def test_sequence_score_of_two_objects_agrees_with_vos_benchmark():
+    frames = list(two_object_frames(6))
+    score = metrics.SequenceScore([1, 3])
+    for prediction, truth in frames:
+        score.feed(prediction, truth)
+    table, expected = score.conclude(), reference_means(frames)
+    assert list(table) == [1, 3] and expected[1] != expected[3]
+    for object_id, row in table.items():
+        assert list(row) == list(metrics.MEASURES)
+        j, f = expected[object_id]
+        assert (row["J-Mean"], row["F-Mean"]) == pytest.approx((j, f), abs=1e-9)
+        assert row["J&F-Mean"] == pytest.approx((j + f) / 2, abs=1e-9)
+
+
+def test_sequence_score_by_hand():
+    """J over four frames: 1, 1/2, 0, 0; the strip's F likewise falls from 1 to 0."""
+    truth = np.zeros((20, 40), np.uint8)
+    truth[:, 10:20] = 4
+    score = metrics.SequenceScore([4])
+    for start, stop in ((10, 20), (10, 15), (30, 40), (30, 40)):
+        prediction = np.zeros_like(truth)
+        prediction[:, start:stop] = 4
+        score.feed(prediction, truth)
+    row = score.conclude()[4]
+    # in the second frame one of two edges is found, and the found one is one of two
+    expected = {"J-Mean": 1.5 / 4, "J-Recall": 1 / 4, "J-Decay": 0.75,
+                "F-Mean": 1.5 / 4, "F-Recall": 1 / 4, "F-Decay": 0.75, "J&F-Mean": 1.5 / 4}
+    assert row == pytest.approx(expected, abs=1e-12)
+
+
+def test_average_is_the_plain_mean_of_each_measure():
+    rows = [dict.fromkeys(metrics.MEASURES, value) | {"J-Decay": -value}
+            for value in (0.2, 0.4, 0.9)]
+    assert metrics.average(rows) == pytest.approx(
+        dict.fromkeys(metrics.MEASURES, 0.5) | {"J-Decay": -0.5})
+
+
+@pytest.mark.parametrize("shift", [(0, 3), (4, -11)])
+def test_real_masks_agree_with_vos_benchmark(davis_dir, shift):
+    """bmx-bumps, of which some masks are empty; the prediction is the truth shifted."""
+    (sequence,) = davis.Davis(davis_dir, names=["bmx-bumps"])
+    truths = [sequence.mask(frame) for frame in (0, 10, 30, 59, 60, 80)]
+    assert [truth.any() for truth in truths] == [True] * 4 + [False, True]
+    pairs = [(np.roll(truth, shift, (0, 1)), truth) for truth in truths]
+    score = metrics.SequenceScore([1])
+    for pair in pairs:
+        score.feed(*pair)
+    row = score.conclude()[1]
+    assert (row["J-Mean"], row["F-Mean"]) == pytest.approx(reference_means(pairs)[1], abs=1e-9)
+    assert row["J-Mean"] < 0.9

@@ -1,0 +1,145 @@
+"""Losses by hand; the loop on a small drawn data set."""
+
+import json
+import math
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from davis import Davis, Pairs, split
+from preprocess import Augment
+from videomatch import SHIPPED, VideoMatch
+
+P = torch.tensor([[[0.9, 0.2], [0.4, 0.6]]])
+T = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+
+
+def test_dice_by_hand():
+    intersection, total = 0.9 + 0.6, (0.9 + 0.2 + 0.4 + 0.6) + 2
+    assert train.dice(P, T).item() == pytest.approx(1 - (2 * intersection + 1) / (total + 1))
+
+
+def test_dice_is_averaged_over_the_batch():
+    both = train.dice(torch.cat([P, T]), torch.cat([T, T]))
+    assert both.item() == pytest.approx((train.dice(P, T).item() + 0) / 2)
+
+
+def test_bce_by_hand():
+    by_hand = -(math.log(0.9) + math.log(0.8) + math.log(0.6) + math.log(0.6)) / 4
+    assert train.bce(P, T).item() == pytest.approx(by_hand)
+
+
+def test_balanced_bce_by_hand():
+    target = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])  # a quarter is foreground
+    by_hand = -(0.75 * math.log(0.9) + 0.25 * (math.log(0.8) + math.log(0.6) + math.log(0.4))) / 4
+    assert train.balanced_bce(P, target).item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("name", train.LOSSES)
+def test_losses_stay_finite_at_certainty(name):
+    probability = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], requires_grad=True)
+    loss = train.LOSSES[name](probability, T)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(probability.grad).all()
+
+
+@pytest.fixture
+def options(tmp_path):
+    return train.Options(save=tmp_path / "out" / "vm.pth", shape=(96, 160), iterations=4,
+                         report=2, workers=0, learning_rate=1e-3)
+
+
+@pytest.fixture
+def sequences(davis_2016):
+    return split(Davis(davis_2016).sequences, 0.3, seed=0)
+
+
+def reports(options):
+    return [json.loads(line) for line in
+            options.save.with_suffix(".jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_steps_lower_the_loss(batch_size, sequences):
+    model = VideoMatch.load(SHIPPED["mobilenet"])
+    pairs = Pairs(sequences[0], Augment((96, 160), random=False))
+    batch = [torch.stack(x) for x in zip(*(pairs[i, i] for i in range(batch_size)))]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    losses = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options):
+    options.plot = True
+    best = train.train(model, *sequences, options)
+    lines = reports(options)
+    assert [line["iteration"] for line in lines] == [0, 2, 4]
+    assert best == max(line["held_out_iou"] for line in lines)
+    assert lines[0]["loss"] is None and lines[1]["loss"] > 0
+    loaded = VideoMatch.load(options.save)
+    assert loaded.facts["held_out_iou"] == best
+    assert loaded.facts["held_out"] == [s.name for s in sequences[1]]
+    assert train.validate(loaded, sequences[1], options.shape) == pytest.approx(best)
+    with Image.open(options.save.with_suffix(".png")) as curves:
+        assert curves.size[0] > 300
+
+
+def test_validation_at_the_end_only(model, sequences, options):
+    options.report = -1
+    train.train(model, *sequences, options)
+    assert [line["iteration"] for line in reports(options)] == [0, 4]
+
+
+def test_early_stopping(model, sequences, options, monkeypatch):
+    scores = iter([0.5, 0.4, 0.6, 0.6, 0.3, 0.9])
+    monkeypatch.setattr(train, "validate", lambda *_: next(scores))
+    options.iterations, options.report, options.patience = 20, 1, 2
+    assert train.train(model, *sequences, options) == 0.6
+    assert [line["iteration"] for line in reports(options)] == [0, 1, 2, 3, 4]
+    assert VideoMatch.load(options.save).facts["iteration"] == 2
+
+
+def test_interrupt_finishes_the_iteration_and_saves(model, sequences, options, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    step = train.step
+
+    def interrupted_step(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "step", interrupted_step)
+    options.iterations, options.report = 50, 25
+    train.train(model, *sequences, options)
+    assert [line["iteration"] for line in reports(options)] == [0, 1]
+    assert options.save.is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_same_seed_same_weights(model, sequences, options):
+    def run(workers):
+        torch.manual_seed(0)
+        fresh = VideoMatch(type(model.encoder)("mobilenet", 2.0), top_k=3)
+        options.workers, options.iterations = workers, 2
+        train.train(fresh, *sequences, options)
+        return fresh.state_dict()
+
+    first, second = run(workers=0), run(workers=2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_raises_the_held_out_iou(sequences, options):
+    torch.manual_seed(0)
+    model = VideoMatch.load(SHIPPED["mobilenet"])
+    with torch.no_grad():
+        for weight in model.parameters():  # spoil the trained features
+            weight += 0.4 * weight.std() * torch.randn_like(weight) * (weight.ndim == 4)
+    options.learning_rate, options.iterations, options.report = 3e-4, 30, -1
+    train.train(model, *sequences, options)
+    before, after = (line["held_out_iou"] for line in reports(options))
+    assert after > before + 0.05

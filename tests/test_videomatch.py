@@ -1,0 +1,247 @@
+"""The model: probabilities, outlier removal, batches, checkpoints."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHAPE, draw_frame
+from PIL import Image
+
+import preprocess
+import videomatch
+from encoder import Encoder
+from videomatch import VideoMatch, cell_labels, extrude
+
+
+def frame(step, ids=(1,), scale=1):
+    image, mask = (x.repeat(scale, 0).repeat(scale, 1) for x in draw_frame(step, ids))
+    return preprocess.to_tensor(image), mask
+
+
+def intersection_over_union(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_finds_the_object_in_another_frame(model):
+    model.set_reference(*frame(0, scale=4))
+    test, truth = frame(5, scale=4)
+    found = model.segment(test, remove_outliers=False)
+    assert found.dtype == np.uint8 and set(np.unique(found)) == {0, 1}
+    assert intersection_over_union(found, truth) > 0.5
+
+
+@pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
+def test_probabilities(model, ids):
+    model.set_reference(*frame(0, ids))
+    probabilities = model.predict(frame(1)[0], shape=(30, 50))
+    assert probabilities.shape == (len(ids) + 1, 30, 50)
+    torch.testing.assert_close(probabilities.sum(0), torch.ones(30, 50))
+    assert model.object_ids == list(ids)
+    assert set(np.unique(model.segment(frame(1, ids)[0]))) <= {0, *ids}
+
+
+def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkeypatch):
+    monkeypatch.setattr(videomatch, "soft_match",
+                        lambda query, sets, k: torch.tensor([[0.5], [0.7]]).expand(2, len(query)))
+    model.set_reference(*frame(0))
+    foreground = model.predict(frame(1)[0])[1]
+    expected = 1 / (1 + np.exp(-(0.7 - 0.5) / 0.05))  # 0.982: not shut in below 0.88
+    torch.testing.assert_close(foreground, torch.full(SHAPE, expected, dtype=torch.float32))
+
+
+def test_threshold(model):
+    model.set_reference(*frame(0))
+    foreground = model.predict(frame(1)[0])[1].detach().numpy()
+    for threshold in (0.2, 0.5, 0.9):
+        found = model.segment(frame(1)[0], threshold=threshold, remove_outliers=False)
+        np.testing.assert_array_equal(found == 1, 1 - (1 - foreground) > threshold)
+
+
+def test_batch_equals_single_frames(model):
+    pairs = [(frame(0), frame(3)), (frame(2), frame(5))]
+    single = []
+    for (image, mask), (test, _) in pairs:
+        model.set_reference(image, mask)
+        single.append(model.predict(test))
+    model.set_reference(torch.stack([p[0][0] for p in pairs]),
+                        torch.stack([torch.from_numpy(p[0][1]) for p in pairs]))
+    batch = model.predict(torch.stack([p[1][0] for p in pairs]))
+    torch.testing.assert_close(batch, torch.stack(single), atol=1e-4, rtol=1e-4)
+
+
+def test_errors(model):
+    with pytest.raises(RuntimeError, match="set_reference"):
+        model.predict(frame(0)[0])
+    with pytest.raises(ValueError, match="no object"):
+        model.set_reference(frame(0)[0], np.zeros(SHAPE, np.uint8))
+    for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1}):
+        with pytest.raises(ValueError):
+            VideoMatch(model.encoder, **arguments)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 5, 12.5])
+def test_extrude_is_a_disk_dilation(distance):
+    rng = np.random.default_rng(0)
+    mask = rng.random((37, 53)) > 0.995
+    ys, xs = np.nonzero(mask)
+    y, x = np.mgrid[:37, :53]
+    nearest = np.sqrt((y[..., None] - ys) ** 2 + (x[..., None] - xs) ** 2).min(-1)
+    np.testing.assert_array_equal(extrude(mask, distance), nearest <= distance)
+
+
+def moving_spot(model, monkeypatch, places, size=8, **options):
+    """Segment frames of 60x200 in which probability 1 lies at `places` (x of the left edge)."""
+    shape = (60, 200)
+
+    def picture(spots):
+        mask = np.zeros(shape, np.uint8)
+        for x in spots:
+            mask[20:20 + size, x:x + size] = 1
+        return mask
+
+    masks = iter([picture(spots) for spots in places[1:]])
+
+    def predict(image, shape=None):
+        mask = torch.from_numpy(next(masks)).float()
+        return torch.stack([1 - mask, mask])
+
+    model.set_reference(torch.zeros(3, *shape), picture(places[0]))
+    monkeypatch.setattr(model, "predict", predict)
+    results = [model.segment(torch.zeros(3, *shape), **options) for _ in places[1:]]
+    return [sorted({int(x) // size * size for x in np.nonzero(r)[1]}) for r in results]
+
+
+def test_outliers_are_removed_and_the_object_followed(model, monkeypatch):
+    model.dilation = 20
+    found = moving_spot(model, monkeypatch, [(0,), (8, 160), (24, 160), (40,)])
+    assert found == [[8], [24], [40]]
+
+
+def test_leaving_outliers(model, monkeypatch):
+    model.dilation = 20
+    found = moving_spot(model, monkeypatch, [(0,), (8, 160)], remove_outliers=False)
+    assert found == [[8, 160]]
+
+
+def test_an_object_that_vanished_comes_back_anywhere(model, monkeypatch):
+    model.dilation = 20
+    found = moving_spot(model, monkeypatch, [(0,), (), (), (160,), (168, 0)])
+    assert found == [[], [], [160], [168]]
+
+
+def test_an_object_that_jumped_too_far_is_found_one_frame_later(model, monkeypatch):
+    model.dilation = 20
+    assert moving_spot(model, monkeypatch, [(0,), (160,), (160,)]) == [[], [160]]
+
+
+def test_a_few_stray_pixels_do_not_lock_the_object_out(model, monkeypatch):
+    model.dilation = 5
+    stray = np.zeros((60, 200), np.uint8)
+    stray[50, 5] = 1
+    moving_spot(model, monkeypatch, [(0,), ()], size=16)
+    model._previous = stray
+    probabilities = np.zeros((2, 60, 200), np.float32)
+    probabilities[1, 20:36, 160:176] = 1
+    model._remove_outliers(probabilities)
+    assert probabilities[1, 20:36, 160:176].min() == 1
+
+
+def test_removed_probability_goes_to_the_background(model):
+    model.set_reference(torch.zeros(3, *SHAPE), draw_frame(0, (1, 2))[1])
+    model.dilation = 3
+    probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), SHAPE).transpose(2, 0, 1)
+    before = probabilities.copy()
+    model._remove_outliers(probabilities)
+    np.testing.assert_allclose(probabilities.sum(0), 1)
+    near = extrude(draw_frame(0, (1, 2))[1] == 2, 3)
+    np.testing.assert_array_equal(probabilities[2], np.where(near, before[2], 0))
+
+
+def test_cell_labels_are_nearest_and_keep_tiny_objects():
+    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[:, :, 32:] = 1
+    mask[0, 3, 3] = 2  # no cell's centre
+    labels = cell_labels(mask, (4, 4))[0]
+    expected = torch.tensor([[0, 0, 1, 1]] * 4)
+    expected[0, 0] = 2
+    assert torch.equal(labels, expected)
+
+
+def test_checkpoint_brings_configuration_and_weights(model, tmp_path):
+    model.top_k, model.temperature, model.dilation = 7, 0.1, 33
+    model.save(tmp_path / "new" / "vm.pth", held_out_iou=0.5, held_out=["bear"])
+    loaded = VideoMatch.load(tmp_path / "new" / "vm.pth").eval()
+    assert (loaded.top_k, loaded.temperature, loaded.dilation) == (7, 0.1, 33)
+    assert (loaded.encoder.name, loaded.encoder.upsample_factor) == ("mobilenet", 2.0)
+    assert loaded.facts == {"held_out_iou": 0.5, "held_out": ["bear"]}
+    for m in (model, loaded):
+        m.set_reference(*frame(0))
+    assert torch.equal(model.predict(frame(1)[0]), loaded.predict(frame(1)[0]))
+
+
+class Malicious:
+    def __reduce__(self):
+        return (open, ("ran_code", "w"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", {"model": {}}, [1], Malicious(),
+                                     {"config": {"encoder": "vgg"}, "model": {}, "facts": {}}])
+def test_bad_checkpoints_are_named_and_never_run(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match="bad.pth: not a checkpoint") as caught:
+        VideoMatch.load(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran_code").exists()
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        VideoMatch.load(tmp_path / "none.pth")
+
+
+def test_random_weights_of_the_large_encoders_match_too():
+    for name in ("vgg", "resnet"):
+        torch.manual_seed(0)
+        model = VideoMatch(Encoder(name), top_k=20).eval()
+        model.set_reference(*frame(0, scale=4))
+        test, truth = frame(2, scale=4)
+        assert intersection_over_union(model.segment(test), truth) > 0.5, name
+
+
+def script(*arguments, cwd):
+    return subprocess.run([sys.executable, str(ROOT / "videomatch.py"), *map(str, arguments)],
+                          cwd=cwd, capture_output=True, text=True,
+                          env={"PATH": "", "MPLBACKEND": "agg", "HOME": str(cwd)})
+
+
+def test_script_saves_figures(davis_2016, model, tmp_path):
+    images, masks = (davis_2016 / kind / "480p" / "ant" for kind in ("JPEGImages", "Annotations"))
+    model.save(tmp_path / "vm.pth")
+    run = script(images / "00000.jpg", masks / "00000.png", images / "00001.jpg",
+                 images / "00002.jpg", "-o", tmp_path / "vm.pth", "--save", tmp_path / "figures",
+                 cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for name in ("00001_probabilities.png", "00002_probabilities.png"):
+        assert name in run.stdout
+        picture = np.array(Image.open(tmp_path / "figures" / name).convert("RGB"))
+        assert picture.std() > 20 and min(picture.shape[:2]) > 300
+
+
+def test_script_without_a_display_saves_and_says_where(davis_2016, model, tmp_path):
+    model.save(tmp_path / "vm.pth")
+    image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
+    mask = davis_2016 / "Annotations/480p/ant/00000.png"
+    run = script(image, mask, image, "-o", tmp_path / "vm.pth", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "no display" in run.stdout and (tmp_path / "00000_probabilities.png").is_file()
+
+
+def test_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
+    model.save(tmp_path / "vm.pth")
+    image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
+    run = script(image, tmp_path / "none.png", image, "-o", tmp_path / "vm.pth", cwd=tmp_path)
+    assert run.returncode == 2 and "none.png" in run.stderr and "Traceback" not in run.stderr
