@@ -46,13 +46,18 @@ class Sequence:
 
         Raises:
             FileNotFoundError: a frame without its mask.
-            ValueError: fewer than two frames, or a mask of another size than its frame.
+            ValueError: fewer than three frames, frames of different sizes, or a mask of another
+                size than its frame.
         """
-        if len(self) < 2:
-            raise ValueError(f"sequence {self.name} has {len(self)} frames, expected at least a "
-                             "reference frame and one more")
+        if len(self) < 3:
+            raise ValueError(f"{self.images[0].parent}: {len(self)} frames, expected at least 3, "
+                             "since the first and the last are not scored")
+        first = _size(self.images[0], "a frame")
         for image, mask in zip(self.images, self.masks):
             expected, found = _size(image, "a frame"), _size(mask, f"the mask of {image}")
+            if expected != first:
+                raise ValueError(f"{image}: a frame of {expected[0]}x{expected[1]} pixels, "
+                                 f"expected {first[0]}x{first[1]} as in {self.images[0]}")
             if expected != found:
                 raise ValueError(f"{mask}: a mask of {found[0]}x{found[1]} pixels, expected "
                                  f"{expected[0]}x{expected[1]} as in {image}")
@@ -161,8 +166,6 @@ class Pairs(Dataset):
     Items are four tensors: reference image (3, H, W) and mask (H, W), test image and mask.
     """
 
-    TRIES = 20  # reference frames looked at before one without an object is taken
-
     def __init__(self, sequences: list[Sequence], augment: preprocess.Augment):
         self.frames = [(sequence, i) for sequence in sequences for i in range(len(sequence))]
         self.augment = augment
@@ -183,13 +186,12 @@ class Pairs(Dataset):
 
     def _reference(self, sequence: Sequence, rng) -> tuple[int, np.ndarray, int]:
         """A random frame in which there is an object, its mask, and one of its objects."""
-        for _ in range(self.TRIES):
-            frame = int(rng.integers(len(sequence)))
+        for frame in rng.permutation(len(sequence)).tolist():
             mask = sequence.mask(frame)
             ids = np.unique(mask[mask > 0])
             if len(ids):
                 return frame, mask, int(rng.choice(ids))
-        raise ValueError(f"sequence {sequence.name}: no object found in {self.TRIES} masks")
+        raise ValueError(f"{sequence.masks[0].parent}: no object in any mask")
 
 
 class PairSampler(Sampler):

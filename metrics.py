@@ -31,10 +31,8 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray) -> float:
     count, true_count = cv2.countNonZero(prediction), cv2.countNonZero(truth)
     if count == 0 or true_count == 0:
         return float(count == true_count)
-    # nothing further than the radius from both boundaries can matter
     left, top, width, height = cv2.boundingRect(prediction | truth)
-    window = (slice(max(0, top - radius), top + height + radius),
-              slice(max(0, left - radius), left + width + radius))
+    window = slice(top, top + height), slice(left, left + width)
     prediction, truth = prediction[window], truth[window]
     disk = _disk(radius)
     precision = cv2.countNonZero(prediction & cv2.dilate(truth, disk)) / count

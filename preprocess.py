@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import tv_tensors
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -125,36 +125,38 @@ class Augment:
         random: False resizes to `shape` and changes nothing else.
     """
 
+    SCALE = (0.35, 1.0)  # of a crop's area
     CROPS = 10  # tries at a crop that keeps enough of the object
     KEEP = 0.25  # of the object's share of the frame
 
     def __init__(self, shape: tuple[int, int], random: bool = True):
         self.shape, self.random = tuple(shape), random
         ratio = shape[1] / shape[0]
-        self.geometry = v2.Compose([
-            v2.RandomHorizontalFlip(),
-            v2.RandomResizedCrop(self.shape, scale=(0.35, 1.0), ratio=(ratio * 0.8, ratio * 1.25),
-                                 interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
-        ])
-        self.resize = v2.Resize(self.shape, antialias=True)
+        self.ratio = (ratio * 0.8, ratio * 1.25)
         self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W, 3) uint8 and (H, W) uint8 -> (3, *shape) normalised float32, (*shape) uint8."""
-        pair = (tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)),
-                tv_tensors.Mask(torch.from_numpy(mask)))
-        image, mask = self._random(*pair) if self.random else self.resize(*pair)
-        image = TF.normalize(image.as_subclass(torch.Tensor).float() / 255,
-                             IMAGENET_MEAN, IMAGENET_STD)
-        return image, mask.as_subclass(torch.Tensor)
+        image, mask = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]
+        box = self._box(mask) if self.random else (0, 0, *mask.shape[1:])
+        image = TF.resized_crop(image, *box, list(self.shape), antialias=True)
+        mask = TF.resized_crop(mask, *box, list(self.shape),
+                               interpolation=v2.InterpolationMode.NEAREST_EXACT)
+        if self.random:
+            if torch.rand(()) < 0.5:
+                image, mask = image.flip(-1), mask.flip(-1)
+            image = self.colour(image)
+        return TF.normalize(image.float() / 255, IMAGENET_MEAN, IMAGENET_STD), mask[0]
 
-    def _random(self, image, mask):
+    def _box(self, mask: torch.Tensor) -> tuple[int, int, int, int]:
+        """A random crop (top, left, height, width) that keeps some of the object."""
         share = (mask > 0).float().mean()
         for _ in range(self.CROPS):
-            new_image, new_mask = self.geometry(image, mask)
-            if (new_mask > 0).float().mean() >= self.KEEP * share:
-                return self.colour(new_image), new_mask
-        return self.colour(self.resize(image)), self.resize(mask)
+            top, left, height, width = v1.RandomResizedCrop.get_params(mask, self.SCALE, self.ratio)
+            crop = mask[:, top:top + height, left:left + width]
+            if (crop > 0).float().mean() >= self.KEEP * share:
+                return top, left, height, width
+        return 0, 0, *mask.shape[1:]
 
 
 def main():
@@ -165,18 +167,21 @@ def main():
                         help="write the figure there instead of opening a window")
     args = parser.parse_args()
     try:
-        image, mask = read_image(args.image), read_mask(args.mask)
-        check_same_size(args.image, image, args.mask, mask)
+        preview(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def preview(args: argparse.Namespace) -> None:
+    image, mask = read_image(args.image), read_mask(args.mask)
+    check_same_size(args.image, image, args.mask, mask)
     panels = [("frame and mask", visualize.overlay(image, mask))]
     augment = Augment(image.shape[:2])
     for i in range(5):
         new_image, new_mask = augment(image, mask)
         picture = visualize.overlay(to_image(new_image), new_mask.numpy())
         panels.append((f"augmented {i + 1}", picture))
-    figure = visualize.grid(panels, columns=3)
-    visualize.show_or_save(figure, args.save, default=Path("augmentation.png"))
+    visualize.show_or_save(visualize.grid(panels, columns=3), args.save, Path("augmentation.png"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.nda
         (H, W, 3) uint8 RGB.
     """
     blended = image * (1 - opacity) + PALETTE[mask] * opacity
-    result = np.where(mask[..., None] > 0, blended, image).astype(np.uint8)
+    result = np.where(mask[..., None] > 0, blended, image).astype(np.uint8, order="C")
     for object_id in np.unique(mask[mask > 0]):
         contours, _ = cv2.findContours((mask == object_id).astype(np.uint8), cv2.RETR_CCOMP,
                                        cv2.CHAIN_APPROX_NONE)

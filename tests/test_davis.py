@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE, write_list, write_sequence
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from conftest import SHAPE, write_list, write_sequence
 from davis import Davis, Pairs, PairSampler, Sequence, split
 from preprocess import Augment
 
@@ -33,7 +33,8 @@ def test_sets_of_the_2017_layout_join_without_duplicates(davis_2017, year, set_n
 
 
 @pytest.mark.parametrize("set_name, expected", [
-    ("train", ["ant", "bee", "cat"]), ("val", ["dog"]), ("trainval", ["ant", "bee", "cat", "dog"])])
+    ("train", ["ant", "bee", "cat"]), ("val", ["dog"]),
+    ("trainval", ["ant", "bee", "cat", "dog"])])
 def test_sets_of_the_2016_layout(davis_2016, set_name, expected):
     dataset = Davis(davis_2016, "2016", set_name)
     assert names(dataset) == expected
@@ -88,6 +89,11 @@ def keep_one_frame(root):
         (root / "JPEGImages" / "480p" / "bee" / f"{i:05d}.jpg").unlink()
 
 
+def enlarge_frame(root):
+    Image.new("RGB", (96, 64)).save(root / "JPEGImages" / "480p" / "bee" / "00003.jpg")
+    Image.new("L", (96, 64)).save(annotations(root, "bee") / "00003.png")
+
+
 def remove_frames(root):
     for path in (root / "JPEGImages" / "480p" / "bee").iterdir():
         path.unlink()
@@ -98,6 +104,7 @@ def remove_frames(root):
     (shrink_mask, ValueError, ["bee/00004.png", "40x24", "80x48"]),
     (break_frame, OSError, ["bee/00001.jpg", "frame"]),
     (keep_one_frame, ValueError, ["bee", "1 frame"]),
+    (enlarge_frame, ValueError, ["bee/00003.jpg", "96x64", "80x48"]),
     (remove_frames, FileNotFoundError, ["480p/bee"]),
 ])
 def test_damage_is_named(davis_2016, damage, error, words):

@@ -1,6 +1,7 @@
 """The drawn data set: the same every time, readable, complete, with objects behind trees."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ def one_scene(monkeypatch):
     monkeypatch.setattr(demo, "SCENES", {"train": {"forest": SCENES["forest"]}, "val": {}})
 
 
+@pytest.fixture
+def four_frames(monkeypatch, one_scene):
+    monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=4))
+
+
 def files(root, part: str = "") -> dict:
     return {path.relative_to(root): path for path in sorted((root / part).rglob("*"))
             if path.is_file()}
@@ -35,7 +41,7 @@ def test_drawn_twice_it_has_the_same_bytes(root, tmp_path, one_scene):
             assert first[name].read_bytes() == second[name].read_bytes()
 
 
-def test_data_set_that_is_there_is_not_drawn_again(tmp_path, one_scene):
+def test_data_set_that_is_there_is_not_drawn_again(tmp_path, four_frames):
     root = demo.make(tmp_path / "d")
     before = {path: path.stat().st_mtime_ns for path in files(root).values()}
     (root / "JPEGImages" / "480p" / "forest" / "00003.jpg").write_bytes(b"changed")
@@ -45,7 +51,7 @@ def test_data_set_that_is_there_is_not_drawn_again(tmp_path, one_scene):
 
 
 @pytest.mark.parametrize("stamp", ["0", None])
-def test_older_or_unfinished_data_set_is_drawn_again(tmp_path, one_scene, stamp):
+def test_older_or_unfinished_data_set_is_drawn_again(tmp_path, four_frames, stamp):
     root = demo.make(tmp_path / "d")
     image = root / "JPEGImages" / "480p" / "forest" / "00003.jpg"
     whole = image.read_bytes()

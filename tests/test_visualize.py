@@ -3,10 +3,10 @@
 import cv2
 import numpy as np
 import pytest
+from conftest import draw_frame
 from PIL import Image
 
 import visualize
-from conftest import draw_frame
 
 
 def test_palette_by_hand():
@@ -89,9 +89,9 @@ def test_video_keeps_its_picture_upright(tmp_path):
 
 
 def test_video_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OSError, match="missing"):
-        with visualize.VideoWriter(tmp_path / "missing" / "video.mp4") as video:
-            video.write(draw_frame(0)[0])
+    path = tmp_path / "missing" / "video.mp4"
+    with pytest.raises(OSError, match="missing"), visualize.VideoWriter(path) as video:
+        video.write(draw_frame(0)[0])
 
 
 def test_no_frame_no_file(tmp_path):
