@@ -1,4 +1,4 @@
-"""Truncated ImageNet backbones and the enlargement of their features.
+"""Truncated ImageNet backbones.
 
 VideoMatch compares features, so the backbone stops in the middle of the network, where
 features still know where they are.
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
@@ -56,32 +55,23 @@ class Encoder(nn.Module):
 
     Args:
         name: a key of `BACKBONES`.
-        upsample_factor: bilinear enlargement of the feature grid, > 0. The grid of an
-            (H, W) image is about (H, W) * upsample_factor / stride cells.
 
     The parameters start random; `load_imagenet` or a checkpoint fills them. BatchNorm layers
     always use their stored statistics, in training too: with a batch of one or two frames
     the running statistics would drift.
     """
 
-    def __init__(self, name: str, upsample_factor: float = 1.0):
+    def __init__(self, name: str):
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"unknown encoder {name!r}, expected one of {', '.join(BACKBONES)}")
-        if not upsample_factor > 0:
-            raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
         self.name = name
         self.spec = BACKBONES[name]
-        self.upsample_factor = float(upsample_factor)
         self.backbone = self.spec.build()
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w) enlarged features."""
-        features = self.backbone(image)
-        if self.upsample_factor == 1:
-            return features
-        shape = [max(1, round(side * self.upsample_factor)) for side in features.shape[-2:]]
-        return F.interpolate(features, size=shape, mode="bilinear", align_corners=False)
+        """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w), about H and W / stride."""
+        return self.backbone(image)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -215,12 +215,12 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     if path is not None:
         return configure(load_checkpoint(path, args), args)
     factor, k = MATCHING[name]
-    encoder = Encoder(name, factor)
+    encoder = Encoder(name)
     if args.encoder_weights == "none":
         log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
     else:
         encoder.load_imagenet(args.encoder_weights)
-    return configure(VideoMatch(encoder, k), args)
+    return configure(VideoMatch(encoder, factor, k), args)
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
@@ -238,13 +238,12 @@ def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
 
 def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     """Set what the flags name, move to the device, and say how the model matches."""
-    for owner, name in ((model.encoder, "upsample_factor"), (model, "top_k"),
-                        (model, "temperature"), (model, "dilation")):
+    for name in ("upsample_factor", "top_k", "temperature", "dilation"):
         if getattr(args, name) is not None:
-            setattr(owner, name, getattr(args, name))
+            setattr(model, name, getattr(args, name))
     device = device_of(args.cuda_device)
     log.info("encoder %s, upsample factor %g, K %d, temperature %g, on %s", model.encoder.name,
-             model.encoder.upsample_factor, model.top_k, model.temperature, device)
+             model.upsample_factor, model.top_k, model.temperature, device)
     return model.to(device)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 import preprocess
 import visualize
 from encoder import Encoder
-from matching import soft_match
+from matching import Grid, Reference, soft_match
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
@@ -29,6 +29,7 @@ class VideoMatch(nn.Module):
 
     Args:
         encoder: images to features; see `Encoder`.
+        upsample_factor: bilinear enlargement of the feature grid, > 0.
         top_k: K, how many of the best similarities are averaged (the paper: 20).
         temperature: divides the scores before the softmax. Cosines lie in [-1, 1], so
             without it no probability could leave [0.12, 0.88].
@@ -36,20 +37,22 @@ class VideoMatch(nn.Module):
             previous mask (the paper: 100).
     """
 
-    def __init__(self, encoder: Encoder, top_k: int = 20, temperature: float = 0.05,
-                 dilation: int = 100):
+    def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
+                 temperature: float = 0.05, dilation: int = 100):
         super().__init__()
+        if not upsample_factor > 0:
+            raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
         if top_k < 1:
             raise ValueError(f"top K must be at least 1, got {top_k}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if dilation < 0:
             raise ValueError(f"dilation must not be negative, got {dilation}")
-        self.encoder = encoder
+        self.encoder, self.upsample_factor = encoder, float(upsample_factor)
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
         self.facts: dict = {}
         self.object_ids: list[int] = []
-        self._sets: list[list[torch.Tensor]] = []
+        self._references: list[Reference] = []  # one for each frame of a batch
         self._reference_share: dict[int, float] = {}
         self._previous: np.ndarray | None = None
 
@@ -78,10 +81,17 @@ class VideoMatch(nn.Module):
         if not self.object_ids:
             raise ValueError("the reference mask holds no object: all of its pixels are 0")
         self._reference_share = {i: (mask == i).float().mean().item() for i in self.object_ids}
-        features = self.encoder(image)  # (B, C, h, w)
-        labels = cell_labels(mask, features.shape[-2:])  # (B, h, w)
-        self._sets = [[cells[:, label == i].T for i in (0, *self.object_ids)]
-                      for cells, label in zip(features, labels)]
+        grids = self._grids(image)
+        labels = cell_labels(mask, grids[0].shape)  # (B, h, w)
+        sets = torch.full_like(labels, -1)
+        for i, object_id in enumerate((0, *self.object_ids)):
+            sets[labels == object_id] = i
+        self._references = [Reference([grid], frame_sets, len(self.object_ids) + 1)
+                            for grid, frame_sets in zip(grids, sets)]
+
+    def _grids(self, image: torch.Tensor) -> list[Grid]:
+        """(B, 3, H, W) -> the enlarged feature grid of each frame."""
+        return [Grid(features, self.upsample_factor) for features in self.encoder(image)]
 
     def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.
@@ -94,13 +104,11 @@ class VideoMatch(nn.Module):
             (N+1, H, W) or (B, N+1, H, W) float32 that sum to 1 over the channels: background,
             then `object_ids` in order. Differentiable.
         """
-        if not self._sets:
+        if not self._references:
             raise RuntimeError("predict needs a reference frame: call set_reference first")
         images = image.to(self.device).view(-1, *image.shape[-3:])
-        features = self.encoder(images)  # (B, C, h, w)
-        scores = torch.stack([
-            soft_match(cells.flatten(1).T, sets, self.top_k).view(-1, *cells.shape[1:])
-            for cells, sets in zip(features, self._sets)])  # (B, N+1, h, w)
+        scores = torch.stack([soft_match(grid, reference, self.top_k) for grid, reference
+                              in zip(self._grids(images), self._references)])  # (B, N+1, h, w)
         scores = F.interpolate(scores, size=tuple(shape or image.shape[-2:]), mode="bilinear",
                                align_corners=False)
         probabilities = torch.softmax(scores / self.temperature, dim=1)
@@ -151,7 +159,7 @@ class VideoMatch(nn.Module):
         """
         spec = self.encoder.spec
         config = {"encoder": self.encoder.name, "layer": spec.layer,
-                  "upsample_factor": self.encoder.upsample_factor, "top_k": self.top_k,
+                  "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                   "temperature": self.temperature, "dilation": self.dilation}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +182,7 @@ class VideoMatch(nn.Module):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             config = dict(checkpoint["config"])
-            encoder = Encoder(config.pop("encoder"), config.pop("upsample_factor"))
+            encoder = Encoder(config.pop("encoder"))
             layer = config.pop("layer")
             if layer != encoder.spec.layer:
                 raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")

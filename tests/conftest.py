@@ -80,7 +80,7 @@ def davis_2017(tmp_path) -> Path:
 def model() -> VideoMatch:
     """MobileNetV2 with random weights, the same every time."""
     torch.manual_seed(0)
-    return VideoMatch(Encoder("mobilenet", 2.0), top_k=3).eval()
+    return VideoMatch(Encoder("mobilenet"), 2.0, top_k=3).eval()
 
 
 @pytest.fixture(scope="session")

@@ -64,12 +64,12 @@ def test_training_flags_reach_the_training(davis_2016, weights, tmp_path):
                       "-p", "64", "96", "--encoder_weights", str(weights), "-uf", "1.5", "-k", "4",
                       "--temperature", "0.1", "-w", "1e-4", "--workers", "0"]) == 0
     model = VideoMatch.load(save)
-    assert (model.encoder.upsample_factor, model.top_k, model.temperature) == (1.5, 4, 0.1)
+    assert (model.upsample_factor, model.top_k, model.temperature) == (1.5, 4, 0.1)
     assert len(save.with_suffix(".jsonl").read_text().splitlines()) == 3
 
 
 def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
-    model.encoder.upsample_factor, model.top_k = 1.5, 4
+    model.upsample_factor, model.top_k = 1.5, 4
     model.save(tmp_path / "vm.pth")
     assert main.main(["-m", "eval", "-d", str(davis_2016), "-o", str(tmp_path / "vm.pth")]) == 0
     assert "all" in capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_matching_flags_override_the_checkpoint(checkpoint):
     args = main.parse_args(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
                             "--temperature", "0.2", "--dilation", "7"])
     model = main.build_model(args)
-    assert (model.encoder.upsample_factor, model.top_k) == (4, 9)
+    assert (model.upsample_factor, model.top_k) == (4, 9)
     assert (model.temperature, model.dilation) == (0.2, 7)
 
 

@@ -1,82 +1,153 @@
-"""Soft matching against a dense float64 version."""
+"""Soft matching against a dense float64 version on enlarged features."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import matching
-from matching import soft_match
+from matching import Grid, Reference, soft_match, top_k
 
 
-def dense(query, sets, k):
-    """Every similarity at once, in float64: the definition."""
-    unit = [x.double() / x.double().norm(dim=1, keepdim=True) for x in (query, *sets)]
-    query, sets = unit[0], unit[1:]
+def enlarge(features, shape):
+    """(C, h, w) -> (H*W, C) unit features in float64: the definition."""
+    large = F.interpolate(features[None].double(), size=shape, mode="bilinear",
+                          align_corners=False)[0].flatten(1).T
+    return large / large.norm(dim=1, keepdim=True)
+
+
+def similarities(query, references, labels, shape):
+    """For each set, every similarity in float64."""
+    others, labels = torch.cat([enlarge(r, shape) for r in references]), labels.flatten()
+    return [enlarge(query, shape) @ others[labels == i].T for i in range(int(labels.max()) + 1)]
+
+
+def dense(query, references, labels, k, shape):
     scores = []
-    for features in sets:
-        similarity = query @ features.T
-        best = similarity.sort(dim=1, descending=True).values[:, :min(k, len(features))]
-        scores.append(best.mean(dim=1) if len(features) else torch.full((len(query),), -1.0))
-    return torch.stack(scores).double()
+    for similarity in similarities(query, references, labels, shape):
+        best = similarity.sort(dim=1, descending=True).values[:, :k]
+        scores.append(best.mean(1) if best.shape[1] else torch.full((len(best),), -1.0).double())
+    return torch.stack(scores).view(-1, *shape)
 
 
-CASES = [  # query size, set sizes, channels, K
-    (1, (1, 1), 1, 1), (7, (1, 30), 8, 5), (64, (5, 200), 96, 20), (33, (400, 3), 16, 4),
-    (50, (20, 21, 19, 1), 32, 20), (129, (257, 63), 512, 1), (20, (0, 9), 8, 3),
-    (20, (9, 0), 8, 100),
+def draw(seed, channels, h, w, factor, sets=2, frames=1):
+    """Features of a frame and of reference frames, and random sets; -1 is in none."""
+    generator = torch.Generator().manual_seed(seed)
+    query, *references = torch.randn(1 + frames, channels, h, w, generator=generator)
+    shape = Grid(query, factor).shape
+    return query, references, torch.randint(-1, sets, (frames, *shape), generator=generator)
+
+
+def match(query, references, labels, k, factor):
+    grids = [Grid(features, factor) for features in references]
+    return soft_match(Grid(query, factor), Reference(grids, labels, int(labels.max()) + 1), k)
+
+
+SHAPES = [  # channels, h, w, factor
+    (8, 6, 9, 1), (96, 5, 7, 1.8), (16, 12, 9, 2), (4, 1, 6, 3), (8, 7, 1, 2.5), (6, 5, 6, 2),
+    (32, 10, 17, 4), (8, 9, 11, 0.5), (70, 4, 4, 7.3), (8, 20, 30, 2), (4, 1, 1, 5),
 ]
 
 
-@pytest.mark.parametrize("queries, sizes, channels, k", CASES)
-@pytest.mark.parametrize("chunk", [1, 1000, 1 << 23])
-def test_equals_dense(queries, sizes, channels, k, chunk, monkeypatch):
-    monkeypatch.setattr(matching, "CHUNK_ELEMENTS", chunk)
-    generator = torch.Generator().manual_seed(queries)
-    query = torch.randn(queries, channels, generator=generator)
-    sets = [torch.randn(size, channels, generator=generator) for size in sizes]
-    scores = soft_match(query, sets, k)
-    assert scores.shape == (len(sets), queries)
-    torch.testing.assert_close(scores.double(), dense(query, sets, k), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("channels, h, w, factor", SHAPES)
+@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("chunk", [1, 5000, matching.CHUNK])
+def test_equals_dense(channels, h, w, factor, k, chunk, monkeypatch):
+    monkeypatch.setattr(matching, "CHUNK", chunk)
+    query, references, labels = draw(h, channels, h, w, factor)
+    labels.view(-1)[0] = 1  # the last set is never without a member
+    scores = match(query, references, labels, k, factor)
+    expected = dense(query, references, labels, k, scores.shape[1:])
+    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_equals_dense_on_random_shapes():
     generator = torch.Generator().manual_seed(0)
 
-    def draw(high):
-        return int(torch.randint(1, high, (), generator=generator))
+    def integer(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
 
-    for _ in range(50):
-        channels = draw(64)
-        query = torch.randn(draw(200), channels, generator=generator)
-        sets = [torch.randn(draw(300), channels, generator=generator) for _ in range(1 + draw(4))]
-        k = draw(40)
-        torch.testing.assert_close(soft_match(query, sets, k).double(), dense(query, sets, k),
-                                   atol=1e-5, rtol=0)
+    for seed in range(40):
+        factor = 0.5 + 4 * torch.rand((), generator=generator).item()
+        query, references, labels = draw(seed, integer(8, 64), integer(1, 12), integer(1, 12),
+                                         factor, sets=integer(1, 4), frames=integer(1, 3))
+        labels.view(-1)[0] = max(0, int(labels.max()))
+        k = integer(1, 40)
+        scores = match(query, references, labels, k, factor)
+        expected = dense(query, references, labels, k, scores.shape[1:])
+        torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_equal_dense(monkeypatch):
-    monkeypatch.setattr(matching, "CHUNK_ELEMENTS", 200)
-    generator = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(n, 12, generator=generator) for n in (40, 5, 60)]
-    weights = torch.randn(2, 40, generator=generator)
+@pytest.mark.parametrize("factor", [1, 2.5])
+@pytest.mark.parametrize("sizes", [(1, 50), (50, 1), (0, 7), (3, 0, 60)])
+def test_sets_of_any_size(factor, sizes):
+    query, references, labels = draw(1, 16, 8, 10, factor)
+    order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(2))
+    labels.fill_(-1)
+    for i, part in enumerate(order[:sum(sizes)].split(sizes)):
+        labels.view(-1)[part] = i
+    reference = Reference([Grid(references[0], factor)], labels, len(sizes))
+    scores = soft_match(Grid(query, factor), reference, k=20)
+    for i, size in enumerate(sizes):
+        if not size:
+            assert (scores[i] == -1).all()
+        else:
+            others = enlarge(references[0], scores.shape[1:])[labels.flatten() == i]
+            similarity = enlarge(query, scores.shape[1:]) @ others.T
+            expected = similarity.topk(min(20, size), dim=1).values.mean(1).view(scores.shape[1:])
+            torch.testing.assert_close(scores[i].double(), expected, atol=1e-5, rtol=0)
 
-    def gradients(match, dtype):
-        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
-        (match(leaves[0], leaves[1:], 7) * weights.to(dtype)).sum().backward()
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_positions_are_those_of_the_similarities(factor):
+    query, references, labels = draw(3, 16, 9, 14, factor, frames=2)
+    reference = Reference([Grid(r, factor) for r in references], labels, 2)
+    grid = Grid(query, factor)
+    others = torch.cat([enlarge(r, grid.shape) for r in references])
+    for i, (values, positions) in enumerate(top_k(grid, reference, k=6)):
+        assert values.shape == positions.shape == (grid.shape[0] * grid.shape[1], 6)
+        assert (labels.flatten()[positions] == i).all()
+        assert all(len(set(row)) == 6 for row in positions.tolist())
+        found = torch.einsum("qc,qkc->qk", enlarge(query, grid.shape), others[positions])
+        torch.testing.assert_close(values.double(), found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1, 1.8])
+def test_gradients_equal_dense(factor):
+    query, references, labels = draw(4, 12, 7, 9, factor)
+    shape = Grid(query, factor).shape
+    weights = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
+
+    def gradients(scores_of, dtype):
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (query, *references)]
+        scores = scores_of(leaves[0], leaves[1:])
+        (scores * weights.to(scores.dtype)).sum().backward()
         return [leaf.grad.double() for leaf in leaves]
 
-    for ours, reference in zip(gradients(soft_match, torch.float32),
-                               gradients(dense, torch.float64)):
-        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
+    ours = gradients(lambda q, r: match(q, r, labels, 7, factor), torch.float32)
+    reference = gradients(lambda q, r: dense(q, r, labels, 7, shape), torch.float64)
+    for found, expected in zip(ours, reference):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_feature_of_the_set_scores_one():
-    features = torch.eye(6)
-    scores = soft_match(3 * features, [features[:2], features[2:]], k=1)
-    known = torch.tensor([[1.0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]])
-    torch.testing.assert_close(scores, known)
+def test_block_top_k_finds_what_lies_at_the_end_and_in_one_block():
+    similarity = torch.zeros(3, 1000)
+    similarity[0, 993:] = torch.arange(1.0, 8)  # in the incomplete last block
+    similarity[1, 64:71] = torch.arange(1.0, 8)  # all in one block
+    similarity[2, ::150] = torch.arange(1.0, 8)  # each in another
+    values, columns = matching._block_top_k(similarity, 5)
+    assert values.sort(dim=1).values.tolist() == [[3, 4, 5, 6, 7]] * 3
+    expected = [list(range(995, 1000)), list(range(66, 71)), [300, 450, 600, 750, 900]]
+    assert columns.sort(dim=1).values.tolist() == expected
 
 
 def test_a_small_set_is_not_padded_with_zeros():
-    query = torch.tensor([[1.0, 0.0]])
-    only = torch.tensor([[0.6, 0.8]])
-    assert soft_match(query, [only], k=20).item() == pytest.approx(0.6)
+    query = torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    only = Reference([Grid(torch.tensor([0.6, 0.8]).view(2, 1, 1))], torch.zeros(1, 1, 1), 1)
+    assert soft_match(Grid(query), only, k=20).item() == pytest.approx(0.6)
+
+
+def test_features_of_zeros_score_zero():
+    """Behind a ReLU a cell may hold nothing; its cosine is taken as 0, not as a NaN."""
+    query, references, labels = draw(6, 8, 5, 6, 2)
+    scores = match(torch.zeros_like(query), references, labels, 3, 2)
+    torch.testing.assert_close(scores, torch.zeros_like(scores))

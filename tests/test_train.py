@@ -124,7 +124,7 @@ def test_interrupt_finishes_the_iteration_and_saves(model, sequences, options, m
 def test_same_seed_same_weights(model, sequences, options):
     def run(workers):
         torch.manual_seed(0)
-        fresh = VideoMatch(type(model.encoder)("mobilenet", 2.0), top_k=3)
+        fresh = VideoMatch(type(model.encoder)("mobilenet"), top_k=3)
         options.workers, options.iterations = workers, 2
         train.train(fresh, *sequences, options)
         return fresh.state_dict()

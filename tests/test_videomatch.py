@@ -44,7 +44,8 @@ def test_probabilities(model, ids):
 
 def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkeypatch):
     monkeypatch.setattr(videomatch, "soft_match",
-                        lambda query, sets, k: torch.tensor([[0.5], [0.7]]).expand(2, len(query)))
+                        lambda query, *_: torch.tensor([0.5, 0.7]).view(2, 1, 1).expand(
+                            2, *query.shape))
     model.set_reference(*frame(0))
     foreground = model.predict(frame(1)[0])[1]
     expected = 1 / (1 + np.exp(-(0.7 - 0.5) / 0.05))  # 0.982: not shut in below 0.88
@@ -76,7 +77,8 @@ def test_errors(model):
         model.predict(frame(0)[0])
     with pytest.raises(ValueError, match="no object"):
         model.set_reference(frame(0)[0], np.zeros(SHAPE, np.uint8))
-    for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1}):
+    for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1},
+                      {"upsample_factor": 0}, {"upsample_factor": float("nan")}):
         with pytest.raises(ValueError):
             VideoMatch(model.encoder, **arguments)
 
@@ -174,7 +176,7 @@ def test_checkpoint_brings_configuration_and_weights(model, tmp_path):
     model.save(tmp_path / "new" / "vm.pth", held_out_iou=0.5, held_out=["bear"])
     loaded = VideoMatch.load(tmp_path / "new" / "vm.pth").eval()
     assert (loaded.top_k, loaded.temperature, loaded.dilation) == (7, 0.1, 33)
-    assert (loaded.encoder.name, loaded.encoder.upsample_factor) == ("mobilenet", 2.0)
+    assert (loaded.encoder.name, loaded.upsample_factor) == ("mobilenet", 2.0)
     assert loaded.facts == {"held_out_iou": 0.5, "held_out": ["bear"]}
     for m in (model, loaded):
         m.set_reference(*frame(0))
