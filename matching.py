@@ -3,7 +3,14 @@
 Features lie on a small grid and are compared on an enlarged one. Bilinear enlargement is linear,
 so the similarities of enlarged features are the enlarged similarities of small ones, divided by
 the norms of the enlarged features: with U the (sparse) matrix that enlarges and normalises,
-similarity = U_query (query @ reference.T) U_reference.T. The large matrix exists in chunks only.
+similarity = U_query (query @ reference.T) U_reference.T.
+
+Only the right half of that product, E = (query @ reference.T) U_reference.T, is computed as a
+whole, a row of query cells at a time. The members of a set come in blocks, tiles of the enlarged
+grid. No weight in U_query is negative, so U_query applied to the blocks' maxima in E bounds every
+similarity in a block from above. The blocks with the best bounds are looked into; where the K-th
+best found there is no less than the next bound, nothing better is left, and where it is less, all
+similarities of that position are computed.
 """
 
 import warnings
@@ -15,7 +22,10 @@ import torch.nn.functional as F
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 CHUNK = 1 << 22  # similarities held at a time: 16 MB in float32, about a CPU's cache
-BLOCK = 32  # similarities of which only the largest is looked at first
+TILE = (4, 8)  # positions of the enlarged grid that make a block
+BLOCK = TILE[0] * TILE[1]
+FIRST_BLOCKS = 8  # looked into first, and one more for every two of K
+NOTHING = -1e4  # the similarity of padding
 LOWEST_COSINE = -1.0  # the score of an empty set
 TINY = 1e-12
 
@@ -41,7 +51,7 @@ class Grid:
     def _enlarge(self, features: torch.Tensor) -> torch.Tensor:
         if features.shape[1:] == self.shape:
             return features
-        return F.interpolate(features[None], size=self.shape, mode="bilinear",
+        return F.interpolate(features.contiguous()[None], size=self.shape, mode="bilinear",
                              align_corners=False)[0]
 
     def norms(self) -> torch.Tensor:
@@ -76,22 +86,39 @@ class Reference:
     """
 
     def __init__(self, grids: list[Grid], labels: torch.Tensor, sets: int):
-        labels = labels.flatten()
-        members = [(labels == i).nonzero()[:, 0] for i in range(sets)]
+        self.grids, self.is_small = grids, grids[0].is_small
+        order, labels = _by_tiles(labels), labels.flatten()
+        members = [order[labels[order] == i] for i in range(sets)]
         self.sizes = [len(m) for m in members]
-        self.order = torch.cat(members)  # (R,) position of each member, counted through frames
-        self.is_small = grids[0].is_small
-        self.grids = grids
         with torch.no_grad():
             if self.is_small:
-                self.cells = torch.cat([g.features.flatten(1).T for g in grids])  # (T*h*w, C)
-                corners, weights = grids[0].corners()
-                step = grids[0].features[0].numel()
-                corners = torch.cat([corners + i * step for i in range(len(grids))])
-                weights = torch.cat([weights / g.norms()[:, None] for g in grids])
-                self.enlarge = _sparse(corners[self.order], weights[self.order], len(self.cells))
+                self._gather_small(members)
             else:
+                self.order = torch.cat(members)  # (R,) position of each member, through frames
                 self.features = torch.cat([g.enlarged() for g in grids])[self.order]  # (R, C)
+
+    def _gather_small(self, members: list[torch.Tensor]) -> None:
+        """Sets are padded to whole blocks with members of a cell that is similar to nothing."""
+        members = [F.pad(m, (0, -len(m) % BLOCK), value=-1) for m in members]
+        self.order = torch.cat(members)  # (R,), -1 for padding
+        self.blocks = [len(m) // BLOCK for m in members]
+        self.cells = torch.cat([g.features.flatten(1).T for g in self.grids])  # (T*h*w, C)
+        corners, weights = self.grids[0].corners()
+        step = len(self.cells) // len(self.grids)
+        corners = torch.cat([corners + i * step for i in range(len(self.grids))])
+        weights = torch.cat([weights / g.norms()[:, None] for g in self.grids])
+        corners, weights = corners[self.order], weights[self.order]
+        corners[self.order < 0] = len(self.cells)
+        weights[self.order < 0] = 0.25
+        self.enlarge = _sparse(corners, weights, len(self.cells) + 1)  # (R, T*h*w + 1)
+
+
+def _by_tiles(labels: torch.Tensor) -> torch.Tensor:
+    """(T, H, W) -> (T*H*W,) positions, those of a tile of the grid after each other."""
+    frames, height, width = (torch.arange(n, device=labels.device) for n in labels.shape)
+    tile = (frames[:, None, None] * len(height) + height[:, None] // TILE[0]) * len(width) \
+        + width // TILE[1]
+    return tile.flatten().argsort(stable=True)
 
 
 def _sparse(columns: torch.Tensor, values: torch.Tensor, width: int) -> torch.Tensor:
@@ -133,15 +160,9 @@ def top_k(query: Grid, reference: Reference, k: int) -> list[tuple[torch.Tensor,
         For each set (H*W, K) cosine similarities, in no order, and (H*W, K) positions in the
         reference frames, counted through them; K = min(k, size).
     """
-    chunks = _small_chunks if reference.is_small else _chunks
-    starts = [sum(reference.sizes[:i]) for i in range(len(reference.sizes))]
-    found = [[] for _ in reference.sizes]
-    for similarity in chunks(query, reference):  # (q, R)
-        for i, (start, size) in enumerate(zip(starts, reference.sizes)):
-            found[i].append(_block_top_k(similarity[:, start:start + size], min(k, size)))
-    return [(torch.cat([values for values, _ in parts]),
-             reference.order[torch.cat([columns for _, columns in parts]) + start])
-            for start, parts in zip(starts, found)]
+    search = _search_small if reference.is_small else _search_large
+    parts = list(search(query, reference, k))  # of consecutive positions, for each set
+    return [tuple(torch.cat(tensors) for tensors in zip(*of_set)) for of_set in zip(*parts)]
 
 
 def _block_top_k(similarity: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,34 +186,86 @@ def _block_top_k(similarity: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
     return values, places.gather(1, where)
 
 
-def _chunks(query: Grid, reference: Reference) -> Iterator[torch.Tensor]:
-    """(q, R) similarities of consecutive positions of the frame, by products of large grids."""
-    rows = max(1, CHUNK // max(1, len(reference.features)))
+def _search_large(query: Grid, reference: Reference, k: int) -> Iterator[list]:
+    """The K best by products of enlarged features."""
+    rows = max(1, CHUNK // max(1, len(reference.order)))
+    orders = reference.order.split(reference.sizes)
     for part in query.enlarged().split(rows):
-        yield part @ reference.features.T
+        similarity = (part @ reference.features.T).split(reference.sizes, dim=1)
+        found = [_block_top_k(s, min(k, s.shape[1])) for s in similarity]
+        yield [(values, order[columns]) for (values, columns), order in zip(found, orders)]
 
 
-def _small_chunks(query: Grid, reference: Reference) -> Iterator[torch.Tensor]:
-    """The same from the products of small grids, one row of the enlarged grid after the other."""
+def _search_small(query: Grid, reference: Reference, k: int) -> Iterator[list]:
+    """The same from products of small features, a row of the enlarged grid at a time."""
     channels, h, w = query.features.shape
-    height, width = query.shape
-    members = len(reference.order)
+    members, blocks = len(reference.order), sum(reference.blocks)
     corners, weights = query.corners()
     weights = weights / query.norms()[:, None]
     cells = query.features.permute(1, 2, 0)  # (h, w, C)
-    step = min(width, max(1, CHUNK // max(1, members)))
     # buffers, since a sparse product that makes its own result fills and copies it first
-    column = torch.zeros(members, w)  # a row of cells, enlarged on the reference's side
-    rows = torch.zeros(2, w, members)  # an even and an odd row of cells, the same turned
-    full = torch.zeros(step, members)
+    similarity = torch.full((len(reference.cells) + 1, w), NOTHING)
+    column = torch.zeros(members, w)
+    half = torch.zeros(2, w, members)  # E, for an even and an odd row of cells
+    maxima = torch.zeros(2, w, blocks)
     known = -1
-    for y in range(height):
-        row = slice(y * width, (y + 1) * width)
+    for row in torch.arange(len(corners)).split(query.shape[1]):
         last = int(corners[row, -1].max()) // w
         for i in range(max(known + 1, last - 1), last + 1):
-            column.addmm_(reference.enlarge, reference.cells @ cells[i].T, beta=0)
-            rows[i % 2] = column.T
+            torch.mm(reference.cells, cells[i].T, out=similarity[:-1])
+            column.addmm_(reference.enlarge, similarity, beta=0)
+            half[i % 2] = column.T
+            torch.amax(half[i % 2].unflatten(1, (blocks, BLOCK)), dim=2, out=maxima[i % 2])
         known = last
-        columns = corners[row] // w % 2 * w + corners[row] % w
-        for part, weight in zip(columns.split(step), weights[row].split(step)):
-            yield full[:len(part)].addmm_(_sparse(part, weight, 2 * w), rows.flatten(0, 1), beta=0)
+        columns = corners[row] // w % 2 * w + corners[row] % w  # (W, 4) among the 2 * w cells
+        yield _search_row(columns, weights[row], half.flatten(0, 1), maxima.flatten(0, 1),
+                          reference, k)
+
+
+def _search_row(columns: torch.Tensor, weights: torch.Tensor, half: torch.Tensor,
+                maxima: torch.Tensor, reference: Reference, k: int) -> list:
+    """The K best of each set for a row of positions between (W, 4) columns of E."""
+    bounds = _sparse(columns, weights, len(maxima)) @ maxima  # (W, blocks)
+    blocks = half.view(-1, BLOCK)  # those of the first cell, of the second, ...
+    starts = columns * maxima.shape[1]  # (W, 4)
+    found = []
+    for bound, size, order in zip(bounds.split(reference.blocks, dim=1), reference.sizes,
+                                  reference.order.split([n * BLOCK for n in reference.blocks])):
+        values, members = _search_blocks(bound, blocks, starts, weights, min(k, size))
+        found.append((values, order[members]))
+        starts = starts + bound.shape[1]
+    return found
+
+
+def _search_blocks(bound: torch.Tensor, blocks: torch.Tensor, starts: torch.Tensor,
+                   weights: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best members of a set, looking into more blocks where the first ones don't settle it.
+
+    Args:
+        bound: (W, n) an upper bound of the similarities in each block of the set.
+        blocks: (m, BLOCK) of E.
+        starts: (W, 4) the set's first block at each of the four corners of a position.
+        weights: (W, 4) of the corners.
+
+    Returns:
+        (W, k) similarities and (W, k) members, counted from the set's first.
+    """
+    values = bound.new_empty(len(bound), k)
+    members = starts.new_empty(len(bound), k)
+    open_, count, everything = torch.arange(len(bound)), FIRST_BLOCKS + k // 2, bound.shape[1]
+    while len(open_):
+        count = min(count, everything)
+        unsettled = []
+        for part in open_.split(max(1, CHUNK // max(1, 4 * count * BLOCK))):
+            best = bound[part].topk(min(count + 1, everything), dim=1)
+            chosen = best.indices[:, :count]  # (w, count)
+            rows = starts[part][..., None] + chosen[:, None]  # (w, 4, count)
+            corners = blocks.index_select(0, rows.flatten()).view(len(part), 4, count * BLOCK)
+            similarity = torch.bmm(weights[part][:, None], corners)[:, 0]
+            values[part], where = similarity.topk(k, dim=1)
+            members[part] = chosen.gather(1, where // BLOCK) * BLOCK + where % BLOCK
+            if count < everything:
+                unsettled.append(part[values[part, -1] < best.values[:, -1]])
+        open_ = torch.cat(unsettled) if unsettled else open_[:0]
+        count *= 4
+    return values, members

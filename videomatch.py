@@ -86,7 +86,7 @@ class VideoMatch(nn.Module):
         sets = torch.full_like(labels, -1)
         for i, object_id in enumerate((0, *self.object_ids)):
             sets[labels == object_id] = i
-        self._references = [Reference([grid], frame_sets, len(self.object_ids) + 1)
+        self._references = [Reference([grid], frame_sets[None], len(self.object_ids) + 1)
                             for grid, frame_sets in zip(grids, sets)]
 
     def _grids(self, image: torch.Tensor) -> list[Grid]:

@@ -111,6 +111,18 @@ def test_positions_are_those_of_the_similarities(factor):
         torch.testing.assert_close(values.double(), found, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("first", [1, 3, 1000])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_exact_however_many_blocks_are_looked_into_first(first, smooth, monkeypatch):
+    monkeypatch.setattr(matching, "FIRST_BLOCKS", first)
+    query, references, labels = draw(7, 24, 18, 26, 2.5, sets=1)
+    if smooth:  # features that hardly differ, as behind random weights
+        query, references = query * 0.01 + 1, [r * 0.01 + 1 for r in references]
+    scores = match(query, references, labels, 2, 2.5)
+    expected = dense(query, references, labels, 2, scores.shape[1:])
+    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("factor", [1, 1.8])
 def test_gradients_equal_dense(factor):
     query, references, labels = draw(4, 12, 7, 9, factor)
