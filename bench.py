@@ -41,9 +41,12 @@ def dense_match(query: torch.Tensor, reference: torch.Tensor, labels: torch.Tens
              for x in (query, reference)]
     query, reference = (F.normalize(x.flatten(1).T, dim=1) for x in large)
     similarity = query @ reference.T
-    return torch.stack([
-        similarity.masked_fill(labels.flatten() != i, -1).topk(k, dim=1).values.mean(dim=1)
-        for i in (0, 1)]).view(2, *shape)
+    scores = []
+    for i in (0, 1):
+        members = labels.flatten() == i
+        masked = similarity.masked_fill(~members, -1)
+        scores.append(masked.topk(min(k, int(members.sum())), dim=1).values.mean(dim=1))
+    return torch.stack(scores).view(2, *shape)
 
 
 def seconds(run: Callable, device: torch.device) -> float:
