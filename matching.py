@@ -25,7 +25,7 @@ CHUNK = 1 << 22  # similarities held at a time: 16 MB in float32, about a CPU's 
 TILE = (4, 8)  # positions of the enlarged grid that make a block
 BLOCK = TILE[0] * TILE[1]
 FIRST_BLOCKS = 8  # looked into first, and one more for every two of K
-NOTHING = -1e4  # the similarity of padding
+NOTHING = -1e20  # the similarity of padding
 LOWEST_COSINE = -1.0  # the score of an empty set
 TINY = 1e-12
 

@@ -37,9 +37,11 @@ def draw(seed, channels, h, w, factor, sets=2, frames=1):
     return query, references, torch.randint(-1, sets, (frames, *shape), generator=generator)
 
 
-def match(query, references, labels, k, factor):
-    grids = [Grid(features, factor) for features in references]
-    return soft_match(Grid(query, factor), Reference(grids, labels, int(labels.max()) + 1), k)
+def match(query, references, labels, k, factor, enlarge_first=False):
+    query, *grids = [Grid(features, factor) for features in (query, *references)]
+    for grid in (query, *grids):
+        grid.is_small = grid.is_small and not enlarge_first  # False is the road of a GPU
+    return soft_match(query, Reference(grids, labels, int(labels.max()) + 1), k)
 
 
 SHAPES = [  # channels, h, w, factor
@@ -60,7 +62,8 @@ def test_equals_dense(channels, h, w, factor, k, chunk, monkeypatch):
     torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_equals_dense_on_random_shapes():
+@pytest.mark.parametrize("enlarge_first", [False, True])
+def test_equals_dense_on_random_shapes(enlarge_first):
     generator = torch.Generator().manual_seed(0)
 
     def integer(low, high):
@@ -72,7 +75,7 @@ def test_equals_dense_on_random_shapes():
                                          factor, sets=integer(1, 4), frames=integer(1, 3))
         labels.view(-1)[0] = max(0, int(labels.max()))
         k = integer(1, 40)
-        scores = match(query, references, labels, k, factor)
+        scores = match(query, references, labels, k, factor, enlarge_first)
         expected = dense(query, references, labels, k, scores.shape[1:])
         torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
@@ -163,3 +166,21 @@ def test_features_of_zeros_score_zero():
     query, references, labels = draw(6, 8, 5, 6, 2)
     scores = match(torch.zeros_like(query), references, labels, 3, 2)
     torch.testing.assert_close(scores, torch.zeros_like(scores))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scale_of_the_features_does_not_matter(scale):
+    query, references, labels = draw(8, 8, 5, 6, 2)
+    scores = match(query * scale, [r * scale for r in references], labels, 40, 2)
+    expected = dense(query, references, labels, 40, scores.shape[1:])
+    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_padding_is_never_found():
+    """Even where every member of a set is as unlike the frame as can be."""
+    features = torch.full((4, 5, 6), 1e6)
+    grids = [Grid(features, 2), Grid(-features, 2)]
+    reference = Reference([grids[1]], torch.zeros(1, 10, 12), sets=1)
+    (values, positions), = top_k(grids[0], reference, k=120)
+    torch.testing.assert_close(values, -torch.ones(120, 120))
+    assert positions.sort(dim=1).values.tolist() == [list(range(120))] * 120
