@@ -278,7 +278,9 @@ def run_train(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     sequences = data(args).sequences
     torch.manual_seed(args.seed)
-    evaluate.evaluate(build_model(args), sequences, evaluate.Options(
+    model = build_model(args)
+    model.encoder.fold_batchnorm()
+    evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
         input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,

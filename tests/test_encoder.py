@@ -47,6 +47,22 @@ def test_batchnorm_statistics_stay_frozen_in_training(name):
     assert before and all(torch.equal(encoder.state_dict()[k], v) for k, v in before.items())
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_batchnorm_gives_the_same_features(name):
+    torch.manual_seed(2)
+    encoder = Encoder(name).eval()
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        before = encoder(image)
+        after = encoder.fold_batchnorm()(image)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
+
+
 def test_weights_come_from_the_cache_of_torch_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     net, _ = whole_network("mobilenet")
