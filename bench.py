@@ -107,9 +107,9 @@ def inputs(name: str, shape: tuple[int, int], device: torch.device):
     return features, mask, encoding
 
 
-def measure(name: str, factor: float, args, device, floor_rates) -> dict:
-    """One row of the table."""
-    (reference, query), mask, encoding = inputs(name, tuple(args.shape), device)
+def measure(name: str, factor: float, frames, repeats: int, device, floor_rates) -> dict:
+    """One row of the table; `frames` come from `inputs`."""
+    (reference, query), mask, encoding = frames
     k = MATCHING[name][1]
     grid = Grid(reference, factor)
     labels = cell_labels(mask, grid.shape)
@@ -121,7 +121,7 @@ def measure(name: str, factor: float, args, device, floor_rates) -> dict:
            "cells": list(query.shape[1:]), "grid": list(grid.shape), "encoder_seconds": encoding}
     memory = {which: peak_memory(run, device) for which, run in runs.items()}
     times = {which: [] for which in runs}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         for which, run in runs.items():
             times[which].append(seconds(run, device))
     for which in runs:
@@ -177,8 +177,9 @@ def main() -> int:
           f"{'toolkit: s a frame, peak MB':>32} {'faster':>6} {'floor':>6}")
     rows = []
     for name in args.encoder:
+        frames = inputs(name, tuple(args.shape), device)
         for factor in args.upsample_factor:
-            rows.append(measure(name, factor, args, device, floor_rates))
+            rows.append(measure(name, factor, frames, args.repeats, device, floor_rates))
             print(line(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "device": str(device),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 import preprocess
@@ -52,25 +51,12 @@ class Sequence:
         if len(self) < 3:
             raise ValueError(f"{self.images[0].parent}: {len(self)} frames, expected at least 3, "
                              "since the first and the last are not scored")
-        first = _size(self.images[0], "a frame")
+        first = preprocess.image_shape(self.images[0], "a frame")
         for image, mask in zip(self.images, self.masks):
-            expected, found = _size(image, "a frame"), _size(mask, f"the mask of {image}")
-            if expected != first:
-                raise ValueError(f"{image}: a frame of {expected[0]}x{expected[1]} pixels, "
-                                 f"expected {first[0]}x{first[1]} as in {self.images[0]}")
-            if expected != found:
-                raise ValueError(f"{mask}: a mask of {found[0]}x{found[1]} pixels, expected "
-                                 f"{expected[0]}x{expected[1]} as in {image}")
-
-
-def _size(path: Path, what: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, expected {what}") from None
-    except Exception as error:
-        raise OSError(f"{path}: expected {what}, but it can't be read ({error})") from error
+            shape = preprocess.image_shape(image, "a frame")
+            mask_shape = preprocess.image_shape(mask, f"the mask of {image}")
+            preprocess.check_same_shape(self.images[0], first, image, shape, "a frame")
+            preprocess.check_same_shape(image, shape, mask, mask_shape)
 
 
 class Davis:

@@ -73,11 +73,12 @@ def segment_sequence(model: VideoMatch, sequence: Sequence,
     if not reference.any():
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
-    model.set_reference(preprocess.to_tensor(sequence.image(0), options.input_shape), reference)
+    image = sequence.image(0)
+    model.set_reference(preprocess.to_tensor(image, options.input_shape), reference)
     score = metrics.SequenceScore(model.object_ids)
     scoring = 0.0
     with Writer(sequence, options) as writer:
-        writer.write(0, sequence.image(0), reference)
+        writer.write(0, image, reference)
         for frame in range(1, len(sequence)):
             image = sequence.image(frame)
             mask = segment(model, image, options)
@@ -139,7 +140,8 @@ def score_folder(results: Path, sequences: list[Sequence]) -> Table:
             path = results / sequence.name / sequence.masks[frame].name
             truth = sequence.mask(frame)
             prediction = preprocess.read_mask(path, sequence.single_object)
-            preprocess.check_same_size(sequence.masks[frame], truth, path, prediction)
+            preprocess.check_same_shape(sequence.masks[frame], truth.shape, path,
+                                        prediction.shape)
             score.feed(prediction, truth)
         table |= rows(sequence.name, score)
     return table

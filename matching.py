@@ -9,8 +9,8 @@ Only the right half of that product, E = (query @ reference.T) U_reference.T, is
 whole, a row of query cells at a time. The members of a set come in blocks, tiles of the enlarged
 grid. No weight in U_query is negative, so U_query applied to the blocks' maxima in E bounds every
 similarity in a block from above. The blocks with the best bounds are looked into; where the K-th
-best found there is no less than the next bound, nothing better is left, and where it is less, all
-similarities of that position are computed.
+best found there is no less than the next bound, nothing better is left, and where it is less, four
+times as many are looked into.
 """
 
 import warnings
@@ -88,28 +88,29 @@ class Reference:
     def __init__(self, grids: list[Grid], labels: torch.Tensor, sets: int):
         self.grids, self.is_small = grids, grids[0].is_small
         order, labels = _by_tiles(labels), labels.flatten()
-        members = [order[labels[order] == i] for i in range(sets)]
-        self.sizes = [len(m) for m in members]
+        # of each set, the positions counted through the frames
+        self.members = [order[labels[order] == i] for i in range(sets)]
+        self.sizes = [len(m) for m in self.members]
         with torch.no_grad():
             if self.is_small:
-                self._gather_small(members)
+                self._gather_small()
             else:
-                self.order = torch.cat(members)  # (R,) position of each member, through frames
-                self.features = torch.cat([g.enlarged() for g in grids])[self.order]  # (R, C)
+                order = torch.cat(self.members)
+                self.features = torch.cat([g.enlarged() for g in grids])[order]  # (R, C)
 
-    def _gather_small(self, members: list[torch.Tensor]) -> None:
+    def _gather_small(self) -> None:
         """Sets are padded to whole blocks with members of a cell that is similar to nothing."""
-        members = [F.pad(m, (0, -len(m) % BLOCK), value=-1) for m in members]
-        self.order = torch.cat(members)  # (R,), -1 for padding
-        self.blocks = [len(m) // BLOCK for m in members]
+        self.members = [F.pad(m, (0, -len(m) % BLOCK), value=-1) for m in self.members]
+        self.blocks = [len(m) // BLOCK for m in self.members]
+        order = torch.cat(self.members)  # (R,), -1 for padding
         self.cells = torch.cat([g.features.flatten(1).T for g in self.grids])  # (T*h*w, C)
         corners, weights = self.grids[0].corners()
         step = len(self.cells) // len(self.grids)
         corners = torch.cat([corners + i * step for i in range(len(self.grids))])
         weights = torch.cat([weights / g.norms()[:, None] for g in self.grids])
-        corners, weights = corners[self.order], weights[self.order]
-        corners[self.order < 0] = len(self.cells)
-        weights[self.order < 0] = 0.25
+        corners, weights = corners[order], weights[order]
+        corners[order < 0] = len(self.cells)
+        weights[order < 0] = 0.25
         self.enlarge = _sparse(corners, weights, len(self.cells) + 1)  # (R, T*h*w + 1)
 
 
@@ -188,18 +189,19 @@ def _block_top_k(similarity: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.
 
 def _search_large(query: Grid, reference: Reference, k: int) -> Iterator[list]:
     """The K best by products of enlarged features."""
-    rows = max(1, CHUNK // max(1, len(reference.order)))
-    orders = reference.order.split(reference.sizes)
+    rows = max(1, CHUNK // max(1, len(reference.features)))
     for part in query.enlarged().split(rows):
         similarity = (part @ reference.features.T).split(reference.sizes, dim=1)
         found = [_block_top_k(s, min(k, s.shape[1])) for s in similarity]
-        yield [(values, order[columns]) for (values, columns), order in zip(found, orders)]
+        yield [(values, members[columns])
+               for (values, columns), members in zip(found, reference.members)]
 
 
 def _search_small(query: Grid, reference: Reference, k: int) -> Iterator[list]:
     """The same from products of small features, a row of the enlarged grid at a time."""
-    channels, h, w = query.features.shape
-    members, blocks = len(reference.order), sum(reference.blocks)
+    w = query.features.shape[2]
+    blocks = sum(reference.blocks)
+    members = blocks * BLOCK
     corners, weights = query.corners()
     weights = weights / query.norms()[:, None]
     cells = query.features.permute(1, 2, 0)  # (h, w, C)
@@ -229,10 +231,10 @@ def _search_row(columns: torch.Tensor, weights: torch.Tensor, half: torch.Tensor
     blocks = half.view(-1, BLOCK)  # those of the first cell, of the second, ...
     starts = columns * maxima.shape[1]  # (W, 4)
     found = []
-    for bound, size, order in zip(bounds.split(reference.blocks, dim=1), reference.sizes,
-                                  reference.order.split([n * BLOCK for n in reference.blocks])):
-        values, members = _search_blocks(bound, blocks, starts, weights, min(k, size))
-        found.append((values, order[members]))
+    for bound, size, members in zip(bounds.split(reference.blocks, dim=1), reference.sizes,
+                                    reference.members):
+        values, places = _search_blocks(bound, blocks, starts, weights, min(k, size))
+        found.append((values, members[places]))
         starts = starts + bound.shape[1]
     return found
 

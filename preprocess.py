@@ -5,6 +5,7 @@ Run by itself it previews the augmentation:
 """
 
 import argparse
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -71,22 +72,32 @@ def write_mask(path: str | Path, mask: np.ndarray) -> None:
     image.save(path, format="PNG")
 
 
-def check_same_size(image_path, image: np.ndarray, mask_path, mask: np.ndarray) -> None:
-    """Raise a ValueError that names the mask unless it is as large as its image."""
-    if image.shape[:2] != mask.shape:
-        raise ValueError(f"{mask_path}: a mask of {size_text(mask)} pixels, expected "
-                         f"{size_text(image)} as in {image_path}")
+def image_shape(path: str | Path, what: str) -> tuple[int, int]:
+    """(H, W) of an image file, from its header; raises as `read_image` does."""
+    with _naming(path, what), Image.open(path) as image:
+        return image.height, image.width
 
 
-def size_text(picture: np.ndarray) -> str:
-    return f"{picture.shape[1]}x{picture.shape[0]}"
+def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tuple[int, ...],
+                     what: str = "a mask") -> None:
+    """Raise a ValueError that names `path` unless its (H, W, ...) is that of `expected_path`."""
+    if expected[:2] != shape[:2]:
+        raise ValueError(f"{path}: {what} of {shape[1]}x{shape[0]} pixels, expected "
+                         f"{expected[1]}x{expected[0]} as in {expected_path}")
 
 
 def _open(path: str | Path, what: str) -> Image.Image:
-    try:
+    with _naming(path, what):
         image = Image.open(path)
         image.load()
         return image
+
+
+@contextmanager
+def _naming(path: str | Path, what: str):
+    """Turn whatever Pillow raises into an OSError that names the file and what was expected."""
+    try:
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file, expected {what}") from None
     except Exception as error:
@@ -98,7 +109,12 @@ def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None) -> torch.
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     if shape is not None and tuple(tensor.shape[-2:]) != tuple(shape):
         tensor = TF.resize(tensor, list(shape), antialias=True)
-    return TF.normalize(tensor.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    return _normalize(tensor)
+
+
+def _normalize(image: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) uint8 -> float32, ImageNet-normalised."""
+    return TF.normalize(image.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def to_image(tensor: torch.Tensor) -> np.ndarray:
@@ -146,7 +162,7 @@ class Augment:
             if torch.rand(()) < 0.5:
                 image, mask = image.flip(-1), mask.flip(-1)
             image = self.colour(image)
-        return TF.normalize(image.float() / 255, IMAGENET_MEAN, IMAGENET_STD), mask[0]
+        return _normalize(image), mask[0]
 
     def _box(self, mask: torch.Tensor) -> tuple[int, int, int, int]:
         """A random crop (top, left, height, width) that keeps some of the object."""
@@ -174,7 +190,7 @@ def main():
 
 def preview(args: argparse.Namespace) -> None:
     image, mask = read_image(args.image), read_mask(args.mask)
-    check_same_size(args.image, image, args.mask, mask)
+    check_same_shape(args.image, image.shape, args.mask, mask.shape)
     panels = [("frame and mask", visualize.overlay(image, mask))]
     augment = Augment(image.shape[:2])
     for i in range(5):

@@ -134,10 +134,14 @@ class VideoMatch(nn.Module):
         probabilities = self.predict(image, shape).cpu().numpy()
         if remove_outliers:
             self._remove_outliers(probabilities)
+        self._previous = self.decide(probabilities, threshold)
+        return self._previous
+
+    def decide(self, probabilities: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+        """(N+1, H, W) probabilities -> (H, W) uint8 mask; `threshold` as for `segment`."""
         ids = np.array(self.object_ids, dtype=np.uint8)
         mask = ids[probabilities[1:].argmax(0)]
         mask[probabilities[0] >= 1 - threshold] = 0
-        self._previous = mask
         return mask
 
     def _remove_outliers(self, probabilities: np.ndarray) -> None:
@@ -238,18 +242,16 @@ def main():
 def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
     image, mask = preprocess.read_image(args.reference), preprocess.read_mask(args.mask)
-    preprocess.check_same_size(args.reference, image, args.mask, mask)
+    preprocess.check_same_shape(args.reference, image.shape, args.mask, mask.shape)
     model.set_reference(preprocess.to_tensor(image), mask)
     for path in args.tests:
         test = preprocess.read_image(path)
-        tensor = preprocess.to_tensor(test)
-        probabilities = model.predict(tensor).cpu().numpy()
-        result = model.segment(tensor, remove_outliers=False)
+        probabilities = model.predict(preprocess.to_tensor(test)).cpu().numpy()
         figure = visualize.grid([
             ("reference frame", image), ("reference mask", visualize.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),
             ("background probability", probabilities[0]),
-            ("result", visualize.overlay(test, result))], columns=3)
+            ("result", visualize.overlay(test, model.decide(probabilities)))], columns=3)
         name = f"{path.stem}_probabilities.png"
         visualize.show_or_save(figure, args.save and args.save / name, default=Path(name))
 
