@@ -26,6 +26,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
 # a stride of 16 leaves small objects few cells: enlarge more, average less
 MATCHING = {"vgg": (1.0, 20), "resnet": (1.0, 20), "mobilenet": (2.0, 5)}  # factor, K
 TRAINING_SHAPE = (320, 576)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,6 +127,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dilation", metavar="PIXELS", type=int,
         help="how far is far: lower where look-alikes are near, higher for fast objects "
              "(default: the checkpoint's, else 100)")
+    add("--precision", choices=PRECISIONS,
+        help="of the features and their products; fp32 where a result must repeat exactly "
+             "(default: fp16 on a CUDA device, else fp32)")
     add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
         help="probability from which a pixel is foreground: higher for fewer false positives "
              "(default: 0.5)")
@@ -280,6 +284,8 @@ def run_eval(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args)
     model.encoder.fold_batchnorm()
+    model.precision = PRECISIONS[args.precision or
+                                 ("fp16" if model.device.type == "cuda" else "fp32")]
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,

@@ -6,22 +6,27 @@ the norms of the enlarged features: with U the (sparse) matrix that enlarges and
 similarity = U_query (query @ reference.T) U_reference.T.
 
 Only the right half of that product, E = (query @ reference.T) U_reference.T, is computed as a
-whole, a row of query cells at a time. The members of a set come in blocks, tiles of the enlarged
+whole, a row of query cells at a time, or a part of one, so that memory depends neither on the
+factor nor on the size of the sets. The members of a set come in blocks, tiles of the enlarged
 grid. No weight in U_query is negative, so U_query applied to the blocks' maxima in E bounds every
 similarity in a block from above. The blocks with the best bounds are looked into; where the K-th
-best found there is no less than the next bound, nothing better is left, and where it is less, four
-times as many are looked into.
+best found there is no less than the least of these bounds, nothing better is left, and where it is
+less, four times as many are looked into.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 
+import cv2
 import torch
 import torch.nn.functional as F
 
+import kernel
+
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-CHUNK = 1 << 22  # similarities held at a time: 16 MB in float32, about a CPU's cache
+CHUNK = 9 << 18  # similarities held at a time: 9 MB in float32, a part of a CPU's cache
 TILE = (4, 8)  # positions of the enlarged grid that make a block
 BLOCK = TILE[0] * TILE[1]
 FIRST_BLOCKS = 8  # looked into first, and one more for every two of K
@@ -34,7 +39,8 @@ class Grid:
     """The features of a frame, seen on an enlarged grid.
 
     Args:
-        features: (C, h, w) as the encoder gives them.
+        features: (C, h, w) as the encoder gives them. Products are taken in their precision:
+            float32, bfloat16 or float16.
         factor: bilinear enlargement, > 0; the grid has `shape` (H, W), about (h, w) * factor.
     """
 
@@ -46,7 +52,8 @@ class Grid:
 
     def enlarged(self) -> torch.Tensor:
         """(H*W, C) enlarged unit features. Differentiable."""
-        return F.normalize(self._enlarge(self.features).flatten(1).T, dim=1)
+        large = self._enlarge(self.features.float()).flatten(1).T
+        return F.normalize(large, dim=1).to(self.features.dtype)
 
     def _enlarge(self, features: torch.Tensor) -> torch.Tensor:
         if features.shape[1:] == self.shape:
@@ -56,7 +63,8 @@ class Grid:
 
     def norms(self) -> torch.Tensor:
         """(H*W,) norms of the enlarged features, from a few channels at a time."""
-        squares = sum(self._enlarge(part).square().sum(0) for part in self.features.split(64))
+        squares = sum(self._enlarge(part.float()).square().sum(0)
+                      for part in self.features.split(4))
         return squares.flatten().sqrt_().clamp_(min=TINY)
 
     def corners(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,24 +144,26 @@ def soft_match(query: Grid, reference: Reference, k: int) -> torch.Tensor:
         (sets, H, W) mean of the min(k, size) largest cosine similarities, in [-1, 1]; -1 for an
         empty set. Differentiable in the features of query and reference.
     """
-    found = top_k(query, reference, k)
     if torch.is_grad_enabled() and query.features.requires_grad:
-        scores = _differentiable(query, reference, found)
-    else:
-        scores = [values.mean(1) if values.shape[1] else values.new_full((len(values),),
-                  LOWEST_COSINE) for values, _ in found]
+        return _differentiable(query, reference, top_k(query, reference, k))
+    scores = torch.full((len(reference.sizes), *query.shape), LOWEST_COSINE,
+                        device=query.features.device)
+    for positions, found in _search(query, reference, k):
+        for score, (values, _) in zip(scores.flatten(1), found):
+            if values.shape[1]:
+                score[positions] = values.mean(1)
+    return scores
+
+
+def _differentiable(query: Grid, reference: Reference, found) -> torch.Tensor:
+    """The mean of similarities is the similarity to the mean of the features that were found."""
+    features, others = query.enlarged(), torch.cat([g.enlarged() for g in reference.grids])
+    scores = [(features * F.embedding_bag(positions, others, mode="mean")).sum(1)
+              if positions.shape[1] else features.new_full((len(features),), LOWEST_COSINE)
+              for _, positions in found]
     return torch.stack(scores).view(-1, *query.shape)
 
 
-def _differentiable(query: Grid, reference: Reference, found) -> list[torch.Tensor]:
-    """The mean of similarities is the similarity to the mean of the features that were found."""
-    features, others = query.enlarged(), torch.cat([g.enlarged() for g in reference.grids])
-    return [(features * F.embedding_bag(positions, others, mode="mean")).sum(1)
-            if positions.shape[1] else features.new_full((len(features),), LOWEST_COSINE)
-            for _, positions in found]
-
-
-@torch.no_grad()
 def top_k(query: Grid, reference: Reference, k: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The K best members of each set for every position of a frame.
 
@@ -161,75 +171,164 @@ def top_k(query: Grid, reference: Reference, k: int) -> list[tuple[torch.Tensor,
         For each set (H*W, K) cosine similarities, in no order, and (H*W, K) positions in the
         reference frames, counted through them; K = min(k, size).
     """
-    search = _search_small if reference.is_small else _search_large
-    parts = list(search(query, reference, k))  # of consecutive positions, for each set
-    return [tuple(torch.cat(tensors) for tensors in zip(*of_set)) for of_set in zip(*parts)]
+    count, device = query.shape[0] * query.shape[1], query.features.device
+    best = [(torch.empty(count, min(k, size), device=device),
+             torch.empty(count, min(k, size), dtype=torch.long, device=device))
+            for size in reference.sizes]
+    for positions, found in _search(query, reference, k):
+        for whole, part in zip(best, found):
+            for tensor, values in zip(whole, part):
+                tensor[positions] = values
+    return best
 
 
-def _block_top_k(similarity: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q, R) -> the k largest of each row and their columns, (q, k) each.
+@torch.no_grad()
+def top_k_near(query: Grid, grids: list[Grid], k: int,
+               radius: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K best positions of other frames within a window around each position of a frame.
 
-    The k blocks with the largest maxima hold the k largest elements.
+    Args:
+        query, grids: of one shape (H, W); T frames to look into.
+        radius: of the square window, in positions of the enlarged grid; 0 is the same place.
+
+    Returns:
+        (H*W, K) cosine similarities, in no order, and (H*W, K) positions in the T frames,
+        counted through them; K = min(k, positions in the window of a corner).
     """
-    columns = similarity.shape[1]
-    if columns <= 2 * k * BLOCK:
-        return similarity.topk(k, dim=1, sorted=False)
-    rest = columns % BLOCK
-    blocks = similarity[:, :columns - rest].unflatten(1, (-1, BLOCK))  # (q, R // BLOCK, BLOCK)
-    best = blocks.amax(2).topk(k, dim=1, sorted=False).indices[..., None]  # (q, k, 1)
-    candidates = blocks.gather(1, best.expand(-1, -1, BLOCK)).flatten(1)
-    places = (best * BLOCK + torch.arange(BLOCK, device=best.device)).flatten(1)
-    if rest:
-        candidates = torch.cat([candidates, similarity[:, columns - rest:]], dim=1)
-        tail = torch.arange(columns - rest, columns, device=best.device)
-        places = torch.cat([places, tail.expand(len(places), -1)], dim=1)
-    values, where = candidates.topk(k, dim=1, sorted=False)
-    return values, places.gather(1, where)
+    (height, width), side = query.shape, 2 * radius + 1
+    k = min(k, len(grids) * min(radius + 1, height) * min(radius + 1, width))
+    features = query.enlarged().unflatten(0, query.shape)  # (H, W, C)
+    others = torch.stack([g.enlarged().unflatten(0, query.shape) for g in grids])  # (T, H, W, C)
+    found = []
+    for y, row in enumerate(features):
+        top, bottom = max(0, y - radius), min(height, y + radius + 1)
+        near = others[:, top:bottom].flatten(0, 1)  # (L, W, C), L lines of T frames
+        similarity = F.pad((row @ near.flatten(0, 1).T).float().view(width, len(near), width),
+                           (radius, radius), value=NOTHING)  # (W, L, W + 2 * radius)
+        # of the query's column x the columns from x on, which the padding moved to the right
+        lines, steps = len(near), width + 2 * radius
+        window = similarity.as_strided((width, lines, side), (lines * steps + 1, steps, 1))
+        values, where = _largest(window.flatten(1), k)
+        line = where // side
+        column = torch.arange(width, device=where.device)[:, None] + where % side - radius
+        frame = line // (bottom - top)
+        line = line % (bottom - top) + top
+        found.append((values, (frame * height + line) * width + column))
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
-def _search_large(query: Grid, reference: Reference, k: int) -> Iterator[list]:
+def similarities(query: Grid, grids: list[Grid], positions: torch.Tensor) -> torch.Tensor:
+    """(H*W, K) cosine similarities to (H*W, K) `positions` that a search found. Differentiable."""
+    others = torch.cat([g.enlarged() for g in grids])
+    return (query.enlarged()[:, None] * others[positions]).sum(2)
+
+
+@torch.no_grad()
+def _search(query: Grid, reference: Reference, k: int) -> Iterator[tuple[torch.Tensor, list]]:
+    """Some positions of the query, and for each set their K best: (n, K) and (n, K); and so on."""
+    yield from (_search_small if reference.is_small else _search_large)(query, reference, k)
+
+
+def _largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, m) -> the k largest of each row, in no order, and their columns: (n, k) each.
+
+    However columns are grouped, the k groups with the largest maxima hold the k largest values.
+    Here every (m // size)-th column is of one group.
+    """
+    columns = values.shape[1]
+    size = math.isqrt(columns // k) if k else 0
+    if size < 3:
+        return values.topk(k, dim=1, sorted=False)
+    groups = columns // size
+    best = values[:, :groups * size].unflatten(1, (size, groups)).amax(1).topk(
+        k, dim=1, sorted=False).indices  # (n, k)
+    step = torch.arange(0, groups * size, groups, device=values.device)
+    places = (best[:, None] + step[:, None]).flatten(1)  # (n, size * k)
+    if columns % size:
+        rest = torch.arange(groups * size, columns, device=values.device)
+        places = torch.cat([places, rest.expand(len(places), -1)], dim=1)
+    found, where = values.gather(1, places).topk(k, dim=1, sorted=False)
+    return found, places.gather(1, where)
+
+
+def _search_large(query: Grid, reference: Reference, k: int):
     """The K best by products of enlarged features."""
-    rows = max(1, CHUNK // max(1, len(reference.features)))
-    for part in query.enlarged().split(rows):
-        similarity = (part @ reference.features.T).split(reference.sizes, dim=1)
-        found = [_block_top_k(s, min(k, s.shape[1])) for s in similarity]
-        yield [(values, members[columns])
-               for (values, columns), members in zip(found, reference.members)]
+    features, found = query.enlarged(), []
+    for others, members in zip(reference.features.split(reference.sizes), reference.members):
+        values, rows = _products(features, others, min(k, len(others)))
+        found.append((values, members[rows]))
+    yield torch.arange(len(features), device=features.device), found
 
 
-def _search_small(query: Grid, reference: Reference, k: int) -> Iterator[list]:
-    """The same from products of small features, a row of the enlarged grid at a time."""
-    w = query.features.shape[2]
-    blocks = sum(reference.blocks)
-    members = blocks * BLOCK
+def _products(query: torch.Tensor, reference: torch.Tensor, k: int):
+    """(n, C) and (m, C) -> the k largest products of each query row, and the rows: (n, k) each."""
+    if kernel.takes(query, reference, k):
+        return kernel.top_k(query, reference, k)
+    parts = [_largest((part @ reference.T).float(), k)
+             for part in query.split(max(1, CHUNK // max(1, len(reference))))]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts))
+
+
+def _search_small(query: Grid, reference: Reference, k: int):
+    """The same from products of small features, a strip of columns after the other."""
     corners, weights = query.corners()
     weights = weights / query.norms()[:, None]
-    cells = query.features.permute(1, 2, 0)  # (h, w, C)
+    corners, weights = (x.unflatten(0, query.shape) for x in (corners, weights))  # (H, W, 4)
+    members, w = sum(reference.blocks) * BLOCK, query.features.shape[2]
+    strips = -(-w * members // CHUNK)
+    left = corners[0, :, 0] % w
+    for columns in _runs(left // -(-w // max(1, strips))):
+        positions = torch.arange(weights[..., 0].numel()).view(query.shape)[:, columns]
+        yield from _search_strip(query.features, corners[:, columns], weights[:, columns],
+                                 positions, reference, k)
+
+
+def _search_strip(features: torch.Tensor, corners: torch.Tensor, weights: torch.Tensor,
+                  positions: torch.Tensor, reference: Reference, k: int):
+    """Positions (H, n) of a strip between cells (H, n, 4), those of a row of cells at a time."""
+    w = features.shape[2]
+    first, last = int(corners[0, 0, 0]) % w, int(corners[0, -1, 1]) % w
+    cells = features[..., first:last + 1].permute(1, 2, 0)  # (h, c, C)
+    wide, blocks = cells.shape[1], sum(reference.blocks)
     # buffers, since a sparse product that makes its own result fills and copies it first
-    similarity = torch.full((len(reference.cells) + 1, w), NOTHING)
-    column = torch.zeros(members, w)
-    half = torch.zeros(2, w, members)  # E, for an even and an odd row of cells
-    maxima = torch.zeros(2, w, blocks)
+    similarity = torch.full((len(reference.cells) + 1, wide), NOTHING)
+    column = torch.zeros(blocks * BLOCK, wide)
+    half = torch.zeros(2, wide, blocks * BLOCK)  # E, for an even and an odd row of cells
+    maxima = torch.zeros(2, wide, blocks)
     known = -1
-    for row in torch.arange(len(corners)).split(query.shape[1]):
-        last = int(corners[row, -1].max()) // w
-        for i in range(max(known + 1, last - 1), last + 1):
-            torch.mm(reference.cells, cells[i].T, out=similarity[:-1])
+    for rows in _runs(corners[:, 0, 0]):
+        lower = int(corners[rows, 0, 2][0]) // w
+        for i in range(max(known + 1, lower - 1), lower + 1):
+            if cells.dtype == torch.float32:
+                torch.mm(reference.cells, cells[i].T, out=similarity[:-1])
+            else:
+                similarity[:-1] = reference.cells @ cells[i].T
             column.addmm_(reference.enlarge, similarity, beta=0)
-            half[i % 2] = column.T
+            # five times as fast as torch's copy
+            cv2.transpose(column.numpy(), half[i % 2].numpy())
             torch.amax(half[i % 2].unflatten(1, (blocks, BLOCK)), dim=2, out=maxima[i % 2])
-        known = last
-        columns = corners[row] // w % 2 * w + corners[row] % w  # (W, 4) among the 2 * w cells
-        yield _search_row(columns, weights[row], half.flatten(0, 1), maxima.flatten(0, 1),
-                          reference, k)
+        known = lower
+        cell = corners[rows].flatten(0, 1)  # (n, 4)
+        cell = cell // w % 2 * wide + cell % w - first  # among the 2 * c cells of E
+        count = max(1, CHUNK // (8 * max(1, blocks)))
+        for part in zip(positions[rows].flatten().split(count), cell.split(count),
+                        weights[rows].flatten(0, 1).split(count)):
+            yield part[0], _search_row(*part[1:], half.flatten(0, 1), maxima.flatten(0, 1),
+                                       reference, k)
 
 
-def _search_row(columns: torch.Tensor, weights: torch.Tensor, half: torch.Tensor,
+def _runs(keys: torch.Tensor) -> list[slice]:
+    """Where equal keys follow each other."""
+    ends = keys.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def _search_row(cells: torch.Tensor, weights: torch.Tensor, half: torch.Tensor,
                 maxima: torch.Tensor, reference: Reference, k: int) -> list:
-    """The K best of each set for a row of positions between (W, 4) columns of E."""
-    bounds = _sparse(columns, weights, len(maxima)) @ maxima  # (W, blocks)
+    """The K best of each set for positions between (n, 4) rows of E, with weights (n, 4)."""
+    bounds = _sparse(cells, weights, len(maxima)) @ maxima  # (n, blocks)
     blocks = half.view(-1, BLOCK)  # those of the first cell, of the second, ...
-    starts = columns * maxima.shape[1]  # (W, 4)
+    starts = cells * maxima.shape[1]  # (n, 4)
     found = []
     for bound, size, members in zip(bounds.split(reference.blocks, dim=1), reference.sizes,
                                     reference.members):
@@ -244,13 +343,13 @@ def _search_blocks(bound: torch.Tensor, blocks: torch.Tensor, starts: torch.Tens
     """The k best members of a set, looking into more blocks where the first ones don't settle it.
 
     Args:
-        bound: (W, n) an upper bound of the similarities in each block of the set.
-        blocks: (m, BLOCK) of E.
-        starts: (W, 4) the set's first block at each of the four corners of a position.
-        weights: (W, 4) of the corners.
+        bound: (n, m) an upper bound of the similarities in each block of the set.
+        blocks: (b, BLOCK) of E.
+        starts: (n, 4) the set's first block at each of the four corners of a position.
+        weights: (n, 4) of the corners.
 
     Returns:
-        (W, k) similarities and (W, k) members, counted from the set's first.
+        (n, k) similarities and (n, k) members, counted from the set's first.
     """
     values = bound.new_empty(len(bound), k)
     members = starts.new_empty(len(bound), k)
@@ -258,16 +357,15 @@ def _search_blocks(bound: torch.Tensor, blocks: torch.Tensor, starts: torch.Tens
     while len(open_):
         count = min(count, everything)
         unsettled = []
-        for part in open_.split(max(1, CHUNK // max(1, 4 * count * BLOCK))):
-            best = bound[part].topk(min(count + 1, everything), dim=1)
-            chosen = best.indices[:, :count]  # (w, count)
-            rows = starts[part][..., None] + chosen[:, None]  # (w, 4, count)
+        for part in open_.split(max(1, CHUNK // max(1, 8 * count * BLOCK))):
+            best, chosen = _largest(bound[part], count)  # (n, count)
+            rows = starts[part][..., None] + chosen[:, None]  # (n, 4, count)
             corners = blocks.index_select(0, rows.flatten()).view(len(part), 4, count * BLOCK)
             similarity = torch.bmm(weights[part][:, None], corners)[:, 0]
-            values[part], where = similarity.topk(k, dim=1)
+            values[part], where = _largest(similarity, k)
             members[part] = chosen.gather(1, where // BLOCK) * BLOCK + where % BLOCK
             if count < everything:
-                unsettled.append(part[values[part, -1] < best.values[:, -1]])
+                unsettled.append(part[values[part].amin(1) < best.amin(1)])
         open_ = torch.cat(unsettled) if unsettled else open_[:0]
         count *= 4
     return values, members

@@ -50,6 +50,7 @@ class VideoMatch(nn.Module):
             raise ValueError(f"dilation must not be negative, got {dilation}")
         self.encoder, self.upsample_factor = encoder, float(upsample_factor)
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
+        self.precision = torch.float32  # of the encoder and of products; sums are float32
         self.facts: dict = {}
         self.object_ids: list[int] = []
         self._references: list[Reference] = []  # one for each frame of a batch
@@ -91,7 +92,10 @@ class VideoMatch(nn.Module):
 
     def _grids(self, image: torch.Tensor) -> list[Grid]:
         """(B, 3, H, W) -> the enlarged feature grid of each frame."""
-        return [Grid(features, self.upsample_factor) for features in self.encoder(image)]
+        with torch.autocast(self.device.type, self.precision,
+                            enabled=self.precision != torch.float32):
+            features = self.encoder(image)
+        return [Grid(frame, self.upsample_factor) for frame in features]
 
     def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.

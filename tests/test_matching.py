@@ -144,15 +144,50 @@ def test_gradients_equal_dense(factor):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_block_top_k_finds_what_lies_at_the_end_and_in_one_block():
-    similarity = torch.zeros(3, 1000)
-    similarity[0, 993:] = torch.arange(1.0, 8)  # in the incomplete last block
-    similarity[1, 64:71] = torch.arange(1.0, 8)  # all in one block
-    similarity[2, ::150] = torch.arange(1.0, 8)  # each in another
-    values, columns = matching._block_top_k(similarity, 5)
-    assert values.sort(dim=1).values.tolist() == [[3, 4, 5, 6, 7]] * 3
-    expected = [list(range(995, 1000)), list(range(66, 71)), [300, 450, 600, 750, 900]]
+def test_largest_finds_what_lies_at_the_end_and_in_one_group():
+    values = torch.zeros(3, 1000)  # K = 5: groups of 14, every 71st column; 6 columns in none
+    values[0, 993:] = torch.arange(1.0, 8)  # five of them in no group
+    values[1, 3:500:71] = torch.arange(1.0, 8)  # all in one group
+    values[2, ::150] = torch.arange(1.0, 8)  # each in another
+    found, columns = matching._largest(values, 5)
+    assert found.sort(dim=1).values.tolist() == [[3, 4, 5, 6, 7]] * 3
+    expected = [list(range(995, 1000)), list(range(145, 430, 71)), [300, 450, 600, 750, 900]]
     assert columns.sort(dim=1).values.tolist() == expected
+
+
+@pytest.mark.parametrize("k, radius", [(1, 0), (3, 1), (5, 2), (20, 3), (7, 50)])
+@pytest.mark.parametrize("factor", [1, 1.8])
+def test_matching_within_a_window_equals_dense(k, radius, factor):
+    query, references, _ = draw(3, 12, 7, 9, factor, frames=2)
+    grids = [Grid(features, factor) for features in (query, *references)]
+    height, width = grids[0].shape
+    values, positions = matching.top_k_near(grids[0], grids[1:], k, radius)
+    every = enlarge(query, (height, width)) @ torch.cat(
+        [enlarge(r, (height, width)) for r in references]).T
+    y, x = (a.flatten() for a in torch.meshgrid(torch.arange(height), torch.arange(width),
+                                                indexing="ij"))
+    far = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs()) > radius
+    masked = every.masked_fill(far.repeat(1, 2), -2)
+    corner = 2 * min(radius + 1, height) * min(radius + 1, width)
+    assert values.shape == positions.shape == (height * width, min(k, corner))
+    expected = masked.sort(dim=1, descending=True).values[:, :values.shape[1]]
+    torch.testing.assert_close(values.double().sort(dim=1, descending=True).values, expected,
+                               atol=1e-5, rtol=0)
+    torch.testing.assert_close(masked.gather(1, positions), values.double(), atol=1e-5, rtol=0)
+    assert all(len(set(row)) == len(row) for row in positions.tolist())
+    torch.testing.assert_close(matching.similarities(grids[0], grids[1:], positions), values,
+                               atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("enlarge_first", [False, True])
+def test_half_precision_is_near_the_dense_scores(dtype, tolerance, enlarge_first):
+    query, references, labels = draw(7, 96, 9, 11, 2)
+    expected = dense(query, references, labels, 5, Grid(query, 2).shape)
+    scores = match(query.to(dtype), [r.to(dtype) for r in references], labels, 5, 2,
+                   enlarge_first)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, atol=tolerance, rtol=0)
 
 
 def test_a_small_set_is_not_padded_with_zeros():
