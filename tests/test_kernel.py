@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import test_matching
 import torch
 import torch.nn.functional as F
 
@@ -76,6 +78,11 @@ def with_nan() -> tuple[torch.Tensor, torch.Tensor]:
     return query, reference
 
 
+def frames() -> tuple:
+    """Query, reference frames and labels."""
+    return test_matching.draw(5, 20, 6, 7, factor=2, frames=2)
+
+
 def run_cases(path: str) -> None:
     """Save what the kernel and `takes` say; for the process with the interpreter."""
     constants = {name: getattr(kernel, name) for name in ("SLICE", "PROGRAMS")}
@@ -86,6 +93,9 @@ def run_cases(path: str) -> None:
         found[name] = kernel.top_k(query, reference, k)
     vars(kernel).update(constants)
     found["nan"] = kernel.top_k(*with_nan(), 5)
+    with mock.patch.object(kernel, "top_k", wraps=kernel.top_k) as used:
+        found["frames"] = test_matching.match(*frames(), 5, 2, enlarge_first=True)
+    found["calls"] = used.call_count
     answers = {name: kernel.takes(*asked) for name, (*asked, _) in questions().items()}
     torch.save({"found": found, "answers": answers}, path)
 
@@ -137,6 +147,14 @@ def test_nan_is_left_out(interpreted):
     best = (query @ reference.T).nan_to_num(nan=-2).topk(5).values[[0, 2]]
     torch.testing.assert_close(values[[0, 2]].sort(descending=True).values, best)
     assert (values[1] == float("-inf")).all() and (rows[1] == 0).all()
+
+
+def test_the_matching_of_frames_uses_it(interpreted):
+    assert interpreted["found"]["calls"] == 2  # sets
+    query, references, labels = frames()
+    expected = test_matching.dense(query, references, labels, 5, labels.shape[1:])
+    torch.testing.assert_close(interpreted["found"]["frames"].double(), expected, atol=1e-5,
+                               rtol=0)
 
 
 @pytest.mark.parametrize("question", questions())
