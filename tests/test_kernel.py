@@ -93,10 +93,10 @@ def run_cases(path: str) -> None:
         found[name] = kernel.top_k(query, reference, k)
     vars(kernel).update(constants)
     found["nan"] = kernel.top_k(*with_nan(), 5)
+    answers = {name: kernel.takes(*asked) for name, (*asked, _) in questions().items()}
     with mock.patch.object(kernel, "top_k", wraps=kernel.top_k) as used:
         found["frames"] = test_matching.match(*frames(), 5, 2, enlarge_first=True)
     found["calls"] = used.call_count
-    answers = {name: kernel.takes(*asked) for name, (*asked, _) in questions().items()}
     torch.save({"found": found, "answers": answers}, path)
 
 
