@@ -27,6 +27,7 @@ import kernel
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 CHUNK = 9 << 18  # similarities held at a time: 9 MB in float32, a part of a CPU's cache
+PRODUCT = 428  # cells of a query in one product of small features: four rows at stride 8, 480p
 TILE = (4, 8)  # positions of the enlarged grid that make a block
 BLOCK = TILE[0] * TILE[1]
 FIRST_BLOCKS = 8  # looked into first, and one more for every two of K
@@ -291,7 +292,8 @@ def _search_strip(features: torch.Tensor, corners: torch.Tensor, weights: torch.
     cells = features[..., first:last + 1].permute(1, 2, 0)  # (h, c, C)
     wide, blocks = cells.shape[1], sum(reference.blocks)
     # buffers, since a sparse product that makes its own result fills and copies it first
-    similarity = torch.full((len(reference.cells) + 1, wide), NOTHING)
+    group = max(1, PRODUCT // wide)
+    similarity = torch.full((len(reference.cells) + 1, group * wide), NOTHING)
     column = torch.zeros(blocks * BLOCK, wide)
     half = torch.zeros(2, wide, blocks * BLOCK)  # E, for an even and an odd row of cells
     maxima = torch.zeros(2, wide, blocks)
@@ -299,11 +301,15 @@ def _search_strip(features: torch.Tensor, corners: torch.Tensor, weights: torch.
     for rows in _runs(corners[:, 0, 0]):
         lower = int(corners[rows, 0, 2][0]) // w
         for i in range(max(known + 1, lower - 1), lower + 1):
-            if cells.dtype == torch.float32:
-                torch.mm(reference.cells, cells[i].T, out=similarity[:-1])
-            else:
-                similarity[:-1] = reference.cells @ cells[i].T
-            column.addmm_(reference.enlarge, similarity, beta=0)
+            if i % group == 0:
+                some = cells[i:i + group].flatten(0, 1)
+                product = similarity[:-1, :len(some)]
+                if some.dtype == product.dtype:
+                    torch.mm(reference.cells, some.T, out=product)
+                else:
+                    product.copy_(reference.cells @ some.T)
+            row = similarity[:, i % group * wide:][:, :wide]
+            column.addmm_(reference.enlarge, row, beta=0)
             # five times as fast as torch's copy
             cv2.transpose(column.numpy(), half[i % 2].numpy())
             torch.amax(half[i % 2].unflatten(1, (blocks, BLOCK)), dim=2, out=maxima[i % 2])
