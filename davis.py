@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -178,6 +179,77 @@ class Pairs(Dataset):
             if len(ids):
                 return frame, mask, int(rng.choice(ids))
         raise ValueError(f"{sequence.masks[0].parent}: no object in any mask")
+
+
+class Clips(Pairs):
+    """Clips for the use with recent frames: a reference frame and the frames to segment after it.
+
+    The reference frame is that before the others, or any of the sequence, augmented by itself.
+    Into some clips another sequence's object is pasted, which moves on its own: to be found, or
+    to be told from the object.
+
+    Items are (T, 3, H, W) images and (T, H, W) masks; the reference frame is the first.
+
+    Args:
+        frames: T.
+        gap: at most this many frames lie between one and the next.
+        paste: share of the clips with another object.
+    """
+
+    def __init__(self, sequences: list[Sequence], augment: preprocess.Augment, frames: int = 4,
+                 gap: int = 5, paste: float = 0.4):
+        super().__init__(sequences, augment)
+        self.length, self.gap, self.paste = frames, gap, paste
+
+    def __getitem__(self, index: tuple[int, int]):
+        frame, seed = index
+        sequence, start = self.frames[frame]
+        rng = np.random.default_rng(seed)
+        reference, mask, object_id = self._reference(sequence, rng)
+        step = int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
+        last = len(sequence) - 1
+        chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
+        chosen = [min(max(i, 0), last) for i in chosen]  # mirrored at both ends
+        far = rng.random() < 0.5 or not (sequence.mask(chosen[0]) == object_id).any()
+        if far:
+            chosen[0] = reference
+        frames = [(sequence.image(i), (sequence.mask(i) == object_id).astype(np.uint8))
+                  for i in chosen]
+        if rng.random() < self.paste:
+            frames = self._pasted(frames, sequence, far, rng)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first = [self.augment(*frames[0])] if far else []
+            clip = self.augment.clip(frames[1:] if far else frames)
+        return tuple(torch.stack(parts) for parts in zip(*first, *clip))
+
+    def _pasted(self, frames: list, own: Sequence, far: bool, rng) -> list:
+        """The frames with an object of another sequence in front, which may be the one to find."""
+        others = [s for s in {s.name: s for s, _ in self.frames}.values() if s != own]
+        other = others[rng.integers(len(others))] if others else own
+        at, mask, object_id = self._reference(other, rng)
+        image, mask = other.image(at), (mask == object_id).astype(np.uint8)
+        y, x = np.nonzero(mask)
+        center = np.array([(x.min() + x.max()) / 2, (y.min() + y.max()) / 2])
+        height, width = frames[0][1].shape
+        scale = rng.uniform(0.4, 1.1)
+        place = rng.uniform(0.1, 0.9, 2) * (width, height)
+        motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.03)
+        wanted = rng.random() < 0.5
+        result = []
+        for i, (frame, truth) in enumerate(frames):
+            if far and i == 1:
+                place = rng.uniform(0.1, 0.9, 2) * (width, height)
+            matrix = cv2.getRotationMatrix2D(center.tolist(), turn * i, scale * grow ** i)
+            matrix[:, 2] += place + motion * i - center
+            moved = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)
+            front = cv2.warpAffine(mask * 255, matrix, (width, height), flags=cv2.INTER_LINEAR)
+            alpha = (cv2.GaussianBlur(front, (3, 3), 0) / 255)[..., None]
+            frame = (frame * (1 - alpha) + moved * alpha).astype(np.uint8)
+            front = (front > 127).astype(np.uint8)
+            result.append((frame, front if wanted else truth * (1 - front)))
+        hidden = not result[0][1].any()  # then nobody could know what to look for
+        return frames if hidden else result
 
 
 class PairSampler(Sampler):

@@ -41,13 +41,16 @@ class Backbone:
     stride: int  # pixels per feature cell
     prefix: str  # of the kept parameters in torchvision's state dict
     imagenet: models.WeightsEnum
+    finer: dict[int, int]  # layers whose features refine a mask: their index and channels
 
 
 BACKBONES = {
-    "vgg": Backbone(_vgg19, "conv4_4", 512, 8, "features.", models.VGG19_Weights.IMAGENET1K_V1),
-    "resnet": Backbone(_resnet101, "layer2", 512, 8, "", models.ResNet101_Weights.IMAGENET1K_V1),
+    "vgg": Backbone(_vgg19, "conv4_4", 512, 8, "features.", models.VGG19_Weights.IMAGENET1K_V1,
+                    {17: 256}),
+    "resnet": Backbone(_resnet101, "layer2", 512, 8, "", models.ResNet101_Weights.IMAGENET1K_V1,
+                       {4: 256}),
     "mobilenet": Backbone(_mobilenet_v2, "features.13", 96, 16, "features.",
-                          models.MobileNet_V2_Weights.IMAGENET1K_V1),
+                          models.MobileNet_V2_Weights.IMAGENET1K_V1, {3: 24, 6: 32}),
 }
 
 
@@ -73,7 +76,16 @@ class Encoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w), about H and W / stride."""
-        return self.backbone(image.contiguous(memory_format=torch.channels_last))
+        return self.pyramid(image)[-1]
+
+    def pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The same, behind the features of the finer layers, the finest first."""
+        x, levels = image.contiguous(memory_format=torch.channels_last), []
+        for i, layer in enumerate(self.backbone):
+            x = layer(x)
+            if i in self.spec.finer:
+                levels.append(x)
+        return [*levels, x]
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -46,7 +46,7 @@ class Grid:
     """
 
     def __init__(self, features: torch.Tensor, factor: float = 1.0):
-        self.features = features
+        self.features, self.factor = features, factor
         self.shape = tuple(max(1, round(side * factor)) for side in features.shape[1:])
         # a GPU multiplies faster than it gathers, and MPS has no sparse matrices
         self.is_small = features.device.type == "cpu" and factor > 1

@@ -164,6 +164,28 @@ class Augment:
             image = self.colour(image)
         return _normalize(image), mask[0]
 
+    def clip(self, frames: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple]:
+        """Several frames at once: one crop that drifts, one flip, one change of colour."""
+        images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in frames])
+        masks = torch.stack([torch.from_numpy(mask) for _, mask in frames])  # (T, H, W)
+        height, width = masks.shape[1:]
+        box = self._box(masks.amax(0, keepdim=True)) if self.random else (0, 0, height, width)
+        drift = (torch.rand(2) - 0.5) * 0.1 * min(box[2:]) if self.random else torch.zeros(2)
+        out = []
+        flip = self.random and torch.rand(()) < 0.5
+        if self.random:
+            images = self.colour(images)
+        for i, (image, mask) in enumerate(zip(images, masks)):
+            top = int(min(max(0, box[0] + drift[0] * i), height - box[2]))
+            left = int(min(max(0, box[1] + drift[1] * i), width - box[3]))
+            image = TF.resized_crop(image, top, left, *box[2:], list(self.shape), antialias=True)
+            mask = TF.resized_crop(mask[None], top, left, *box[2:], list(self.shape),
+                                   interpolation=v2.InterpolationMode.NEAREST_EXACT)
+            if flip:
+                image, mask = image.flip(-1), mask.flip(-1)
+            out.append((_normalize(image), mask[0]))
+        return out
+
     def _box(self, mask: torch.Tensor) -> tuple[int, int, int, int]:
         """A random crop (top, left, height, width) that keeps some of the object."""
         share = (mask > 0).float().mean()

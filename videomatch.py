@@ -17,7 +17,9 @@ from torch import nn
 
 import preprocess
 import visualize
+from decoder import Decoder
 from encoder import Encoder
+from memory import Recent
 from matching import Grid, Reference, soft_match
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
@@ -35,10 +37,14 @@ class VideoMatch(nn.Module):
             without it no probability could leave [0.12, 0.88].
         dilation: outlier removal keeps what lies within this many pixels of the object's
             previous mask (the paper: 100).
+        recent: how many of the last frames are matched as well, near each position, and refine
+            the mask by a `Decoder`; 0 matches with the reference frame only, as the paper does.
     """
 
+    EVIDENCE = 6  # channels, see `_evidence`
+
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
-                 temperature: float = 0.05, dilation: int = 100):
+                 temperature: float = 0.05, dilation: int = 100, recent: int = 0):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -50,10 +56,16 @@ class VideoMatch(nn.Module):
             raise ValueError(f"dilation must not be negative, got {dilation}")
         self.encoder, self.upsample_factor = encoder, float(upsample_factor)
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
+        self.recent = recent
+        if recent:
+            channels = (*encoder.spec.finer.values(), encoder.spec.channels)
+            self.decoder = Decoder(self.EVIDENCE, channels)
         self.precision = torch.float32  # of the encoder and of products; sums are float32
         self.facts: dict = {}
         self.object_ids: list[int] = []
         self._references: list[Reference] = []  # one for each frame of a batch
+        self._memories: list[Recent] = []
+        self._last: tuple[list[Grid], torch.Tensor] | None = None  # what `predict` saw and said
         self._reference_share: dict[int, float] = {}
         self._previous: np.ndarray | None = None
 
@@ -82,20 +94,33 @@ class VideoMatch(nn.Module):
         if not self.object_ids:
             raise ValueError("the reference mask holds no object: all of its pixels are 0")
         self._reference_share = {i: (mask == i).float().mean().item() for i in self.object_ids}
-        grids = self._grids(image)
+        grids, _ = self._encode(image)
         labels = cell_labels(mask, grids[0].shape)  # (B, h, w)
         sets = torch.full_like(labels, -1)
         for i, object_id in enumerate((0, *self.object_ids)):
             sets[labels == object_id] = i
         self._references = [Reference([grid], frame_sets[None], len(self.object_ids) + 1)
                             for grid, frame_sets in zip(grids, sets)]
+        if self.recent:
+            self._memories = [Recent(self.recent) for _ in grids]
+            objects = torch.stack([mask == i for i in (0, *self.object_ids)], 1)
+            self._last = grids, objects.float()
+            self.remember()
 
-    def _grids(self, image: torch.Tensor) -> list[Grid]:
-        """(B, 3, H, W) -> the enlarged feature grid of each frame."""
+    def _encode(self, image: torch.Tensor) -> tuple[list[Grid], list[torch.Tensor]]:
+        """(B, 3, H, W) -> the enlarged feature grid of each frame, and the features of levels."""
         with torch.autocast(self.device.type, self.precision,
                             enabled=self.precision != torch.float32):
-            features = self.encoder(image)
-        return [Grid(frame, self.upsample_factor) for frame in features]
+            levels = self.encoder.pyramid(image)
+        return [Grid(frame, self.upsample_factor) for frame in levels[-1]], levels
+
+    def remember(self) -> None:
+        """Keep the frame that `predict` saw last, with what it said, for the frames to come."""
+        grids, probabilities = self._last
+        cells = F.interpolate(probabilities, size=grids[0].shape, mode="bilinear",
+                              align_corners=False, antialias=True)
+        for memory, grid, labels in zip(self._memories, grids, cells):
+            memory.add(grid, labels)
 
     def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.
@@ -111,12 +136,37 @@ class VideoMatch(nn.Module):
         if not self._references:
             raise RuntimeError("predict needs a reference frame: call set_reference first")
         images = image.to(self.device).view(-1, *image.shape[-3:])
+        shape = tuple(shape or image.shape[-2:])
+        grids, levels = self._encode(images)
         scores = torch.stack([soft_match(grid, reference, self.top_k) for grid, reference
-                              in zip(self._grids(images), self._references)])  # (B, N+1, h, w)
-        scores = F.interpolate(scores, size=tuple(shape or image.shape[-2:]), mode="bilinear",
-                               align_corners=False)
-        probabilities = torch.softmax(scores / self.temperature, dim=1)
+                              in zip(grids, self._references)])  # (B, N+1, h, w)
+        self.scores = scores
+        logits = self._refine(scores, grids, levels) if self.recent else scores / self.temperature
+        logits = F.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
+        probabilities = torch.softmax(logits, dim=1)
+        self._last = grids, probabilities
         return probabilities if image.ndim == 4 else probabilities[0]
+
+    def _refine(self, scores: torch.Tensor, grids: list[Grid], levels: list[torch.Tensor]):
+        """(B, N+1, h, w) scores -> (B, N+1, H/4, W/4) logits, 0 for the background."""
+        count = scores.shape[1] - 1
+        evidence = self._evidence(scores, grids)
+        levels = [level.float().repeat_interleave(count, 0) for level in levels]
+        logits = self.decoder(evidence, levels)
+        logits = logits.unflatten(0, (len(scores), count))
+        return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+
+    def _evidence(self, scores: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
+        """(B*N, EVIDENCE, h, w) of each object: what speaks for and against it."""
+        found = []
+        for frame, grid, memory in zip(scores, grids, self._memories):
+            soft, similarity = memory.propagate(grid)  # (N+1, h, w), (h, w)
+            before = memory.labels[-1]
+            for i in range(1, len(frame)):
+                rest = torch.cat([frame[:i], frame[i + 1:]]).amax(0)
+                found.append(torch.stack([10 * (frame[i] - rest), frame[i], rest, soft[i],
+                                          before[i], similarity]))
+        return torch.stack(found)
 
     @torch.no_grad()
     def segment(self, image: torch.Tensor, shape: tuple[int, int] | None = None,
@@ -135,9 +185,15 @@ class VideoMatch(nn.Module):
         Returns:
             (H, W) uint8 with the ids of the reference mask.
         """
-        probabilities = self.predict(image, shape).cpu().numpy()
+        probabilities = self.predict(image, shape)
         if remove_outliers:
+            probabilities = probabilities.cpu().numpy()
             self._remove_outliers(probabilities)
+            probabilities = torch.from_numpy(probabilities).to(self.device)
+        if self.recent:
+            self._last = self._last[0], probabilities[None]
+            self.remember()
+        probabilities = probabilities.cpu().numpy()
         self._previous = self.decide(probabilities, threshold)
         return self._previous
 
@@ -168,7 +224,8 @@ class VideoMatch(nn.Module):
         spec = self.encoder.spec
         config = {"encoder": self.encoder.name, "layer": spec.layer,
                   "upsample_factor": self.upsample_factor, "top_k": self.top_k,
-                  "temperature": self.temperature, "dilation": self.dilation}
+                  "temperature": self.temperature, "dilation": self.dilation,
+                  "recent": self.recent}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".part")
