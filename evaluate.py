@@ -7,8 +7,12 @@ Run by itself it scores a folder of masks, whatever made them:
 import argparse
 import csv
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,26 +129,49 @@ class Writer:
             self.video.__exit__(*exception)
 
 
-def score_folder(results: Path, sequences: list[Sequence]) -> Table:
+def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Table:
     """Score masks in `results`/SEQUENCE/FRAME.png, whatever made them.
+
+    Args:
+        workers: processes that read and score frames, which changes no figure; None: one for
+            each core. Threads where the system can't fork.
 
     Raises:
         FileNotFoundError: a mask is missing.
         ValueError: a mask is of another size than the frame.
     """
     table: Table = {}
-    for sequence in tqdm(sequences, desc="sequences", disable=None):
-        ids = [int(i) for i in np.unique(sequence.mask(0)) if i]
-        score = metrics.SequenceScore(ids)
-        for frame in range(1, len(sequence) - 1):
-            path = results / sequence.name / sequence.masks[frame].name
-            truth = sequence.mask(frame)
-            prediction = preprocess.read_mask(path, sequence.single_object)
-            preprocess.check_same_shape(sequence.masks[frame], truth.shape, path,
-                                        prediction.shape)
-            score.feed(prediction, truth)
-        table |= rows(sequence.name, score)
+    ids = [[int(i) for i in np.unique(sequence.mask(0)) if i] for sequence in sequences]
+    frames = [(results / sequence.name / truth.name, truth, sequence.single_object, object_ids)
+              for sequence, object_ids in zip(sequences, ids) for truth in sequence.masks[1:-1]]
+    with _workers(workers or _cores()) as pool:
+        scores = pool.map(_score_file, frames, chunksize=8)
+        for sequence, object_ids in zip(tqdm(sequences, desc="sequences", disable=None), ids):
+            score = metrics.SequenceScore(object_ids)
+            for _ in sequence.masks[1:-1]:
+                score.add(next(scores))
+            table |= rows(sequence.name, score)
     return table
+
+
+def _score_file(frame: tuple[Path, Path, bool, list[int]]) -> list[tuple[float, float]]:
+    path, truth_path, single_object, object_ids = frame
+    prediction, truth = (preprocess.read_mask(p, single_object) for p in (path, truth_path))
+    preprocess.check_same_shape(truth_path, truth.shape, path, prediction.shape)
+    return metrics.score_frame(prediction, truth, object_ids)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _workers(count: int) -> Executor:
+    """Forked processes: they import nothing, and what they run takes no lock of torch or OpenCV."""
+    if sys.platform != "linux":
+        return ThreadPoolExecutor(count)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("fork"),
+                               signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def rows(name: str, score: metrics.SequenceScore) -> Table:

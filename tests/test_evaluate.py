@@ -78,6 +78,14 @@ def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
         assert table[name] == pytest.approx(again[name], abs=1e-12)
 
 
+def test_the_number_of_processes_changes_no_figure(model, davis_2017, results):
+    sequences = Davis(davis_2017, "2017", "train").sequences
+    evaluate.evaluate(model, sequences, evaluate.Options(results=results))
+    tables = [evaluate.score_folder(results, sequences, workers) for workers in (1, 2, 3)]
+    assert tables[0] == tables[1] == tables[2]
+    assert list(tables[0]) == list(tables[2]) == ["ant", "bee_1", "bee_2"]
+
+
 def test_the_truth_scores_one(davis_2016):
     sequences = Davis(davis_2016).sequences
     table = evaluate.score_folder(davis_2016 / "Annotations" / "480p", sequences)
