@@ -77,15 +77,19 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence,
                      options: Options) -> metrics.SequenceScore:
-    """Segment a sequence; threads read the next frames, write and score those before."""
+    """Segment a sequence; threads read the next frames, write and score those before.
+
+    They call nothing of torch: its parallel loops in several threads at once would hold each
+    other up on a CPU, and the network with them.
+    """
     reference = sequence.mask(0)
     if not reference.any():
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
     scores = []
     with Writer(sequence, options) as writer, ThreadPoolExecutor(READERS) as pool:
-        frames = _ahead(pool, lambda i: _read(sequence, i, model, options), range(len(sequence)))
-        for frame, (image, tensor) in enumerate(frames):
+        for frame, image in enumerate(_ahead(pool, sequence.image, range(len(sequence)))):
+            tensor = preprocess.to_tensor(image, options.input_shape, model.device)
             if frame == 0:
                 model.set_reference(tensor, reference)
                 mask = reference
@@ -111,14 +115,6 @@ def _ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
         yield calls.popleft().result()
 
 
-def _read(sequence: Sequence, frame: int, model: VideoMatch,
-          options: Options) -> tuple[np.ndarray, torch.Tensor]:
-    """A frame as it is, and as the network takes it, where a GPU can fetch it by itself."""
-    image = sequence.image(frame)
-    tensor = preprocess.to_tensor(image, options.input_shape)
-    return image, tensor.pin_memory() if model.device.type == "cuda" else tensor
-
-
 def _score_mask(mask: np.ndarray, sequence: Sequence, frame: int,
                 object_ids: list[int]) -> list[tuple[float, float]]:
     return metrics.score_frame(mask, sequence.mask(frame), object_ids)
@@ -127,8 +123,7 @@ def _score_mask(mask: np.ndarray, sequence: Sequence, frame: int,
 def segment(model: VideoMatch, tensor: torch.Tensor, shape: tuple[int, int],
             options: Options) -> np.ndarray:
     """(3, H, W) frame for the network -> (H, W) uint8 mask of `shape`, the frame's own."""
-    mask = model.segment(tensor.to(model.device, non_blocking=True),
-                         options.segmentation_shape or shape, options.threshold,
+    mask = model.segment(tensor, options.segmentation_shape or shape, options.threshold,
                          options.remove_outliers)
     return preprocess.resize_mask(mask, shape)
 

@@ -160,12 +160,18 @@ def _naming(path: str | Path, what: str):
         raise OSError(f"{path}: expected {what}, but it can't be read ({error})") from error
 
 
-def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None) -> torch.Tensor:
-    """(H, W, 3) uint8 RGB -> (3, H, W) float32, ImageNet-normalised, resized to `shape`."""
+def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None,
+              device: torch.device | str = "cpu") -> torch.Tensor:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32, ImageNet-normalised, resized to `shape`.
+
+    A GPU gets bytes from pinned memory, which it fetches by itself, and normalises them.
+    """
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     if shape is not None and tuple(tensor.shape[-2:]) != tuple(shape):
         tensor = TF.resize(tensor, list(shape), antialias=True)
-    return _normalize(tensor)
+    if torch.device(device).type == "cuda":
+        return _normalize(tensor.pin_memory().to(device, non_blocking=True))
+    return _normalize(tensor.to(device))
 
 
 def _normalize(image: torch.Tensor) -> torch.Tensor:
