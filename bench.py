@@ -1,30 +1,39 @@
 """Benchmark of the matching: this toolkit against one dense similarity matrix, on equal inputs.
 
     python bench.py [--json FILE]
+    python bench.py --scorer RESULTS -d DAVIS [--json FILE]
 
 For each encoder and upsample factor it prints seconds a frame (median, and the range of the
 repeats), the memory that matching takes at its peak beyond model and features, how many times
 faster it is than the dense matrix, and how many times slower than the floor: the product of the
 two small feature grids at the measured rate of matrix products, or its data at the measured rate
 of copies, whichever takes longer.
+
+With --scorer it measures J and F instead, of the masks in RESULTS, against the package
+vos-benchmark with as many processes.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import demo
+import evaluate
 import preprocess
+from davis import YEARS, Davis, Sequence
 from encoder import BACKBONES, Encoder
 from main import MATCHING, device_of
 from matching import Grid, Reference, soft_match
@@ -151,24 +160,77 @@ def line(row: dict) -> str:
             f"{cell('dense'):>32} {cell('toolkit'):>32} {faster} {row['times_the_floor']:6.1f}")
 
 
-@torch.no_grad()
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Benchmark of the matching.")
-    add = parser.add_argument
-    add("--encoder", "-en", choices=BACKBONES, nargs="+", default=list(BACKBONES),
-        help="default: all; their weights are random, which no time here depends on")
-    add("--upsample_factor", "-uf", type=float, nargs="+", default=FACTORS,
-        help="default: 1 1.8 4")
-    add("--shape", "-p", type=int, nargs=2, metavar=("H", "W"), default=(480, 854),
-        help="size of the frames (default: 480 854)")
-    add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
-    add("--cuda_device", "-c", metavar="DEVICE", help="id of a CUDA device, or cpu, or mps")
-    add("--json", type=Path, metavar="FILE", help="also write the figures there")
-    args = parser.parse_args()
-    try:
-        device = device_of(args.cuda_device)
-    except ValueError as error:
-        parser.error(str(error))
+def scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
+    """Frames a second of `evaluate.score_folder` and of vos-benchmark, which read equal files.
+
+    Returns:
+        For each its median with the least and the most, and the largest difference between
+        their J and F of an object, in [0, 1].
+    """
+    from vos_benchmark.benchmark import benchmark
+    workers = os.cpu_count()
+    with tempfile.TemporaryDirectory() as folder:
+        truth, masks = Path(folder, "truth"), Path(folder, "masks")
+        copies = [_copy(sequence, results, truth, masks) for sequence in sequences]
+        runs = {"toolkit": lambda: evaluate.score_folder(masks, copies, workers),
+                "vos-benchmark": lambda: benchmark([truth], [masks], num_processes=workers,
+                                                   verbose=False)[3][0]}
+        found = {which: run() for which, run in runs.items()}  # and the files are in memory now
+        times = {which: [] for which in runs}
+        for _ in range(repeats):
+            for which, run in runs.items():
+                times[which].append(seconds(run, torch.device("cpu")))
+    frames = sum(len(sequence) - 2 for sequence in sequences)
+    row = {"frames": frames, "processes": workers}
+    for which in runs:
+        rate = [frames / taken for taken in times[which]]
+        row[which] = {"frames_per_second": statistics.median(rate), "least": min(rate),
+                      "most": max(rate)}
+    row["times_faster"] = (row["toolkit"]["frames_per_second"]
+                           / row["vos-benchmark"]["frames_per_second"])
+    row["largest_difference"] = max(_differences(found["toolkit"], found["vos-benchmark"]))
+    return row
+
+
+def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequence:
+    """The sequence with its truth, and what was found, written as ids, which both sides read."""
+    for folder in (truth, masks):
+        (folder / sequence.name).mkdir(parents=True)
+    for i, path in enumerate(sequence.masks):
+        preprocess.write_mask(truth / sequence.name / path.name, sequence.mask(i))
+    for path in sequence.masks[1:-1]:
+        found = preprocess.read_mask(results / sequence.name / path.name, sequence.single_object)
+        preprocess.write_mask(masks / sequence.name / path.name, found)
+    return replace(sequence, single_object=False, masks=tuple(
+        truth / sequence.name / path.name for path in sequence.masks))
+
+
+def _differences(table: evaluate.Table, others: dict) -> Iterator[float]:
+    for name, (j, f) in others.items():
+        for i in j:
+            row = table[name if len(j) == 1 else f"{name}_{i}"]
+            yield from (abs(row["J-Mean"] - j[i] / 100), abs(row["F-Mean"] - f[i] / 100))
+
+
+def bench_scorers(args: argparse.Namespace) -> dict:
+    sequences = [sequence for sequence in Davis(args.dataset, args.year, "val")
+                 if (args.scorer / sequence.name).is_dir()]
+    if not sequences:
+        raise FileNotFoundError(f"{args.scorer}: no masks of val sequences, expected "
+                                "SEQUENCE/FRAME.png")
+    row = scorers(args.scorer, sequences, args.repeats)
+    print(f"{len(sequences)} sequences, {row['frames']} frames, {row['processes']} processes, "
+          f"median of {args.repeats} [range]")
+    for which in ("toolkit", "vos-benchmark"):
+        print("{:13} {frames_per_second:7.1f} [{least:.1f}, {most:.1f}] frames a second".format(
+            which, **row[which]))
+    print(f"{row['times_faster']:.2f} times faster, largest difference of a J or F "
+          f"{row['largest_difference']:.1e}")
+    return row
+
+
+def bench_matching(args: argparse.Namespace) -> dict:
+    device = device_of(args.cuda_device)
     floor_rates = rates(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, {device} ({where}), {torch.get_num_threads()} threads, "
@@ -181,10 +243,35 @@ def main() -> int:
         for factor in args.upsample_factor:
             rows.append(measure(name, factor, frames, args.repeats, device, floor_rates))
             print(line(rows[-1]), flush=True)
+    return {"torch": torch.__version__, "device": str(device),
+            "threads": torch.get_num_threads(), "rows": rows}
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Benchmark of the matching, or of J and F.")
+    add = parser.add_argument
+    add("--encoder", "-en", choices=BACKBONES, nargs="+", default=list(BACKBONES),
+        help="default: all; their weights are random, which no time here depends on")
+    add("--upsample_factor", "-uf", type=float, nargs="+", default=FACTORS,
+        help="default: 1 1.8 4")
+    add("--shape", "-p", type=int, nargs=2, metavar=("H", "W"), default=(480, 854),
+        help="size of the frames (default: 480 854)")
+    add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    add("--cuda_device", "-c", metavar="DEVICE", help="id of a CUDA device, or cpu, or mps")
+    add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    add("--scorer", type=Path, metavar="RESULTS",
+        help="measure the scoring of these masks (SEQUENCE/FRAME.png) instead of the matching")
+    add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
+        help="the DAVIS folder that they belong to (default: ./DAVIS)")
+    add("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
+    args = parser.parse_args()
+    try:
+        figures = bench_scorers(args) if args.scorer else bench_matching(args)
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "device": str(device),
-                                         "threads": torch.get_num_threads(), "rows": rows},
-                                        indent=1))
+        args.json.write_text(json.dumps(figures, indent=1))
     return 0
 
 

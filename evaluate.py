@@ -7,8 +7,14 @@ Run by itself it scores a folder of masks, whatever made them:
 import argparse
 import csv
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +31,9 @@ from videomatch import VideoMatch
 log = logging.getLogger(__name__)
 
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
+
+AHEAD = 3  # frames that are read before their turn, or wait to be written
+READERS = 2  # threads that read and score
 
 
 @dataclass
@@ -54,56 +63,83 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     for sequence in bar:
         bar.set_postfix_str(sequence.name)
         start = time.monotonic()
-        score, scoring = segment_sequence(model, sequence, options)
-        seconds += time.monotonic() - start - scoring
+        score = segment_sequence(model, sequence, options)
+        seconds += time.monotonic() - start
         frames += len(sequence) - 1
         table |= rows(sequence.name, score)
     report(table, options.results, options.set_name)
     print(f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second "
-          "(reading, segmenting, writing)")
+          "(reading, segmenting, writing, scoring)")
     if options.results:
         print(f"masks and tables: {options.results}")
     return table
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence,
-                     options: Options) -> tuple[metrics.SequenceScore, float]:
-    """Returns the score of a sequence and the seconds that scoring took."""
+                     options: Options) -> metrics.SequenceScore:
+    """Segment a sequence; threads read the next frames, write and score those before.
+
+    They call nothing of torch: its parallel loops in several threads at once would hold each
+    other up on a CPU, and the network with them.
+    """
     reference = sequence.mask(0)
     if not reference.any():
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
-    image = sequence.image(0)
-    model.set_reference(preprocess.to_tensor(image, options.input_shape), reference)
-    score = metrics.SequenceScore(model.object_ids)
-    scoring = 0.0
-    with Writer(sequence, options) as writer:
-        writer.write(0, image, reference)
-        for frame in range(1, len(sequence)):
-            image = sequence.image(frame)
-            mask = segment(model, image, options)
+    scores = []
+    with Writer(sequence, options) as writer, ThreadPoolExecutor(READERS) as pool:
+        for frame, image in enumerate(_ahead(pool, sequence.image, range(len(sequence)))):
+            tensor = preprocess.to_tensor(image, options.input_shape, model.device)
+            if frame == 0:
+                model.set_reference(tensor, reference)
+                mask = reference
+            else:
+                mask = segment(model, tensor, image.shape[:2], options)
             writer.write(frame, image, mask)
-            if frame < len(sequence) - 1:
-                start = time.monotonic()
-                score.feed(mask, sequence.mask(frame))
-                scoring += time.monotonic() - start
-    return score, scoring
+            if 0 < frame < len(sequence) - 1:
+                scores.append(pool.submit(_score_mask, mask, sequence, frame, model.object_ids))
+    score = metrics.SequenceScore(model.object_ids)
+    for future in scores:
+        score.add(future.result())
+    return score
 
 
-def segment(model: VideoMatch, image: np.ndarray, options: Options) -> np.ndarray:
-    """(H, W, 3) uint8 frame -> (H, W) uint8 mask of the frame's size."""
-    mask = model.segment(preprocess.to_tensor(image, options.input_shape),
-                         options.segmentation_shape or image.shape[:2], options.threshold,
+def _ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
+    """function(item) of each item in order, with AHEAD calls more under way than are asked for."""
+    calls: deque[Future] = deque()
+    for item in items:
+        calls.append(pool.submit(function, item))
+        if len(calls) > AHEAD:
+            yield calls.popleft().result()
+    while calls:
+        yield calls.popleft().result()
+
+
+def _score_mask(mask: np.ndarray, sequence: Sequence, frame: int,
+                object_ids: list[int]) -> list[tuple[float, float]]:
+    return metrics.score_frame(mask, sequence.mask(frame), object_ids)
+
+
+def segment(model: VideoMatch, tensor: torch.Tensor, shape: tuple[int, int],
+            options: Options) -> np.ndarray:
+    """(3, H, W) frame for the network -> (H, W) uint8 mask of `shape`, the frame's own."""
+    mask = model.segment(tensor, options.segmentation_shape or shape, options.threshold,
                          options.remove_outliers)
-    return preprocess.resize_mask(mask, image.shape[:2])
+    return preprocess.resize_mask(mask, shape)
 
 
 class Writer:
-    """Masks named as the frames are, and an overlay video, of one sequence."""
+    """Masks named as the frames are, and an overlay video, of one sequence, written in order.
+
+    A thread writes while the next frames are segmented. Leaving the context, by an error or by
+    Ctrl+C too, waits until all that was given is written. An error of writing is raised by a
+    later `write`, or on leaving.
+    """
 
     def __init__(self, sequence: Sequence, options: Options):
         self.sequence, self.results = sequence, options.results
         self.video = None
+        self.thread, self.writes = ThreadPoolExecutor(1), deque()
         if self.results:
             self.folder = self.results / sequence.name
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +147,12 @@ class Writer:
                 self.video = visualize.VideoWriter(self.results / f"{sequence.name}.mp4")
 
     def write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
+        """Take (H, W, 3) uint8 RGB and (H, W) uint8, which nobody may change any more."""
+        self.writes.append(self.thread.submit(self._write, frame, image, mask))
+        if len(self.writes) > AHEAD:
+            self.writes.popleft().result()
+
+    def _write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
         if self.results:
             name = self.sequence.images[frame].with_suffix(".png").name
             preprocess.write_mask(self.folder / name, mask)
@@ -120,31 +162,58 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *exception):
+        self.thread.shutdown()
         if self.video:
-            self.video.__exit__(*exception)
+            self.video.__exit__(kind, *exception)
+        if kind is None:
+            for write in self.writes:
+                write.result()
 
 
-def score_folder(results: Path, sequences: list[Sequence]) -> Table:
+def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Table:
     """Score masks in `results`/SEQUENCE/FRAME.png, whatever made them.
+
+    Args:
+        workers: processes that read and score frames, which changes no figure; None: one for
+            each core. Threads where the system can't fork.
 
     Raises:
         FileNotFoundError: a mask is missing.
         ValueError: a mask is of another size than the frame.
     """
     table: Table = {}
-    for sequence in tqdm(sequences, desc="sequences", disable=None):
-        ids = [int(i) for i in np.unique(sequence.mask(0)) if i]
-        score = metrics.SequenceScore(ids)
-        for frame in range(1, len(sequence) - 1):
-            path = results / sequence.name / sequence.masks[frame].name
-            truth = sequence.mask(frame)
-            prediction = preprocess.read_mask(path, sequence.single_object)
-            preprocess.check_same_shape(sequence.masks[frame], truth.shape, path,
-                                        prediction.shape)
-            score.feed(prediction, truth)
-        table |= rows(sequence.name, score)
+    ids = [[int(i) for i in np.unique(sequence.mask(0)) if i] for sequence in sequences]
+    frames = [(results / sequence.name / truth.name, truth, sequence.single_object, object_ids)
+              for sequence, object_ids in zip(sequences, ids) for truth in sequence.masks[1:-1]]
+    with _workers(workers or _cores()) as pool:
+        scores = pool.map(_score_file, frames, chunksize=8)
+        for sequence, object_ids in zip(tqdm(sequences, desc="sequences", disable=None), ids):
+            score = metrics.SequenceScore(object_ids)
+            for _ in sequence.masks[1:-1]:
+                score.add(next(scores))
+            table |= rows(sequence.name, score)
     return table
+
+
+def _score_file(frame: tuple[Path, Path, bool, list[int]]) -> list[tuple[float, float]]:
+    path, truth_path, single_object, object_ids = frame
+    prediction, truth = (preprocess.read_mask(p, single_object) for p in (path, truth_path))
+    preprocess.check_same_shape(truth_path, truth.shape, path, prediction.shape)
+    return metrics.score_frame(prediction, truth, object_ids)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _workers(count: int) -> Executor:
+    """Forked processes: they import nothing, and what they run takes no lock of torch or OpenCV."""
+    if sys.platform != "linux":
+        return ThreadPoolExecutor(count)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("fork"),
+                               signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def rows(name: str, score: metrics.SequenceScore) -> Table:

@@ -4,8 +4,6 @@ Perazzi et al.: A Benchmark Dataset and Evaluation Methodology for Video Object 
 CVPR 2016; averaged over objects as in DAVIS-2017.
 """
 
-from functools import lru_cache
-
 import cv2
 import numpy as np
 
@@ -15,42 +13,81 @@ MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "
 
 
 def jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """J, the intersection over union of two (H, W) bool masks, in [0, 1]; 1 if both are empty."""
+    """J, the intersection over union of two (H, W) masks of 0 and 1; 1 if both are empty."""
     union = np.count_nonzero(prediction | truth)
     return float(np.count_nonzero(prediction & truth) / union) if union else 1.0
 
 
-def boundary_f(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """F, the F-measure of the boundaries of two (H, W) bool masks, in [0, 1].
+def boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int | None = None) -> float:
+    """F, the F-measure of the boundaries of two (H, W) masks of 0 and 1, in [0, 1].
 
-    A boundary pixel counts as found if the other boundary has a pixel within
-    ceil(0.008 * image diagonal). 1 if both masks are without boundary, 0 if only one is.
+    A boundary pixel counts as found if the other boundary has a pixel within `radius` pixels;
+    None takes `tolerance` of the masks. 1 if both masks are without boundary, 0 if only one is.
     """
-    radius = int(np.ceil(BOUND * np.linalg.norm(truth.shape)))
-    prediction, truth = boundary(prediction), boundary(truth)
-    count, true_count = cv2.countNonZero(prediction), cv2.countNonZero(truth)
+    if radius is None:
+        radius = tolerance(truth.shape)
+    stride = truth.shape[1] + radius
+    prediction, truth = (_bits(boundary(mask), stride) for mask in (prediction, truth))
+    count, true_count = prediction.bit_count(), truth.bit_count()
     if count == 0 or true_count == 0:
         return float(count == true_count)
-    left, top, width, height = cv2.boundingRect(prediction | truth)
-    window = slice(top, top + height), slice(left, left + width)
-    prediction, truth = prediction[window], truth[window]
-    disk = _disk(radius)
-    precision = cv2.countNonZero(prediction & cv2.dilate(truth, disk)) / count
-    recall = cv2.countNonZero(truth & cv2.dilate(prediction, disk)) / true_count
+    precision = (prediction & _dilate(truth, radius, stride)).bit_count() / count
+    recall = (truth & _dilate(prediction, radius, stride)).bit_count() / true_count
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+def tolerance(shape: tuple[int, int]) -> int:
+    """Pixels by which a boundary may be off in a mask of (H, W)."""
+    return int(np.ceil(BOUND * np.linalg.norm(shape)))
+
+
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (H, W) uint8: 1 where a pixel differs from its east, south or south-east."""
+    """(H, W) bool, or of 0 and 1 -> (H, W) uint8: 1 where a pixel differs from its east, south
+    or south-east.
+    """
     mask = mask.astype(np.uint8)
     padded = cv2.copyMakeBorder(mask, 0, 1, 0, 1, cv2.BORDER_REPLICATE)
     return ((mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:]))
 
 
-@lru_cache
-def _disk(radius: int) -> np.ndarray:
-    y, x = np.ogrid[-radius:radius + 1, -radius:radius + 1]
-    return (x * x + y * y <= radius * radius).astype(np.uint8)
+def _bits(mask: np.ndarray, stride: int) -> int:
+    """(H, W) uint8 of 0 and 1 -> a whole number with a bit for each pixel, `stride` bits a row."""
+    padded = cv2.copyMakeBorder(mask, 0, 0, 0, stride - mask.shape[1], cv2.BORDER_CONSTANT, value=0)
+    return int.from_bytes(np.packbits(padded).tobytes(), "big")
+
+
+def _dilate(bits: int, radius: int, stride: int) -> int:
+    """Dilate what `_bits` made with a disk; exact on the pixels of the mask.
+
+    The disk is a stack of rows, from the shortest to the longest. Shifts of a whole number move
+    every pixel at once; the `radius` zeros after each row keep rows apart.
+    """
+    result = width = 0
+    for height in range(radius, -1, -1):
+        while (width + 1) ** 2 + height ** 2 <= radius ** 2:
+            bits |= bits << 1 | bits >> 1
+            width += 1
+        result |= bits << height * stride | bits >> height * stride
+    return result
+
+
+def score_frame(prediction: np.ndarray, truth: np.ndarray,
+                object_ids: list[int]) -> list[tuple[float, float]]:
+    """J and F of each object in one frame, given two (H, W) uint8 masks of object ids."""
+    return [_score_object(*((mask == i).view(np.uint8) for mask in (prediction, truth)))
+            for i in object_ids]
+
+
+def _score_object(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    """J and F of two (H, W) uint8 masks of 0 and 1, seen through a window around both.
+
+    The window keeps a pixel of background on each side, where the frame has one: boundaries
+    there are what they are in the whole frame.
+    """
+    left, top, width, height = cv2.boundingRect(prediction | truth)
+    window = (slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left + width + 1))
+    pair = prediction[window], truth[window]
+    return jaccard(*pair), boundary_f(*pair, tolerance(truth.shape))
 
 
 class SequenceScore:
@@ -69,10 +106,13 @@ class SequenceScore:
 
     def feed(self, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Score one frame: two (H, W) uint8 masks of object ids."""
-        for object_id in self.j:
-            pair = prediction == object_id, truth == object_id
-            self.j[object_id].append(jaccard(*pair))
-            self.f[object_id].append(boundary_f(*pair))
+        self.add(score_frame(prediction, truth, list(self.j)))
+
+    def add(self, frame: list[tuple[float, float]]) -> None:
+        """Take what `score_frame` returned for one frame."""
+        for object_id, (j, f) in zip(self.j, frame):
+            self.j[object_id].append(j)
+            self.f[object_id].append(f)
 
     def conclude(self) -> dict[int, dict[str, float]]:
         """For each object its `MEASURES`, in [0, 1]; decays in [-1, 1]."""

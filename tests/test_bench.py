@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from conftest import draw_frame
 
 import bench
+import preprocess
 
 
 def test_both_sides_agree_and_the_figures_are_written(tmp_path, monkeypatch, capsys):
@@ -20,6 +22,22 @@ def test_both_sides_agree_and_the_figures_are_written(tmp_path, monkeypatch, cap
         assert row["dense"]["seconds"] > 0 and row["toolkit"]["seconds"] > 0
         assert row["grid"] == [side * row["upsample_factor"] for side in row["cells"]]
     assert capsys.readouterr().out.count("mobilenet") == 2
+
+
+@pytest.mark.parametrize("year", ["2016", "2017"])
+def test_both_scorers_agree(year, davis_2017, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results/dog").mkdir(parents=True)
+    for i in range(6):
+        _, mask = draw_frame(max(i - 1, 0), (1, 2))  # a frame late
+        preprocess.write_mask(tmp_path / "results/dog" / f"{i:05d}.png", mask)
+    monkeypatch.setattr("sys.argv", ["bench.py", "--scorer", str(tmp_path / "results"), "-d",
+                                     str(davis_2017), "-y", year, "--repeats", "1",
+                                     "--json", str(tmp_path / "b.json")])
+    assert bench.main() == 0
+    row = json.loads((tmp_path / "b.json").read_text())
+    assert row["frames"] == 4 and row["times_faster"] > 0
+    assert row["largest_difference"] < 1e-9
+    assert "frames a second" in capsys.readouterr().out
 
 
 def test_memory_is_that_of_the_call():

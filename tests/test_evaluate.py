@@ -1,8 +1,11 @@
 """What evaluation leaves behind, and its figures against the independent scorer."""
 
 import csv
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -13,6 +16,7 @@ from vos_benchmark.benchmark import benchmark
 
 import evaluate
 import metrics
+import preprocess
 from davis import Davis
 
 PALETTE_START = [0, 0, 0, 128, 0, 0, 0, 128, 0]
@@ -78,6 +82,14 @@ def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
         assert table[name] == pytest.approx(again[name], abs=1e-12)
 
 
+def test_the_number_of_processes_changes_no_figure(model, davis_2017, results):
+    sequences = Davis(davis_2017, "2017", "train").sequences
+    evaluate.evaluate(model, sequences, evaluate.Options(results=results))
+    tables = [evaluate.score_folder(results, sequences, workers) for workers in (1, 2, 3)]
+    assert tables[0] == tables[1] == tables[2]
+    assert list(tables[0]) == list(tables[2]) == ["ant", "bee_1", "bee_2"]
+
+
 def test_the_truth_scores_one(davis_2016):
     sequences = Davis(davis_2016).sequences
     table = evaluate.score_folder(davis_2016 / "Annotations" / "480p", sequences)
@@ -128,6 +140,79 @@ def test_an_empty_reference_mask_is_named(model, davis_2016):
     Image.fromarray(np.zeros((48, 80), np.uint8)).save(sequence.masks[0])
     with pytest.raises(ValueError, match="00000.png.*no object"):
         evaluate.evaluate(model, [sequence], evaluate.Options())
+
+
+@pytest.fixture
+def slow_writes(monkeypatch):
+    """Names of masks as they are written, each of which takes longer than segmenting a frame."""
+    names, write_mask = [], preprocess.write_mask
+
+    def write(path, mask):
+        time.sleep(0.2)
+        write_mask(path, mask)
+        names.append(path.name)
+
+    monkeypatch.setattr(preprocess, "write_mask", write)
+    return names
+
+
+def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results, slow_writes,
+                                                     monkeypatch):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    segmented, segment = [], model.segment
+
+    def interrupted(*arguments):
+        if len(segmented) == 3:
+            signal.raise_signal(signal.SIGINT)
+        segmented.append(segment(*arguments))
+        return segmented[-1]
+
+    monkeypatch.setattr(model, "segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(model, [sequence], evaluate.Options(results=results, videos=True))
+    assert slow_writes == [f"{i:05d}.png" for i in range(4)]
+    for path, mask in zip(sorted((results / "ant").iterdir()), [sequence.mask(0), *segmented],
+                          strict=True):
+        np.testing.assert_array_equal(np.array(Image.open(path)), mask)
+    assert cv2.VideoCapture(str(results / "ant.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 4
+
+
+def test_slow_writing_keeps_order_and_loses_nothing(model, davis_2016, results, slow_writes):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    evaluate.evaluate(model, [sequence], evaluate.Options(results=results))
+    assert slow_writes == [path.name for path in sequence.masks]
+
+
+@pytest.mark.parametrize("frame", [0, 2, 5])  # the last: when nothing is left to segment
+def test_an_error_of_the_writer_ends_the_run(frame, model, davis_2016, results):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    (results / "ant" / f"{frame:05d}.png").mkdir(parents=True)
+    with pytest.raises(OSError, match=f"{frame:05d}.png"):
+        evaluate.evaluate(model, [sequence], evaluate.Options(results=results))
+
+
+def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016, results):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    sequence.images[4].write_bytes(sequence.images[4].read_bytes()[:300])
+    with pytest.raises(OSError, match="00004.jpg"):
+        evaluate.evaluate(model, [sequence], evaluate.Options(results=results))
+    assert sorted(p.name for p in (results / "ant").iterdir()) == [f"{i:05d}.png" for i in range(4)]
+
+
+def test_few_frames_are_read_ahead():
+    taken, most = 0, 0
+
+    def read(i):
+        nonlocal most
+        most = max(most, i - taken)
+        return i
+
+    with ThreadPoolExecutor(2) as pool:
+        for i in evaluate._ahead(pool, read, range(50)):
+            assert i == taken
+            time.sleep(0.002)
+            taken += 1
+    assert taken == 50 and 1 <= most <= evaluate.AHEAD + 1
 
 
 def script(*arguments):

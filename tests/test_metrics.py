@@ -115,6 +115,38 @@ def test_measures_are_symmetric_bounded_and_one_for_equal_masks(pair):
     assert (metrics.jaccard(a, b) == 1) == np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("radius", [0, 1, 2, 5, 8, 19])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (30, 1), (23, 31), (40, 16)])
+def test_dilation_is_by_every_pixel_of_the_disk(radius, shape):
+    rng = np.random.default_rng(3)
+    y, x = np.indices(shape)
+    stride = shape[1] + radius
+    for share in (0.0, 0.005, 0.05):
+        mask = (rng.random(shape) < share).astype(np.uint8)
+        mask[0, -1] = mask[-1, 0] = share > 0  # corners, which must not reach around the border
+        expected = np.zeros(shape, bool)
+        for i, j in np.argwhere(mask):
+            expected |= (y - i) ** 2 + (x - j) ** 2 <= radius * radius
+        bits = metrics._dilate(metrics._bits(mask, stride), radius, stride)
+        inside = metrics._bits(np.ones(shape, np.uint8), stride)
+        assert bits & inside == metrics._bits(expected.astype(np.uint8), stride)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 12), slice(-9, None), slice(20, 40)])
+@pytest.mark.parametrize("columns", [slice(0, 9), slice(-13, None), slice(None)])
+def test_a_frame_scores_as_its_whole_masks_do(rows, columns):
+    """Objects at each border, alone in a frame; the score is taken from a window around them."""
+    prediction, truth = np.zeros((2, 60, 90), np.uint8)
+    truth[rows, columns] = 7
+    rng = np.random.default_rng(1)
+    prediction[rows, columns] = 7 * rng.integers(0, 2, truth[rows, columns].shape)
+    (found,) = metrics.score_frame(prediction, truth, [7])
+    assert found == (metrics.jaccard(prediction == 7, truth == 7),
+                     metrics.boundary_f(prediction == 7, truth == 7))
+    (expected,) = reference_means([(prediction, truth)]).values()
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("values, first, last", [
     ([0.9, 0.7, 0.5, 0.1], [0.9, 0.7], [0.5, 0.1]),
     ([1.0, 0.8, 0.6, 0.4, 0.3], [1.0, 0.8], [0.4, 0.3]),
