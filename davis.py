@@ -150,7 +150,7 @@ class Pairs(Dataset):
     through all sequences; the seed chooses the reference frame, the object and the
     augmentation, so a pair is the same whichever worker makes it.
 
-    Items are four tensors: reference image (3, H, W) and mask (H, W), test image and mask.
+    Items are (2, 3, H, W) images and (2, H, W) masks, those of the reference frame first.
     """
 
     def __init__(self, sequences: list[Sequence], augment: preprocess.Augment):
@@ -168,8 +168,9 @@ class Pairs(Dataset):
         pair = [(sequence.image(reference), mask), (sequence.image(test), sequence.mask(test))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return tuple(tensor for image, mask in pair
-                         for tensor in self.augment(image, (mask == object_id).astype(np.uint8)))
+            pair = [self.augment(image, (mask == object_id).astype(np.uint8))
+                    for image, mask in pair]
+        return tuple(torch.stack(tensors) for tensors in zip(*pair))
 
     def _reference(self, sequence: Sequence, rng) -> tuple[int, np.ndarray, int]:
         """A random frame in which there is an object, its mask, and one of its objects."""

@@ -17,7 +17,7 @@ import evaluate
 import train
 from davis import SETS, YEARS, Davis, split
 from encoder import BACKBONES, Encoder
-from videomatch import SHIPPED, VideoMatch
+from videomatch import METHODS, SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
 
@@ -26,6 +26,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
 # a stride of 16 leaves small objects few cells: enlarge more, average less
 MATCHING = {"vgg": (1.0, 20), "resnet": (1.0, 20), "mobilenet": (2.0, 5)}  # factor, K
 TRAINING_SHAPE = (320, 576)
+RECENT = 3  # frames
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,6 +82,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", metavar="T", type=float,
         help="of the softmax over scores: lower for more decided probabilities "
              "(default: the checkpoint's, else 0.05)")
+    add("--method", choices=METHODS,
+        help="matching: with the reference frame only; paper: with its online update too; memory: "
+             "with recent frames and a learned refinement (default: what the checkpoint was "
+             "trained for, for new weights memory)")
     add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
         help="size at which the network sees frames: smaller for speed and memory (default: "
              "the frame's own size for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
@@ -224,7 +229,8 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
         log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
     else:
         encoder.load_imagenet(args.encoder_weights)
-    return configure(VideoMatch(encoder, factor, k), args)
+    recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
+    return configure(VideoMatch(encoder, factor, k, recent=recent), args)
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
@@ -245,9 +251,12 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     for name in ("upsample_factor", "top_k", "temperature", "dilation"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
+    if args.method == "memory" and not model.recent:
+        raise ValueError("--method memory: expected a checkpoint that was trained for it")
+    model.method = args.method or model.method
     device = device_of(args.cuda_device)
-    log.info("encoder %s, upsample factor %g, K %d, temperature %g, on %s", model.encoder.name,
-             model.upsample_factor, model.top_k, model.temperature, device)
+    log.info("method %s, encoder %s, upsample factor %g, K %d, temperature %g, on %s", model.method,
+             model.encoder.name, model.upsample_factor, model.top_k, model.temperature, device)
     return model.to(device)
 
 

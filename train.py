@@ -1,4 +1,4 @@
-"""Training on random pairs of frames of one sequence, with whole sequences held out."""
+"""Training on pairs of frames, or on clips, of one sequence, with whole sequences held out."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -16,12 +17,15 @@ from tqdm import tqdm
 import metrics
 import preprocess
 import visualize
-from davis import Pairs, PairSampler, Sequence
+from davis import Clips, Pairs, PairSampler, Sequence
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
-VALIDATION_FRAMES = 8  # of each held-out sequence, evenly spaced
+DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
+MATCHING_WEIGHT = 0.3  # of the loss of the matching alone, beside that of the decoder
+WARM_UP = 0.05  # share of the iterations in which the learning rate rises
+GRADIENT = 5.0  # the largest norm of a gradient
 
 
 def dice(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -85,13 +89,12 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         The best held-out IoU, in [0, 1].
     """
     torch.manual_seed(options.seed)
-    pairs = Pairs(training, preprocess.Augment(options.shape, options.augment))
-    sampler = PairSampler(len(pairs), options.iterations * options.batch_size, options.shuffle,
+    dataset = Clips if model.method == "memory" else Pairs
+    clips = dataset(training, preprocess.Augment(options.shape, options.augment))
+    sampler = PairSampler(len(clips), options.iterations * options.batch_size, options.shuffle,
                           options.seed)
-    loader = DataLoader(pairs, options.batch_size, sampler=sampler, num_workers=options.workers)
-    optimizer = torch.optim.Adam(model.parameters(), options.learning_rate,
-                                 weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations)
+    loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
+    optimizer, schedule = optimizer_of(model, options)
     report = Report(model, held_out, options)
     report(0)
     with _interruptible() as interrupted:
@@ -114,35 +117,59 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     return report.best
 
 
+def optimizer_of(model: VideoMatch, options: Options):
+    """AdamW, and the schedule of its learning rates: a short rise, then a cosine down to 0."""
+    rates = {model.encoder: options.learning_rate}
+    if model.recent:
+        rates[model.decoder] = DECODER_RATE * options.learning_rate
+    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, list(rates.values()), total_steps=options.iterations + 1, pct_start=WARM_UP)
+    return optimizer, schedule
+
+
 def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
-    """One update on a batch from `Pairs`; returns the loss before it."""
+    """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
+
+    The first frame is the reference. Each of the others is segmented with what the model itself
+    found in those before.
+    """
     model.train()
-    reference, mask, test, truth = batch
-    model.set_reference(reference, mask, object_ids=[1])
-    probability = model.predict(test)[:, 1]  # (B, H, W)
-    target = truth.to(probability)
-    loss = sum(LOSSES[name](probability, target) for name in losses)
+    images, masks = batch
+    model.set_reference(images[:, 0], masks[:, 0], object_ids=[1])
+    loss = 0
+    for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
+        probabilities = model.predict(image)  # (B, 2, H, W)
+        target = truth.to(probabilities)
+        loss = loss + sum(LOSSES[name](probabilities[:, 1], target) for name in losses)
+        if model.method == "memory":
+            matched = model.matched(target.shape[1:])[:, 1]
+            loss = loss + MATCHING_WEIGHT * sum(LOSSES[name](matched, target) for name in losses)
+            model.remember(probabilities)
+    loss = loss / (images.shape[1] - 1)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
 
 
 @torch.no_grad()
 def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int]) -> float:
-    """Mean J of matching to the first frame, without outlier removal, over some later frames."""
+    """Mean J of every second frame, each segmented after those before, without outlier removal."""
     model.eval()
     scores = []
     for sequence in sequences:
         mask = sequence.mask(0)
         model.set_reference(preprocess.to_tensor(sequence.image(0), shape), mask)
-        frames = torch.linspace(1, len(sequence) - 1, min(VALIDATION_FRAMES, len(sequence) - 1))
-        for frame in frames.round().int().tolist():
+        for frame in range(2, len(sequence), 2):
             image = preprocess.to_tensor(sequence.image(frame), shape)
             result = model.segment(image, mask.shape, remove_outliers=False)
             truth = sequence.mask(frame)
-            scores += [metrics.jaccard(result == i, truth == i) for i in model.object_ids]
-    return sum(scores) / len(scores)
+            scores.append(np.mean([metrics.jaccard(result == i, truth == i)
+                                   for i in model.object_ids]))
+    return float(np.mean(scores))
 
 
 class Report:

@@ -19,10 +19,11 @@ import preprocess
 import visualize
 from decoder import Decoder
 from encoder import Encoder
-from memory import Recent
-from matching import Grid, Reference, soft_match
+from matching import Grid, soft_match
+from memory import Recent, Sets
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
+METHODS = ("matching", "paper", "memory")
 VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
 
 
@@ -37,8 +38,15 @@ class VideoMatch(nn.Module):
             without it no probability could leave [0.12, 0.88].
         dilation: outlier removal keeps what lies within this many pixels of the object's
             previous mask (the paper: 100).
-        recent: how many of the last frames are matched as well, near each position, and refine
-            the mask by a `Decoder`; 0 matches with the reference frame only, as the paper does.
+        recent: how many of the last frames are matched as well; above 0 there is a `Decoder`.
+
+    Attributes:
+        method: "matching": the scores of the reference frame decide. "paper": its sets grow with
+            the video, by the paper's online update. "memory", the default where `recent` is
+            above 0: scores, what the recent frames say, and the frame's finer features go
+            through the decoder.
+        confidence: c, the probability from which the online update believes in an object (the
+            paper: 0.95).
     """
 
     EVIDENCE = 6  # channels, see `_evidence`
@@ -57,15 +65,17 @@ class VideoMatch(nn.Module):
         self.encoder, self.upsample_factor = encoder, float(upsample_factor)
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
         self.recent = recent
+        self.method, self.confidence = "memory" if recent else "matching", 0.95
         if recent:
             channels = (*encoder.spec.finer.values(), encoder.spec.channels)
             self.decoder = Decoder(self.EVIDENCE, channels)
         self.precision = torch.float32  # of the encoder and of products; sums are float32
         self.facts: dict = {}
         self.object_ids: list[int] = []
-        self._references: list[Reference] = []  # one for each frame of a batch
-        self._memories: list[Recent] = []
-        self._last: tuple[list[Grid], torch.Tensor] | None = None  # what `predict` saw and said
+        self._sets: list[Sets] = []  # one for each frame of a batch
+        self._recent: list[Recent] = []
+        self._seen: list[Grid] = []  # by the last `predict`
+        self.scores: torch.Tensor | None = None  # (B, N+1, h, w), the matching's in it
         self._reference_share: dict[int, float] = {}
         self._previous: np.ndarray | None = None
 
@@ -99,13 +109,12 @@ class VideoMatch(nn.Module):
         sets = torch.full_like(labels, -1)
         for i, object_id in enumerate((0, *self.object_ids)):
             sets[labels == object_id] = i
-        self._references = [Reference([grid], frame_sets[None], len(self.object_ids) + 1)
-                            for grid, frame_sets in zip(grids, sets)]
-        if self.recent:
-            self._memories = [Recent(self.recent) for _ in grids]
-            objects = torch.stack([mask == i for i in (0, *self.object_ids)], 1)
-            self._last = grids, objects.float()
-            self.remember()
+        self._sets = [Sets(grid, frame_sets, len(self.object_ids) + 1)
+                      for grid, frame_sets in zip(grids, sets)]
+        if self.method == "memory":
+            self._recent = [Recent(self.recent) for _ in grids]
+            self._seen = grids
+            self.remember(torch.stack([mask == i for i in (0, *self.object_ids)], 1).float())
 
     def _encode(self, image: torch.Tensor) -> tuple[list[Grid], list[torch.Tensor]]:
         """(B, 3, H, W) -> the enlarged feature grid of each frame, and the features of levels."""
@@ -114,13 +123,16 @@ class VideoMatch(nn.Module):
             levels = self.encoder.pyramid(image)
         return [Grid(frame, self.upsample_factor) for frame in levels[-1]], levels
 
-    def remember(self) -> None:
-        """Keep the frame that `predict` saw last, with what it said, for the frames to come."""
-        grids, probabilities = self._last
-        cells = F.interpolate(probabilities, size=grids[0].shape, mode="bilinear",
+    def remember(self, probabilities: torch.Tensor) -> None:
+        """Keep the frames that `predict` saw last for those to come.
+
+        Args:
+            probabilities: (B, N+1, H, W) what was found in them.
+        """
+        cells = F.interpolate(probabilities, size=self._seen[0].shape, mode="bilinear",
                               align_corners=False, antialias=True)
-        for memory, grid, labels in zip(self._memories, grids, cells):
-            memory.add(grid, labels)
+        for recent, grid, labels in zip(self._recent, self._seen, cells):
+            recent.add(grid, labels)
 
     def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.
@@ -133,40 +145,47 @@ class VideoMatch(nn.Module):
             (N+1, H, W) or (B, N+1, H, W) float32 that sum to 1 over the channels: background,
             then `object_ids` in order. Differentiable.
         """
-        if not self._references:
+        if not self._sets:
             raise RuntimeError("predict needs a reference frame: call set_reference first")
         images = image.to(self.device).view(-1, *image.shape[-3:])
-        shape = tuple(shape or image.shape[-2:])
-        grids, levels = self._encode(images)
-        scores = torch.stack([soft_match(grid, reference, self.top_k) for grid, reference
-                              in zip(grids, self._references)])  # (B, N+1, h, w)
-        self.scores = scores
-        logits = self._refine(scores, grids, levels) if self.recent else scores / self.temperature
-        logits = F.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
-        probabilities = torch.softmax(logits, dim=1)
-        self._last = grids, probabilities
+        self._seen, levels = self._encode(images)
+        self.scores = torch.stack([soft_match(grid, sets.reference, self.top_k)
+                                   for grid, sets in zip(self._seen, self._sets)])
+        if self.method == "memory":
+            logits = self._refine(self._evidence(), levels)
+            probabilities = self._enlarged(logits, shape or image.shape[-2:])
+        else:
+            probabilities = self.matched(shape or image.shape[-2:])
         return probabilities if image.ndim == 4 else probabilities[0]
 
-    def _refine(self, scores: torch.Tensor, grids: list[Grid], levels: list[torch.Tensor]):
-        """(B, N+1, h, w) scores -> (B, N+1, H/4, W/4) logits, 0 for the background."""
-        count = scores.shape[1] - 1
-        evidence = self._evidence(scores, grids)
-        levels = [level.float().repeat_interleave(count, 0) for level in levels]
-        logits = self.decoder(evidence, levels)
-        logits = logits.unflatten(0, (len(scores), count))
-        return torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+    def matched(self, shape: tuple[int, int]) -> torch.Tensor:
+        """(B, N+1, *shape) probabilities by the last `predict`'s matching alone."""
+        return self._enlarged(self.scores / self.temperature, shape)
 
-    def _evidence(self, scores: torch.Tensor, grids: list[Grid]) -> torch.Tensor:
-        """(B*N, EVIDENCE, h, w) of each object: what speaks for and against it."""
-        found = []
-        for frame, grid, memory in zip(scores, grids, self._memories):
-            soft, similarity = memory.propagate(grid)  # (N+1, h, w), (h, w)
-            before = memory.labels[-1]
-            for i in range(1, len(frame)):
-                rest = torch.cat([frame[:i], frame[i + 1:]]).amax(0)
-                found.append(torch.stack([10 * (frame[i] - rest), frame[i], rest, soft[i],
-                                          before[i], similarity]))
-        return torch.stack(found)
+    @staticmethod
+    def _enlarged(logits: torch.Tensor, shape) -> torch.Tensor:
+        logits = F.interpolate(logits, size=tuple(shape), mode="bilinear", align_corners=False)
+        return logits.softmax(1)
+
+    def _evidence(self) -> torch.Tensor:
+        """(B, N, EVIDENCE, h, w): what speaks for each object and against it."""
+        frames = []
+        for scores, grid, recent in zip(self.scores, self._seen, self._recent):
+            labels, similarity = recent.propagate(grid)  # (N+1, h, w), (h, w)
+            before, objects = recent.labels[-1], []
+            for i in range(1, len(scores)):
+                others = torch.cat([scores[:i], scores[i + 1:]]).amax(0)
+                objects.append(torch.stack([10 * (scores[i] - others), scores[i], others,
+                                            labels[i], before[i], similarity]))
+            frames.append(torch.stack(objects))
+        return torch.stack(frames)
+
+    def _refine(self, evidence: torch.Tensor, levels: list[torch.Tensor]) -> torch.Tensor:
+        """(B, N, EVIDENCE, h, w) -> (B, N+1, H/4, W/4) logits; that of the background is 0."""
+        frames, count = evidence.shape[:2]
+        levels = [level.float().repeat_interleave(count, 0) for level in levels]
+        logits = self.decoder(evidence.flatten(0, 1), levels).unflatten(0, (frames, count))
+        return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
     @torch.no_grad()
     def segment(self, image: torch.Tensor, shape: tuple[int, int] | None = None,
@@ -185,17 +204,35 @@ class VideoMatch(nn.Module):
         Returns:
             (H, W) uint8 with the ids of the reference mask.
         """
-        probabilities = self.predict(image, shape)
+        found = self.predict(image, shape)
+        probabilities = found.cpu().numpy().copy()
         if remove_outliers:
-            probabilities = probabilities.cpu().numpy()
             self._remove_outliers(probabilities)
-            probabilities = torch.from_numpy(probabilities).to(self.device)
-        if self.recent:
-            self._last = self._last[0], probabilities[None]
-            self.remember()
-        probabilities = probabilities.cpu().numpy()
+        if self.method == "paper":
+            self._update_online(found, torch.from_numpy(probabilities).to(found))
+        elif self.method == "memory":
+            self.remember(torch.from_numpy(probabilities).to(found)[None])
         self._previous = self.decide(probabilities, threshold)
         return self._previous
+
+    def _update_online(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add the frame's features that are sure of their set (the paper's online update).
+
+        An object's: above `confidence` after outlier removal, so within the extruded previous
+        mask. The background's: taken for an object and removed as outliers, which tells the next
+        frames what only looks like one.
+
+        Args:
+            before, after: (N+1, H, W) probabilities, of outlier removal.
+        """
+        grid = self._seen[0]
+        before, after = (F.interpolate(p[None], size=grid.shape, mode="bilinear",
+                                       align_corners=False, antialias=True)[0]
+                         for p in (before, after))
+        best, labels = after[1:].max(0)
+        labels = torch.where(best > self.confidence, labels + 1, -1)
+        labels[(before[0] < 0.5) & (after[0] > self.confidence)] = 0
+        self._sets[0].update(grid, labels)
 
     def decide(self, probabilities: np.ndarray, threshold: float = 0.5) -> np.ndarray:
         """(N+1, H, W) probabilities -> (H, W) uint8 mask; `threshold` as for `segment`."""

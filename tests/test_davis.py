@@ -10,7 +10,7 @@ from conftest import SHAPE, write_list, write_sequence
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from davis import Davis, Pairs, PairSampler, Sequence, split
+from davis import Clips, Davis, Pairs, PairSampler, Sequence, split
 from preprocess import Augment
 
 
@@ -175,11 +175,10 @@ def test_item_is_two_images_with_binary_masks(davis_2017):
     pairs = Pairs(Davis(davis_2017, "2017").sequences, Augment((24, 56)))
     assert len(pairs) == 12
     for frame in range(12):
-        reference, reference_mask, test, test_mask = pairs[frame, 5]
-        for image, mask in ((reference, reference_mask), (test, test_mask)):
-            assert (image.shape, image.dtype) == ((3, 24, 56), torch.float32)
-            assert (mask.shape, mask.dtype) == ((24, 56), torch.uint8)
-            assert set(mask.unique().tolist()) <= {0, 1}
+        images, masks = pairs[frame, 5]
+        assert (images.shape, images.dtype) == ((2, 3, 24, 56), torch.float32)
+        assert (masks.shape, masks.dtype) == ((2, 24, 56), torch.uint8)
+        assert set(masks.unique().tolist()) <= {0, 1}
 
 
 def test_an_item_depends_on_its_index_alone(davis_2017):
@@ -211,7 +210,7 @@ def test_both_frames_are_of_one_sequence_and_the_index_is_the_test_frame(tmp_pat
     references = set()
     for frame in range(12):
         for seed in range(10 * frame, 10 * frame + 10):
-            reference, _, test, _ = pairs[frame, seed]
+            reference, test = pairs[frame, seed][0]
             code, reference_code = (int(image.float().mean()) // 16 for image in (test, reference))
             assert code == 5 * (frame // 4) + frame % 4
             assert reference_code // 5 == frame // 4
@@ -224,7 +223,7 @@ def test_both_masks_show_the_same_one_of_several_objects(davis_2017):
     pairs = Pairs([dog], as_is)
     drawn = []
     for seed in range(12):
-        _, reference, _, test = pairs[seed % 6, seed]
+        reference, test = pairs[seed % 6, seed][1]
         masks = [set(np.flatnonzero(mask.numpy().any(1))) for mask in (reference, test)]
         assert masks[0] == masks[1]  # the fixture's objects keep to their rows
         drawn.append(min(masks[0]))
@@ -238,7 +237,7 @@ def test_reference_always_holds_the_object_though_some_masks_are_empty(tmp_path)
     write_list(tmp_path, "2016", "train", ["ant"])
     pairs = Pairs(Davis(tmp_path).sequences, Augment((24, 40)))
     for seed in range(40):
-        _, reference, _, test = pairs[seed % 6, seed]
+        reference, test = pairs[seed % 6, seed][1]
         assert reference.any()
         if seed % 6 in (0, 2, 3, 5):
             assert not test.any()
@@ -249,6 +248,68 @@ def test_sequence_without_any_object_is_named(tmp_path):
     write_list(tmp_path, "2016", "train", ["ant"])
     with pytest.raises(ValueError, match="ant"):
         Pairs(Davis(tmp_path).sequences, as_is)[0, 0]
+
+
+class AsIs:
+    """In place of an augmentation of clips."""
+
+    def __call__(self, image, mask):
+        return as_is(image, mask)
+
+    def clip(self, frames):
+        return [as_is(*frame) for frame in frames]
+
+
+def grey_sequences(root, names, frames):
+    """Sequences whose frames are of a flat grey that tells sequence and frame."""
+    for level, name in enumerate(names):
+        write_sequence(root, name, frames=frames)
+        for i in range(frames):
+            grey = Image.new("RGB", SHAPE[::-1], (120 * level + 8 * i + 4,) * 3)
+            grey.save(root / "JPEGImages" / "480p" / name / f"{i:05d}.jpg", quality=100)
+    write_list(root, "2016", "train", list(names))
+    return Davis(root).sequences
+
+
+def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
+    clips = Clips(grey_sequences(tmp_path, "ab", frames=12), AsIs(), frames=4, gap=2, paste=0)
+    steps, adjacent = set(), 0
+    for seed in range(80):
+        images, masks = clips[seed % 24, seed]
+        assert len(images) == len(masks) == 4 and masks[0].any()
+        codes = [int(image.float().mean()) // 8 for image in images]
+        assert {code // 15 for code in codes} == {seed % 24 // 12}
+        frames = [code % 15 for code in codes]
+        first, *others = (b - a for a, b in zip(frames, frames[1:]))
+        assert all(abs(step) <= 2 for step in others)
+        if others[0] == others[1]:  # not mirrored at an end
+            steps.add(others[0])
+            adjacent += first == others[0]
+    assert steps >= {-2, -1, 1, 2}
+    assert 20 < adjacent < 70  # about half, the others start anywhere
+
+
+def test_what_is_pasted_is_another_sequences_object(tmp_path):
+    sequences = grey_sequences(tmp_path, "ab", frames=6)
+    clips = Clips(sequences, AsIs(), frames=3, paste=1)
+    wanted = hidden = 0
+    for seed in range(40):
+        images, masks = clips[seed % 12, seed]
+        own = seed % 12 // 6  # of frames darker or lighter than the other's
+        assert masks[0].any()
+        for image, mask in zip(images, masks):
+            brightness = image.float().mean(2)[mask > 0]
+            foreign = (brightness > 100) != bool(own)
+            wanted += int(foreign.float().mean() > 0.9) if len(foreign) else 0
+            hidden += int(foreign.float().mean() < 0.1) if len(foreign) else 0
+    assert wanted > 20 and hidden > 20
+
+
+def test_a_clip_depends_on_its_index_alone(davis_2016):
+    clips = Clips(Davis(davis_2016).sequences, Augment((24, 40)), paste=0.5)
+    first = [clips[i, 7 * i] for i in range(6)]
+    torch.rand(7)
+    assert all(all_equal(clips[i, 7 * i], first[i]) for i in reversed(range(6)))
 
 
 @pytest.mark.parametrize("frames, count", [(7, 20), (7, 7), (7, 3), (1, 4), (5, 10)])
@@ -301,5 +362,5 @@ def test_real_sequence_with_empty_masks_yields_references_with_the_object(train)
     assert not bumps.mask(65).any()
     pairs = Pairs([bumps], as_is)
     for seed in range(12):
-        _, reference, _, test = pairs[65, seed]
+        reference, test = pairs[65, seed][1]
         assert reference.any() and not test.any()

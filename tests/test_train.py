@@ -5,13 +5,14 @@ import math
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import train
-from davis import Davis, Pairs, split
+from davis import Clips, Davis, Pairs, split
 from preprocess import Augment
 from videomatch import SHIPPED, VideoMatch
 
@@ -72,6 +73,32 @@ def test_steps_lower_the_loss(batch_size, sequences):
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     losses = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(8)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_steps_on_clips_lower_the_loss(sequences):
+    torch.manual_seed(0)
+    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, recent=2)
+    clips = Clips(sequences[0], Augment((96, 160), random=False), frames=3, paste=0)
+    batch = [torch.stack(x) for x in zip(*(clips[i, i] for i in range(2)))]
+    optimizer, _ = train.optimizer_of(model, train.Options(Path("x"), (96, 160), 100))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    losses = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(12)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
+    torch.manual_seed(0)
+    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, recent=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    options.iterations, options.report = 2, -1
+    best = train.train(model, *sequences, options)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    loaded = VideoMatch.load(options.save)
+    assert (loaded.method, loaded.recent) == ("memory", 2)
+    if loaded.facts["iteration"] == 2:
+        assert train.validate(loaded, sequences[1], options.shape) == pytest.approx(best)
 
 
 def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options):
