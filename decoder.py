@@ -1,8 +1,11 @@
-"""Learned refinement: what the matching says and the frame's finer features to a sharper mask."""
+"""Learned refinement: from what the matching says, and the frame's finer features, to a mask."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+WIDTHS = (32, 48, 96)  # channels of the decoder, finest level first
+GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
 
 
 class Block(nn.Module):
@@ -20,21 +23,17 @@ class Block(nn.Module):
         return x + self.layers(x)
 
 
-GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
-
-
 class Decoder(nn.Module):
     """From the coarsest features to the finest, the evidence beside them at every level.
 
     Args:
         evidence: channels of what is known of an object at a position.
-        channels: of the features, finest first.
-        widths: channels of the decoder at these levels.
+        channels: of the features, finest first; as many levels as `WIDTHS` has, or fewer.
     """
 
-    def __init__(self, evidence: int, channels: tuple[int, ...],
-                 widths: tuple[int, ...] = (32, 48, 96)):
+    def __init__(self, evidence: int, channels: tuple[int, ...]):
         super().__init__()
+        widths = WIDTHS[:len(channels)]
         below = (*widths[1:], 0)
         self.blocks = nn.ModuleList(Block(c + evidence + b, w)
                                     for c, b, w in zip(channels, below, widths))

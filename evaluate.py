@@ -47,6 +47,8 @@ class Options:
     segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
     threshold: float = 0.5
     remove_outliers: bool = True
+    # fits a copy of the model to a sequence, given the reference frame and its mask
+    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
 
 @torch.no_grad()
@@ -91,6 +93,8 @@ def segment_sequence(model: VideoMatch, sequence: Sequence,
         for frame, image in enumerate(_ahead(pool, sequence.image, range(len(sequence)))):
             tensor = preprocess.to_tensor(image, options.input_shape, model.device)
             if frame == 0:
+                if options.adapt:
+                    model = options.adapt(model, image, reference)
                 model.set_reference(tensor, reference)
                 mask = reference
             else:

@@ -8,6 +8,7 @@
 import argparse
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,6 +133,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dilation", metavar="PIXELS", type=int,
         help="how far is far: lower where look-alikes are near, higher for fast objects "
              "(default: the checkpoint's, else 100)")
+    add("--finetune", metavar="N", type=int, default=0,
+        help="fit the model to each sequence by N steps on its first frame (and --learning_rate): "
+             "slower, for objects unlike those it was trained on (default: 0)")
     add("--precision", choices=PRECISIONS,
         help="of the features and their products; fp32 where a result must repeat exactly "
              "(default: fp16 on a CUDA device, else fp32)")
@@ -183,7 +187,7 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("input_image_shape", "segmentation_shape"):
         value = getattr(args, flag)
         expect(value is None or min(value) >= 16, f"--{flag}", "at least 16 16", value)
-    for flag in ("weight_decay", "workers", "dilation", "seed"):
+    for flag in ("weight_decay", "workers", "dilation", "seed", "finetune"):
         value = getattr(args, flag)
         expect(value is None or value >= 0, f"--{flag}", "at least 0", value)
     expect(args.learning_rate > 0, "--learning_rate", "a number above 0", args.learning_rate)
@@ -278,14 +282,19 @@ def run_train(args: argparse.Namespace) -> None:
     iterations = args.epochs * (-(-frames // args.batch_size) if args.iters == -1 else args.iters)
     log.info("%d sequences to train on, held out: %s", len(training),
              ", ".join(sequence.name for sequence in held_out))
-    train.train(model, training, held_out, train.Options(
+    train.train(model, training, held_out, options_of_training(args, model, iterations))
+
+
+def options_of_training(args: argparse.Namespace, model: VideoMatch,
+                        iterations: int) -> train.Options:
+    return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
         shape=tuple(args.input_image_shape or TRAINING_SHAPE), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
         patience=args.patience, workers=args.workers, seed=args.seed,
-        plot=args.loss_visualization))
+        plot=args.loss_visualization)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -299,7 +308,9 @@ def run_eval(args: argparse.Namespace) -> None:
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
         input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers))
+        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
+        adapt=partial(train.finetune, options=options_of_training(args, model, args.finetune))
+        if args.finetune else None))
 
 
 if __name__ == "__main__":

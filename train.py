@@ -1,5 +1,6 @@
 """Training on pairs of frames, or on clips, of one sequence, with whole sequences held out."""
 
+import copy
 import json
 import logging
 import signal
@@ -26,6 +27,7 @@ DECODER_RATE = 10  # times the learning rate of the encoder, which is trained al
 MATCHING_WEIGHT = 0.3  # of the loss of the matching alone, beside that of the decoder
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
+FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
 def dice(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -153,6 +155,31 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
+
+
+def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
+             options: Options) -> VideoMatch:
+    """A copy of the model, fitted to the reference frame of a video by augmenting it.
+
+    Args:
+        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
+        options: `iterations`, `shape`, `losses`, `learning_rate` and `seed` count.
+    """
+    precision, model = model.precision, copy.deepcopy(model)
+    model.precision = torch.float32
+    augment = preprocess.Augment(options.shape)
+    optimizer, schedule = optimizer_of(model, options)
+    rng = np.random.default_rng(options.seed)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        for _ in range(options.iterations):
+            wanted = (mask == rng.choice(np.unique(mask[mask > 0]))).astype(np.uint8)
+            clip = [augment(image, wanted), *augment.clip([(image, wanted)] * FINETUNE_FRAMES)]
+            batch = [torch.stack(parts)[None] for parts in zip(*clip)]
+            step(model, optimizer, batch, options.losses)
+            schedule.step()
+    model.precision = precision
+    return model.eval()
 
 
 @torch.no_grad()
