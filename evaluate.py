@@ -12,9 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 import metrics
 import preprocess
 import visualize
+from background import Background, ahead
 from davis import SETS, YEARS, Davis, Sequence
 from videomatch import VideoMatch
 
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
 
-AHEAD = 3  # frames that are read before their turn, or wait to be written
 READERS = 2  # threads that read and score
 
 
@@ -90,7 +89,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence,
                          "in the first frame")
     scores = []
     with Writer(sequence, options) as writer, ThreadPoolExecutor(READERS) as pool:
-        for frame, image in enumerate(_ahead(pool, sequence.image, range(len(sequence)))):
+        for frame, image in enumerate(ahead(pool, sequence.image, range(len(sequence)))):
             tensor = preprocess.to_tensor(image, options.input_shape, model.device)
             if frame == 0:
                 if options.adapt:
@@ -108,17 +107,6 @@ def segment_sequence(model: VideoMatch, sequence: Sequence,
     return score
 
 
-def _ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
-    """function(item) of each item in order, with AHEAD calls more under way than are asked for."""
-    calls: deque[Future] = deque()
-    for item in items:
-        calls.append(pool.submit(function, item))
-        if len(calls) > AHEAD:
-            yield calls.popleft().result()
-    while calls:
-        yield calls.popleft().result()
-
-
 def _score_mask(mask: np.ndarray, sequence: Sequence, frame: int,
                 object_ids: list[int]) -> list[tuple[float, float]]:
     return metrics.score_frame(mask, sequence.mask(frame), object_ids)
@@ -133,28 +121,16 @@ def segment(model: VideoMatch, tensor: torch.Tensor, shape: tuple[int, int],
 
 
 class Writer:
-    """Masks named as the frames are, and an overlay video, of one sequence, written in order.
-
-    A thread writes while the next frames are segmented. Leaving the context, by an error or by
-    Ctrl+C too, waits until all that was given is written. An error of writing is raised by a
-    later `write`, or on leaving.
-    """
+    """Masks named as the frames are, and an overlay video, of one sequence, in the background."""
 
     def __init__(self, sequence: Sequence, options: Options):
         self.sequence, self.results = sequence, options.results
-        self.video = None
-        self.thread, self.writes = ThreadPoolExecutor(1), deque()
+        self.video, self.write = None, Background(self._write)
         if self.results:
             self.folder = self.results / sequence.name
             self.folder.mkdir(parents=True, exist_ok=True)
             if options.videos:
                 self.video = visualize.VideoWriter(self.results / f"{sequence.name}.mp4")
-
-    def write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
-        """Take (H, W, 3) uint8 RGB and (H, W) uint8, which nobody may change any more."""
-        self.writes.append(self.thread.submit(self._write, frame, image, mask))
-        if len(self.writes) > AHEAD:
-            self.writes.popleft().result()
 
     def _write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
         if self.results:
@@ -166,13 +142,12 @@ class Writer:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *exception):
-        self.thread.shutdown()
-        if self.video:
-            self.video.__exit__(kind, *exception)
-        if kind is None:
-            for write in self.writes:
-                write.result()
+    def __exit__(self, *exception):
+        try:
+            self.write.__exit__(*exception)
+        finally:
+            if self.video:
+                self.video.__exit__(*exception)
 
 
 def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Table:

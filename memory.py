@@ -7,6 +7,7 @@
 from collections import deque
 
 import torch
+import torch.nn.functional as F
 
 from matching import Grid, Reference, similarities, top_k_near
 
@@ -19,20 +20,29 @@ class Sets:
         labels: (H, W) integers, the set of each position; -1 is in none.
         sets: how many there are.
         frames: features of at most this many later frames are kept; those of the oldest leave
-            first, those of the reference frame never.
+            first, those of reference frames never.
     """
 
     def __init__(self, grid: Grid, labels: torch.Tensor, sets: int, frames: int = 5):
-        self.sets, self.first = sets, (grid, labels)
+        self.given: list[tuple[Grid, torch.Tensor]] = []
         self.later: deque[tuple[Grid, torch.Tensor]] = deque(maxlen=frames)
-        self.reference = Reference([grid], labels[None], sets)
+        self.add(grid, labels, sets)
+
+    def add(self, grid: Grid, labels: torch.Tensor, sets: int) -> None:
+        """Another reference frame; there may be more sets now than before."""
+        self.sets = sets
+        self.given.append((grid, labels))
+        self._gather()
 
     def update(self, grid: Grid, labels: torch.Tensor) -> None:
         """Add features of a later frame; `labels` as above, -1 for what nobody is sure of."""
         if (labels >= 0).any():
             self.later.append((grid, labels))
-            grids, labels = zip(self.first, *self.later)
-            self.reference = Reference(list(grids), torch.stack(labels), self.sets)
+            self._gather()
+
+    def _gather(self) -> None:
+        grids, labels = zip(*self.given, *self.later)
+        self.reference = Reference(list(grids), torch.stack(labels), self.sets)
 
 
 class Recent:
@@ -54,6 +64,11 @@ class Recent:
         """Remember a frame: its features, and (S, H, W) probabilities on its enlarged grid."""
         self.grids.append(grid)
         self.labels.append(labels)
+
+    def widen(self, sets: int) -> None:
+        """There are more objects now, which no frame so far knows of."""
+        self.labels = deque((F.pad(label, (0, 0, 0, 0, 0, sets - len(label)))
+                             for label in self.labels), maxlen=self.labels.maxlen)
 
     def propagate(self, query: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """Soft labels of a frame: those of the most similar positions near, weighed by softmax.

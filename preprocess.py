@@ -20,6 +20,8 @@ from torchvision.transforms.v2 import functional as TF
 
 import visualize
 
+log = logging.getLogger(__name__)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VOID = 255  # "not labelled" in DAVIS masks that hold object ids
@@ -55,65 +57,57 @@ def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
         mask = _read_any_mask(path)
     if single_object:
         return (mask > 0).view(np.uint8)
+    return _object_ids(mask)
+
+
+def read_own_mask(path: str | Path) -> np.ndarray:
+    """Read a mask that somebody painted, as `read_mask` does, and what paint programs make of it.
+
+    Grey stored as RGB, and soft edges: where only one value other than 0 covers a square of 3x3
+    pixels anywhere, the others are the edge of that object, and half its value is the limit.
+    The log says so.
+
+    Raises:
+        OSError, ValueError: as for `read_mask`; also for a coloured image and for soft edges
+            around several objects.
+    """
+    with _naming(path, "a mask"):
+        image = Image.open(path)
+        image.load()
+    if image.mode in ("RGB", "RGBA"):
+        channels = np.array(image.convert("RGB"))
+        if (channels != channels[..., :1]).any():
+            raise ValueError(f"{path}: expected a grey or palette mask, found colours: save it as "
+                             "a palette PNG with a number for each object")
+        values = channels[..., 0]
+    elif image.mode == "L":
+        values = np.array(image)
+    else:
+        return read_mask(path)
+    solid = [int(v) for v in np.unique(values) if v and _has_interior(values == v)]
+    soft = [int(v) for v in np.unique(values) if v and v not in solid]
+    if not soft or not solid:
+        return _object_ids(values)
+    if len(solid) > 1:
+        raise ValueError(f"{path}: {len(soft)} values of soft edges around {len(solid)} objects, "
+                         "expected one value for each object and 0 elsewhere")
+    log.info("%s: soft edges, so what is at least half as bright as the object (%d) belongs to it",
+             path, solid[0])
+    return (2 * values.astype(int) >= solid[0]).astype(np.uint8)
+
+
+def _has_interior(mask: np.ndarray) -> bool:
+    return cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).any()
+
+
+def _object_ids(mask: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 values of a file -> object ids; 255 where it is the only value, else void."""
     if mask.max() == VOID:
         void = mask == VOID
         if np.count_nonzero(void) == np.count_nonzero(mask):
             return void.view(np.uint8)
         mask[void] = 0
     return mask
-
-
-def _read_any_mask(path: str | Path) -> np.ndarray:
-    """(H, W) uint8, the values as they are in the file; raises as `read_mask` does."""
-    image = _open(path, "a mask")
-    if image.mode not in MASK_MODES:
-        raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
-                         f"found an image of mode {image.mode}")
-    if image.mode == "LA":
-        image = image.getchannel("L")
-    return np.array(image, dtype=np.uint8)
-
-
-def _read_plain_png(path: str | Path) -> np.ndarray | None:
-    """The values of the kind of PNG that masks mostly are, in about half of Pillow's time.
-
-    Returns:
-        (H, W) uint8; None for a file of any other kind, and for one that is missing or damaged,
-        of which Pillow tells what is wrong.
-    """
-    try:
-        data = Path(path).read_bytes()
-        width, height, *kind = struct.unpack_from(">II5B", data, 16)
-        # 8 bits, grey or palette, nothing interlaced, of a size that nobody faked
-        if (not data.startswith(PNG) or kind not in ([8, 0, 0, 0, 0], [8, 3, 0, 0, 0])
-                or not 0 < width * height <= 1 << 26):
-            return None
-        inflate = zlib.decompressobj()
-        pixels = inflate.decompress(_png_pixels(data), height * (width + 1) + 1)
-        rows = np.frombuffer(pixels, np.uint8).reshape(height, width + 1)
-    except (OSError, ValueError, struct.error, zlib.error):
-        return None
-    filters, rows = rows[:, 0], rows[:, 1:]
-    if not inflate.eof or filters.min() != filters.max() or filters[0] > 1:
-        return None
-    if filters[0] == 0:
-        return rows.copy()
-    columns = cv2.transpose(rows)  # a pixel is stored as its difference from the one before
-    return cv2.transpose(np.add.accumulate(columns, axis=0, dtype=np.uint8, out=columns))
-
-
-def _png_pixels(data: bytes) -> bytes:
-    """The deflated pixels of a PNG file; raises a ValueError where a checksum is wrong."""
-    pixels, at, name = [], len(PNG), b""
-    while name != b"IEND":
-        size, name = struct.unpack_from(">I4s", data, at)
-        end = at + 8 + size
-        if zlib.crc32(data[at + 4:end]) != struct.unpack_from(">I", data, end)[0]:
-            raise ValueError("damaged")
-        if name == b"IDAT":
-            pixels.append(data[at + 8:end])
-        at = end + 4
-    return b"".join(pixels)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:

@@ -100,20 +100,47 @@ class VideoMatch(nn.Module):
         if mask.ndim == 2:
             self._previous = mask.cpu().numpy().astype(np.uint8)
             image, mask = image[None], mask[None]
-        self.object_ids = object_ids or [i for i in mask.unique().tolist() if i != 0]
-        if not self.object_ids:
-            raise ValueError("the reference mask holds no object: all of its pixels are 0")
-        self._reference_share = {i: (mask == i).float().mean().item() for i in self.object_ids}
-        grids, _ = self._encode(image)
-        labels = cell_labels(mask, grids[0].shape)  # (B, h, w)
+        self.object_ids = list(object_ids or _objects(mask))
+        self._sets, self._recent, self._reference_share = [], [], {}
+        self._refer(image, mask)
+
+    def add_reference(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray) -> None:
+        """Another frame whose mask is known, of a video that has a reference frame already.
+
+        Objects that only this mask holds are looked for from now on.
+
+        Args:
+            image: (3, H, W) float32, ImageNet-normalised.
+            mask: (H, W) integers, 0 background, else object ids.
+
+        Raises:
+            ValueError: the mask holds no object.
+        """
+        image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
+        self._previous = mask.cpu().numpy().astype(np.uint8)
+        new = [i for i in _objects(mask) if i not in self.object_ids]
+        self.object_ids += new
+        for recent in self._recent:
+            recent.widen(len(self.object_ids) + 1)
+        self._refer(image[None], mask[None])
+
+    def _refer(self, image: torch.Tensor, mask: torch.Tensor) -> None:
+        """(B, 3, H, W) and (B, H, W): gather their features, and remember them as recent."""
+        for i in self.object_ids:
+            self._reference_share[i] = ((mask == i).float().mean().item()
+                                        or self._reference_share.get(i, 0.0))
+        self._seen, _ = self._encode(image)
+        labels = cell_labels(mask, self._seen[0].shape)  # (B, h, w)
         sets = torch.full_like(labels, -1)
         for i, object_id in enumerate((0, *self.object_ids)):
             sets[labels == object_id] = i
-        self._sets = [Sets(grid, frame_sets, len(self.object_ids) + 1)
-                      for grid, frame_sets in zip(grids, sets)]
+        count = len(self.object_ids) + 1
+        if self._sets:
+            self._sets[0].add(self._seen[0], sets[0], count)
+        else:
+            self._sets = [Sets(grid, labels, count) for grid, labels in zip(self._seen, sets)]
+            self._recent = [Recent(self.recent) for _ in self._seen]
         if self.method == "memory":
-            self._recent = [Recent(self.recent) for _ in grids]
-            self._seen = grids
             self.remember(torch.stack([mask == i for i in (0, *self.object_ids)], 1).float())
 
     def _encode(self, image: torch.Tensor) -> tuple[list[Grid], list[torch.Tensor]]:
@@ -295,6 +322,13 @@ class VideoMatch(nn.Module):
             raise ValueError(f"{path}: not a checkpoint of this toolkit ({reason})") from error
         model.facts = dict(checkpoint["facts"])
         return model
+
+
+def _objects(mask: torch.Tensor) -> list[int]:
+    found = [i for i in mask.unique().tolist() if i != 0]
+    if not found:
+        raise ValueError("the reference mask holds no object: all of its pixels are 0")
+    return found
 
 
 def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -46,6 +46,26 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.nda
     return result
 
 
+def transparent(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB and (H, W) mask -> (H, W, 4) RGBA, opaque on the objects only."""
+    return np.dstack([image, np.where(mask > 0, 255, 0).astype(np.uint8)])
+
+
+def replace_background(image: np.ndarray, mask: np.ndarray, background: str) -> np.ndarray:
+    """Objects on a colour, or in front of the frame's blurred background.
+
+    Args:
+        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8.
+        background: "blur" or "#rrggbb".
+    """
+    if background == "blur":
+        size = max(image.shape) // 16 | 1
+        behind = cv2.GaussianBlur(image, (size, size), 0)
+    else:
+        behind = np.full_like(image, [int(background[i:i + 2], 16) for i in (1, 3, 5)])
+    return np.where(mask[..., None] > 0, image, behind)
+
+
 class VideoWriter:
     """Write RGB frames to an mp4; opened at the first frame, which gives the size.
 

@@ -1,0 +1,45 @@
+"""Reading and writing beside the network: threads, a few frames ahead or late, in order."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+
+AHEAD = 3  # items that are got before their turn, or calls that wait
+
+
+def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
+    """function(item) of each item in order, with AHEAD calls more under way than are asked for."""
+    calls: deque[Future] = deque()
+    for item in items:
+        calls.append(pool.submit(function, item))
+        if len(calls) > AHEAD:
+            yield calls.popleft().result()
+    while calls:
+        yield calls.popleft().result()
+
+
+class Background:
+    """Calls of a function, one after the other, in a thread of their own.
+
+    Leaving the context, by an error or by Ctrl+C too, waits for the calls that were made. An
+    error in one is raised by a later call, or on leaving.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.thread = function, ThreadPoolExecutor(1)
+        self.calls: deque[Future] = deque()
+
+    def __call__(self, *arguments) -> None:
+        """Arguments may not be changed any more by anybody."""
+        self.calls.append(self.thread.submit(self.function, *arguments))
+        if len(self.calls) > AHEAD:
+            self.calls.popleft().result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.thread.shutdown()
+        if kind is None:
+            for call in self.calls:
+                call.result()

@@ -1,0 +1,124 @@
+"""Segment a clip of one's own, from one mask or several, and draw the result."""
+
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import preprocess
+import visualize
+from background import Background, ahead
+from video import Clip
+from videomatch import VideoMatch
+
+
+@dataclass
+class Options:
+    """What `segment` needs to know beside model, clip and masks; the flags of `main.py`."""
+
+    results: Path
+    cutout: str | None = None  # "transparent", "blur" or "#rrggbb"
+    input_shape: tuple[int, int] | None = None
+    segmentation_shape: tuple[int, int] | None = None
+    threshold: float = 0.5
+    remove_outliers: bool = True
+
+
+@torch.no_grad()
+def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: Options) -> int:
+    """Write the mask of every frame, then draw them.
+
+    From the first frame with a mask the clip is segmented forwards to its end, then backwards to
+    its start. An object is looked for from the first frame on whose mask holds it.
+
+    Args:
+        masks: (H, W) uint8 object ids of frames, at least one.
+
+    Returns:
+        How many frames there are.
+
+    Raises:
+        ValueError: a mask is of another size than the frame, or of a frame that isn't there.
+    """
+    model.eval()
+    first = min(masks)
+    folder = options.results / "masks"
+    folder.mkdir(parents=True, exist_ok=True)
+    count = first
+
+    def write(frame: int, mask: np.ndarray) -> None:
+        preprocess.write_mask(folder / f"{clip.name(frame)}.png", mask)
+
+    with Background(write) as writer, ThreadPoolExecutor(1) as pool:
+        bar = tqdm(_read(pool, clip.frames(first)), desc="frames", disable=None, unit="frame")
+        for frame, image in enumerate(bar, start=first):
+            writer(frame, _step(model, frame, image, masks, options))
+            count = frame + 1
+        missing = [frame for frame in masks if frame >= count]
+        if missing:
+            raise ValueError(f"--mask: there is no frame {missing[0]} for its mask, the clip has "
+                             f"{count} frames")
+        if first:
+            image = next(iter(clip.frames(first)))
+            _step(model, first, image, masks, options, restart=True)
+            bar = tqdm(_read(pool, clip.backwards(first)), total=first, desc="frames before",
+                       disable=None, unit="frame")
+            for frame, image in zip(range(first - 1, -1, -1), bar):
+                writer(frame, _step(model, frame, image, {}, options))
+    render(clip, options)
+    return count
+
+
+def _read(pool: Executor, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames, decoded ahead; the pool has one thread, so they stay in order."""
+    end = object()
+    for frame in ahead(pool, lambda _: next(frames, end), itertools.count()):
+        if frame is end:
+            return
+        yield frame
+
+
+def _step(model: VideoMatch, frame: int, image: np.ndarray, masks: dict[int, np.ndarray],
+          options: Options, restart: bool = False) -> np.ndarray:
+    """(H, W) uint8 mask of a frame: the given one, or what the model finds."""
+    tensor = preprocess.to_tensor(image, options.input_shape, model.device)
+    if frame not in masks:
+        mask = model.segment(tensor, options.segmentation_shape or image.shape[:2],
+                             options.threshold, options.remove_outliers)
+        return preprocess.resize_mask(mask, image.shape[:2])
+    mask = masks[frame]
+    preprocess.check_same_shape(f"frame {frame}", image.shape, f"--mask for frame {frame}",
+                                mask.shape)
+    if frame == min(masks) or restart:
+        model.set_reference(tensor, mask)
+    else:
+        model.add_reference(tensor, mask)
+    return mask
+
+
+def render(clip: Clip, options: Options) -> None:
+    """Draw the masks in the results folder: the overlay, and the cut-out if there is to be one."""
+    with ExitStack() as files:
+        def video(name: str) -> visualize.VideoWriter:
+            return files.enter_context(visualize.VideoWriter(options.results / name, clip.fps))
+
+        overlay = video("overlay.mp4")
+        if options.cutout == "transparent":
+            (options.results / "cutout").mkdir(exist_ok=True)
+        elif options.cutout:
+            cutout = video("cutout.mp4")
+        for frame, image in enumerate(tqdm(clip.frames(), desc="drawing", disable=None)):
+            name = f"{clip.name(frame)}.png"
+            mask = preprocess.read_mask(options.results / "masks" / name)
+            overlay.write(visualize.overlay(image, mask))
+            if options.cutout == "transparent":
+                preprocess.write_image(options.results / "cutout" / name,
+                                       visualize.transparent(image, mask))
+            elif options.cutout:
+                cutout.write(visualize.replace_background(image, mask, options.cutout))
