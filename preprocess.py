@@ -5,8 +5,6 @@ Run by itself it previews the augmentation:
 """
 
 import argparse
-import struct
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +21,6 @@ import visualize
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VOID = 255  # "not labelled" in DAVIS masks that hold object ids
-PNG = b"\x89PNG\r\n\x1a\n"
 MASK_MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
 
 
@@ -50,9 +47,13 @@ def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
         OSError: no such file, or not a whole image.
         ValueError: an image that is not a mask, such as RGB or 16 bit.
     """
-    mask = _read_plain_png(path)
-    if mask is None:
-        mask = _read_any_mask(path)
+    image = _open(path, "a mask")
+    if image.mode not in MASK_MODES:
+        raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
+                         f"found an image of mode {image.mode}")
+    if image.mode == "LA":
+        image = image.getchannel("L")
+    mask = np.array(image, dtype=np.uint8)
     if single_object:
         return (mask > 0).view(np.uint8)
     if mask.max() == VOID:
@@ -61,59 +62,6 @@ def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
             return void.view(np.uint8)
         mask[void] = 0
     return mask
-
-
-def _read_any_mask(path: str | Path) -> np.ndarray:
-    """(H, W) uint8, the values as they are in the file; raises as `read_mask` does."""
-    image = _open(path, "a mask")
-    if image.mode not in MASK_MODES:
-        raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
-                         f"found an image of mode {image.mode}")
-    if image.mode == "LA":
-        image = image.getchannel("L")
-    return np.array(image, dtype=np.uint8)
-
-
-def _read_plain_png(path: str | Path) -> np.ndarray | None:
-    """The values of the kind of PNG that masks mostly are, in about half of Pillow's time.
-
-    Returns:
-        (H, W) uint8; None for a file of any other kind, and for one that is missing or damaged,
-        of which Pillow tells what is wrong.
-    """
-    try:
-        data = Path(path).read_bytes()
-        width, height, *kind = struct.unpack_from(">II5B", data, 16)
-        # 8 bits, grey or palette, nothing interlaced, of a size that nobody faked
-        if (not data.startswith(PNG) or kind not in ([8, 0, 0, 0, 0], [8, 3, 0, 0, 0])
-                or not 0 < width * height <= 1 << 26):
-            return None
-        inflate = zlib.decompressobj()
-        pixels = inflate.decompress(_png_pixels(data), height * (width + 1) + 1)
-        rows = np.frombuffer(pixels, np.uint8).reshape(height, width + 1)
-    except (OSError, ValueError, struct.error, zlib.error):
-        return None
-    filters, rows = rows[:, 0], rows[:, 1:]
-    if not inflate.eof or filters.min() != filters.max() or filters[0] > 1:
-        return None
-    if filters[0] == 0:
-        return rows.copy()
-    columns = cv2.transpose(rows)  # a pixel is stored as its difference from the one before
-    return cv2.transpose(np.add.accumulate(columns, axis=0, dtype=np.uint8, out=columns))
-
-
-def _png_pixels(data: bytes) -> bytes:
-    """The deflated pixels of a PNG file; raises a ValueError where a checksum is wrong."""
-    pixels, at, name = [], len(PNG), b""
-    while name != b"IEND":
-        size, name = struct.unpack_from(">I4s", data, at)
-        end = at + 8 + size
-        if zlib.crc32(data[at + 4:end]) != struct.unpack_from(">I", data, end)[0]:
-            raise ValueError("damaged")
-        if name == b"IDAT":
-            pixels.append(data[at + 8:end])
-        at = end + 4
-    return b"".join(pixels)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
