@@ -5,8 +5,6 @@ Run by itself it previews the augmentation:
 """
 
 import argparse
-import struct
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +23,6 @@ log = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VOID = 255  # "not labelled" in DAVIS masks that hold object ids
-PNG = b"\x89PNG\r\n\x1a\n"
 MASK_MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
 
 
@@ -52,9 +49,13 @@ def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
         OSError: no such file, or not a whole image.
         ValueError: an image that is not a mask, such as RGB or 16 bit.
     """
-    mask = _read_plain_png(path)
-    if mask is None:
-        mask = _read_any_mask(path)
+    image = _open(path, "a mask")
+    if image.mode not in MASK_MODES:
+        raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
+                         f"found an image of mode {image.mode}")
+    if image.mode == "LA":
+        image = image.getchannel("L")
+    mask = np.array(image, dtype=np.uint8)
     if single_object:
         return (mask > 0).view(np.uint8)
     return _object_ids(mask)

@@ -1,10 +1,8 @@
 """Reading and writing masks, tensors, augmentation, and the preview command."""
 
 import os
-import struct
 import subprocess
 import sys
-import zlib
 
 import cv2
 import numpy as np
@@ -120,49 +118,6 @@ def test_written_image_is_rgb_and_nearly_the_same(tmp_path):
     preprocess.write_image(tmp_path / "image.jpg", image)
     bgr = cv2.imread(str(tmp_path / "image.jpg"))
     assert np.abs(bgr[..., ::-1].astype(int) - image).max() <= 4
-
-
-def write_png(path, mask, filters, colour=0) -> None:
-    """A PNG whose rows are filtered as told: 0 not, 1 against the left, 2 against the row above."""
-    left, above = (np.zeros_like(mask) for _ in range(2))
-    left[:, 1:], above[1:] = mask[:, :-1], mask[:-1]
-    rows = [bytes([f]) + (mask[i] - (0, left[i], above[i])[f]).astype(np.uint8).tobytes()
-            for i, f in enumerate(filters)]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *mask.shape[::-1], 8, colour, 0, 0, 0)),
-              (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
-    if colour == 3:
-        chunks.insert(1, (b"PLTE", bytes(range(256)) * 3))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks))
-
-
-@pytest.mark.parametrize("colour", [0, 3])
-@pytest.mark.parametrize("filters, plain", [
-    ([0] * 9, True), ([1] * 9, True), ([2] * 9, False), ([1] * 8 + [0], False),
-    ([0, 1, 2] * 3, False)])
-def test_a_png_is_read_as_pillow_reads_it(tmp_path, colour, filters, plain):
-    path = tmp_path / "mask.png"
-    mask = np.random.default_rng(2).integers(0, 256, (9, 14), dtype=np.uint8)
-    write_png(path, mask, filters, colour)
-    assert (preprocess._read_plain_png(path) is not None) == plain
-    np.testing.assert_array_equal(np.array(Image.open(path)), mask)
-    mask[mask == 255] = 0
-    np.testing.assert_array_equal(read_mask(path), mask)
-
-
-@pytest.mark.parametrize("filter_", [0, 1])
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-30], lambda data: data[:20], lambda data: b"",
-    lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:],
-    lambda data: data[:16] + struct.pack(">I", 15) + data[20:],
-    lambda data: data[:16] + struct.pack(">I", 13) + data[20:]])
-def test_a_damaged_png_is_an_error_as_before(tmp_path, filter_, damage):
-    path = tmp_path / "mask.png"
-    write_png(path, np.random.default_rng(2).integers(0, 9, (9, 14), dtype=np.uint8), [filter_] * 9)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(OSError, match="mask.png: expected a mask"):
-        read_mask(path)
 
 
 def test_written_mask_has_the_davis_palette(tmp_path):
