@@ -1,23 +1,30 @@
-"""Command line of VideoMatch: train the matching features, or segment and score videos.
+"""Command line of VideoMatch: train, segment and score videos, or cut an object out of a clip.
 
     python main.py -m eval --demo
     python main.py -m train -d DAVIS -s models/vm.pth
     python main.py -m eval -d DAVIS -t val -o models/vm.pth -j results
+    python main.py -m segment --video CLIP.mp4 --mask FIRST.png -j results
 """
 
 import argparse
 import logging
+import re
 import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import annotate
 import demo
 import evaluate
+import preprocess
+import segment
 import train
 from davis import SETS, YEARS, Davis, split
 from encoder import BACKBONES, Encoder
+from video import open_clip
 from videomatch import METHODS, SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
@@ -36,8 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="VideoMatch: matching based video object segmentation.",
         epilog="Try it with nothing but this folder: python main.py -m eval --demo")
     add = parser.add_argument
-    add("--mode", "-m", choices=["train", "eval"], default="train",
-        help="train the encoder, or segment sequences and score them (default: train)")
+    add("--mode", "-m", choices=["train", "eval", "segment"], default="train",
+        help="train; segment sequences of a data set and score them; or segment a clip of your "
+             "own (default: train)")
     add("--logger", "-f", metavar="LEVEL", choices=LEVELS, default="info",
         help="debug, info, warn or fatal; debug also shows where an error came from "
              "(default: info)")
@@ -118,6 +126,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss_visualization", "-x", action="store_true",
         help="write the curves of loss and held-out IoU beside the weights (.png)")
 
+    add = parser.add_argument_group("a clip of your own (-m segment)").add_argument
+    add("--video", metavar="PATH", type=Path,
+        help="a video file, an animated GIF or a folder of frames")
+    add("--mask", metavar="[N:]FILE", nargs="+", default=[],
+        help="masks of frames, counted from 0: FIRST.png, or 0:a.png 120:b.png; each value or "
+             "palette entry is an object")
+    add("--mask_frame", metavar="N", type=int, default=0,
+        help="which frame the mask or box is of: the clip is segmented forwards and backwards "
+             "from it (default: 0)")
+    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
+        help="no mask at hand: look for the object in this box")
+    add("--annotate", action="store_true",
+        help="no mask at hand: draw a box or paint the mask in a window")
+    add("--cutout", metavar="HOW",
+        help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
+             "colour such as #00ff00 (mp4)")
+
     add = parser.add_argument_group("evaluation").add_argument
     add("--results_dir", "-j", metavar="DIR", type=Path,
         help="write masks and tables there (default: only print the table; for the demo "
@@ -150,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
     try:
         check(args)
-        run_train(args) if args.mode == "train" else run_eval(args)
+        {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
     except (OSError, ValueError) as error:
         log.debug("where the error came from:", exc_info=True)
         print(f"main.py: error: {one_line(error)}", file=sys.stderr)
@@ -187,13 +212,22 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("input_image_shape", "segmentation_shape"):
         value = getattr(args, flag)
         expect(value is None or min(value) >= 16, f"--{flag}", "at least 16 16", value)
-    for flag in ("weight_decay", "workers", "dilation", "seed", "finetune"):
+    for flag in ("weight_decay", "workers", "dilation", "seed", "finetune", "mask_frame"):
         value = getattr(args, flag)
         expect(value is None or value >= 0, f"--{flag}", "at least 0", value)
     expect(args.learning_rate > 0, "--learning_rate", "a number above 0", args.learning_rate)
     expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
     expect(not (args.visualize and args.mode == "eval" and not args.results_dir and not args.demo),
            "--visualize", "--results_dir DIR beside it, to write the videos to", "none")
+
+
+    if args.mode == "segment":
+        expect(args.video is not None, "--video", "a video or a folder of frames", "none")
+        sources = bool(args.mask) + bool(args.box) + args.annotate
+        expect(sources == 1, "--mask, --box, --annotate", "one of them", sources)
+        expect(args.cutout in (None, "transparent", "blur")
+               or re.fullmatch("#[0-9a-fA-F]{6}", args.cutout), "--cutout",
+               "transparent, blur or a colour such as #00ff00", args.cutout)
 
 
 def device_of(name: str | None) -> torch.device:
@@ -223,7 +257,7 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     """The model that the flags describe: from a checkpoint, or new on ImageNet weights."""
     name = args.encoder or "mobilenet"
     path = args.model_load
-    if path is None and args.mode == "eval" and args.encoder_weights is None:
+    if path is None and args.mode != "train" and args.encoder_weights is None:
         path = SHIPPED.get(name)
     if path is not None:
         return configure(load_checkpoint(path, args), args)
@@ -299,18 +333,66 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
 
 def run_eval(args: argparse.Namespace) -> None:
     sequences = data(args).sequences
-    torch.manual_seed(args.seed)
-    model = build_model(args)
-    model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[args.precision or
-                                 ("fp16" if model.device.type == "cuda" else "fp32")]
+    model = model_in_use(args)
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
         input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
         threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        adapt=partial(train.finetune, options=options_of_training(args, model, args.finetune))
-        if args.finetune else None))
+        adapt=adaptation(args, model)))
+
+
+def model_in_use(args: argparse.Namespace) -> VideoMatch:
+    """A model that won't be trained."""
+    torch.manual_seed(args.seed)
+    model = build_model(args)
+    model.encoder.fold_batchnorm()
+    model.precision = PRECISIONS[args.precision or
+                                 ("fp16" if model.device.type == "cuda" else "fp32")]
+    return model
+
+
+def adaptation(args: argparse.Namespace, model: VideoMatch):
+    """What --finetune asks for."""
+    if not args.finetune:
+        return None
+    return partial(train.finetune, options=options_of_training(args, model, args.finetune))
+
+
+def run_segment(args: argparse.Namespace) -> None:
+    clip = open_clip(args.video)
+    results = args.results_dir or Path("results") / args.video.stem
+    masks = given_masks(args, clip, results)
+    model = model_in_use(args)
+    count = segment.segment(model, clip, masks, segment.Options(
+        results=results, cutout=args.cutout, input_shape=args.input_image_shape,
+        segmentation_shape=args.segmentation_shape, threshold=args.fg_thresh,
+        remove_outliers=not args.leave_outliers))
+    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
+
+
+def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
+    """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
+    masks = {}
+    for text in args.mask:
+        number, colon, name = text.partition(":")
+        frame, name = (int(number), name) if colon and number.isdecimal() else (args.mask_frame,
+                                                                                text)
+        if frame in masks:
+            raise ValueError(f"--mask {text}: frame {frame} has a mask already")
+        masks[frame] = preprocess.read_own_mask(name)
+    if masks:
+        return masks
+    image = next(iter(clip.frames(args.mask_frame)), None)
+    if image is None:
+        raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
+    mask = (annotate.mask_from_box(image, tuple(args.box)) if args.box
+            else annotate.Annotator(image).run())
+    path = results / f"mask_{args.mask_frame:05d}.png"
+    results.mkdir(parents=True, exist_ok=True)
+    preprocess.write_mask(path, mask)
+    print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
+    return {args.mask_frame: mask}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Run by itself it previews the augmentation:
 """
 
 import argparse
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         OSError: no such file, or not a whole image; the message names it.
     """
-    return np.array(_open(path, "an image").convert("RGB"))
+    return np.array(open_image(path, "an image").convert("RGB"))
 
 
 def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
@@ -49,7 +50,7 @@ def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
         OSError: no such file, or not a whole image.
         ValueError: an image that is not a mask, such as RGB or 16 bit.
     """
-    image = _open(path, "a mask")
+    image = open_image(path, "a mask")
     if image.mode not in MASK_MODES:
         raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
                          f"found an image of mode {image.mode}")
@@ -72,9 +73,7 @@ def read_own_mask(path: str | Path) -> np.ndarray:
         OSError, ValueError: as for `read_mask`; also for a coloured image and for soft edges
             around several objects.
     """
-    with _naming(path, "a mask"):
-        image = Image.open(path)
-        image.load()
+    image = open_image(path, "a mask")
     if image.mode in ("RGB", "RGBA"):
         channels = np.array(image.convert("RGB"))
         if (channels != channels[..., :1]).any():

@@ -47,6 +47,7 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
         ValueError: a mask is of another size than the frame, or of a frame that isn't there.
     """
     model.eval()
+    _check_frames(masks, clip.count or max(masks) + 1)
     first = min(masks)
     folder = options.results / "masks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +61,7 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
         for frame, image in enumerate(bar, start=first):
             writer(frame, _step(model, frame, image, masks, options))
             count = frame + 1
-        missing = [frame for frame in masks if frame >= count]
-        if missing:
-            raise ValueError(f"--mask: there is no frame {missing[0]} for its mask, the clip has "
-                             f"{count} frames")
+        _check_frames(masks, count)
         if first:
             image = next(iter(clip.frames(first)))
             _step(model, first, image, masks, options, restart=True)
@@ -73,6 +71,13 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
                 writer(frame, _step(model, frame, image, {}, options))
     render(clip, options)
     return count
+
+
+def _check_frames(masks: dict[int, np.ndarray], count: int) -> None:
+    missing = [frame for frame in masks if frame >= count]
+    if missing:
+        raise ValueError(f"--mask: there is no frame {missing[0]}, the clip has {count} frames, "
+                         "counted from 0")
 
 
 def _read(pool: Executor, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

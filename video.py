@@ -29,7 +29,7 @@ def open_clip(path: str | Path) -> "Clip":
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a video, an animated GIF or a "
                                 "folder of frames (--video)")
-    return Video(path)
+    return Animation(path) if path.suffix.lower() == ".gif" else Video(path)
 
 
 class Clip:
@@ -37,9 +37,11 @@ class Clip:
 
     Attributes:
         fps: frames per second.
+        count: how many frames there are said to be; 0 if unknown.
     """
 
     fps: float
+    count: int
 
     def frames(self, start: int = 0) -> Iterator[np.ndarray]:
         """(H, W, 3) uint8 RGB frames from `start` on."""
@@ -59,7 +61,7 @@ class Folder(Clip):
 
     def __init__(self, path: Path):
         self.files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
-        self.fps = FOLDER_FPS
+        self.fps, self.count = FOLDER_FPS, len(self.files)
         if not self.files:
             raise FileNotFoundError(f"{path}: no frames there, expected images "
                                     f"({', '.join(IMAGES)})")
@@ -80,14 +82,38 @@ class Folder(Clip):
         return image
 
 
-class Video(Clip):
+class Stream(Clip):
+    """Frames that can only be decoded in order."""
+
+    path: Path
+
+    def _decode(self, start: int) -> Iterator[np.ndarray]:
+        raise NotImplementedError
+
+    def frames(self, start: int = 0) -> Iterator[np.ndarray]:
+        end = start
+        for frame in self._decode(start):
+            yield frame
+            end += 1
+        if end < self.count:
+            log.warning("%s: ends after %d frames, though it declares %d", self.path, end,
+                        self.count)
+
+    def backwards(self, start: int) -> Iterator[np.ndarray]:
+        for end in range(start, 0, -CHUNK):
+            first = max(0, end - CHUNK)
+            yield from reversed([frame for frame, _ in zip(self._decode(first),
+                                                           range(end - first))])
+
+
+class Video(Stream):
     """A file as OpenCV decodes it: turned as its metadata say, every frame that it holds."""
 
     def __init__(self, path: Path):
         self.path = path
         capture = self._open()
         self.fps = capture.get(cv2.CAP_PROP_FPS) or FOLDER_FPS
-        self.declared = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        self.count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         capture.release()
 
     def _open(self) -> cv2.VideoCapture:
@@ -96,15 +122,6 @@ class Video(Clip):
             raise OSError(f"{self.path}: expected a video, an animated GIF or a folder of frames, "
                           "but OpenCV can't read it")
         return capture
-
-    def frames(self, start: int = 0) -> Iterator[np.ndarray]:
-        count = start
-        for frame in self._decode(start):
-            yield frame
-            count += 1
-        if count < self.declared:
-            log.warning("%s: holds %d frames, though it declares %d", self.path, count,
-                        self.declared)
 
     def _decode(self, start: int) -> Iterator[np.ndarray]:
         # frames before the first are decoded and dropped: seeking lands elsewhere in many files
@@ -120,8 +137,19 @@ class Video(Clip):
         finally:
             capture.release()
 
-    def backwards(self, start: int) -> Iterator[np.ndarray]:
-        for end in range(start, 0, -CHUNK):
-            first = max(0, end - CHUNK)
-            yield from reversed([frame for frame, _ in zip(self._decode(first),
-                                                           range(end - first))])
+
+class Animation(Stream):
+    """An animated GIF as Pillow decodes it; OpenCV reads only the first frame of some."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with preprocess.open_image(path, "an animated GIF") as image:
+            self.count = getattr(image, "n_frames", 1)
+            duration = image.info.get("duration", 0)  # milliseconds a frame
+        self.fps = 1000 / duration if duration else FOLDER_FPS
+
+    def _decode(self, start: int) -> Iterator[np.ndarray]:
+        with preprocess.open_image(self.path, "an animated GIF") as image:
+            for frame in range(start, self.count):
+                image.seek(frame)
+                yield np.array(image.convert("RGB"))

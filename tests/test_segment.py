@@ -1,0 +1,255 @@
+"""Clips of one's own: the same masks from a video and from a folder, from any frame."""
+
+import logging
+
+import cv2
+import numpy as np
+import pytest
+from conftest import draw_frame
+from PIL import Image
+
+import annotate
+import main
+import preprocess
+import segment
+import video
+from videomatch import SHIPPED, VideoMatch
+
+FRAMES = 9
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    """An mp4 of a bright square that moves right."""
+    path = tmp_path_factory.mktemp("clip") / "my clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12, (160, 96))
+    for i in range(FRAMES):
+        writer.write(np.ascontiguousarray(draw_frame(i)[0][..., ::-1].repeat(2, 0).repeat(2, 1)))
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_folder(clip_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frames")
+    for i, frame in enumerate(video.open_clip(clip_file).frames()):
+        preprocess.write_image(folder / f"{i:05d}.png", frame)
+    return folder
+
+
+def truth(step, ids=(1,)):
+    return draw_frame(step, ids)[1].repeat(2, 0).repeat(2, 1)
+
+
+def write(path, mask):
+    preprocess.write_mask(path, mask)
+    return str(path)
+
+
+def masks_in(folder):
+    return [preprocess.read_mask(path) for path in sorted((folder / "masks").iterdir())]
+
+
+def overlap(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_video_and_folder_give_the_same_masks(clip_file, clip_folder, tmp_path):
+    mask = write(tmp_path / "first.png", truth(0))
+    for source, out in ((clip_file, "a"), (clip_folder, "b")):
+        assert main.main(["-m", "segment", "--video", str(source), "--mask", mask,
+                          "-j", str(tmp_path / out), "-p", "192", "320"]) == 0
+    first, second = (masks_in(tmp_path / out) for out in "ab")
+    assert len(first) == len(second) == FRAMES
+    for i, (a, b) in enumerate(zip(first, second)):
+        np.testing.assert_array_equal(a, b)
+        assert overlap(a, truth(i)) > 0.6
+    overlay = cv2.VideoCapture(str(tmp_path / "a" / "overlay.mp4"))
+    assert overlay.get(cv2.CAP_PROP_FRAME_COUNT) == FRAMES
+    assert overlay.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
+
+
+def test_from_a_frame_in_the_middle_it_runs_both_ways(clip_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "CHUNK", 2)
+    mask = write(tmp_path / "middle.png", truth(5))
+    assert main.main(["-m", "segment", "--video", str(clip_file), "--mask", mask, "--mask_frame",
+                      "5", "-j", str(tmp_path / "out"), "-p", "192", "320"]) == 0
+    found = masks_in(tmp_path / "out")
+    np.testing.assert_array_equal(found[5], truth(5))
+    assert all(overlap(mask, truth(i)) > 0.6 for i, mask in enumerate(found))
+
+
+def test_an_object_that_appears_later_is_found_from_then_on(clip_file, tmp_path):
+    first, later = truth(0), truth(4) * 2
+    both = np.maximum(later, np.roll(truth(4), 40, 0))  # a second object, marked in frame 4 only
+    model = VideoMatch.load(SHIPPED["mobilenet"])
+    clip = video.open_clip(clip_file)
+    segment.segment(model, clip, {0: first, 4: both}, segment.Options(tmp_path))
+    found = masks_in(tmp_path)
+    assert all(set(np.unique(mask)) <= {0, 1} for mask in found[:4])
+    np.testing.assert_array_equal(found[4], both)
+    assert 2 in found[5] and model.object_ids == [1, 2]
+
+
+def test_backwards_yields_the_frames_in_reverse(clip_file, monkeypatch):
+    clip = video.open_clip(clip_file)
+    forwards = list(clip.frames())
+    for chunk in (1, 3, 64):
+        monkeypatch.setattr(video, "CHUNK", chunk)
+        backwards = list(clip.backwards(7))
+        assert len(backwards) == 7
+        assert all((a == b).all() for a, b in zip(backwards, forwards[6::-1]))
+    np.testing.assert_array_equal(next(clip.frames(4)), forwards[4])
+
+
+def test_a_gif_is_a_clip(tmp_path):
+    pictures = [Image.fromarray(draw_frame(i)[0]) for i in range(4)]
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:],
+                     duration=50)
+    clip = video.open_clip(tmp_path / "clip.gif")
+    assert clip.fps == 20
+    frames = list(clip.frames())
+    assert len(frames) == 4
+    for i, frame in enumerate(frames):
+        assert np.abs(frame.astype(int) - draw_frame(i)[0]).mean() < 15  # of 256 colours
+    np.testing.assert_array_equal(list(clip.backwards(3)), frames[2::-1])
+
+
+def test_a_video_that_ends_early_is_said_to(clip_file, monkeypatch, caplog):
+    clip = video.open_clip(clip_file)
+    clip.count = FRAMES + 3
+    assert len(list(clip.frames())) == FRAMES
+    assert f"ends after {FRAMES} frames" in caplog.text
+
+
+@pytest.mark.parametrize("how, expected", [("transparent", None), ("blur", None),
+                                           ("#00ff00", (0, 255, 0))])
+def test_cutouts(how, expected, clip_folder, tmp_path):
+    clip = video.open_clip(clip_folder)
+    (tmp_path / "masks").mkdir()
+    for i in range(FRAMES):
+        preprocess.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
+    segment.render(clip, segment.Options(tmp_path, cutout=how))
+    frame, mask = next(clip.frames(3)), truth(3) > 0
+    if how == "transparent":
+        picture = np.array(Image.open(tmp_path / "cutout" / "00003.png"))
+        np.testing.assert_array_equal(picture[..., 3] > 0, mask)
+        np.testing.assert_array_equal(picture[mask][:, :3], frame[mask])
+        return
+    picture = list(video.open_clip(tmp_path / "cutout.mp4").frames())[3].astype(int)
+    assert np.abs(picture[mask] - frame[mask]).mean() < 12  # the codec's
+    if expected:
+        assert np.abs(picture[~mask] - expected).mean() < 12
+    else:
+        assert picture[~mask].std() < 0.7 * frame[~mask].std()
+
+
+def soft_disc(size=60, radius=20):
+    y, x = np.mgrid[:size, :size] - size / 2
+    return np.clip((radius - np.hypot(x, y)) / 3 + 0.5, 0, 1)
+
+
+def test_soft_edges_are_told_from_ids(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    disc = soft_disc()
+    Image.fromarray((disc * 200).round().astype(np.uint8)).save(tmp_path / "soft.png")
+    mask = preprocess.read_own_mask(tmp_path / "soft.png")
+    assert "soft.png: soft edges" in caplog.text
+    np.testing.assert_array_equal(mask, disc >= 0.5)
+    Image.fromarray((disc * 255).round().astype(np.uint8)).convert("RGB").save(tmp_path / "s.jpg")
+    assert overlap(preprocess.read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
+
+
+@pytest.mark.parametrize("values", [(1, 2), (80, 160), (255,), (1, 2, 3)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_ids_stay_ids(values, mode, tmp_path, caplog):
+    mask = np.zeros((40, 60), np.uint8)
+    for i, value in enumerate(values):
+        mask[5:20, 15 * i + 3:15 * i + 12] = value
+    Image.fromarray(mask).convert(mode).save(tmp_path / "ids.png")
+    found = preprocess.read_own_mask(tmp_path / "ids.png")
+    np.testing.assert_array_equal(found, mask if values != (255,) else mask > 0)
+    assert "soft" not in caplog.text
+
+
+def test_colours_are_no_mask(tmp_path):
+    Image.fromarray(draw_frame(0)[0]).save(tmp_path / "frame.png")
+    with pytest.raises(ValueError, match="frame.png: expected a grey or palette mask, found col"):
+        preprocess.read_own_mask(tmp_path / "frame.png")
+
+
+def test_a_box_becomes_a_mask_that_is_kept(clip_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main.main(["-m", "segment", "--video", str(clip_file), "--box", "8", "4", "60", "50",
+                      "-j", str(out), "-p", "192", "320"]) == 0
+    kept = preprocess.read_mask(out / "mask_00000.png")
+    assert overlap(kept, truth(0)) > 0.8
+    assert f"--mask 0:{out / 'mask_00000.png'}" in capsys.readouterr().out
+    np.testing.assert_array_equal(masks_in(out)[0], kept)
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 20, 20), (0, 0, 500, 20), (5, 5, 0, 9), (0, 0, 80, 48)])
+def test_a_box_must_lie_in_the_frame(box):
+    with pytest.raises(ValueError, match="--box"):
+        annotate.mask_from_box(draw_frame(0)[0], box)
+
+
+class Mouse:
+    """What matplotlib tells of a mouse."""
+
+    def __init__(self, annotator, x, y, button=1, key=None):
+        self.inaxes, self.xdata, self.ydata = annotator.axis, x, y
+        self.button, self.key = button, key
+
+
+def test_annotating_with_the_mouse(monkeypatch):
+    monkeypatch.setattr(annotate.visualize, "has_display", lambda: True)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    image, mask = draw_frame(0)
+    window = annotate.Annotator(image)
+    window._press(Mouse(window, 4, 3))
+    window._release(Mouse(window, 32, 26))
+    assert overlap(window.mask, mask) > 0.8
+    window._press(Mouse(window, 70, 40, key="shift"))
+    window._move(Mouse(window, 72, 40, key="shift"))
+    window._release(Mouse(window, 72, 40, key="shift"))
+    assert window.mask[40, 70] == 1
+    window._press(Mouse(window, 70, 40, button=3))
+    window._release(Mouse(window, 70, 40, button=3))
+    assert window.mask[40, 70] == 0
+    annotate.visualize.close(window.figure)
+
+
+def test_annotating_needs_a_display(monkeypatch):
+    monkeypatch.setattr(annotate.visualize, "has_display", lambda: False)
+    with pytest.raises(ValueError, match="no display"):
+        annotate.Annotator(draw_frame(0)[0])
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "--video: expected a video"),
+    (["--video", "nowhere.mp4", "--mask", "m.png"], "nowhere.mp4: no such file"),
+    (["--video", "CLIP"], "--mask, --box, --annotate: expected one of them"),
+    (["--video", "CLIP", "--mask", "m.png", "--box", "1", "1", "9", "9"], "expected one of them"),
+    (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
+    (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
+    (["--video", "CLIP", "--mask", "MASK", "0:MASK"], "frame 0 has a mask already"),
+    (["--video", "CLIP", "--mask", "SMALL"], "expected 160x96"),
+    (["--video", "CLIP", "--mask", "EMPTY"], "holds no object"),
+    (["--video", "MASK", "--mask", "MASK"], "mask.txt"),
+    (["--video", "CLIP", "--box", "1", "1", "9", "9", "--mask_frame", "99"], "ends before it"),
+    (["--video", "CLIP", "--mask", "MASK", "--cutout", "pink"], "--cutout: expected transparent"),
+])
+def test_bad_input_is_one_line(flags, message, clip_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {"CLIP": str(clip_file), "MASK": write(tmp_path / "mask.png", truth(0)),
+             "SMALL": write(tmp_path / "small.png", draw_frame(0)[1]),
+             "EMPTY": write(tmp_path / "empty.png", 0 * truth(0))}
+    if flags[:2] == ["--video", "MASK"]:
+        (tmp_path / "mask.txt").write_text("no video")
+        flags = ["--video", "mask.txt", *flags[2:]]
+    for name, path in files.items():
+        flags = [flag.replace(name, path) for flag in flags]
+    assert main.main(["-m", "segment", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("main.py: error:") and message in error
