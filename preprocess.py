@@ -136,7 +136,8 @@ def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tupl
                          f"{expected[1]}x{expected[0]} as in {expected_path}")
 
 
-def _open(path: str | Path, what: str) -> Image.Image:
+def open_image(path: str | Path, what: str) -> Image.Image:
+    """An image file, read by Pillow; raises as `read_image` does."""
     with _naming(path, what):
         image = Image.open(path)
         image.load()
