@@ -172,7 +172,7 @@ def scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         truth, masks = Path(folder, "truth"), Path(folder, "masks")
         copies = [_copy(sequence, results, truth, masks) for sequence in sequences]
-        runs = {"toolkit": lambda: evaluate.score_folder(masks, copies, workers),
+        runs = {"toolkit": lambda: evaluate.table(evaluate.score_folder(masks, copies, workers)),
                 "vos-benchmark": lambda: benchmark([truth], [masks], num_processes=workers,
                                                    verbose=False)[3][0]}
         found = {which: run() for which, run in runs.items()}  # and the files are in memory now

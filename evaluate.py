@@ -1,7 +1,7 @@
 """Evaluation: segment whole sequences, save what was found, print the official DAVIS table.
 
-Run by itself it scores a folder of masks, whatever made them:
-    python evaluate.py RESULTS -d DAVIS -t val
+Run by itself it scores a folder of masks, whatever made them, or compares two:
+    python evaluate.py RESULTS [RESULTS] -d DAVIS -t val
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import metrics
 import preprocess
+import report
 import visualize
 from background import Background, ahead
 from davis import SETS, YEARS, Davis, Sequence
@@ -30,6 +31,7 @@ from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
+Scores = dict[str, metrics.SequenceScore]  # by the sequence's name
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
 
 READERS = 2  # threads that read and score
@@ -46,6 +48,7 @@ class Options:
     segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
     threshold: float = 0.5
     remove_outliers: bool = True
+    facts: dict[str, str] = field(default_factory=dict)  # for the report: flags, versions
     # fits a copy of the model to a sequence, given the reference frame and its mask
     adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
@@ -58,22 +61,23 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         A row of `metrics.MEASURES` for each sequence (for each object where there are many).
     """
     model.eval()
-    table: Table = {}
-    frames = seconds = 0
+    scores: Scores = {}
+    start = time.monotonic()
     bar = tqdm(sequences, desc="sequences", disable=None)
     for sequence in bar:
         bar.set_postfix_str(sequence.name)
-        start = time.monotonic()
-        score = segment_sequence(model, sequence, options)
-        seconds += time.monotonic() - start
-        frames += len(sequence) - 1
-        table |= rows(sequence.name, score)
-    report(table, options.results, options.set_name)
-    print(f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second "
-          "(reading, segmenting, writing, scoring)")
+        scores[sequence.name] = segment_sequence(model, sequence, options)
+    seconds, frames = time.monotonic() - start, sum(len(s) - 1 for s in sequences)
+    speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
+    found = table(scores)
+    show(found, options.results, options.set_name)
+    print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
-        print(f"masks and tables: {options.results}")
-    return table
+        run = report.Run(options.results.name, options.results, scores)
+        path = report.write(options.results / "report.html", sequences, [run],
+                            options.facts | {"speed": speed})
+        print(f"masks and tables: {options.results}, to look at: {path}")
+    return found
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence,
@@ -150,7 +154,7 @@ class Writer:
                 self.video.__exit__(*exception)
 
 
-def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Table:
+def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Scores:
     """Score masks in `results`/SEQUENCE/FRAME.png, whatever made them.
 
     Args:
@@ -161,7 +165,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         FileNotFoundError: a mask is missing.
         ValueError: a mask is of another size than the frame.
     """
-    table: Table = {}
+    found: Scores = {}
     ids = [[int(i) for i in np.unique(sequence.mask(0)) if i] for sequence in sequences]
     frames = [(results / sequence.name / truth.name, truth, sequence.single_object, object_ids)
               for sequence, object_ids in zip(sequences, ids) for truth in sequence.masks[1:-1]]
@@ -171,8 +175,8 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
             score = metrics.SequenceScore(object_ids)
             for _ in sequence.masks[1:-1]:
                 score.add(next(scores))
-            table |= rows(sequence.name, score)
-    return table
+            found[sequence.name] = score
+    return found
 
 
 def _score_file(frame: tuple[Path, Path, bool, list[int]]) -> list[tuple[float, float]]:
@@ -195,14 +199,16 @@ def _workers(count: int) -> Executor:
                                signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
-def rows(name: str, score: metrics.SequenceScore) -> Table:
-    """A sequence's rows: under its name, or NAME_ID for each of several objects."""
-    measures = score.conclude()
-    alone = len(measures) == 1
-    return {name if alone else f"{name}_{i}": row for i, row in measures.items()}
+def table(scores: Scores) -> Table:
+    """A row for each sequence, under its name, or NAME_ID for each of several objects."""
+    rows = {}
+    for name, score in scores.items():
+        measures = score.conclude()
+        rows |= {name if len(measures) == 1 else f"{name}_{i}": row for i, row in measures.items()}
+    return rows
 
 
-def report(table: Table, results: Path | None, set_name: str) -> None:
+def show(table: Table, results: Path | None, set_name: str) -> None:
     """Print the table; write it as CSV, with the names of the official evaluation code."""
     mean = metrics.average(list(table.values()))
     width = max(len(name) for name in ("sequence", *table))
@@ -223,8 +229,9 @@ def _write_csv(path: Path, table: Table, key: str | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Score a folder of masks by the DAVIS protocol.")
-    parser.add_argument("results", type=Path, help="folder with SEQUENCE/FRAME.png")
+    parser = argparse.ArgumentParser(description="Score a folder of masks by the DAVIS protocol, "
+                                                 "or compare two.")
+    parser.add_argument("results", type=Path, nargs="+", help="folder with SEQUENCE/FRAME.png")
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
                         help="the DAVIS folder (default: ./DAVIS)")
     parser.add_argument("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
@@ -232,14 +239,30 @@ def main() -> int:
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
     try:
-        if not args.results.is_dir():
-            raise FileNotFoundError(f"{args.results}: no such folder, expected masks in "
-                                    "SEQUENCE/FRAME.png")
-        sequences = Davis(args.dataset, args.year, args.set, args.sequences).sequences
-        report(score_folder(args.results, sequences), args.results, args.set)
+        compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
+                args.set)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
+
+
+def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> None:
+    """Score one folder or two: tables, and a report in the last one."""
+    if len(folders) > 2:
+        raise ValueError(f"expected one or two folders of results, got {len(folders)}")
+    runs = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder, expected masks in "
+                                    "SEQUENCE/FRAME.png")
+        runs.append(report.Run(folder.name, folder, score_folder(folder, sequences)))
+        if len(folders) > 1:
+            print(folder)
+        show(table(runs[-1].scores), folder, set_name)
+    name = "report.html" if len(runs) == 1 else f"against_{folders[0].name}.html"
+    path = report.write(folders[-1] / name, sequences, runs,
+                        {"scored": ", ".join(map(str, folders)), "set": set_name})
+    print(f"to look at: {path}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 
 import argparse
 import logging
+import platform
 import re
 import sys
 from functools import partial
@@ -339,7 +340,15 @@ def run_eval(args: argparse.Namespace) -> None:
         set_name=set_name(args), videos=args.visualize or args.demo,
         input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
         threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        adapt=adaptation(args, model)))
+        facts=facts(args), adapt=adaptation(args, model)))
+
+
+def facts(args: argparse.Namespace) -> dict[str, str]:
+    """What made the results: the flags that aren't the default, and the versions."""
+    default = parse_args([])
+    flags = {name: value for name, value in vars(args).items() if value != getattr(default, name)}
+    return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
+            "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
 
 
 def model_in_use(args: argparse.Namespace) -> VideoMatch:

@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from vos_benchmark.benchmark import benchmark
 
+import background
 import evaluate
 import metrics
 import preprocess
@@ -76,7 +77,7 @@ def test_masks_have_the_frames_size_whatever_the_network_sees(model, davis_2016,
 def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
     sequences = Davis(davis_2017, "2017", "train").sequences
     table = evaluate.evaluate(model, sequences, evaluate.Options(results=results))
-    again = evaluate.score_folder(results, sequences)
+    again = evaluate.table(evaluate.score_folder(results, sequences))
     assert table.keys() == again.keys()
     for name in table:
         assert table[name] == pytest.approx(again[name], abs=1e-12)
@@ -85,14 +86,15 @@ def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
 def test_the_number_of_processes_changes_no_figure(model, davis_2017, results):
     sequences = Davis(davis_2017, "2017", "train").sequences
     evaluate.evaluate(model, sequences, evaluate.Options(results=results))
-    tables = [evaluate.score_folder(results, sequences, workers) for workers in (1, 2, 3)]
+    tables = [evaluate.table(evaluate.score_folder(results, sequences, workers))
+              for workers in (1, 2, 3)]
     assert tables[0] == tables[1] == tables[2]
     assert list(tables[0]) == list(tables[2]) == ["ant", "bee_1", "bee_2"]
 
 
 def test_the_truth_scores_one(davis_2016):
     sequences = Davis(davis_2016).sequences
-    table = evaluate.score_folder(davis_2016 / "Annotations" / "480p", sequences)
+    table = evaluate.table(evaluate.score_folder(davis_2016 / "Annotations" / "480p", sequences))
     for row in table.values():
         assert row == {m: 0.0 if "Decay" in m else 1.0 for m in metrics.MEASURES}
 
@@ -104,7 +106,8 @@ def test_first_and_last_frame_do_not_count(davis_2016, tmp_path):
     for i in range(len(sequence)):
         mask = sequence.mask(i) if 0 < i < 5 else np.zeros((48, 80), np.uint8)
         Image.fromarray(mask * 255).save(folder / f"{i:05d}.png")
-    assert evaluate.score_folder(tmp_path, [sequence])["ant"]["J-Mean"] == 1
+    table = evaluate.table(evaluate.score_folder(tmp_path, [sequence]))
+    assert table["ant"]["J-Mean"] == 1
 
 
 @pytest.mark.parametrize("year", ["2016", "2017"])
@@ -208,11 +211,11 @@ def test_few_frames_are_read_ahead():
         return i
 
     with ThreadPoolExecutor(2) as pool:
-        for i in evaluate._ahead(pool, read, range(50)):
+        for i in background.ahead(pool, read, range(50)):
             assert i == taken
             time.sleep(0.002)
             taken += 1
-    assert taken == 50 and 1 <= most <= evaluate.AHEAD + 1
+    assert taken == 50 and 1 <= most <= background.AHEAD + 1
 
 
 def script(*arguments):

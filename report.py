@@ -1,0 +1,199 @@
+"""A results folder to look at: one self-contained HTML file, of one run or of two compared."""
+
+import base64
+import html
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import metrics
+import preprocess
+from davis import Sequence
+
+FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
+PICTURE_WIDTH = 480  # pixels
+CURVES = ("#2a78d6", "#d6602a")  # of J and F, or of the two runs
+
+
+@dataclass
+class Run:
+    """The masks of some sequences, and their scores.
+
+    Args:
+        name: such as the folder's.
+        results: the folder with SEQUENCE/FRAME.png.
+        scores: of each sequence, by its name.
+    """
+
+    name: str
+    results: Path
+    scores: dict[str, metrics.SequenceScore]
+
+    def j_and_f(self, sequence: str) -> np.ndarray:
+        """(2, T) J and F of the scored frames, averaged over objects."""
+        score = self.scores[sequence]
+        return np.array([np.mean(list(values.values()), axis=0) for values in (score.j, score.f)])
+
+
+def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[str, str]) -> Path:
+    """Write the report of one run, or of two runs side by side; returns `path`.
+
+    Args:
+        facts: what made it, such as flags and versions.
+    """
+    title = " against ".join(run.name for run in runs)
+    parts = [f"<h1>{html.escape(title)}</h1>", _table(sequences, runs),
+             f"<p class=legend>Frames: {_swatch(HIT, 'found')} "
+             f"{_swatch(FALSE_POSITIVE, 'too much')} {_swatch(FALSE_NEGATIVE, 'missed')}</p>"]
+    parts += [_section(sequence, runs) for sequence in sequences]
+    items = "".join(f"<dt>{html.escape(k)}<dd>{html.escape(str(v))}" for k, v in facts.items())
+    parts.append(f"<h2>Made by</h2><dl>{items}</dl>")
+    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+            "<meta name=viewport content='width=device-width, initial-scale=1'>"
+            f"<style>{CSS}</style><main>{''.join(parts)}</main><script>{SORT}</script></html>")
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _table(sequences: list[Sequence], runs: list[Run]) -> str:
+    """One row for each sequence: all measures of one run, or J&F of two and who won."""
+    rows = []
+    for sequence in sequences:
+        means = [metrics.average(list(run.scores[sequence.name].conclude().values()))
+                 for run in runs]
+        rows.append((sequence.name, _columns(means)))
+    if len(runs) == 1:
+        heads = metrics.MEASURES
+    else:
+        heads = [f"J&F {run.name}" for run in runs] + ["difference"]
+    mean = np.mean([values for _, values in rows], axis=0).tolist()
+    head = "".join(f"<th>{html.escape(h)}" for h in ("sequence", *heads))
+    body = "".join(_row(f"<a href='#{html.escape(name)}'>{html.escape(name)}</a>", values,
+                        len(runs) > 1) for name, values in rows)
+    return (f"<div class=wide><table><thead><tr>{head}<tbody>{body}"
+            f"<tfoot>{_row('all', mean, len(runs) > 1)}</table></div>")
+
+
+def _columns(means: list[dict[str, float]]) -> list[float]:
+    if len(means) == 1:
+        return [means[0][measure] for measure in metrics.MEASURES]
+    first, second = (mean["J&F-Mean"] for mean in means)
+    return [first, second, second - first]
+
+
+def _row(name: str, values: list[float], compared: bool) -> str:
+    kinds = [""] * len(values)
+    if compared:
+        kinds[-1] = " class=won" if values[-1] > 0 else " class=lost" if values[-1] < 0 else ""
+    return f"<tr><td>{name}" + "".join(f"<td{kind}>{value:.3f}"
+                                       for kind, value in zip(kinds, values))
+
+
+def _section(sequence: Sequence, runs: list[Run]) -> str:
+    """Curves over time and frames: worst, middle and best, or where two runs differ most."""
+    series = [run.j_and_f(sequence.name) for run in runs]
+    if len(runs) == 1:
+        labels, lines = ("J", "F"), series[0]
+        order = series[0].mean(0).argsort()
+        chosen = {"worst": order[0], "middle": order[len(order) // 2], "best": order[-1]}
+    else:
+        labels, lines = [run.name for run in runs], [s.mean(0) for s in series]
+        chosen = {"they differ most": np.abs(lines[0] - lines[1]).argmax()}
+    frames = {int(index) + 1: word for word, index in reversed(chosen.items())}
+    pictures = "".join(_figure(sequence, run, frame, frames[frame], len(runs) > 1)
+                       for frame in sorted(frames) for run in runs)
+    return (f"<h2 id='{html.escape(sequence.name)}'>{html.escape(sequence.name)}</h2>"
+            f"{_curves(lines, labels)}<div class=frames>{pictures}</div>")
+
+
+def _curves(lines, labels) -> str:
+    """Lines over the scored frames, from 0 to 1, as SVG."""
+    width, height, drawn = 640, 160, []
+    for i, (line, label) in enumerate(zip(lines, labels)):
+        steps = np.linspace(30, width - 10, len(line))
+        points = " ".join(f"{x:.1f},{height - 20 - (height - 30) * y:.1f}"
+                          for x, y in zip(steps, line))
+        drawn.append(f"<polyline points='{points}' stroke='{CURVES[i]}'/>"
+                     f"<text x='{40 + 90 * i}' y='{height - 4}' fill='{CURVES[i]}'>"
+                     f"{html.escape(str(label))}</text>")
+    ticks = "".join(f"<line x1=30 x2={width - 10} y1={y} y2={y} />"
+                    f"<text x=4 y={y + 4}>{value}</text>"
+                    for value, y in ((1, 10), (0.5, 75), (0, 140)))
+    return f"<svg viewBox='0 0 {width} {height}' role=img aria-label='over time'>{ticks}" \
+           f"{''.join(drawn)}</svg>"
+
+
+def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool) -> str:
+    score = run.j_and_f(sequence.name)[:, frame - 1].mean()
+    whose = f"{html.escape(run.name)}, " if compared else ""
+    picture = errors(sequence.image(frame),
+                     preprocess.read_mask(run.results / sequence.name
+                                          / sequence.masks[frame].name, sequence.single_object),
+                     sequence.mask(frame))
+    caption = f"{whose}frame {frame}, {word}: J&amp;F {score:.3f}"
+    return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Colour what was found, what is too much and what was missed.
+
+    Args:
+        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids.
+
+    Returns:
+        (H, W, 3) uint8 RGB. A pixel of another object than the true one counts as too much.
+    """
+    grey = image.mean(2, keepdims=True).repeat(3, 2)
+    found, wrong = (mask > 0) & (mask == truth), (mask > 0) & (mask != truth)
+    for where, colour, opacity in ((found, HIT, 0.35), (wrong, FALSE_POSITIVE, 0.7),
+                                   ((truth > 0) & (mask == 0), FALSE_NEGATIVE, 0.7)):
+        grey[where] = (1 - opacity) * grey[where] + opacity * np.array(colour)
+    return grey.astype(np.uint8)
+
+
+def _jpeg(picture: np.ndarray) -> str:
+    height = round(len(picture) * PICTURE_WIDTH / picture.shape[1])
+    small = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
+    _, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return base64.b64encode(data).decode()
+
+
+def _swatch(colour: tuple[int, int, int], word: str) -> str:
+    return f"<span style='background:rgb{colour}'></span> {word}"
+
+
+CSS = """
+:root{color-scheme:light dark;--line:#8884}
+body{font:16px/1.5 system-ui,sans-serif;margin:0}
+main{max-width:62rem;margin:auto;padding:1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .3rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+th{cursor:pointer;user-select:none}tfoot td{font-weight:600}
+.won{color:#1a8a3c}.lost{color:#d03a20}
+svg{width:100%;max-width:40rem;display:block}
+svg polyline{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+svg line{stroke:var(--line)}svg text{font-size:12px;fill:currentColor}
+.frames{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr))}
+figure{margin:0}img{width:100%;display:block;border-radius:4px}
+figcaption,.legend,dl{font-size:.85rem}
+.legend span{display:inline-block;width:.9em;height:.9em;border-radius:2px;margin-left:.8em}
+dt{font-weight:600}dd{margin:0 0 .4rem;overflow-wrap:anywhere}
+"""
+
+SORT = """
+document.querySelectorAll('th').forEach((head, column) => head.onclick = () => {
+  const body = head.closest('table').tBodies[0], down = head.dataset.down !== 'yes'
+  const value = row => row.cells[column].textContent
+  document.querySelectorAll('th').forEach(other => delete other.dataset.down)
+  if (down) head.dataset.down = 'yes'
+  const sign = down ? -1 : 1
+  body.append(...[...body.rows].sort((a, b) => sign * (column
+    ? value(a) - value(b) : value(a).localeCompare(value(b)))))
+})
+"""

@@ -1,0 +1,98 @@
+"""The report: figures by hand, pictures by colour, nothing that is fetched from elsewhere."""
+
+import base64
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, write_list, write_sequence
+
+import evaluate
+import metrics
+import report
+from davis import Davis
+
+SCORES = {"ant": ([0.5, 0.9, 0.7, 0.6], [0.4, 0.8, 0.6, 0.5]),
+          "bee": ([0.9, 0.9, 0.9, 0.9], [1.0, 1.0, 1.0, 1.0])}
+
+
+@pytest.fixture
+def sequences(davis_2016):
+    return Davis(davis_2016, names=["ant", "bee"]).sequences
+
+
+def run(name, sequences, better=0.0):
+    """The true masks, with scores that were made up."""
+    scores = {}
+    for sequence in sequences:
+        scores[sequence.name] = score = metrics.SequenceScore([1])
+        for j, f in zip(*SCORES[sequence.name]):
+            score.add([(j + better * (sequence.name == "ant"), f)])
+    return report.Run(name, sequences[0].masks[0].parent.parent, scores)
+
+
+
+def test_one_run(sequences, tmp_path):
+    path = report.write(tmp_path / "report.html", sequences, [run("mine", sequences)],
+                        {"flags": "--top_k 5 <b>"})
+    page = path.read_text()
+    assert not re.search(r"(src|href)=.?(https?:|/)", page)
+    assert "--top_k 5 &lt;b&gt;" in page and "prefers-color-scheme" not in page.split("<main>")[1]
+    ant = re.search(r"#ant'>ant</a><td>([\d.]+)<td>([\d.]+)", page)
+    assert [float(ant[1]), float(ant[2])] == [pytest.approx(0.625), pytest.approx(0.675)]
+    assert page.count("<svg") == 2 and page.count("<polyline") == 4
+    captions = re.findall(r"<figcaption>(.*?)<", page.split("id='ant'")[1].split("<h2")[0])
+    assert captions == ["frame 1, worst: J&amp;F 0.450", "frame 2, best: J&amp;F 0.850",
+                        "frame 3, middle: J&amp;F 0.650"]
+    for picture in re.findall(r"base64,([^']+)", page):
+        assert cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), 1).shape[1] == 480
+
+
+def test_two_runs_say_who_won(sequences, tmp_path):
+    runs = [run("old", sequences), run("new", sequences, better=0.1)]
+    page = report.write(tmp_path / "report.html", sequences, runs, {}).read_text()
+    ant = re.search(r"#ant'>ant</a><td>([\d.]+)<td>([\d.]+)<td class=won>([\d.]+)", page)
+    assert [float(x) for x in ant.groups()] == [0.625, 0.675, 0.05]
+    assert re.search(r"#bee'>bee</a><td>[\d.]+<td>[\d.]+<td>0.000", page)
+    assert "new, frame 1, they differ most" in page
+
+
+def test_errors_are_told_apart_by_colour():
+    image = np.full((2, 4, 3), 100, np.uint8)
+    truth = np.array([[0, 1, 1, 0], [2, 0, 0, 0]], np.uint8)
+    mask = np.array([[0, 1, 0, 1], [1, 0, 0, 0]], np.uint8)
+    picture = report.errors(image, mask, truth).astype(int)
+
+    def leading(y, x):
+        return "rgb"[picture[y, x].argmax()] if np.ptp(picture[y, x]) else "grey"
+
+    assert [leading(0, x) for x in range(4)] == ["grey", "g", "b", "r"]
+    assert leading(1, 0) == "r"  # the other object
+
+
+def test_evaluation_leaves_a_report(model, davis_2016, tmp_path):
+    sequences = Davis(davis_2016, names=["ant"]).sequences
+    evaluate.evaluate(model, sequences, evaluate.Options(
+        results=tmp_path / "out", facts={"flags": "--demo"}))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "--demo" in page and "frames per second" in page
+
+
+def test_two_folders_are_compared(tmp_path):
+    write_sequence(tmp_path / "davis", "ant")
+    write_list(tmp_path / "davis", "2016", "val", ["ant"])
+    truth = tmp_path / "davis" / "Annotations" / "480p"
+    for name, shift in (("good", 0), ("bad", 6)):
+        (tmp_path / name / "ant").mkdir(parents=True)
+        for path in (truth / "ant").iterdir():
+            mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+            cv2.imwrite(str(tmp_path / name / "ant" / path.name), np.roll(mask, shift, 1))
+    run = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path / "good",
+                          tmp_path / "bad", "-d", tmp_path / "davis"],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    page = (tmp_path / "bad" / "against_good.html").read_text()
+    assert re.search(r"#ant'>ant</a><td>1.000<td>0.\d+<td class=lost>-0.\d+", page)
