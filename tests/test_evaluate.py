@@ -227,9 +227,9 @@ def test_script_scores_masks_made_by_anything(davis_2016):
     masks = davis_2016 / "Annotations" / "480p"
     run = script(masks, "-d", davis_2016, "-t", "train")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1].split() == ["all"] + ["1.000"] * 3 + ["0.000", "1.000",
+    assert run.stdout.splitlines()[-2].split() == ["all"] + ["1.000"] * 3 + ["0.000", "1.000",
                                                                            "1.000", "0.000"]
-    assert (masks / "global_results-train.csv").is_file()
+    assert (masks / "global_results-train.csv").is_file() and (masks / "report.html").is_file()
 
 
 @pytest.mark.parametrize("spoil, message", [
