@@ -160,8 +160,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="how far is far: lower where look-alikes are near, higher for fast objects "
              "(default: the checkpoint's, else 100)")
     add("--finetune", metavar="N", type=int, default=0,
-        help="fit the model to each sequence by N steps on its first frame (and --learning_rate): "
-             "slower, for objects unlike those it was trained on (default: 0)")
+        help="fit the model to each video by N steps on its first frame (at --learning_rate): for "
+             "objects unlike any of the training set; on DAVIS it gains nothing (default: 0)")
     add("--precision", choices=PRECISIONS,
         help="of the features and their products; fp32 where a result must repeat exactly "
              "(default: fp16 on a CUDA device, else fp32)")
@@ -376,7 +376,7 @@ def run_segment(args: argparse.Namespace) -> None:
     count = segment.segment(model, clip, masks, segment.Options(
         results=results, cutout=args.cutout, input_shape=args.input_image_shape,
         segmentation_shape=args.segmentation_shape, threshold=args.fg_thresh,
-        remove_outliers=not args.leave_outliers))
+        remove_outliers=not args.leave_outliers, adapt=adaptation(args, model)))
     print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
 
 

@@ -1,7 +1,7 @@
 """Segment a clip of one's own, from one mask or several, and draw the result."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ class Options:
     segmentation_shape: tuple[int, int] | None = None
     threshold: float = 0.5
     remove_outliers: bool = True
+    # fits a copy of the model to the clip, given the first frame with a mask and this mask
+    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
 
 @torch.no_grad()
@@ -49,6 +51,8 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
     model.eval()
     _check_frames(masks, clip.count or max(masks) + 1)
     first = min(masks)
+    if options.adapt:
+        model = options.adapt(model, next(iter(clip.frames(first))), masks[first])
     folder = options.results / "masks"
     folder.mkdir(parents=True, exist_ok=True)
     count = first

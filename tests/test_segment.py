@@ -91,6 +91,19 @@ def test_an_object_that_appears_later_is_found_from_then_on(clip_file, tmp_path)
     assert 2 in found[5] and model.object_ids == [1, 2]
 
 
+def test_finetuning_starts_from_the_frame_with_the_mask(clip_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(main.train, "finetune", lambda model, image, mask, options:
+                        seen.append((image, mask, options.iterations)) or model)
+    mask = write(tmp_path / "mask.png", truth(3))
+    assert main.main(["-m", "segment", "--video", str(clip_file), "--mask", f"3:{mask}",
+                      "--finetune", "7", "-j", str(tmp_path / "out"), "-p", "96", "160"]) == 0
+    (image, first, steps), = seen
+    np.testing.assert_array_equal(image, next(video.open_clip(clip_file).frames(3)))
+    np.testing.assert_array_equal(first, truth(3))
+    assert steps == 7
+
+
 def test_backwards_yields_the_frames_in_reverse(clip_file, monkeypatch):
     clip = video.open_clip(clip_file)
     forwards = list(clip.frames())
