@@ -200,6 +200,7 @@ class Clips(Pairs):
     def __init__(self, sequences: list[Sequence], augment: preprocess.Augment, frames: int = 4,
                  gap: int = 5, paste: float = 0.4):
         super().__init__(sequences, augment)
+        self.sequences = sequences
         self.length, self.gap, self.paste = frames, gap, paste
 
     def __getitem__(self, index: tuple[int, int]):
@@ -226,7 +227,7 @@ class Clips(Pairs):
 
     def _pasted(self, frames: list, own: Sequence, far: bool, rng) -> list:
         """The frames with an object of another sequence in front, which may be the one to find."""
-        others = [s for s in {s.name: s for s, _ in self.frames}.values() if s != own]
+        others = [s for s in self.sequences if s != own]
         other = others[rng.integers(len(others))] if others else own
         at, mask, object_id = self._reference(other, rng)
         image, mask = other.image(at), (mask == object_id).astype(np.uint8)

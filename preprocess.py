@@ -84,8 +84,9 @@ def read_own_mask(path: str | Path) -> np.ndarray:
         values = np.array(image)
     else:
         return read_mask(path)
-    solid = [int(v) for v in np.unique(values) if v and _has_interior(values == v)]
-    soft = [int(v) for v in np.unique(values) if v and v not in solid]
+    levels = [int(v) for v in np.unique(values) if v]
+    solid = [v for v in levels if _has_interior(values == v)]
+    soft = [v for v in levels if v not in solid]
     if not soft or not solid:
         return _object_ids(values)
     if len(solid) > 1:

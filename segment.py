@@ -1,16 +1,16 @@
 """Segment a clip of one's own, from one mask or several, and draw the result."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import evaluate
 import preprocess
 import visualize
 from background import Background, ahead
@@ -19,17 +19,10 @@ from videomatch import VideoMatch
 
 
 @dataclass
-class Options:
-    """What `segment` needs to know beside model, clip and masks; the flags of `main.py`."""
+class Options(evaluate.Options):
+    """What `segment` needs to know beside model, clip and masks; `results` must be given."""
 
-    results: Path
     cutout: str | None = None  # "transparent", "blur" or "#rrggbb"
-    input_shape: tuple[int, int] | None = None
-    segmentation_shape: tuple[int, int] | None = None
-    threshold: float = 0.5
-    remove_outliers: bool = True
-    # fits a copy of the model to the clip, given the first frame with a mask and this mask
-    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
 
 @torch.no_grad()
@@ -98,9 +91,7 @@ def _step(model: VideoMatch, frame: int, image: np.ndarray, masks: dict[int, np.
     """(H, W) uint8 mask of a frame: the given one, or what the model finds."""
     tensor = preprocess.to_tensor(image, options.input_shape, model.device)
     if frame not in masks:
-        mask = model.segment(tensor, options.segmentation_shape or image.shape[:2],
-                             options.threshold, options.remove_outliers)
-        return preprocess.resize_mask(mask, image.shape[:2])
+        return evaluate.segment(model, tensor, image.shape[:2], options)
     mask = masks[frame]
     preprocess.check_same_shape(f"frame {frame}", image.shape, f"--mask for frame {frame}",
                                 mask.shape)
