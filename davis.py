@@ -197,6 +197,8 @@ class Clips(Pairs):
         paste: share of the clips with another object.
     """
 
+    DOUBLES = 0.3  # of the pasted objects
+
     def __init__(self, sequences: list[Sequence], augment: preprocess.Augment, frames: int = 4,
                  gap: int = 5, paste: float = 0.4):
         super().__init__(sequences, augment)
@@ -226,9 +228,14 @@ class Clips(Pairs):
         return tuple(torch.stack(parts) for parts in zip(*first, *clip))
 
     def _pasted(self, frames: list, own: Sequence, far: bool, rng) -> list:
-        """The frames with an object of another sequence in front, which may be the one to find."""
+        """The frames with another object in front, which may be the one to find.
+
+        It is of another sequence, or, where its place tells it from the first, the double of one
+        of this sequence.
+        """
         others = [s for s in self.sequences if s != own]
-        other = others[rng.integers(len(others))] if others else own
+        double = not others or not far and rng.random() < self.DOUBLES
+        other = own if double else others[rng.integers(len(others))]
         at, mask, object_id = self._reference(other, rng)
         image, mask = other.image(at), (mask == object_id).astype(np.uint8)
         y, x = np.nonzero(mask)
@@ -236,7 +243,7 @@ class Clips(Pairs):
         height, width = frames[0][1].shape
         scale = rng.uniform(0.4, 1.1)
         place = rng.uniform(0.1, 0.9, 2) * (width, height)
-        motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.03)
+        motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.06)
         wanted = rng.random() < 0.5
         result = []
         for i, (frame, truth) in enumerate(frames):

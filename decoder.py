@@ -4,22 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WIDTHS = (32, 48, 96)  # channels of the decoder, finest level first
+WIDTHS = (32, 48, 96, 96)  # channels of the decoder, finest level first
 GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
 
 
 class Block(nn.Module):
-    """Two convolutions over features and evidence, after a projection to `width` channels."""
+    """Two convolutions over what is known of a frame and of its objects.
 
-    def __init__(self, channels: int, width: int):
+    Args:
+        shared: channels that all objects of a frame have in common; projected once.
+        own: channels of each object.
+        width: channels of the result.
+    """
+
+    def __init__(self, shared: int, own: int, width: int):
         super().__init__()
-        self.project = nn.Conv2d(channels, width, 1)
+        self.project = nn.Conv2d(shared + own, width, 1)
         self.layers = nn.Sequential(
             nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
             nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.project(x)
+    def forward(self, shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """(B, S, h, w) and (B*N, E, h, w), N objects of each frame -> (B*N, width, h, w)."""
+        weight, bias, channels = self.project.weight, self.project.bias, shared.shape[1]
+        once = F.conv2d(shared, weight[:, :channels], bias)
+        x = once.repeat_interleave(len(own) // len(shared), 0)
+        x = x + F.conv2d(own, weight[:, channels:])
         return x + self.layers(x)
 
 
@@ -35,20 +45,25 @@ class Decoder(nn.Module):
         super().__init__()
         widths = WIDTHS[:len(channels)]
         below = (*widths[1:], 0)
-        self.blocks = nn.ModuleList(Block(c + evidence + b, w)
+        self.blocks = nn.ModuleList(Block(c, evidence + b, w)
                                     for c, b, w in zip(channels, below, widths))
         self.score = nn.Conv2d(widths[0], 1, 3, padding=1)
 
     def forward(self, evidence: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """(N, E, H, W) and (N, C, h, w) of each level -> (N, h, w) logits at the finest."""
-        x = None
+        """Logits of N objects in each of B frames, at the finest level.
+
+        Args:
+            evidence: (B, N, E, H, W).
+            features: (B, C, h, w) of each level.
+
+        Returns:
+            (B, N, h, w).
+        """
+        batch, evidence, x = evidence.shape[:2], evidence.flatten(0, 1), None
         for block, level in zip(reversed(self.blocks), reversed(features)):
-            size = level.shape[-2:]
-            inputs = [level, _resize(evidence, size)]
-            if x is not None:
-                inputs.append(_resize(x, size))
-            x = block(torch.cat(inputs, 1))
-        return self.score(F.relu(x))[:, 0]
+            known = [evidence] if x is None else [evidence, x]
+            x = block(level, torch.cat([_resize(part, level.shape[-2:]) for part in known], 1))
+        return self.score(F.relu(x))[:, 0].unflatten(0, batch)
 
 
 def _resize(x: torch.Tensor, size) -> torch.Tensor:

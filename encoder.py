@@ -1,17 +1,19 @@
 """Truncated ImageNet backbones.
 
-VideoMatch compares features, so the backbone stops in the middle of the network, where
-features still know where they are.
+VideoMatch compares features from the middle of a network, where they still know where they are.
+The layers around serve the refinement of masks.
 """
 
+import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
@@ -30,28 +32,81 @@ def _resnet101():
 
 
 def _mobilenet_v2():
-    return models.mobilenet_v2(weights=None).features[:14]
+    return models.mobilenet_v2(weights=None).features[:17]
 
 
 @dataclass(frozen=True)
 class Backbone:
     build: Callable[[], nn.Sequential]
-    layer: str  # the last layer kept, in the words of the architecture
+    layer: str  # whose features are matched, in the words of the architecture
+    index: int  # of that layer in the backbone
     channels: int
     stride: int  # pixels per feature cell
     prefix: str  # of the kept parameters in torchvision's state dict
     imagenet: models.WeightsEnum
-    finer: dict[int, int]  # layers whose features refine a mask: their index and channels
+    others: dict[int, int]  # layers whose features refine a mask too: index and channels
+
+    @property
+    def levels(self) -> dict[int, int]:
+        """Index and channels of every layer that is looked at, the finest first."""
+        return dict(sorted({self.index: self.channels, **self.others}.items()))
 
 
 BACKBONES = {
-    "vgg": Backbone(_vgg19, "conv4_4", 512, 8, "features.", models.VGG19_Weights.IMAGENET1K_V1,
+    "vgg": Backbone(_vgg19, "conv4_4", 26, 512, 8, "features.", models.VGG19_Weights.IMAGENET1K_V1,
                     {17: 256}),
-    "resnet": Backbone(_resnet101, "layer2", 512, 8, "", models.ResNet101_Weights.IMAGENET1K_V1,
+    "resnet": Backbone(_resnet101, "layer2", 5, 512, 8, "", models.ResNet101_Weights.IMAGENET1K_V1,
                        {4: 256}),
-    "mobilenet": Backbone(_mobilenet_v2, "features.13", 96, 16, "features.",
-                          models.MobileNet_V2_Weights.IMAGENET1K_V1, {3: 24, 6: 32}),
+    "mobilenet": Backbone(_mobilenet_v2, "features.13", 13, 96, 16, "features.",
+                          models.MobileNet_V2_Weights.IMAGENET1K_V1, {3: 24, 6: 32, 16: 160}),
 }
+
+
+class Layers(nn.Sequential):
+    """Layers after each other, of which several give their output."""
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__(OrderedDict(layers.named_children()))
+
+    def forward(self, x: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
+        """The output of the `wanted` layers, by index; what lies behind the last doesn't run."""
+        found, last = {}, max(wanted)
+        for i, layer in enumerate(self):
+            x = layer(x)
+            if i in wanted:
+                found[i] = x
+            if i == last:
+                return found
+
+
+def _norms(layers: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
+    """Every convolution before a BatchNorm: the parent's name, the parent, its children's names."""
+    for parent, module in layers.named_modules():
+        children = list(module.named_children())
+        for (name, layer), (next_name, norm) in zip(children, children[1:]):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                yield parent, module, name, next_name
+
+
+def _fold(layers: nn.Module) -> nn.Module:
+    """Put every BatchNorm into the convolution before it."""
+    for _, module, conv, norm in list(_norms(layers)):
+        setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv).eval(),
+                                                getattr(module, norm).eval()))
+        setattr(module, norm, nn.Identity())
+    return layers
+
+
+def _folded(layers: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that `_fold` would leave, differentiable in those of convolution and norm."""
+    parameters = dict(layers.named_parameters())
+    for parent, module, name, next_name in _norms(layers):
+        conv, norm = getattr(module, name), getattr(module, next_name)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        path = f"{parent}.{name}"
+        parameters[f"{path}.weight"] = conv.weight * scale[:, None, None, None]
+        parameters[f"{path}.bias"] = norm.bias - norm.running_mean * scale
+    return parameters
 
 
 class Encoder(nn.Module):
@@ -72,26 +127,33 @@ class Encoder(nn.Module):
         self.name = name
         self.spec = BACKBONES[name]
         # NHWC: on a CPU MobileNetV2 takes half the time (docs/performance.md)
-        self.backbone = self.spec.build().to(memory_format=torch.channels_last)
+        self.backbone = Layers(self.spec.build()).to(memory_format=torch.channels_last)
+        # to train: the same layers without BatchNorm or values; in a tuple it's no submodule
+        self._folded = (_fold(copy.deepcopy(self.backbone)).to("meta"),)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w), about H and W / stride."""
-        return self.pyramid(image)[-1]
+        return self._run(image, (self.spec.index,))[self.spec.index]
 
-    def pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """The same, behind the features of the finer layers, the finest first."""
-        x, levels = image.contiguous(memory_format=torch.channels_last), []
-        for i, layer in enumerate(self.backbone):
-            x = layer(x)
-            if i in self.spec.finer:
-                levels.append(x)
-        return [*levels, x]
+    def pyramid(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The same, and the features of all `levels` of the backbone, the finest first."""
+        levels = self._run(image, self.spec.levels)
+        return levels[self.spec.index], list(levels.values())
+
+    def _run(self, image: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
+        """The output of some layers, by their index; none behind the last of them runs."""
+        image = image.contiguous(memory_format=torch.channels_last)
+        if self.training and any(_norms(self.backbone)):
+            return functional_call(self._folded[0], _folded(self.backbone), (image, wanted))
+        return self.backbone(image, wanted)
 
     def train(self, mode: bool = True):
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
+            if isinstance(module, nn.ReLU6):
+                module.inplace = not mode  # autograd would copy what it overwrites
         return self
 
     def fold_batchnorm(self):
@@ -99,12 +161,7 @@ class Encoder(nn.Module):
 
         For use, not for training: the folded encoder has other parameters than a checkpoint.
         """
-        for module in list(self.backbone.modules()):
-            children = list(module.named_children())
-            for (name, layer), (next_name, norm) in zip(children, children[1:]):
-                if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, name, fuse_conv_bn_eval(layer.eval(), norm.eval()))
-                    setattr(module, next_name, nn.Identity())
+        _fold(self.backbone)
         return self
 
     def load_imagenet(self, source: str | Path | None = None):

@@ -62,14 +62,15 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     """
     model.eval()
     scores: Scores = {}
-    start = time.monotonic()
-    bar = tqdm(sequences, desc="sequences", disable=None)
-    for sequence in bar:
-        bar.set_postfix_str(sequence.name)
-        scores[sequence.name] = segment_sequence(model, sequence, options)
-    seconds, frames = time.monotonic() - start, sum(len(s) - 1 for s in sequences)
+    start, frames = time.monotonic(), sum(len(s) - 1 for s in sequences)
+    with tqdm(total=frames, unit="frame", disable=None) as bar:
+        for sequence in sequences:
+            bar.set_description(sequence.name)
+            scores[sequence.name] = segment_sequence(model, sequence, options, bar.update)
+            found = table(scores)
+            bar.set_postfix_str(f"J&F so far {_mean(found)['J&F-Mean']:.3f}")
+    seconds = time.monotonic() - start
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
-    found = table(scores)
     show(found, options.results, options.set_name)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
@@ -80,12 +81,15 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     return found
 
 
-def segment_sequence(model: VideoMatch, sequence: Sequence,
-                     options: Options) -> metrics.SequenceScore:
+def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
+                     progress: Callable[[], None] = lambda: None) -> metrics.SequenceScore:
     """Segment a sequence; threads read the next frames, write and score those before.
 
     They call nothing of torch: its parallel loops in several threads at once would hold each
     other up on a CPU, and the network with them.
+
+    Args:
+        progress: called after each frame.
     """
     reference = sequence.mask(0)
     if not reference.any():
@@ -102,6 +106,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence,
                 mask = reference
             else:
                 mask = segment(model, tensor, image.shape[:2], options)
+                progress()
             writer.write(frame, image, mask)
             if 0 < frame < len(sequence) - 1:
                 scores.append(pool.submit(_score_mask, mask, sequence, frame, model.object_ids))
@@ -208,9 +213,13 @@ def table(scores: Scores) -> Table:
     return rows
 
 
+def _mean(table: Table) -> dict[str, float]:
+    return metrics.average(list(table.values()))
+
+
 def show(table: Table, results: Path | None, set_name: str) -> None:
     """Print the table; write it as CSV, with the names of the official evaluation code."""
-    mean = metrics.average(list(table.values()))
+    mean = _mean(table)
     width = max(len(name) for name in ("sequence", *table))
     print(f"{'sequence':{width}}  " + "  ".join(f"{m:>8}" for m in metrics.MEASURES))
     for name, row in (*table.items(), ("all", mean)):

@@ -33,7 +33,8 @@ log = logging.getLogger("videomatch")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
 # a stride of 16 leaves small objects few cells: enlarge more, average less
-MATCHING = {"vgg": (1.0, 20), "resnet": (1.0, 20), "mobilenet": (2.0, 5)}  # factor, K
+# factor, K, zoom
+MATCHING = {"vgg": (1.0, 20, 1.0), "resnet": (1.0, 20, 1.0), "mobilenet": (2.0, 5, 1.2)}
 TRAINING_SHAPE = (320, 576)
 RECENT = 3  # frames
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -262,14 +263,14 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
         path = SHIPPED.get(name)
     if path is not None:
         return configure(load_checkpoint(path, args), args)
-    factor, k = MATCHING[name]
+    factor, k, zoom = MATCHING[name]
     encoder = Encoder(name)
     if args.encoder_weights == "none":
         log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
     else:
         encoder.load_imagenet(args.encoder_weights)
     recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
-    return configure(VideoMatch(encoder, factor, k, recent=recent), args)
+    return configure(VideoMatch(encoder, factor, k, recent=recent, zoom=zoom), args)
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:

@@ -1,7 +1,8 @@
 """What a video leaves behind for its next frames, none of it growing with the video.
 
 `Sets` are the paper's: features of the reference frame, and confident ones of later frames.
-`Recent` are the last frames and what was found in them, matched near each position.
+`Recent` are the last frames and what was found in them, matched near each position. `Past` are
+some of all frames so far, matched everywhere.
 """
 
 from collections import deque
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from matching import Grid, Reference, similarities, top_k_near
+
+TEMPERATURE = 0.07  # divides similarities before the softmax that weighs labels
 
 
 class Sets:
@@ -52,11 +55,10 @@ class Recent:
         frames: how many are kept, so that memory doesn't grow with the video.
         k: how many of the most similar positions in all of them count.
         radius: a position is compared with those at most this many feature cells away.
-        temperature: divides similarities before their softmax.
     """
 
-    def __init__(self, frames: int = 3, k: int = 5, radius: int = 6, temperature: float = 0.07):
-        self.k, self.radius, self.temperature = k, radius, temperature
+    def __init__(self, frames: int = 3, k: int = 5, radius: int = 6):
+        self.k, self.radius = k, radius
         self.grids: deque[Grid] = deque(maxlen=frames)
         self.labels: deque[torch.Tensor] = deque(maxlen=frames)
 
@@ -67,8 +69,8 @@ class Recent:
 
     def widen(self, sets: int) -> None:
         """There are more objects now, which no frame so far knows of."""
-        self.labels = deque((F.pad(label, (0, 0, 0, 0, 0, sets - len(label)))
-                             for label in self.labels), maxlen=self.labels.maxlen)
+        self.labels = deque((_widened(labels, sets) for labels in self.labels),
+                            maxlen=self.labels.maxlen)
 
     def propagate(self, query: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """Soft labels of a frame: those of the most similar positions near, weighed by softmax.
@@ -81,7 +83,56 @@ class Recent:
         values, positions = top_k_near(query, grids, self.k, radius)
         if torch.is_grad_enabled():
             values = similarities(query, grids, positions)
-        weights = (values / self.temperature).softmax(1)  # (H*W, K)
         labels = torch.stack(list(self.labels), 1).flatten(1)  # (S, T*H*W)
-        soft = (labels[:, positions] * weights).sum(2)
+        soft = _propagated(values, labels[:, positions])
         return soft.view(-1, *query.shape), values.amax(1).view(query.shape)
+
+
+class Past:
+    """Frames all over a video and what was found in them, on the grid of the encoder.
+
+    Args:
+        frames: at most this many are kept besides the reference frames; the oldest leaves first.
+        every: so many frames from one that is kept to the next.
+        k: how many of the most similar positions in all of them count.
+    """
+
+    def __init__(self, frames: int = 5, every: int = 5, k: int = 20):
+        self.every, self.k, self.count = every, k, 0
+        self.given: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.later: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=frames)
+
+    def add(self, features: torch.Tensor, labels: torch.Tensor, given: bool = False) -> None:
+        """Remember a frame: (C, h, w) features, and (S, H, W) probabilities.
+
+        Args:
+            given: it is a reference frame, whose mask is known.
+        """
+        self.count += 1
+        if given or self.count % self.every == 0:
+            labels = F.adaptive_avg_pool2d(labels, features.shape[1:]).flatten(1)
+            entry = F.normalize(features.float().flatten(1), dim=0), labels
+            (self.given if given else self.later).append(entry)
+
+    def widen(self, sets: int) -> None:
+        """There are more objects now, which no frame so far knows of."""
+        self.given = [(x, _widened(labels, sets)) for x, labels in self.given]
+        self.later = deque(((x, _widened(labels, sets)) for x, labels in self.later),
+                           maxlen=self.later.maxlen)
+
+    def propagate(self, features: torch.Tensor) -> torch.Tensor:
+        """(C, h, w) features of a frame -> (S, h, w) soft labels. Differentiable."""
+        keys, labels = (torch.cat(parts, 1) for parts in zip(*self.given, *self.later))
+        queries = F.normalize(features.float().flatten(1), dim=0)
+        values, positions = (queries.T @ keys).topk(min(self.k, keys.shape[1]), sorted=False)
+        return _propagated(values, labels[:, positions]).view(-1, *features.shape[1:])
+
+
+def _propagated(similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(n, K) and (S, n, K) labels of the most similar positions -> (S, n): softmax weighs them."""
+    return (labels * (similarity / TEMPERATURE).softmax(1)).sum(2)
+
+
+def _widened(labels: torch.Tensor, sets: int) -> torch.Tensor:
+    """(S, ...) labels with channels of zeros behind, `sets` in all."""
+    return torch.cat([labels, labels.new_zeros(sets - len(labels), *labels.shape[1:])])

@@ -6,6 +6,7 @@ Run by itself it previews the augmentation:
 
 import argparse
 import logging
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -202,6 +203,7 @@ class Augment:
     SCALE = (0.35, 1.0)  # of a crop's area
     CROPS = 10  # tries at a crop that keeps enough of the object
     KEEP = 0.25  # of the object's share of the frame
+    ZOOM = 0.12  # logarithm of the largest change of scale from a frame of a clip to the next
 
     def __init__(self, shape: tuple[int, int], random: bool = True):
         self.shape, self.random = tuple(shape), random
@@ -211,38 +213,39 @@ class Augment:
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W, 3) uint8 and (H, W) uint8 -> (3, *shape) normalised float32, (*shape) uint8."""
+        return self.clip([(image, mask)])[0]
+
+    def clip(self, frames: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple]:
+        """Several frames at once: a crop that drifts and zooms, one flip, one change of colour."""
+        masks = torch.stack([torch.from_numpy(mask) for _, mask in frames])  # (T, H, W)
+        size = masks.shape[1:]
+        box = self._box(masks.amax(0, keepdim=True)) if self.random else (0, 0, *size)
+        drift, zoom = torch.zeros(2), 1.0
+        if self.random:
+            drift = (torch.rand(2) - 0.5) * 0.1 * min(box[2:])
+            zoom = math.exp((torch.rand(()).item() - 0.5) * 2 * self.ZOOM)
+        crops = []
+        for i, (image, mask) in enumerate(frames):
+            shape = [min(size[axis], round(box[2 + axis] * zoom ** i)) for axis in (0, 1)]
+            center = [box[axis] + box[2 + axis] / 2 + drift[axis].item() * i for axis in (0, 1)]
+            corner = [min(max(0, round(center[axis] - shape[axis] / 2)), size[axis] - shape[axis])
+                      for axis in (0, 1)]
+            crops.append(self._crop(image, mask, (*corner, *shape)))
+        images, masks = (torch.stack(parts) for parts in zip(*crops))
+        if self.random:
+            images = self.colour(images)
+        if self.random and torch.rand(()) < 0.5:
+            images, masks = images.flip(-1), masks.flip(-1)
+        return list(zip(_normalize(images), masks))
+
+    def _crop(self, image: np.ndarray, mask: np.ndarray,
+              box: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(top, left, height, width) of a frame and its mask -> (3, *shape) and (*shape) uint8."""
         image, mask = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]
-        box = self._box(mask) if self.random else (0, 0, *mask.shape[1:])
         image = TF.resized_crop(image, *box, list(self.shape), antialias=True)
         mask = TF.resized_crop(mask, *box, list(self.shape),
                                interpolation=v2.InterpolationMode.NEAREST_EXACT)
-        if self.random:
-            if torch.rand(()) < 0.5:
-                image, mask = image.flip(-1), mask.flip(-1)
-            image = self.colour(image)
-        return _normalize(image), mask[0]
-
-    def clip(self, frames: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple]:
-        """Several frames at once: one crop that drifts, one flip, one change of colour."""
-        images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in frames])
-        masks = torch.stack([torch.from_numpy(mask) for _, mask in frames])  # (T, H, W)
-        height, width = masks.shape[1:]
-        box = self._box(masks.amax(0, keepdim=True)) if self.random else (0, 0, height, width)
-        drift = (torch.rand(2) - 0.5) * 0.1 * min(box[2:]) if self.random else torch.zeros(2)
-        out = []
-        flip = self.random and torch.rand(()) < 0.5
-        if self.random:
-            images = self.colour(images)
-        for i, (image, mask) in enumerate(zip(images, masks)):
-            top = int(min(max(0, box[0] + drift[0] * i), height - box[2]))
-            left = int(min(max(0, box[1] + drift[1] * i), width - box[3]))
-            image = TF.resized_crop(image, top, left, *box[2:], list(self.shape), antialias=True)
-            mask = TF.resized_crop(mask[None], top, left, *box[2:], list(self.shape),
-                                   interpolation=v2.InterpolationMode.NEAREST_EXACT)
-            if flip:
-                image, mask = image.flip(-1), mask.flip(-1)
-            out.append((_normalize(image), mask[0]))
-        return out
+        return image, mask[0]
 
     def _box(self, mask: torch.Tensor) -> tuple[int, int, int, int]:
         """A random crop (top, left, height, width) that keeps some of the object."""

@@ -192,7 +192,7 @@ document.querySelectorAll('th').forEach((head, column) => head.onclick = () => {
   const value = row => row.cells[column].textContent
   document.querySelectorAll('th').forEach(other => delete other.dataset.down)
   if (down) head.dataset.down = 'yes'
-  const sign = down ? -1 : 1
+  const sign = down === !column ? 1 : -1  // names from A, figures from the best
   body.append(...[...body.rows].sort((a, b) => sign * (column
     ? value(a) - value(b) : value(a).localeCompare(value(b)))))
 })

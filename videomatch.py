@@ -20,7 +20,7 @@ import visualize
 from decoder import Decoder
 from encoder import Encoder
 from matching import Grid, soft_match
-from memory import Recent, Sets
+from memory import Past, Recent, Sets
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -39,6 +39,7 @@ class VideoMatch(nn.Module):
         dilation: outlier removal keeps what lies within this many pixels of the object's
             previous mask (the paper: 100).
         recent: how many of the last frames are matched as well; above 0 there is a `Decoder`.
+        zoom: in use, not in training, frames are enlarged by this before the encoder, > 0.
 
     Attributes:
         method: "matching": the scores of the reference frame decide. "paper": its sets grow with
@@ -49,10 +50,11 @@ class VideoMatch(nn.Module):
             paper: 0.95).
     """
 
-    EVIDENCE = 6  # channels, see `_evidence`
+    EVIDENCE = 7  # channels, see `_evidence`
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
-                 temperature: float = 0.05, dilation: int = 100, recent: int = 0):
+                 temperature: float = 0.05, dilation: int = 100, recent: int = 0,
+                 zoom: float = 1.0):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -60,20 +62,22 @@ class VideoMatch(nn.Module):
             raise ValueError(f"top K must be at least 1, got {top_k}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not zoom > 0:
+            raise ValueError(f"zoom must be above 0, got {zoom}")
         if dilation < 0:
             raise ValueError(f"dilation must not be negative, got {dilation}")
         self.encoder, self.upsample_factor = encoder, float(upsample_factor)
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
-        self.recent = recent
+        self.recent, self.zoom = recent, zoom
         self.method, self.confidence = "memory" if recent else "matching", 0.95
         if recent:
-            channels = (*encoder.spec.finer.values(), encoder.spec.channels)
-            self.decoder = Decoder(self.EVIDENCE, channels)
+            self.decoder = Decoder(self.EVIDENCE, tuple(encoder.spec.levels.values()))
         self.precision = torch.float32  # of the encoder and of products; sums are float32
         self.facts: dict = {}
         self.object_ids: list[int] = []
         self._sets: list[Sets] = []  # one for each frame of a batch
         self._recent: list[Recent] = []
+        self._past: list[Past] = []
         self._seen: list[Grid] = []  # by the last `predict`
         self.scores: torch.Tensor | None = None  # (B, N+1, h, w), the matching's in it
         self._reference_share: dict[int, float] = {}
@@ -120,8 +124,8 @@ class VideoMatch(nn.Module):
         self._previous = mask.cpu().numpy().astype(np.uint8)
         new = [i for i in _objects(mask) if i not in self.object_ids]
         self.object_ids += new
-        for recent in self._recent:
-            recent.widen(len(self.object_ids) + 1)
+        for memory in (*self._recent, *self._past):
+            memory.widen(len(self.object_ids) + 1)
         self._refer(image[None], mask[None])
 
     def _refer(self, image: torch.Tensor, mask: torch.Tensor) -> None:
@@ -140,26 +144,34 @@ class VideoMatch(nn.Module):
         else:
             self._sets = [Sets(grid, labels, count) for grid, labels in zip(self._seen, sets)]
             self._recent = [Recent(self.recent) for _ in self._seen]
+            # the frames of a clip to train on lie apart already
+            self._past = [Past(every=1) if self.training else Past() for _ in self._seen]
         if self.method == "memory":
-            self.remember(torch.stack([mask == i for i in (0, *self.object_ids)], 1).float())
+            found = torch.stack([mask == i for i in (0, *self.object_ids)], 1).float()
+            self.remember(found, given=True)
 
     def _encode(self, image: torch.Tensor) -> tuple[list[Grid], list[torch.Tensor]]:
         """(B, 3, H, W) -> the enlarged feature grid of each frame, and the features of levels."""
+        if self.zoom != 1 and not self.training:
+            image = F.interpolate(image, scale_factor=self.zoom, mode="bilinear",
+                                  align_corners=False, antialias=self.zoom < 1)
         with torch.autocast(self.device.type, self.precision,
                             enabled=self.precision != torch.float32):
-            levels = self.encoder.pyramid(image)
-        return [Grid(frame, self.upsample_factor) for frame in levels[-1]], levels
+            features, levels = self.encoder.pyramid(image)
+        return [Grid(frame, self.upsample_factor) for frame in features], levels
 
-    def remember(self, probabilities: torch.Tensor) -> None:
+    def remember(self, probabilities: torch.Tensor, given: bool = False) -> None:
         """Keep the frames that `predict` saw last for those to come.
 
         Args:
             probabilities: (B, N+1, H, W) what was found in them.
+            given: they are reference frames.
         """
         cells = F.interpolate(probabilities, size=self._seen[0].shape, mode="bilinear",
                               align_corners=False, antialias=True)
-        for recent, grid, labels in zip(self._recent, self._seen, cells):
+        for recent, past, grid, labels in zip(self._recent, self._past, self._seen, cells):
             recent.add(grid, labels)
+            past.add(grid.features, labels, given)
 
     def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.
@@ -197,21 +209,21 @@ class VideoMatch(nn.Module):
     def _evidence(self) -> torch.Tensor:
         """(B, N, EVIDENCE, h, w): what speaks for each object and against it."""
         frames = []
-        for scores, grid, recent in zip(self.scores, self._seen, self._recent):
+        for scores, grid, recent, past in zip(self.scores, self._seen, self._recent, self._past):
             labels, similarity = recent.propagate(grid)  # (N+1, h, w), (h, w)
+            far = F.interpolate(past.propagate(grid.features)[None], size=grid.shape,
+                                mode="bilinear", align_corners=False)[0]
             before, objects = recent.labels[-1], []
             for i in range(1, len(scores)):
                 others = torch.cat([scores[:i], scores[i + 1:]]).amax(0)
                 objects.append(torch.stack([10 * (scores[i] - others), scores[i], others,
-                                            labels[i], before[i], similarity]))
+                                            labels[i], before[i], similarity, far[i]]))
             frames.append(torch.stack(objects))
         return torch.stack(frames)
 
     def _refine(self, evidence: torch.Tensor, levels: list[torch.Tensor]) -> torch.Tensor:
         """(B, N, EVIDENCE, h, w) -> (B, N+1, H/4, W/4) logits; that of the background is 0."""
-        frames, count = evidence.shape[:2]
-        levels = [level.float().repeat_interleave(count, 0) for level in levels]
-        logits = self.decoder(evidence.flatten(0, 1), levels).unflatten(0, (frames, count))
+        logits = self.decoder(evidence, [level.float() for level in levels])
         return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
     @torch.no_grad()
@@ -289,7 +301,7 @@ class VideoMatch(nn.Module):
         config = {"encoder": self.encoder.name, "layer": spec.layer,
                   "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                   "temperature": self.temperature, "dilation": self.dilation,
-                  "recent": self.recent}
+                  "recent": self.recent, "zoom": self.zoom}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".part")

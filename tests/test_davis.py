@@ -305,6 +305,22 @@ def test_what_is_pasted_is_another_sequences_object(tmp_path):
     assert wanted > 20 and hidden > 20
 
 
+def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
+    write_sequence(tmp_path, "ant", frames=6)
+    write_list(tmp_path, "2016", "train", ["ant"])
+    clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
+    clips.DOUBLES = 1.0
+    double = 0
+    for seed in range(40):
+        images, masks = clips[seed % 6, seed]
+        bright = [(image.max(2).values > 150) for image in images]
+        two = [int(b.sum() > 1.3 * max(m.sum(), 1)) for b, m in zip(bright, masks)]
+        double += all(two)
+        # what is wanted looks like the object, whichever of the two it is
+        assert all(b[m > 0].float().mean() > 0.7 for b, m in zip(bright, masks) if m.sum() > 30)
+    assert double > 5
+
+
 def test_a_clip_depends_on_its_index_alone(davis_2016):
     clips = Clips(Davis(davis_2016).sequences, Augment((24, 40)), paste=0.5)
     first = [clips[i, 7 * i] for i in range(6)]

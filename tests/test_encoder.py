@@ -25,6 +25,13 @@ def whole_network(name):
     return net, lambda x: net.layer2(net.layer1(stem(x)))
 
 
+def randomize_batchnorm(net):
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_features_are_those_of_the_whole_network(name, tmp_path):
     net, features = whole_network(name)
@@ -48,13 +55,41 @@ def test_batchnorm_statistics_stay_frozen_in_training(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+def test_training_has_the_gradients_of_the_whole_network(name, tmp_path):
+    net, features = whole_network(name)
+    randomize_batchnorm(net)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    net.double().eval()  # BatchNorm by its stored statistics
+    encoder = Encoder(name)
+    encoder.load_imagenet(tmp_path / "weights.pth")
+    encoder.double().train()
+    image = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    found, expected = encoder(image), features(image)
+    torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.square().mean().backward()
+    parameters, prefix, compared = dict(net.named_parameters()), BACKBONES[name].prefix, 0
+    for path, parameter in encoder.backbone.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, parameters[prefix + path].grad)
+            compared += 1
+    assert compared == sum(p.grad is not None for p in parameters.values()) > 20
+
+
+def test_pyramid_is_made_of_the_layers_before_and_behind():
+    encoder = Encoder("mobilenet").eval()
+    with torch.no_grad():
+        features, levels = encoder.pyramid(torch.randn(1, 3, 64, 96))
+    assert [tuple(level.shape[1:]) for level in levels] == [
+        (24, 16, 24), (32, 8, 12), (96, 4, 6), (160, 2, 3)]
+    assert features is levels[2]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 def test_folded_batchnorm_gives_the_same_features(name):
     torch.manual_seed(2)
     encoder = Encoder(name).eval()
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.5)
+    randomize_batchnorm(encoder)
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         before = encoder(image)

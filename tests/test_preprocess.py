@@ -337,3 +337,22 @@ def test_bad_arguments_are_told(tmp_path, frame_and_mask, monkeypatch, capsys, a
     message = capsys.readouterr().err.splitlines()[-1]
     for word in words:
         assert word in message
+
+
+def test_a_clip_zooms_evenly():
+    frame = np.zeros((200, 320, 3), np.uint8)
+    mask = cv2.circle(np.zeros((200, 320), np.uint8), (160, 100), 22, 1, -1)
+    augment = Augment((100, 160))
+    augment.SCALE = (0.25, 0.3)
+    growths = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        masks = [found for _, found in augment.clip([(frame, mask)] * 4)]
+        inside = all(not edge.any() for m in masks for edge in (m[0], m[-1], m[:, 0], m[:, -1]))
+        if inside:
+            areas = torch.tensor([m.sum() for m in masks]).double().log()
+            steps = areas.diff()
+            torch.testing.assert_close(steps, steps.mean().expand(3), atol=0.06, rtol=0)
+            assert abs(steps.mean()) < 2 * Augment.ZOOM + 0.02
+            growths.append(steps.mean().item())
+    assert len(growths) > 5 and min(growths) < -0.08 and max(growths) > 0.08

@@ -1,7 +1,10 @@
 """The report: figures by hand, pictures by colour, nothing that is fetched from elsewhere."""
 
 import base64
+import html
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -96,3 +99,47 @@ def test_two_folders_are_compared(tmp_path):
     assert run.returncode == 0, run.stderr
     page = (tmp_path / "bad" / "against_good.html").read_text()
     assert re.search(r"#ant'>ant</a><td>1.000<td>0.\d+<td class=lost>-0.\d+", page)
+
+
+@pytest.fixture
+def ask_browser(tmp_path):
+    """Runs a script in a page as wide as a phone; what the script gives, from JSON."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("there is no Chromium")
+
+    def ask(page: str, script: str):
+        phone = tmp_path / "phone.html"
+        phone.write_text(
+            f"<iframe width=390 height=800 srcdoc=\"{html.escape(page)}\"></iframe><pre></pre>"
+            "<script>const frame = document.querySelector('iframe')\n"
+            f"frame.onload = () => {{ const page = frame.contentDocument\n"
+            f"document.querySelector('pre').textContent = JSON.stringify((() => {{{script}}})()) }}"
+            "</script>", encoding="utf-8")
+        run = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+             f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", phone.as_uri()],
+            capture_output=True, text=True, timeout=60)
+        return json.loads(html.unescape(re.search("<pre>(.*)</pre>", run.stdout)[1]))
+
+    return ask
+
+
+def test_table_is_sorted_by_a_click(sequences, tmp_path, ask_browser):
+    page = report.write(tmp_path / "r.html", sequences, [run("mine", sequences)], {}).read_text()
+    orders = ask_browser(page, """
+        const names = () => [...page.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)
+        const heads = page.querySelectorAll('th')
+        return [1, 1, 0, 0].map(column => (heads[column].click(), names()))""")
+    assert orders == [["bee", "ant"], ["ant", "bee"], ["ant", "bee"], ["bee", "ant"]]
+
+
+@pytest.mark.parametrize("names", [["mine"], ["old", "new"]])
+def test_a_phone_shows_all_without_moving_sideways(names, sequences, tmp_path, ask_browser):
+    runs = [run(name, sequences) for name in names]
+    page = report.write(tmp_path / "r.html", sequences, runs, {"flags": "-x" * 300}).read_text()
+    width, pictures, small = ask_browser(page, """
+        const pictures = [...page.images]
+        return [page.documentElement.scrollWidth, pictures.filter(p => p.naturalWidth).length,
+                pictures.filter(p => p.getBoundingClientRect().width < 240).length]""")
+    assert width <= 390 and pictures == page.count("<img") > 0 and small == 0

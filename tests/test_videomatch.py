@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SHAPE, draw_frame
 from PIL import Image
 
@@ -247,3 +248,20 @@ def test_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
     image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
     run = script(image, tmp_path / "none.png", image, "-o", tmp_path / "vm.pth", cwd=tmp_path)
     assert run.returncode == 2 and "none.png" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_zoom_enlarges_frames_in_use_only():
+    torch.manual_seed(0)
+    model = VideoMatch(Encoder("mobilenet"), 1.0, top_k=3).eval()
+    images = torch.randn(2, 3, 64, 96)
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[20:40, 30:60] = 1
+    larger = F.interpolate(images, scale_factor=1.5, mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        model.set_reference(larger[0], mask)
+        expected = model.predict(larger[1], (64, 96))
+        model.zoom = 1.5
+        model.set_reference(images[0], mask)
+        torch.testing.assert_close(model.predict(images[1]), expected)
+        model.train().set_reference(images[0], mask)
+        assert model._seen[0].features.shape[1:] == (4, 6)
