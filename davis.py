@@ -1,5 +1,7 @@
 """DAVIS data sets: layouts on disk, sequences, and random pairs of frames for training."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,15 +271,21 @@ class PairSampler(Sampler):
         count: how many pairs to draw.
         shuffle: False keeps the order of the sequences.
         seed: fixes order and pairs.
+        skip: leave out so many of the first, which were drawn before.
     """
 
-    def __init__(self, frames: int, count: int, shuffle: bool = True, seed: int = 0):
+    def __init__(self, frames: int, count: int, shuffle: bool = True, seed: int = 0,
+                 skip: int = 0):
         self.frames, self.count, self.shuffle, self.seed = frames, count, shuffle, seed
+        self.skip = skip
 
     def __len__(self) -> int:
-        return self.count
+        return max(0, self.count - self.skip)
 
     def __iter__(self):
+        return itertools.islice(self._all(), self.skip, None)
+
+    def _all(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng(self.seed)
         for start in range(0, self.count, self.frames):
             order = rng.permutation(self.frames) if self.shuffle else np.arange(self.frames)

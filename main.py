@@ -125,6 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="iterations between validations; -1: at the end only (default: 100)")
     add("--patience", metavar="N", type=int, default=10,
         help="stop after this many reports without a better held-out IoU (default: 10)")
+    add("--resume", action="store_true",
+        help="go on from the last report of the same run, after it was interrupted")
     add("--loss_visualization", "-x", action="store_true",
         help="write the curves of loss and held-out IoU beside the weights (.png)")
 
@@ -330,7 +332,7 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
         patience=args.patience, workers=args.workers, seed=args.seed,
-        plot=args.loss_visualization)
+        plot=args.loss_visualization, resume=args.resume)
 
 
 def run_eval(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import visualize
+from files import whole
 
 log = logging.getLogger(__name__)
 
@@ -114,14 +115,16 @@ def _object_ids(mask: np.ndarray) -> np.ndarray:
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 RGB in the format that the file's name says."""
-    Image.fromarray(image).save(path, quality=90)
+    with whole(path) as beside:
+        Image.fromarray(image).save(beside, quality=90)
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:
     """Write a (H, W) uint8 mask as PNG with the DAVIS palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     image.putpalette(visualize.PALETTE.tobytes())  # which makes a grey image a palette one
-    image.save(path, format="PNG")
+    with whole(path) as beside:
+        image.save(beside, format="PNG")
 
 
 def image_shape(path: str | Path, what: str) -> tuple[int, int]:

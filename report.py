@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+import files
 import metrics
 import preprocess
 from davis import Sequence
@@ -53,7 +54,7 @@ def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[st
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<style>{CSS}</style><main>{''.join(parts)}</main><script>{SORT}</script></html>")
-    path.write_text(page, encoding="utf-8")
+    files.write(path, page)
     return path
 
 

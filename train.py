@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import files
 import metrics
 import preprocess
 import visualize
@@ -79,29 +80,39 @@ class Options:
     workers: int = 2
     seed: int = 0
     plot: bool = False
+    resume: bool = False  # go on from the last report of an earlier run, if there was one
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
           options: Options) -> float:
     """Fit the encoder; keep the weights with the best IoU on the held-out sequences.
 
-    Ctrl+C ends training after the running iteration, as if it had been the last one.
+    Ctrl+C ends training after the running iteration, as if it had been the last one. After every
+    report all that it takes to go on is kept beside the weights (.state); nothing random is, as a
+    clip depends on its index alone.
 
     Returns:
         The best held-out IoU, in [0, 1].
+
+    Raises:
+        ValueError: `options.resume`, and the state is that of a run with other options.
     """
     torch.manual_seed(options.seed)
     dataset = Clips if model.method == "memory" else Pairs
     clips = dataset(training, preprocess.Augment(options.shape, options.augment))
-    sampler = PairSampler(len(clips), options.iterations * options.batch_size, options.shuffle,
-                          options.seed)
-    loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
     optimizer, schedule = optimizer_of(model, options)
-    report = Report(model, held_out, options)
-    report(0)
+    report = Report(model, optimizer, schedule, training, held_out, options)
+    done = report.resume() if options.resume else None
+    if done is None:
+        done = 0
+        report(done)
+    total = options.iterations if report.stale < options.patience else done
+    sampler = PairSampler(len(clips), total * options.batch_size, options.shuffle, options.seed,
+                          skip=done * options.batch_size)
+    loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
     with _interruptible() as interrupted:
-        bar = tqdm(loader, desc="training", disable=None)
-        for iteration, batch in enumerate(bar, start=1):
+        bar = tqdm(loader, desc="training", disable=None, initial=done, total=total)
+        for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
             schedule.step()
             report.losses.append(loss)
@@ -112,7 +123,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
             if last or report.stale >= options.patience:
                 break
     if interrupted():
-        log.info("interrupted after iteration %d", iteration)
+        log.info("interrupted after iteration %d, --resume goes on from there", iteration)
     elif report.stale >= options.patience:
         log.info("stopped early: no better IoU in %d reports", report.stale)
     log.info("best held-out IoU %.4f, saved in %s", report.best, options.save)
@@ -200,17 +211,47 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
 
 
 class Report:
-    """Validate, log one JSON line, keep the best weights, draw the curves."""
+    """Validate, log one JSON line, keep the best weights and the state, draw the curves."""
 
-    def __init__(self, model: VideoMatch, held_out: list[Sequence], options: Options):
+    # what may differ between a run and its continuation
+    FREE = ("save", "workers", "plot", "resume")
+
+    def __init__(self, model: VideoMatch, optimizer, schedule, training: list[Sequence],
+                 held_out: list[Sequence], options: Options):
         self.model, self.held_out, self.options = model, held_out, options
+        self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        self.run = {name: repr(value) for name, value in vars(options).items()
+                    if name not in self.FREE}
+        self.run |= {"model": repr(model.configuration()),
+                     "training sequences": " ".join(s.name for s in training),
+                     "held-out sequences": " ".join(s.name for s in held_out)}
         self.losses: list[float] = []  # since the last report
         self.history: list[dict] = []
         self.best, self.stale = -1.0, 0
         self.start = time.monotonic()
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        self.log = options.save.with_suffix(".jsonl")
-        self.log.write_text("")
+        self.state = options.save.with_suffix(".state")
+
+    def resume(self) -> int | None:
+        """Go back to the last report of an earlier run: its iteration; None if there is none."""
+        if not self.state.is_file():
+            log.info("--resume: no %s yet, so training starts anew", self.state)
+            return None
+        try:
+            state = torch.load(self.state, map_location=self.model.device, weights_only=True)
+            run = state["run"]
+        except Exception as error:
+            raise ValueError(f"{self.state}: not the state of a training run") from error
+        for name, value in self.run.items():
+            if run.get(name) != value:
+                raise ValueError(f"--resume: {self.state} is of a run with another {name} "
+                                 f"({run.get(name)}, now {value}): give it the same flags, or "
+                                 "start anew without --resume")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.history, self.best, self.stale = state["history"], state["best"], state["stale"]
+        self.start -= self.history[-1]["seconds"]
+        log.info("going on after iteration %d", self.history[-1]["iteration"])
+        return self.history[-1]["iteration"]
 
     def __call__(self, iteration: int) -> None:
         iou = validate(self.model, self.held_out, self.options.shape)
@@ -219,8 +260,8 @@ class Report:
         line = {"iteration": iteration, "loss": loss, "held_out_iou": iou,
                 "seconds": round(time.monotonic() - self.start, 1)}
         self.history.append(line)
-        with self.log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        files.write(self.options.save.with_suffix(".jsonl"),
+                    "".join(json.dumps(line) + "\n" for line in self.history))
         log.info("iteration %d: loss %s, held-out IoU %.4f", iteration,
                  "-" if loss is None else f"{loss:.4f}", iou)
         if iou > self.best:
@@ -231,6 +272,8 @@ class Report:
             self.stale += 1
         if self.options.plot and len(self.history) > 1:
             visualize.curves(self.options.save.with_suffix(".png"), self.history)
+        files.save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
+            "run": self.run, "history": self.history, "best": self.best, "stale": self.stale})
 
 
 @contextmanager

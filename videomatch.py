@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import files
 import preprocess
 import visualize
 from decoder import Decoder
@@ -297,16 +298,15 @@ class VideoMatch(nn.Module):
         Args:
             facts: numbers and texts kept beside it, such as `held_out_iou`.
         """
-        spec = self.encoder.spec
-        config = {"encoder": self.encoder.name, "layer": spec.layer,
-                  "upsample_factor": self.upsample_factor, "top_k": self.top_k,
-                  "temperature": self.temperature, "dilation": self.dilation,
-                  "recent": self.recent, "zoom": self.zoom}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        torch.save({"config": config, "facts": facts, "model": self.state_dict()}, beside)
-        beside.replace(path)
+        files.save(path, {"config": self.configuration(), "facts": facts,
+                          "model": self.state_dict()})
+
+    def configuration(self) -> dict:
+        """What it takes, beside the weights, to build the model again."""
+        return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
+                "upsample_factor": self.upsample_factor, "top_k": self.top_k,
+                "temperature": self.temperature, "dilation": self.dilation,
+                "recent": self.recent, "zoom": self.zoom}
 
     @classmethod
     def load(cls, path: str | Path) -> "VideoMatch":

@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from files import whole
+
 Panel = tuple[str, np.ndarray]  # a title and an (H, W, 3) or (H, W) picture
 
 
@@ -76,13 +78,14 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, fps: float = 24):
-        self.path, self.fps, self._writer = Path(path), fps, None
+        self.path, self.fps, self._file, self._writer = Path(path), fps, whole(path), None
 
     def write(self, image: np.ndarray) -> None:
         """Append an (H, W, 3) uint8 RGB frame."""
         height, width = (side - side % 2 for side in image.shape[:2])
         if self._writer is None:
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*"mp4v"),
+            beside = self._file.__enter__()
+            self._writer = cv2.VideoWriter(str(beside), cv2.VideoWriter_fourcc(*"mp4v"),
                                            self.fps, (width, height))
             if not self._writer.isOpened():
                 raise OSError(f"{self.path}: OpenCV can't write a video there")
@@ -94,6 +97,7 @@ class VideoWriter:
     def __exit__(self, *exception):
         if self._writer is not None:
             self._writer.release()
+            self._file.__exit__(*exception)
 
 
 def grid(panels: list[Panel], columns: int):
@@ -131,7 +135,8 @@ def curves(path: str | Path, history: list[dict]) -> None:
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    with whole(path) as beside:
+        figure.savefig(beside, dpi=100)
     plt.close(figure)
 
 
@@ -144,8 +149,8 @@ def show_or_save(figure, path: Path | None, default: Path) -> None:
     if path is None:
         plt.show()
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
+        with whole(path) as beside:
+            figure.savefig(beside, dpi=100)
         print(f"saved {path}")
     plt.close(figure)
 

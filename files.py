@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all, whatever ends the program in between."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` to write, which becomes `path` when the context ends without an error.
+
+    The folder is made if it isn't there.
+
+    Raises:
+        OSError: nothing can be written there, or the disk is full; it names `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.part{path.suffix}")  # writers go by the suffix
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write text, as UTF-8, or bytes; raises as `whole` does."""
+    with whole(path) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save(path: str | Path, content: dict) -> None:
+    """Write what `torch.save` writes; raises as `whole` does."""
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())

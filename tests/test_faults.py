@@ -1,0 +1,95 @@
+"""Programs that are killed, and run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from torchvision import models
+
+import main
+
+
+@pytest.fixture
+def training(davis_2016, tmp_path):
+    """The arguments of a short training, and a function that gives its state at the end."""
+    torch.manual_seed(0)
+    weights = tmp_path / "mobilenet.pth"
+    torch.save(models.mobilenet_v2().state_dict(), weights)
+
+    def arguments(name, *more):
+        return ["-m", "train", "-d", str(davis_2016), "-s", str(tmp_path / name / "vm.pth"),
+                "--encoder_weights", str(weights), "-b", "2", "-i", "9", "-r", "3",
+                "-p", "64", "96", "-c", "cpu", *more]
+
+    return arguments
+
+
+def kill_when(condition, arguments):
+    """Run main.py and kill it, by a signal that it can't catch, as soon as `condition` holds."""
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *arguments],
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    try:
+        while not condition() and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def state_of(tmp_path, name):
+    return torch.load(tmp_path / name / "vm.state", weights_only=True)
+
+
+def test_killed_training_goes_on_to_the_same_weights(training, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main.main(training("whole")) == 0
+    reports = tmp_path / "killed" / "vm.jsonl"
+
+    def has_two_reports():
+        return reports.is_file() and len(reports.read_text().splitlines()) >= 2
+
+    kill_when(has_two_reports, training("killed"))
+    assert main.main(training("killed", "--resume", "--workers", "0")) == 0
+    torch.set_num_threads(threads)
+    whole, resumed = (state_of(tmp_path, name) for name in ("whole", "killed"))
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
+    for part in ("schedule", "best", "stale"):
+        assert resumed[part] == whole[part]
+    lines = [[json.loads(line) | {"seconds": 0} for line in
+              (tmp_path / name / "vm.jsonl").read_text().splitlines()]
+             for name in ("whole", "killed")]
+    assert lines[0] == lines[1] and [line["iteration"] for line in lines[0]] == [0, 3, 6, 9]
+    best = [torch.load(tmp_path / name / "vm.pth", weights_only=True) for name in
+            ("whole", "killed")]
+    torch.testing.assert_close(best[1]["model"], best[0]["model"], rtol=0, atol=0)
+
+
+def test_resume_with_nothing_to_resume_starts(training, tmp_path):
+    assert main.main(training("new", "--resume", "-i", "1")) == 0
+    assert len(state_of(tmp_path, "new")["history"]) == 2
+
+
+def test_resume_with_other_flags_is_refused(training, tmp_path, capsys):
+    assert main.main(training("run", "-i", "1")) == 0
+    before = (tmp_path / "run" / "vm.state").read_bytes()
+    assert main.main(training("run", "-i", "1", "--resume", "-l", "3e-4")) == 2
+    assert "learning_rate (0.0001, now 0.0003)" in capsys.readouterr().err
+    (tmp_path / "run" / "vm.state").write_bytes(before[:1000])
+    assert main.main(training("run", "-i", "1", "--resume")) == 2
+    assert "vm.state: not the state of a training run" in capsys.readouterr().err
+
+
+def test_resume_after_the_end_changes_nothing(training, tmp_path):
+    assert main.main(training("run", "-i", "2")) == 0
+    before = (tmp_path / "run" / "vm.pth").read_bytes()
+    assert main.main(training("run", "-i", "2", "--resume")) == 0
+    assert (tmp_path / "run" / "vm.pth").read_bytes() == before
