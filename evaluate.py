@@ -27,6 +27,8 @@ import report
 import visualize
 from background import Background, ahead
 from davis import SETS, YEARS, Davis, Sequence
+from files import whole
+from manifest import Manifest
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,8 @@ class Options:
     segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
     threshold: float = 0.5
     remove_outliers: bool = True
-    facts: dict[str, str] = field(default_factory=dict)  # for the report: flags, versions
+    facts: dict[str, str] = field(default_factory=dict)  # what makes the results: flags, weights
+    overwrite: bool = False  # segment again what `results` holds already
     # fits a copy of the model to a sequence, given the reference frame and its mask
     adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
@@ -57,19 +60,31 @@ class Options:
 def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> Table:
     """Segment every sequence from its first mask; write and print the table.
 
+    Sequences that an earlier call with the same facts finished in `options.results` are not
+    segmented again.
+
     Returns:
         A row of `metrics.MEASURES` for each sequence (for each object where there are many).
+
+    Raises:
+        ValueError: what is in `options.results` was made with other facts.
     """
     model.eval()
-    scores: Scores = {}
-    start, frames = time.monotonic(), sum(len(s) - 1 for s in sequences)
-    with tqdm(total=frames, unit="frame", disable=None) as bar:
-        for sequence in sequences:
+    manifest = Manifest(options.results, options.facts, options.overwrite)
+    todo = [s for s in sequences if not manifest.finished(s, options.videos)]
+    if len(todo) < len(sequences):
+        log.info("%d sequences were finished before", len(sequences) - len(todo))
+    scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo}
+    with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame", disable=None) as bar:
+        for sequence in todo:
             bar.set_description(sequence.name)
-            scores[sequence.name] = segment_sequence(model, sequence, options, bar.update)
-            found = table(scores)
-            bar.set_postfix_str(f"J&F so far {_mean(found)['J&F-Mean']:.3f}")
-    seconds = time.monotonic() - start
+            start = time.monotonic()
+            score = segment_sequence(model, sequence, options, bar.update)
+            manifest.finish(sequence, score, time.monotonic() - start)
+            scores[sequence.name] = score
+            bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
+    found = table({sequence.name: scores[sequence.name] for sequence in sequences})
+    seconds, frames = manifest.seconds(sequences), sum(len(s) - 1 for s in sequences)
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     show(found, options.results, options.set_name)
     print(f"{speed} (reading, segmenting, writing, scoring)")
@@ -230,7 +245,7 @@ def show(table: Table, results: Path | None, set_name: str) -> None:
 
 
 def _write_csv(path: Path, table: Table, key: str | None) -> None:
-    with path.open("w", newline="") as file:
+    with whole(path) as beside, beside.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(([key] if key else []) + list(metrics.MEASURES))
         for name, row in table.items():

@@ -37,6 +37,9 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
 MATCHING = {"vgg": (1.0, 20, 1.0), "resnet": (1.0, 20, 1.0), "mobilenet": (2.0, 5, 1.2)}
 TRAINING_SHAPE = (320, 576)
 RECENT = 3  # frames
+# flags that change no mask
+HARMLESS = {"mode", "logger", "dataset", "set", "sequences", "model_load", "workers",
+            "results_dir", "visualize", "overwrite"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -151,6 +154,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results_dir", "-j", metavar="DIR", type=Path,
         help="write masks and tables there (default: only print the table; for the demo "
              "results/demo)")
+    add("--overwrite", action="store_true",
+        help="segment again what --results_dir holds already; without it a run that was "
+             "interrupted goes on with the sequences that are missing")
     add("--visualize", "-v", action="store_true",
         help="also write a video with the masks laid over the frames, into --results_dir")
     add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
@@ -343,14 +349,17 @@ def run_eval(args: argparse.Namespace) -> None:
         set_name=set_name(args), videos=args.visualize or args.demo,
         input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
         threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        facts=facts(args), adapt=adaptation(args, model)))
+        facts=facts(args, model), overwrite=args.overwrite or args.demo,
+        adapt=adaptation(args, model)))
 
 
-def facts(args: argparse.Namespace) -> dict[str, str]:
-    """What made the results: the flags that aren't the default, and the versions."""
+def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
+    """What the results depend on: flags that aren't the default, weights, versions."""
     default = parse_args([])
-    flags = {name: value for name, value in vars(args).items() if value != getattr(default, name)}
-    return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
+    flags = {name: value for name, value in vars(args).items()
+             if value != getattr(default, name) and name not in HARMLESS}
+    return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
+            "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
 
 
@@ -358,6 +367,7 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     """A model that won't be trained."""
     torch.manual_seed(args.seed)
     model = build_model(args)
+    model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
     model.precision = PRECISIONS[args.precision or
                                  ("fp16" if model.device.type == "cuda" else "fp32")]

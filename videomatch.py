@@ -7,6 +7,7 @@ Run by itself it shows the probabilities:
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import cv2
@@ -300,6 +301,13 @@ class VideoMatch(nn.Module):
         """
         files.save(path, {"config": self.configuration(), "facts": facts,
                           "model": self.state_dict()})
+
+    def digest(self) -> str:
+        """SHA-256 of weights and configuration, in hexadecimal: equal for equal models only."""
+        found = hashlib.sha256(repr(self.configuration()).encode())
+        for name, tensor in self.state_dict().items():
+            found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def configuration(self) -> dict:
         """What it takes, beside the weights, to build the model again."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_list, write_sequence
 from torchvision import models
 
 import main
+from videomatch import VideoMatch
 
 
 @pytest.fixture
@@ -93,3 +95,74 @@ def test_resume_after_the_end_changes_nothing(training, tmp_path):
     before = (tmp_path / "run" / "vm.pth").read_bytes()
     assert main.main(training("run", "-i", "2", "--resume")) == 0
     assert (tmp_path / "run" / "vm.pth").read_bytes() == before
+
+
+@pytest.fixture
+def evaluation(tmp_path, model):
+    """The arguments of an evaluation of three sequences into a folder."""
+    for name in ("ant", "bee", "cat"):
+        write_sequence(tmp_path / "davis", name, frames=12)
+    write_list(tmp_path / "davis", "2016", "val", ["ant", "bee", "cat"])
+    model.save(tmp_path / "vm.pth")
+    return lambda name, *more: ["-m", "eval", "-d", str(tmp_path / "davis"), "-c", "cpu", "-o",
+                                str(tmp_path / "vm.pth"), "-j", str(tmp_path / name), *more]
+
+
+def content(folder):
+    """Every file of a results folder, without what tells how long it took."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            found[path.relative_to(folder)] = re.sub(
+                rb'"seconds": [\d.]+|frames in [\d.]+ s: [\d.]+|<title>.*?</title>|<h1>.*?</h1>',
+                b"", data)
+    return found
+
+
+def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, capsys):
+    assert main.main(evaluation("whole")) == 0
+    table = capsys.readouterr().out.split("frames in")[0]
+    manifest = tmp_path / "killed" / "manifest.json"
+    kill_when(manifest.is_file, evaluation("killed"))
+    finished = json.loads(manifest.read_text())["sequences"]
+    assert 0 < len(finished) < 3
+    before = {path: path.stat().st_mtime_ns for name in finished
+              for path in (tmp_path / "killed" / name).iterdir()}
+    capsys.readouterr()
+    assert main.main(evaluation("killed")) == 0
+    assert capsys.readouterr().out.split("frames in")[0] == table
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
+    assert main.main(evaluation("out", "-q", "ant")) == 0
+    before = content(tmp_path / "out")
+    assert main.main(evaluation("out", "-k", "7")) == 2
+    assert "holds results of other flags" in capsys.readouterr().err
+    assert content(tmp_path / "out") == before
+    model = VideoMatch.load(tmp_path / "vm.pth")
+    next(model.parameters()).data += 0.1
+    model.save(tmp_path / "other.pth")
+    assert main.main(evaluation("out", "-o", str(tmp_path / "other.pth"))) == 2
+    assert "holds results of other weights" in capsys.readouterr().err
+    assert main.main(evaluation("out", "-k", "7", "--overwrite")) == 0
+    assert main.main(evaluation("out", "-k", "7", "-q", "ant")) == 0
+
+
+def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
+    assert main.main(evaluation("out")) == 0
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / "bee" / "00003.png").unlink()
+    assert main.main(evaluation("out")) == 0
+    assert content(tmp_path / "out") == before
+    assert main.main(evaluation("out", "-v")) == 0
+    assert (tmp_path / "out" / "cat.mp4").is_file()
+
+
+def test_a_broken_manifest_is_named(evaluation, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("[]")
+    assert main.main(evaluation("out")) == 2
+    assert "manifest.json: not a manifest" in capsys.readouterr().err
