@@ -112,12 +112,25 @@ class Davis:
             candidates.append(self.root / "ImageSets" / "480p" / f"{set}.txt")
         for path in candidates:
             if path.is_file():
-                lines = (line.split() for line in path.read_text().splitlines())
-                # a line is a name, or /JPEGImages/480p/NAME/00000.jpg and its mask
-                names = [Path(line[0]).parent.name or line[0] for line in lines if line]
-                return list(dict.fromkeys(names))
+                return self._names(path)
         raise FileNotFoundError(f"{candidates[0]}: no such list, expected the names of the {set} "
                                 f"sequences of DAVIS-{year}")
+
+    @staticmethod
+    def _names(path: Path) -> list[str]:
+        """A line is a name, or /JPEGImages/480p/NAME/00000.jpg and its mask."""
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a list of sequences, expected text") from error
+        names = [Path(line).parts[3] if line.startswith("/JPEGImages/") and line.count("/") > 3
+                 else line for line in lines if line]
+        for name in names:
+            if name != Path(name).name or name == "..":
+                raise ValueError(f"{path}: expected names of sequences, found {name!r}")
+        if not names:
+            raise ValueError(f"{path}: an empty list, expected names of sequences")
+        return list(dict.fromkeys(names))
 
     def _sequence(self, name: str, single_object: bool) -> Sequence:
         folder = self.root / "JPEGImages" / "480p" / name
@@ -126,6 +139,9 @@ class Davis:
             raise FileNotFoundError(f"{folder}: no frames (*.jpg) of sequence {name} there")
         annotations = self.root / "Annotations" / "480p" / name
         masks = tuple(annotations / f"{image.stem}.png" for image in images)
+        for path in sorted({*annotations.glob("*.png")} - {*masks}):
+            raise FileNotFoundError(f"{folder / path.stem}.jpg: no such frame, expected one for "
+                                    f"the mask {path}")
         return Sequence(name, images, masks, single_object)
 
 

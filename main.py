@@ -43,8 +43,13 @@ HARMLESS = {"mode", "logger", "dataset", "set", "sequences", "model_load", "work
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (-h explains every flag)")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="VideoMatch: matching based video object segmentation.",
         epilog="Try it with nothing but this folder: python main.py -m eval --demo")
     add = parser.add_argument
@@ -181,19 +186,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
     try:
+        args = parse_args(argv)
+        logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
         check(args)
         {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
     except (OSError, ValueError) as error:
         log.debug("where the error came from:", exc_info=True)
         print(f"main.py: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("main.py: error: out of memory, which a smaller --input_image_shape and "
+              "--upsample_factor need less of, in training a smaller --batch_size too",
+              file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "can't allocate memory" in str(error))
 
 
 def one_line(error: Exception) -> str:
@@ -230,7 +247,6 @@ def check(args: argparse.Namespace) -> None:
     expect(not (args.visualize and args.mode == "eval" and not args.results_dir and not args.demo),
            "--visualize", "--results_dir DIR beside it, to write the videos to", "none")
 
-
     if args.mode == "segment":
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")
         sources = bool(args.mask) + bool(args.box) + args.annotate
@@ -238,7 +254,6 @@ def check(args: argparse.Namespace) -> None:
         expect(args.cutout in (None, "transparent", "blur")
                or re.fullmatch("#[0-9a-fA-F]{6}", args.cutout), "--cutout",
                "transparent, blur or a colour such as #00ff00", args.cutout)
-
 
 def device_of(name: str | None) -> torch.device:
     """The device that --cuda_device names, or the best there is.
@@ -262,7 +277,6 @@ def device_of(name: str | None) -> torch.device:
                          "CUDA devices, use -c cpu to run on the processor")
     return torch.device("cuda", int(name))
 
-
 def build_model(args: argparse.Namespace) -> VideoMatch:
     """The model that the flags describe: from a checkpoint, or new on ImageNet weights."""
     name = args.encoder or "mobilenet"
@@ -280,7 +294,6 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
     return configure(VideoMatch(encoder, factor, k, recent=recent, zoom=zoom), args)
 
-
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
     if args.encoder_weights is not None:
         raise ValueError(f"--encoder_weights contradicts the checkpoint {path}, which brings "
@@ -292,7 +305,6 @@ def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
     log.info("checkpoint %s: encoder %s, held-out IoU %.3f", path, model.encoder.name,
              model.facts.get("held_out_iou", float("nan")))
     return model
-
 
 def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     """Set what the flags name, move to the device, and say how the model matches."""
@@ -307,16 +319,13 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
              model.encoder.name, model.upsample_factor, model.top_k, model.temperature, device)
     return model.to(device)
 
-
 def data(args: argparse.Namespace) -> Davis:
     root = demo.make() if args.demo else args.dataset
     year = args.year or ("2017" if args.demo else "2016")
     return Davis(root, year, set_name(args), args.sequences)
 
-
 def set_name(args: argparse.Namespace) -> str:
     return args.set or ("val" if args.mode == "eval" else "train")
-
 
 def run_train(args: argparse.Namespace) -> None:
     training, held_out = split(data(args).sequences, args.validation_size, args.seed)
@@ -327,7 +336,6 @@ def run_train(args: argparse.Namespace) -> None:
     log.info("%d sequences to train on, held out: %s", len(training),
              ", ".join(sequence.name for sequence in held_out))
     train.train(model, training, held_out, options_of_training(args, model, iterations))
-
 
 def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
@@ -340,7 +348,6 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
         patience=args.patience, workers=args.workers, seed=args.seed,
         plot=args.loss_visualization, resume=args.resume)
 
-
 def run_eval(args: argparse.Namespace) -> None:
     sequences = data(args).sequences
     model = model_in_use(args)
@@ -352,7 +359,6 @@ def run_eval(args: argparse.Namespace) -> None:
         facts=facts(args, model), overwrite=args.overwrite or args.demo,
         adapt=adaptation(args, model)))
 
-
 def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
     """What the results depend on: flags that aren't the default, weights, versions."""
     default = parse_args([])
@@ -361,7 +367,6 @@ def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
     return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
             "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
-
 
 def model_in_use(args: argparse.Namespace) -> VideoMatch:
     """A model that won't be trained."""
@@ -373,13 +378,11 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
                                  ("fp16" if model.device.type == "cuda" else "fp32")]
     return model
 
-
 def adaptation(args: argparse.Namespace, model: VideoMatch):
     """What --finetune asks for."""
     if not args.finetune:
         return None
     return partial(train.finetune, options=options_of_training(args, model, args.finetune))
-
 
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
@@ -391,7 +394,6 @@ def run_segment(args: argparse.Namespace) -> None:
         segmentation_shape=args.segmentation_shape, threshold=args.fg_thresh,
         remove_outliers=not args.leave_outliers, adapt=adaptation(args, model)))
     print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
-
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
@@ -415,7 +417,6 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
     preprocess.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -337,6 +337,9 @@ class VideoMatch(nn.Module):
                 raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
             model = cls(encoder, **config)
             model.load_state_dict(checkpoint["model"])
+            for name, tensor in model.state_dict().items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{name} holds values that are not finite")
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise ValueError(f"{path}: not a checkpoint of this toolkit ({reason})") from error

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_list, write_sequence
-from PIL import Image
+from conftest import ROOT
 
 import main
 from videomatch import VideoMatch
@@ -101,79 +100,6 @@ def test_training_on_the_demo(tmp_path, weights):
                  weights, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/vm_mobilenet.pth").is_file()
-
-
-def spoil_mask_size(root):
-    Image.new("L", (8, 9)).save(root / "Annotations/480p/dog/00003.png")
-
-
-def spoil_jpeg(root):
-    path = root / "JPEGImages/480p/dog/00003.jpg"
-    path.write_bytes(path.read_bytes()[:900])
-
-
-BAD_FLAGS = [  # arguments, what the line must name
-    (["-d", "nowhere"], ["nowhere", "--demo", "davischallenge"]),
-    (["-q", "yeti"], ["yeti", "--sequences"]),
-    (["-y", "2017"], ["2017", "val.txt"]),
-    (["-o", "none.pth"], ["none.pth", "no such file"]),
-    (["-en", "vgg"], ["--encoder vgg", "contradicts", "mobilenet"]),
-    (["--encoder_weights", "x.pth"], ["--encoder_weights", "contradicts"]),
-    (["-uf", "0"], ["--upsample_factor", "above 0"]),
-    (["-uf", "nan"], ["--upsample_factor", "above 0"]),
-    (["-k", "0"], ["--top_k", "at least 1"]),
-    (["--temperature", "-1"], ["--temperature"]),
-    (["-p", "1", "1"], ["--input_image_shape", "16"]),
-    (["-fg", "2"], ["--fg_thresh", "[0, 1)"]),
-    (["-v"], ["--visualize", "--results_dir"]),
-    (["-c", "gpu"], ["--cuda_device gpu", "cpu"]),
-    (["-c", "99"], ["--cuda_device 99", "-c cpu"]),
-    (["-m", "train", "-vs", "1"], ["--validation_size"]),
-    (["-m", "train", "-q", "ant"], ["two sequences"]),
-    (["-m", "train", "-b", "0"], ["--batch_size"]),
-    (["-m", "train", "-l", "0"], ["--learning_rate"]),
-]
-
-
-@pytest.mark.parametrize("arguments, words", BAD_FLAGS, ids=lambda x: " ".join(x))
-def test_bad_flags_get_one_line(arguments, words, davis_2016, checkpoint, capsys):
-    assert main.main(["-m", "eval", "-d", str(davis_2016), "-o", str(checkpoint), *arguments]) == 2
-    assert_one_line(capsys.readouterr().err, words)
-
-
-BAD_DATA = [
-    (lambda root: (root / "Annotations/480p/dog/00003.png").unlink(), ["dog/00003.png", "mask"]),
-    (lambda root: (root / "JPEGImages/480p/dog/00003.jpg").write_bytes(b""), ["dog/00003.jpg"]),
-    (spoil_mask_size, ["dog/00003.png", "8x9", "80x48"]),
-    (spoil_jpeg, ["dog/00003.jpg", "can't be read"]),
-]
-
-
-@pytest.mark.parametrize("spoil, words", BAD_DATA)
-def test_bad_data_get_one_line(spoil, words, davis_2016, checkpoint, capsys):
-    spoil(davis_2016)
-    assert main.main(["-m", "eval", "-d", str(davis_2016), "-o", str(checkpoint)]) == 2
-    assert_one_line(capsys.readouterr().err, words)
-
-
-def test_a_broken_frame_met_by_a_loading_worker_gets_one_line(tmp_path, weights, capsys):
-    root = tmp_path / "broken"
-    for name in ("ant", "bee"):
-        write_sequence(root, name)
-        for frame in (root / "JPEGImages/480p" / name).glob("0000[1-5].jpg"):
-            frame.write_bytes(frame.read_bytes()[:900])
-    write_list(root, "2016", "train", ["ant", "bee"])
-    arguments = ["-m", "train", "-d", root, "-p", "64", "96", "--encoder_weights", weights,
-                 "-s", tmp_path / "vm.pth", "--workers", "1"]
-    assert main.main([str(a) for a in arguments]) == 2
-    assert_one_line(capsys.readouterr().err, [".jpg", "can't be read"])
-
-
-def assert_one_line(printed, words):
-    errors = [line for line in printed.splitlines() if "error" in line]
-    assert len(errors) == 1 and "Traceback" not in printed, printed
-    for word in words:
-        assert word in errors[0]
 
 
 def test_no_traceback_from_the_real_command(tmp_path):
