@@ -74,7 +74,7 @@ class VideoWriter:
     Use as a context manager. A video codec wants even sides: odd frames lose a row or column.
 
     Raises:
-        OSError: OpenCV can't write there.
+        OSError: OpenCV can't write there, or the disk is full.
     """
 
     def __init__(self, path: str | Path, fps: float = 24):
@@ -84,8 +84,8 @@ class VideoWriter:
         """Append an (H, W, 3) uint8 RGB frame."""
         height, width = (side - side % 2 for side in image.shape[:2])
         if self._writer is None:
-            beside = self._file.__enter__()
-            self._writer = cv2.VideoWriter(str(beside), cv2.VideoWriter_fourcc(*"mp4v"),
+            self._beside = str(self._file.__enter__())
+            self._writer = cv2.VideoWriter(self._beside, cv2.VideoWriter_fourcc(*"mp4v"),
                                            self.fps, (width, height))
             if not self._writer.isOpened():
                 raise OSError(f"{self.path}: OpenCV can't write a video there")
@@ -95,9 +95,16 @@ class VideoWriter:
         return self
 
     def __exit__(self, *exception):
-        if self._writer is not None:
-            self._writer.release()
+        if self._writer is None:
+            return
+        self._writer.release()
+        # OpenCV doesn't tell when it could not write
+        if exception[0] or cv2.VideoCapture(self._beside).isOpened():
             self._file.__exit__(*exception)
+        else:
+            error = OSError(f"{self.path}: OpenCV could not write it all, is the disk full?")
+            self._file.__exit__(OSError, error, None)
+            raise error
 
 
 def grid(panels: list[Panel], columns: int):

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import cv2
 import pytest
 import torch
 from conftest import ROOT, write_list, write_sequence
@@ -166,3 +168,40 @@ def test_a_broken_manifest_is_named(evaluation, tmp_path, capsys):
     (tmp_path / "out" / "manifest.json").write_text("[]")
     assert main.main(evaluation("out")) == 2
     assert "manifest.json: not a manifest" in capsys.readouterr().err
+
+
+def on_a_full_disk(arguments, limit):
+    """Run main.py where no file may be larger than `limit` bytes: as with a full disk."""
+    return subprocess.run(
+        [sys.executable, ROOT / "main.py", *arguments], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+
+@pytest.mark.parametrize("flags, limit, missing", [
+    ((), 1000, "manifest.json"), ((), 9000, "report"), (("-v",), 4000, "ant.mp4")])
+def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, evaluation, tmp_path):
+    result = on_a_full_disk(evaluation("out", *flags), limit)
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert result.returncode == 2 and len(errors) == 1 and missing in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert not any(name.startswith((".", "report", "ant.mp4")) for name in names)
+    if "manifest.json" in names:
+        json.loads((tmp_path / "out" / "manifest.json").read_text())
+    masks = list((tmp_path / "out").rglob("*.png"))
+    assert len(masks) >= 12 and all(cv2.imread(str(mask)) is not None for mask in masks)
+    assert main.main(evaluation("out", *flags)) == 0  # there is room again
+    assert main.main(evaluation("whole", *flags)) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_weights_so_far(training, tmp_path):
+    assert main.main(training("run", "-i", "3")) == 0
+    before = content(tmp_path / "run")
+    size = (tmp_path / "run" / "vm.pth").stat().st_size
+    result = on_a_full_disk(training("run", "-i", "3", "--seed", "1"), size // 2)
+    assert result.returncode == 2 and "vm." in result.stderr and "Traceback" not in result.stderr
+    after = content(tmp_path / "run")
+    assert all(after[path] == before[path] for path in before if path.suffix != ".jsonl")
+    assert after.keys() == before.keys()

@@ -89,8 +89,9 @@ def test_video_keeps_its_picture_upright(tmp_path):
 
 
 def test_video_that_cannot_be_written_is_named(tmp_path):
-    path = tmp_path / "missing" / "video.mp4"
-    with pytest.raises(OSError, match="missing"), visualize.VideoWriter(path) as video:
+    path = tmp_path / "a folder.mp4"
+    (path / "with something").mkdir(parents=True)
+    with pytest.raises(OSError, match="a folder.mp4"), visualize.VideoWriter(path) as video:
         video.write(draw_frame(0)[0])
 
 
