@@ -14,6 +14,8 @@ best found there is no less than the least of these bounds, nothing better is le
 less, four times as many are looked into.
 """
 
+import functools
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 
 import kernel
 
+log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 CHUNK = 9 << 18  # similarities held at a time: 9 MB in float32, a part of a CPU's cache
@@ -265,9 +268,22 @@ def _products(query: torch.Tensor, reference: torch.Tensor, k: int):
     """(n, C) and (m, C) -> the k largest products of each query row, and the rows: (n, k) each."""
     if kernel.takes(query, reference, k):
         return kernel.top_k(query, reference, k)
-    parts = [_largest((part @ reference.T).float(), k)
-             for part in query.split(max(1, CHUNK // max(1, len(reference))))]
+    parts, start, rows = [], 0, max(1, CHUNK // max(1, len(reference)))
+    while start < len(query):
+        try:
+            parts.append(_largest((query[start:start + rows] @ reference.T).float(), k))
+            start += rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+            _say_once("the device's memory is short: matching goes on in smaller parts")
     return tuple(torch.cat(tensors) for tensors in zip(*parts))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
 
 
 def _search_small(query: Grid, reference: Reference, k: int):

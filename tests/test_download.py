@@ -45,7 +45,7 @@ class Server:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):  # noqa: N802
+            def do_GET(self):
                 asked = self.headers.get("Range")
                 server.ranges_asked.append(asked)
                 start = int(re.search(r"\d+", asked)[0]) if asked and ranges else 0

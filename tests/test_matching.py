@@ -219,3 +219,24 @@ def test_padding_is_never_found():
     (values, positions), = top_k(grids[0], reference, k=120)
     torch.testing.assert_close(values, -torch.ones(120, 120))
     assert positions.sort(dim=1).values.tolist() == [list(range(120))] * 120
+
+
+def test_too_little_memory_halves_the_parts(monkeypatch, caplog):
+    drawn = draw(3, 8, 5, 7, 1.0)
+    expected = dense(*drawn, 3, (5, 7))
+    largest = matching._largest
+
+    def short_of_memory(values, k):
+        if len(values) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return largest(values, k)
+
+    monkeypatch.setattr(matching, "_largest", short_of_memory)
+    matching._say_once.cache_clear()
+    for _ in range(2):
+        found = match(*drawn, 3, 1.0)
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    assert caplog.text.count("in smaller parts") == 1
+    monkeypatch.setattr(matching, "_largest", lambda *_: short_of_memory(torch.zeros(9), 1))
+    with pytest.raises(torch.OutOfMemoryError):
+        match(*drawn, 3, 1.0)
