@@ -296,18 +296,19 @@ class PairSampler(Sampler):
         shuffle: False keeps the order of the sequences.
         seed: fixes order and pairs.
         skip: leave out so many of the first, which were drawn before.
+        rank, ranks: take one of so many, from the one of this rank on.
     """
 
     def __init__(self, frames: int, count: int, shuffle: bool = True, seed: int = 0,
-                 skip: int = 0):
+                 skip: int = 0, rank: int = 0, ranks: int = 1):
         self.frames, self.count, self.shuffle, self.seed = frames, count, shuffle, seed
-        self.skip = skip
+        self.taken = range(skip + rank, count, ranks)
 
     def __len__(self) -> int:
-        return max(0, self.count - self.skip)
+        return len(self.taken)
 
     def __iter__(self):
-        return itertools.islice(self._all(), self.skip, None)
+        return itertools.islice(self._all(), self.taken.start, None, self.taken.step)
 
     def _all(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng(self.seed)

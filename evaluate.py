@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 import metrics
 import preprocess
 import report
@@ -70,12 +71,17 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         ValueError: what is in `options.results` was made with other facts.
     """
     model.eval()
-    manifest = Manifest(options.results, options.facts, options.overwrite)
+    with distributed.first_alone():  # which may overwrite
+        manifest = Manifest(options.results, options.facts,
+                            options.overwrite and distributed.rank() == 0)
     todo = [s for s in sequences if not manifest.finished(s, options.videos)]
     if len(todo) < len(sequences):
         log.info("%d sequences were finished before", len(sequences) - len(todo))
     scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo}
-    with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame", disable=None) as bar:
+    todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
+                             else todo)
+    with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame",
+              disable=True if distributed.rank() else None) as bar:
         for sequence in todo:
             bar.set_description(sequence.name)
             start = time.monotonic()
@@ -83,9 +89,15 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
             manifest.finish(sequence, score, time.monotonic() - start)
             scores[sequence.name] = score
             bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
-    found = table({sequence.name: scores[sequence.name] for sequence in sequences})
+    manifest.share()
+    scores = {sequence.name: manifest.score(sequence) for sequence in sequences}
+    found = table(scores)
+    if distributed.rank():
+        return found
     seconds, frames = manifest.seconds(sequences), sum(len(s) - 1 for s in sequences)
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
+    if distributed.count() > 1:
+        speed += f" in each of {distributed.count()} processes"
     show(found, options.results, options.set_name)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:

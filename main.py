@@ -8,6 +8,7 @@
 
 import argparse
 import logging
+import os
 import platform
 import re
 import sys
@@ -19,6 +20,7 @@ import torch
 
 import annotate
 import demo
+import distributed
 import evaluate
 import preprocess
 import segment
@@ -114,7 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="where the best weights go, with the log (.jsonl) beside them "
              "(default: runs/vm_ENCODER.pth)")
     add("--batch_size", "-b", metavar="N", type=int, default=1,
-        help="pairs in a step: more for a steadier gradient if memory allows (default: 1)")
+        help="pairs or clips in a step of each process: more for a steadier gradient if memory "
+             "allows (default: 1)")
     add("--epochs", "-e", metavar="N", type=int, default=1, help="passes (default: 1)")
     add("--iters", "-i", metavar="N", type=int, default=-1,
         help="steps in a pass; -1: as many as show each frame once (default: -1)")
@@ -190,7 +193,11 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(argv)
         logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
         check(args)
+        distributed.start()
+        if distributed.rank():
+            logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
         {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
+        distributed.end()
     except (OSError, ValueError) as error:
         log.debug("where the error came from:", exc_info=True)
         print(f"main.py: error: {one_line(error)}", file=sys.stderr)
@@ -262,8 +269,9 @@ def device_of(name: str | None) -> torch.device:
         ValueError: there is no such device on this machine.
     """
     if name is None:
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     if name == "mps":
@@ -290,7 +298,8 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     if args.encoder_weights == "none":
         log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
     else:
-        encoder.load_imagenet(args.encoder_weights)
+        with distributed.first_alone():  # which may download them
+            encoder.load_imagenet(args.encoder_weights)
     recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
     return configure(VideoMatch(encoder, factor, k, recent=recent, zoom=zoom), args)
 
@@ -315,12 +324,15 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
         raise ValueError("--method memory: expected a checkpoint that was trained for it")
     model.method = args.method or model.method
     device = device_of(args.cuda_device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     log.info("method %s, encoder %s, upsample factor %g, K %d, temperature %g, on %s", model.method,
              model.encoder.name, model.upsample_factor, model.top_k, model.temperature, device)
     return model.to(device)
 
 def data(args: argparse.Namespace) -> Davis:
-    root = demo.make() if args.demo else args.dataset
+    with distributed.first_alone():
+        root = demo.make() if args.demo else args.dataset
     year = args.year or ("2017" if args.demo else "2016")
     return Davis(root, year, set_name(args), args.sequences)
 

@@ -1,15 +1,22 @@
-"""What a results folder holds: what made it, and the scores of the sequences that are finished."""
+"""What a results folder holds: what made it, and the scores of the sequences that are finished.
+
+`manifest.json` tells what made it. Scores lie in `.finished`, a file for each sequence, so that
+several processes may work into one folder.
+"""
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import distributed
 import files
 from davis import Sequence
 from metrics import SequenceScore
 
 
 class Manifest:
-    """The file `manifest.json` of a results folder, kept up to date after each sequence.
+    """The record of a results folder, kept up to date after each sequence.
 
     Args:
         folder: None keeps nothing on disk.
@@ -21,21 +28,21 @@ class Manifest:
     """
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
-        self.folder, self.made_by = folder, made_by
-        self.path = folder and folder / "manifest.json"
+        self.folder = folder
         self.sequences: dict[str, dict] = {}
-        if self.path and self.path.is_file() and not overwrite:
-            self._read()
+        if folder is None:
+            return
+        path = folder / "manifest.json"
+        if overwrite:
+            shutil.rmtree(folder / ".finished", ignore_errors=True)
+        elif path.is_file():
+            self._compare(_read(path), made_by)
+            self.sequences = {path.stem: _read(path) for path in folder.glob(".finished/*.json")}
+        files.write(path, json.dumps(made_by, indent=1))
 
-    def _read(self) -> None:
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            before, self.sequences = dict(content["made_by"]), dict(content["sequences"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: not a manifest of this toolkit (--overwrite starts "
-                             "over)") from error
-        for name in sorted({*before, *self.made_by}):
-            old, new = before.get(name, "none"), self.made_by.get(name, "none")
+    def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
+        for name in sorted({*before, *now}):
+            old, new = before.get(name, "none"), now.get(name, "none")
             if old != new:
                 raise ValueError(f"{self.folder}: holds results of other {name} ({old!r}, now "
                                  f"{new!r}): name another folder, or start over (--overwrite)")
@@ -48,10 +55,15 @@ class Manifest:
                 and (not video or (self.folder / f"{sequence.name}.mp4").is_file()))
 
     def finish(self, sequence: Sequence, score: SequenceScore, seconds: float) -> None:
-        self.sequences[sequence.name] = {"seconds": seconds, "j": score.j, "f": score.f}
-        if self.path:
-            content = {"made_by": self.made_by, "sequences": self.sequences}
-            files.write(self.path, json.dumps(content, indent=1))
+        entry = {"seconds": seconds, "j": score.j, "f": score.f}
+        self.sequences[sequence.name] = entry
+        if self.folder:
+            files.write(self.folder / ".finished" / f"{sequence.name}.json", json.dumps(entry))
+
+    def share(self) -> None:
+        """Learn what the other processes of the job finished."""
+        for sequences in distributed.gather(self.sequences):
+            self.sequences |= sequences
 
     def score(self, sequence: Sequence) -> SequenceScore:
         entry = self.sequences[sequence.name]
@@ -62,3 +74,11 @@ class Manifest:
     def seconds(self, sequences: list[Sequence]) -> float:
         """How long these sequences took."""
         return sum(self.sequences[sequence.name]["seconds"] for sequence in sequences)
+
+
+def _read(path: Path) -> dict:
+    with suppress(ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    raise ValueError(f"{path}: not a manifest of this toolkit (--overwrite starts over)")

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import signal
 import time
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import distributed
 import files
 import metrics
 import preprocess
@@ -107,17 +109,20 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
-    sampler = PairSampler(len(clips), total * options.batch_size, options.shuffle, options.seed,
-                          skip=done * options.batch_size)
+    step_size = options.batch_size * distributed.count()
+    sampler = PairSampler(len(clips), total * step_size, options.shuffle, options.seed,
+                          skip=done * step_size, rank=distributed.rank(),
+                          ranks=distributed.count())
     loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
     with _interruptible() as interrupted:
-        bar = tqdm(loader, desc="training", disable=None, initial=done, total=total)
+        bar = tqdm(loader, desc="training", disable=True if distributed.rank() else None,
+                   initial=done, total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
             schedule.step()
             report.losses.append(loss)
             bar.set_postfix(loss=f"{loss:.3f}", iou=f"{report.best:.3f}")
-            last = interrupted() or iteration == options.iterations
+            last = any(distributed.gather(interrupted())) or iteration == options.iterations
             if last or (options.report > 0 and iteration % options.report == 0):
                 report(iteration)
             if last or report.stale >= options.patience:
@@ -163,6 +168,7 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
     loss = loss / (images.shape[1] - 1)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    distributed.average_gradients(model.parameters())
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
@@ -194,8 +200,8 @@ def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
 
 
 @torch.no_grad()
-def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int]) -> float:
-    """Mean J of every second frame, each segmented after those before, without outlier removal."""
+def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int]) -> list[float]:
+    """J of every second frame, each segmented after those before, without outlier removal."""
     model.eval()
     scores = []
     for sequence in sequences:
@@ -205,13 +211,16 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
             image = preprocess.to_tensor(sequence.image(frame), shape)
             result = model.segment(image, mask.shape, remove_outliers=False)
             truth = sequence.mask(frame)
-            scores.append(np.mean([metrics.jaccard(result == i, truth == i)
-                                   for i in model.object_ids]))
-    return float(np.mean(scores))
+            scores.append(float(np.mean([metrics.jaccard(result == i, truth == i)
+                                         for i in model.object_ids])))
+    return scores
 
 
 class Report:
-    """Validate, log one JSON line, keep the best weights and the state, draw the curves."""
+    """Validate, log one JSON line, keep the best weights and the state, draw the curves.
+
+    Of several processes each validates some sequences; the first one writes.
+    """
 
     # what may differ between a run and its continuation
     FREE = ("save", "workers", "plot", "resume")
@@ -254,22 +263,26 @@ class Report:
         return self.history[-1]["iteration"]
 
     def __call__(self, iteration: int) -> None:
-        iou = validate(self.model, self.held_out, self.options.shape)
-        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        part = validate(self.model, distributed.share(self.held_out), self.options.shape)
+        scores = sum(distributed.gather(part), [])
+        iou = math.fsum(scores) / len(scores)  # exact, in whatever order they come
+        losses = sum(distributed.gather(self.losses), [])
+        loss = math.fsum(losses) / len(losses) if losses else None
         self.losses = []
         line = {"iteration": iteration, "loss": loss, "held_out_iou": iou,
                 "seconds": round(time.monotonic() - self.start, 1)}
         self.history.append(line)
-        files.write(self.options.save.with_suffix(".jsonl"),
-                    "".join(json.dumps(line) + "\n" for line in self.history))
         log.info("iteration %d: loss %s, held-out IoU %.4f", iteration,
                  "-" if loss is None else f"{loss:.4f}", iou)
-        if iou > self.best:
-            self.best, self.stale = iou, 0
+        better = iou > self.best
+        self.best, self.stale = (iou, 0) if better else (self.best, self.stale + 1)
+        if distributed.rank():
+            return
+        files.write(self.options.save.with_suffix(".jsonl"),
+                    "".join(json.dumps(line) + "\n" for line in self.history))
+        if better:
             self.model.save(self.options.save, held_out_iou=iou, iteration=iteration,
                             held_out=[s.name for s in self.held_out])
-        else:
-            self.stale += 1
         if self.options.plot and len(self.history) > 1:
             visualize.curves(self.options.save.with_suffix(".png"), self.history)
         files.save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {

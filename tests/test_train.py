@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -98,7 +99,7 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
     loaded = VideoMatch.load(options.save)
     assert (loaded.method, loaded.recent) == ("memory", 2)
     if loaded.facts["iteration"] == 2:
-        assert train.validate(loaded, sequences[1], options.shape) == pytest.approx(best)
+        assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
 
 
 def test_finetuning_fits_a_copy_to_the_first_frame(sequences, options):
@@ -123,7 +124,7 @@ def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options
     loaded = VideoMatch.load(options.save)
     assert loaded.facts["held_out_iou"] == best
     assert loaded.facts["held_out"] == [s.name for s in sequences[1]]
-    assert train.validate(loaded, sequences[1], options.shape) == pytest.approx(best)
+    assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
     with Image.open(options.save.with_suffix(".png")) as curves:
         assert curves.size[0] > 300
 
@@ -136,7 +137,7 @@ def test_validation_at_the_end_only(model, sequences, options):
 
 def test_early_stopping(model, sequences, options, monkeypatch):
     scores = iter([0.5, 0.4, 0.6, 0.6, 0.3, 0.9])
-    monkeypatch.setattr(train, "validate", lambda *_: next(scores))
+    monkeypatch.setattr(train, "validate", lambda *_: [next(scores)])
     options.iterations, options.report, options.patience = 20, 1, 2
     assert train.train(model, *sequences, options) == 0.6
     assert [line["iteration"] for line in reports(options)] == [0, 1, 2, 3, 4]
