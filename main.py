@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
             or "can't allocate memory" in str(error))
 
 

@@ -273,7 +273,7 @@ def _products(query: torch.Tensor, reference: torch.Tensor, k: int):
         try:
             parts.append(_largest((query[start:start + rows] @ reference.T).float(), k))
             start += rows
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if rows == 1:
                 raise
             rows //= 2

@@ -228,7 +228,7 @@ def test_too_little_memory_halves_the_parts(monkeypatch, caplog):
 
     def short_of_memory(values, k):
         if len(values) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return largest(values, k)
 
     monkeypatch.setattr(matching, "_largest", short_of_memory)
@@ -238,5 +238,5 @@ def test_too_little_memory_halves_the_parts(monkeypatch, caplog):
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
     assert caplog.text.count("in smaller parts") == 1
     monkeypatch.setattr(matching, "_largest", lambda *_: short_of_memory(torch.zeros(9), 1))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         match(*drawn, 3, 1.0)
