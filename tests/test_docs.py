@@ -20,6 +20,7 @@ from torchvision import models
 
 import annotate
 import demo
+import download
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({line.strip() for page in PAGES
@@ -65,6 +66,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
     monkeypatch.setattr(annotate, "Annotator", lambda image: SimpleNamespace(
         run=lambda: (image[..., 0] > 150).astype(np.uint8)))
+    monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
