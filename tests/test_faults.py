@@ -178,19 +178,18 @@ def on_a_full_disk(arguments, limit):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
 
 
-@pytest.mark.parametrize("flags, limit, missing", [
-    ((), 1000, "manifest.json"), ((), 9000, "report"), (("-v",), 4000, "ant.mp4")])
-def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, evaluation, tmp_path):
+@pytest.mark.parametrize("flags, limit, missing, masks", [
+    ((), 500, "ant/00000.png", 0), ((), 9000, "report", 36), (("-v",), 4000, "ant.mp4", 12)])
+def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, evaluation, tmp_path):
     result = on_a_full_disk(evaluation("out", *flags), limit)
     errors = [line for line in result.stderr.splitlines() if "error" in line]
     assert result.returncode == 2 and len(errors) == 1 and missing in errors[0], result.stderr
     assert "Traceback" not in result.stderr
     names = [path.name for path in (tmp_path / "out").iterdir()]
-    assert not any(name.startswith((".", "report", "ant.mp4")) for name in names)
-    if "manifest.json" in names:
-        json.loads((tmp_path / "out" / "manifest.json").read_text())
-    masks = list((tmp_path / "out").rglob("*.png"))
-    assert len(masks) >= 12 and all(cv2.imread(str(mask)) is not None for mask in masks)
+    assert not any(".part" in name or name.startswith(("report", "ant.mp4")) for name in names)
+    json.loads((tmp_path / "out" / "manifest.json").read_text())
+    found = list((tmp_path / "out").rglob("*.png"))
+    assert len(found) == masks and all(cv2.imread(str(mask)) is not None for mask in found)
     assert main.main(evaluation("out", *flags)) == 0  # there is room again
     assert main.main(evaluation("whole", *flags)) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
