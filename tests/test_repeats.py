@@ -1,0 +1,59 @@
+"""The same command gives the same results, whatever the threads and the workers."""
+
+import pytest
+import torch
+from conftest import write_list, write_sequence
+from torchvision import models
+
+import main
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    for name, ids in (("ant", (1,)), ("bee", (1, 2))):
+        write_sequence(tmp_path / "davis", name, frames=5, ids=ids, value=None)
+    write_list(tmp_path / "davis", "2017", "val", ["ant", "bee"])
+
+    def run(name):
+        assert main.main(["-m", "eval", "-d", str(tmp_path / "davis"), "-y", "2017", "-c", "cpu",
+                          "-j", str(tmp_path / name)]) == 0
+        masks = {path.relative_to(tmp_path / name): path.read_bytes()
+                 for path in (tmp_path / name).rglob("*.png")}
+        return capsys.readouterr().out.split("8 frames in")[0], masks
+
+    return run
+
+
+def test_masks_and_table_repeat_exactly(evaluate):
+    first, second = evaluate("first"), evaluate("second")
+    assert first == second and len(first[1]) == 10
+
+
+def test_the_table_is_the_same_with_more_threads(evaluate, threads):
+    threads(1)
+    one, _ = evaluate("one")
+    threads(2)
+    two, _ = evaluate("two")
+    assert one == two and "bee_2" in one
+
+
+def test_weights_repeat_with_more_workers(davis_2016, tmp_path, threads):
+    threads(1)
+    torch.manual_seed(0)
+    torch.save(models.mobilenet_v2().state_dict(), tmp_path / "weights.pth")
+    states = []
+    for name, workers in (("first", "0"), ("second", "2"), ("third", "2")):
+        save = tmp_path / name / "vm.pth"
+        assert main.main(["-m", "train", "-d", str(davis_2016), "-s", str(save), "-c", "cpu",
+                          "--encoder_weights", str(tmp_path / "weights.pth"), "-b", "2", "-i", "2",
+                          "-r", "-1", "-p", "64", "96", "--workers", workers, "--seed", "3"]) == 0
+        states.append(torch.load(save.with_suffix(".state"), weights_only=True)["model"])
+    for other in states[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in states[0].items())
