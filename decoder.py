@@ -24,12 +24,13 @@ class Block(nn.Module):
             nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
             nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
 
-    def forward(self, shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """(B, S, h, w) and (B*N, E, h, w), N objects of each frame -> (B*N, width, h, w)."""
-        weight, bias, channels = self.project.weight, self.project.bias, shared.shape[1]
-        once = F.conv2d(shared, weight[:, :channels], bias)
-        x = once.repeat_interleave(len(own) // len(shared), 0)
-        x = x + F.conv2d(own, weight[:, channels:])
+    def project_shared(self, shared: torch.Tensor) -> torch.Tensor:
+        """(B, S, h, w) -> (B, width, h, w), what `forward` takes."""
+        return F.conv2d(shared, self.project.weight[:, :shared.shape[1]], self.project.bias)
+
+    def forward(self, projected: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """(B, width, h, w) and (B, E, h, w) of one object in each frame -> (B, width, h, w)."""
+        x = projected + F.conv2d(own, self.project.weight[:, -own.shape[1]:])
         return x + self.layers(x)
 
 
@@ -59,11 +60,17 @@ class Decoder(nn.Module):
         Returns:
             (B, N, h, w).
         """
-        batch, evidence, x = evidence.shape[:2], evidence.flatten(0, 1), None
-        for block, level in zip(reversed(self.blocks), reversed(features)):
+        projected = [block.project_shared(level) for block, level in zip(self.blocks, features)]
+        # one by one: five at once take eight times as long as one, since caches are small
+        return torch.stack([self._decode(own, projected) for own in evidence.unbind(1)], 1)
+
+    def _decode(self, evidence: torch.Tensor, projected: list[torch.Tensor]) -> torch.Tensor:
+        """(B, E, H, W) of one object in each frame -> (B, h, w) logits."""
+        x = None
+        for block, level in zip(reversed(self.blocks), reversed(projected)):
             known = [evidence] if x is None else [evidence, x]
             x = block(level, torch.cat([_resize(part, level.shape[-2:]) for part in known], 1))
-        return self.score(F.relu(x))[:, 0].unflatten(0, batch)
+        return self.score(F.relu(x))[:, 0]
 
 
 def _resize(x: torch.Tensor, size) -> torch.Tensor:

@@ -1,11 +1,10 @@
 """What a results folder holds: what made it, and the scores of the sequences that are finished.
 
-`manifest.json` tells what made it. Scores lie in `.finished`, a file for each sequence, so that
+`manifest.json` tells what made it. The scores of a sequence lie in `NAME.scores.json`, so that
 several processes may work into one folder.
 """
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import distributed
 import files
 from davis import Sequence
 from metrics import SequenceScore
+
+SCORES = ".scores.json"
 
 
 class Manifest:
@@ -28,17 +29,18 @@ class Manifest:
     """
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
-        self.folder = folder
+        self.folder, self.made_by = folder, made_by
         self.sequences: dict[str, dict] = {}
         if folder is None:
             return
         path = folder / "manifest.json"
         if overwrite:
-            shutil.rmtree(folder / ".finished", ignore_errors=True)
+            for old in folder.glob(f"*{SCORES}"):
+                old.unlink()
         elif path.is_file():
             self._compare(_read(path), made_by)
-            self.sequences = {path.stem: _read(path) for path in folder.glob(".finished/*.json")}
-        files.write(path, json.dumps(made_by, indent=1))
+            self.sequences = {old.name.removesuffix(SCORES): _read(old)
+                              for old in folder.glob(f"*{SCORES}")}
 
     def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
         for name in sorted({*before, *now}):
@@ -58,7 +60,8 @@ class Manifest:
         entry = {"seconds": seconds, "j": score.j, "f": score.f}
         self.sequences[sequence.name] = entry
         if self.folder:
-            files.write(self.folder / ".finished" / f"{sequence.name}.json", json.dumps(entry))
+            files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
+            files.write(self.folder / f"{sequence.name}{SCORES}", json.dumps(entry))
 
     def share(self) -> None:
         """Learn what the other processes of the job finished."""

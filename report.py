@@ -46,8 +46,9 @@ def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[st
     """
     title = " against ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(title)}</h1>", _table(sequences, runs),
-             f"<p class=legend>Frames: {_swatch(HIT, 'found')} "
-             f"{_swatch(FALSE_POSITIVE, 'too much')} {_swatch(FALSE_NEGATIVE, 'missed')}</p>"]
+             f"<p class=legend>Frames: {_swatch(f'rgb{HIT}', 'found')} "
+             f"{_swatch(f'rgb{FALSE_POSITIVE}', 'too much')} "
+             f"{_swatch(f'rgb{FALSE_NEGATIVE}', 'missed')}</p>"]
     parts += [_section(sequence, runs) for sequence in sequences]
     items = "".join(f"<dt>{html.escape(k)}<dd>{html.escape(str(v))}" for k, v in facts.items())
     parts.append(f"<h2>Made by</h2><dl>{items}</dl>")
@@ -112,18 +113,17 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
 def _curves(lines, labels) -> str:
     """Lines over the scored frames, from 0 to 1, as SVG."""
     width, height, drawn = 640, 160, []
-    for i, (line, label) in enumerate(zip(lines, labels)):
+    for i, line in enumerate(lines):
         steps = np.linspace(30, width - 10, len(line))
         points = " ".join(f"{x:.1f},{height - 20 - (height - 30) * y:.1f}"
                           for x, y in zip(steps, line))
-        drawn.append(f"<polyline points='{points}' stroke='{CURVES[i]}'/>"
-                     f"<text x='{40 + 90 * i}' y='{height - 4}' fill='{CURVES[i]}'>"
-                     f"{html.escape(str(label))}</text>")
+        drawn.append(f"<polyline points='{points}' stroke='{CURVES[i]}'/>")
     ticks = "".join(f"<line x1=30 x2={width - 10} y1={y} y2={y} />"
                     f"<text x=4 y={y + 4}>{value}</text>"
                     for value, y in ((1, 10), (0.5, 75), (0, 140)))
-    return f"<svg viewBox='0 0 {width} {height}' role=img aria-label='over time'>{ticks}" \
-           f"{''.join(drawn)}</svg>"
+    names = " ".join(_swatch(colour, html.escape(label)) for colour, label in zip(CURVES, labels))
+    return (f"<p class=legend>Over time: {names}</p><svg viewBox='0 0 {width} {height}' role=img "
+            f"aria-label='over time'>{ticks}{''.join(drawn)}</svg>")
 
 
 def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool) -> str:
@@ -162,8 +162,8 @@ def _jpeg(picture: np.ndarray) -> str:
     return base64.b64encode(data).decode()
 
 
-def _swatch(colour: tuple[int, int, int], word: str) -> str:
-    return f"<span style='background:rgb{colour}'></span> {word}"
+def _swatch(colour: str, word: str) -> str:
+    return f"<span style='background:{colour}'></span> {word}"
 
 
 CSS = """
@@ -179,7 +179,7 @@ th{cursor:pointer;user-select:none}tfoot td{font-weight:600}
 .won{color:#1a8a3c}.lost{color:#d03a20}
 svg{width:100%;max-width:40rem;display:block}
 svg polyline{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
-svg line{stroke:var(--line)}svg text{font-size:12px;fill:currentColor}
+svg line{stroke:var(--line)}svg text{font-size:14px;fill:currentColor}
 .frames{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr))}
 figure{margin:0}img{width:100%;display:block;border-radius:4px}
 figcaption,.legend,dl{font-size:.85rem}

@@ -145,7 +145,7 @@ def test_bad_data(case, folder, capsys):
     spoil(folder)
     expect_one_line(["-m", "eval"], words, capsys)
     out = folder / "out"
-    assert not (out / "manifest.json").exists() and not list(out.rglob(".*"))
+    assert not list(out.rglob("*.scores.json")) and not list(out.rglob(".*"))
     for path in out.rglob("*.png"):  # what was written is whole
         assert cv2.imread(str(path), cv2.IMREAD_UNCHANGED).shape[:2] == (48, 80)
 

@@ -87,6 +87,7 @@ def break_frame(root):
 def keep_one_frame(root):
     for i in range(1, 6):
         (root / "JPEGImages" / "480p" / "bee" / f"{i:05d}.jpg").unlink()
+        (annotations(root, "bee") / f"{i:05d}.png").unlink()
 
 
 def enlarge_frame(root):

@@ -42,10 +42,10 @@ def folder(tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "DAVIS/Annotations/480p/blackswan",
                         tmp_path / results / "blackswan")
     clip = cv2.VideoWriter(str(tmp_path / "CLIP.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10,
-                           (400, 240))
+                           (800, 480))
     for step in range(2):
-        image, mask = (np.kron(part, np.ones((5, 5) + (1,) * (part.ndim - 2), np.uint8))
-                       for part in draw_frame(step + 15))
+        image, mask = (np.kron(part, np.ones((10, 10) + (1,) * (part.ndim - 2), np.uint8))
+                       for part in draw_frame(step + 1))
         clip.write(image[..., ::-1])
         for name in ("IMG.jpg", "REFERENCE.jpg", "FRAME.jpg", f"{step:05d}.jpg", "00002.jpg"):
             Image.fromarray(image).save(tmp_path / name)
@@ -92,7 +92,7 @@ def test_documented_command_runs(command, folder, monkeypatch):
 def test_documented_example_runs(example, folder):
     variables = {}
     exec(example, variables)
-    assert variables["mask"].shape == (240, 400)
+    assert variables["mask"].shape == (480, 800)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -177,7 +177,7 @@ def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results,
     for path, mask in zip(sorted((results / "ant").iterdir()), [sequence.mask(0), *segmented],
                           strict=True):
         np.testing.assert_array_equal(np.array(Image.open(path)), mask)
-    assert cv2.VideoCapture(str(results / "ant.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 4
+    assert [path.name for path in results.iterdir()] == ["ant"]  # no half of a video
 
 
 def test_slow_writing_keeps_order_and_loses_nothing(model, davis_2016, results, slow_writes):
