@@ -75,6 +75,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         manifest = Manifest(options.results, options.facts,
                             options.overwrite and distributed.rank() == 0)
     todo = [s for s in sequences if not manifest.finished(s, options.videos)]
+    todo = distributed.gather(todo)[0]  # before any process finishes one
     if len(todo) < len(sequences):
         log.info("%d sequences were finished before", len(sequences) - len(todo))
     scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo}

@@ -20,7 +20,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.part{path.suffix}")  # writers go by the suffix
+    rank = os.environ.get("RANK", "")  # of several processes, as torchrun sets it
+    beside = path.with_name(f".{path.stem}.part{rank}{path.suffix}")  # writers go by the suffix
     try:
         yield beside
         beside.replace(path)
