@@ -16,7 +16,8 @@ from davis import PairSampler
 def torchrun(*arguments):
     """main.py in two processes of one thread each."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d",
+         "--rdzv-endpoint", "localhost:0", "--nproc_per_node", "2",
          ROOT / "main.py", *arguments], capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -197,7 +197,7 @@ def test_a_kernel_that_does_not_work_is_not_taken(result, monkeypatch):
 ])
 def test_compiles_for_a_gpu(dtype, name, slots, capability, tmp_path, monkeypatch):
     """To machine code, with Triton's own assembler; no GPU or driver takes part."""
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", minversion="3.2")  # another interface before
     backend = pytest.importorskip("triton.backends.compiler")
     compiler = pytest.importorskip("triton.compiler")
     if not hasattr(backend, "GPUTarget") or "nvidia" not in triton.backends.backends:
