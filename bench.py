@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +65,12 @@ def seconds(run: Callable, device: torch.device) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
     run()
-    end.record()
+    after.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return before.elapsed_time(after) / 1000
 
 
 def peak_memory(run: Callable, device: torch.device) -> float | None:
@@ -181,7 +182,7 @@ def scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
             for which, run in runs.items():
                 times[which].append(seconds(run, torch.device("cpu")))
     frames = sum(len(sequence) - 2 for sequence in sequences)
-    row = {"frames": frames, "processes": workers}
+    row: dict[str, Any] = {"frames": frames, "processes": workers}
     for which in runs:
         rate = [frames / taken for taken in times[which]]
         row[which] = {"frames_per_second": statistics.median(rate), "least": min(rate),

@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -70,13 +71,12 @@ class Layers(nn.Sequential):
 
     def forward(self, x: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
         """The output of the `wanted` layers, by index; what lies behind the last doesn't run."""
-        found, last = {}, max(wanted)
-        for i, layer in enumerate(self):
+        found = {}
+        for i, layer in enumerate(islice(self, max(wanted) + 1)):
             x = layer(x)
             if i in wanted:
                 found[i] = x
-            if i == last:
-                return found
+        return found
 
 
 def _norms(layers: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:

@@ -259,7 +259,7 @@ def check(args: argparse.Namespace) -> None:
         sources = bool(args.mask) + bool(args.box) + args.annotate
         expect(sources == 1, "--mask, --box, --annotate", "one of them", sources)
         expect(args.cutout in (None, "transparent", "blur")
-               or re.fullmatch("#[0-9a-fA-F]{6}", args.cutout), "--cutout",
+               or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",
                "transparent, blur or a colour such as #00ff00", args.cutout)
 
 def device_of(name: str | None) -> torch.device:

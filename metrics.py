@@ -27,12 +27,12 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int | None = N
     if radius is None:
         radius = tolerance(truth.shape)
     stride = truth.shape[1] + radius
-    prediction, truth = (_bits(boundary(mask), stride) for mask in (prediction, truth))
-    count, true_count = prediction.bit_count(), truth.bit_count()
+    found, true = (_bits(boundary(mask), stride) for mask in (prediction, truth))
+    count, true_count = found.bit_count(), true.bit_count()
     if count == 0 or true_count == 0:
         return float(count == true_count)
-    precision = (prediction & _dilate(truth, radius, stride)).bit_count() / count
-    recall = (truth & _dilate(prediction, radius, stride)).bit_count() / true_count
+    precision = (found & _dilate(true, radius, stride)).bit_count() / count
+    recall = (true & _dilate(found, radius, stride)).bit_count() / true_count
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
@@ -135,8 +135,8 @@ def statistics(values: list[float]) -> tuple[float, float, float]:
     Recall is the share of frames strictly above 0.5. Decay is the mean of the first quarter
     minus the mean of the last, quarters as in the official code, which share their end frames.
     """
-    values = np.asarray(values, dtype=np.float64)
-    ids = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(np.int64) - 1
-    first, last = values[ids[0]:ids[1] + 1], values[ids[3]:ids[4] + 1]
-    return (float(values.mean()), float((values > RECALL_THRESHOLD).mean()),
+    v = np.asarray(values, dtype=np.float64)
+    ids = np.round(np.linspace(1, len(v), 5) + 1e-10).astype(np.int64) - 1
+    first, last = v[ids[0]:ids[1] + 1], v[ids[3]:ids[4] + 1]
+    return (float(v.mean()), float((v > RECALL_THRESHOLD).mean()),
             float(first.mean() - last.mean()))

@@ -67,7 +67,7 @@ def _table(sequences: list[Sequence], runs: list[Run]) -> str:
                  for run in runs]
         rows.append((sequence.name, _columns(means)))
     if len(runs) == 1:
-        heads = metrics.MEASURES
+        heads = list(metrics.MEASURES)
     else:
         heads = [f"J&F {run.name}" for run in runs] + ["difference"]
     mean = np.mean([values for _, values in rows], axis=0).tolist()
@@ -97,7 +97,7 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
     """Curves over time and frames: worst, middle and best, or where two runs differ most."""
     series = [run.j_and_f(sequence.name) for run in runs]
     if len(runs) == 1:
-        labels, lines = ("J", "F"), series[0]
+        labels, lines = ["J", "F"], list(series[0])
         order = series[0].mean(0).argsort()
         chosen = {"worst": order[0], "middle": order[len(order) // 2], "best": order[-1]}
     else:
@@ -159,7 +159,7 @@ def _jpeg(picture: np.ndarray) -> str:
     height = round(len(picture) * PICTURE_WIDTH / picture.shape[1])
     small = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
     _, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return base64.b64encode(data).decode()
+    return base64.b64encode(data.tobytes()).decode()
 
 
 def _swatch(colour: str, word: str) -> str:

@@ -78,14 +78,15 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, fps: float = 24):
-        self.path, self.fps, self._file, self._writer = Path(path), fps, whole(path), None
+        self.path, self.fps, self._file = Path(path), fps, whole(path)
+        self._writer: cv2.VideoWriter | None = None
 
     def write(self, image: np.ndarray) -> None:
         """Append an (H, W, 3) uint8 RGB frame."""
         height, width = (side - side % 2 for side in image.shape[:2])
         if self._writer is None:
             self._beside = str(self._file.__enter__())
-            self._writer = cv2.VideoWriter(self._beside, cv2.VideoWriter_fourcc(*"mp4v"),
+            self._writer = cv2.VideoWriter(self._beside, cv2.VideoWriter.fourcc(*"mp4v"),
                                            self.fps, (width, height))
             if not self._writer.isOpened():
                 raise OSError(f"{self.path}: OpenCV can't write a video there")

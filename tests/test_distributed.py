@@ -1,6 +1,7 @@
 """Two processes over gloo do what one does."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -44,6 +45,49 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
                  for pattern in ("*/*.png", "*.csv") for path in (tmp_path / name).glob(pattern)}
                 for name in ("one", "two"))
     assert one == two and len(one) == 19
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces joined by a cable: what torchrun sees of two machines.
+
+    The words that start a command there, and the address of the first.
+    """
+    names = [f"vm{os.getpid()}{end}" for end in "ab"]
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    if not shutil.which("ip") or ip("netns", "add", names[0]).returncode:
+        pytest.skip("network namespaces can't be made here")
+    try:
+        subprocess.run(["ip", "netns", "add", names[1]], check=True)
+        subprocess.run(["ip", "link", "add", "cable", "netns", names[0], "type", "veth",
+                        "peer", "name", "cable", "netns", names[1]], check=True)
+        for i, name in enumerate(names, start=1):
+            for words in (["addr", "add", f"10.77.0.{i}/24", "dev", "cable"],
+                          ["link", "set", "cable", "up"], ["link", "set", "lo", "up"]):
+                subprocess.run(["ip", "-n", name, *words], check=True)
+        yield [["ip", "netns", "exec", name] for name in names], "10.77.0.1"
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_machines_give_the_table_of_one(machines, evaluation, tmp_path, capsys):
+    assert main.main(evaluation("one")) == 0
+    alone = capsys.readouterr().out.split("frames")[0]
+    commands, address = machines
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    jobs = [subprocess.Popen(
+        [*command, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+         "--node_rank", str(i), "--nproc_per_node", "1", "--master_addr", address,
+         ROOT / "main.py", *evaluation("two")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for i, command in enumerate(commands)]
+    outputs = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert outputs[0][0].split("frames")[0] == alone and not outputs[1][0]
 
 
 def test_training_equals_that_of_one_process_with_twice_the_batch(davis_2016, tmp_path):
