@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import cv2
 import torch
@@ -92,16 +92,20 @@ class Reference:
     """Features of one or more frames to match against, gathered in sets.
 
     Args:
-        grids: the frames, of one feature size and factor.
-        labels: (T, H, W) integers, the set of each position: 0, 1, ...; -1 is in none.
+        grids: T frames, of one factor.
+        labels: T times (H, W) integers, the set of each position: 0, 1, ...; -1 is in none.
         sets: how many sets there are.
     """
 
-    def __init__(self, grids: list[Grid], labels: torch.Tensor, sets: int):
+    def __init__(self, grids: list[Grid], labels: Iterable[torch.Tensor], sets: int):
         self.grids, self.is_small = grids, grids[0].is_small
-        order, labels = _by_tiles(labels), labels.flatten()
+        tiles, start = [], 0
+        for frame in labels:
+            tiles.append(start + _by_tiles(frame))
+            start += frame.numel()
+        order, flat = torch.cat(tiles), torch.cat([frame.flatten() for frame in labels])
         # of each set, the positions counted through the frames
-        self.members = [order[labels[order] == i] for i in range(sets)]
+        self.members = [order[flat[order] == i] for i in range(sets)]
         self.sizes = [len(m) for m in self.members]
         with torch.no_grad():
             if self.is_small:
@@ -116,21 +120,21 @@ class Reference:
         self.blocks = [len(m) // BLOCK for m in self.members]
         order = torch.cat(self.members)  # (R,), -1 for padding
         self.cells = torch.cat([g.features.flatten(1).T for g in self.grids])  # (T*h*w, C)
-        corners, weights = self.grids[0].corners()
-        step = len(self.cells) // len(self.grids)
-        corners = torch.cat([corners + i * step for i in range(len(self.grids))])
-        weights = torch.cat([weights / g.norms()[:, None] for g in self.grids])
-        corners, weights = corners[order], weights[order]
+        frames, start = [], 0
+        for grid in self.grids:
+            corners, weights = grid.corners()
+            frames.append((corners + start, weights / grid.norms()[:, None]))
+            start += grid.features[0].numel()
+        corners, weights = (torch.cat(parts)[order] for parts in zip(*frames))
         corners[order < 0] = len(self.cells)
         weights[order < 0] = 0.25
         self.enlarge = _sparse(corners, weights, len(self.cells) + 1)  # (R, T*h*w + 1)
 
 
 def _by_tiles(labels: torch.Tensor) -> torch.Tensor:
-    """(T, H, W) -> (T*H*W,) positions, those of a tile of the grid after each other."""
-    frames, height, width = (torch.arange(n, device=labels.device) for n in labels.shape)
-    tile = (frames[:, None, None] * len(height) + height[:, None] // TILE[0]) * len(width) \
-        + width // TILE[1]
+    """(H, W) -> (H*W,) positions, those of a tile of the grid after each other."""
+    height, width = (torch.arange(n, device=labels.device) for n in labels.shape)
+    tile = height[:, None] // TILE[0] * len(width) + width // TILE[1]
     return tile.flatten().argsort(stable=True)
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from matching import Grid, Reference, similarities, top_k_near
 
+View = tuple[Grid, torch.Tensor]  # features, and the set of each position
+
 TEMPERATURE = 0.07  # divides similarities before the softmax that weighs labels
 
 
@@ -19,22 +21,22 @@ class Sets:
     """The sets of features to match with, and their update online (Hu, Huang, Schwing, 2018).
 
     Args:
-        grid: the reference frame.
-        labels: (H, W) integers, the set of each position; -1 is in none.
+        views: of the reference frame, each a grid and (H, W) integers, the set of each position;
+            -1 is in none.
         sets: how many there are.
         frames: features of at most this many later frames are kept; those of the oldest leave
             first, those of reference frames never.
     """
 
-    def __init__(self, grid: Grid, labels: torch.Tensor, sets: int, frames: int = 5):
-        self.given: list[tuple[Grid, torch.Tensor]] = []
-        self.later: deque[tuple[Grid, torch.Tensor]] = deque(maxlen=frames)
-        self.add(grid, labels, sets)
+    def __init__(self, views: list[View], sets: int, frames: int = 5):
+        self.given: list[View] = []
+        self.later: deque[View] = deque(maxlen=frames)
+        self.add(views, sets)
 
-    def add(self, grid: Grid, labels: torch.Tensor, sets: int) -> None:
+    def add(self, views: list[View], sets: int) -> None:
         """Another reference frame; there may be more sets now than before."""
         self.sets = sets
-        self.given.append((grid, labels))
+        self.given += views
         self._gather()
 
     def update(self, grid: Grid, labels: torch.Tensor) -> None:
@@ -45,7 +47,7 @@ class Sets:
 
     def _gather(self) -> None:
         grids, labels = zip(*self.given, *self.later)
-        self.reference = Reference(list(grids), torch.stack(labels), self.sets)
+        self.reference = Reference(list(grids), labels, self.sets)
 
 
 class Recent:

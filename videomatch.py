@@ -8,6 +8,7 @@ Run by itself it shows the probabilities:
 
 import argparse
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -22,10 +23,11 @@ import visualize
 from decoder import Decoder
 from encoder import Encoder
 from matching import Grid, soft_match
-from memory import Past, Recent, Sets
+from memory import Past, Recent, Sets, View
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
+CLOSER = (2.0, 4.0)  # how many times nearer the reference frame is looked at too
 VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
 
 
@@ -126,8 +128,9 @@ class VideoMatch(nn.Module):
         self._previous = mask.cpu().numpy().astype(np.uint8)
         new = [i for i in _objects(mask) if i not in self.object_ids]
         self.object_ids += new
-        for memory in (*self._recent, *self._past):
-            memory.widen(len(self.object_ids) + 1)
+        for recent, past in zip(self._recent, self._past):
+            recent.widen(len(self.object_ids) + 1)
+            past.widen(len(self.object_ids) + 1)
         self._refer(image[None], mask[None])
 
     def _refer(self, image: torch.Tensor, mask: torch.Tensor) -> None:
@@ -136,15 +139,15 @@ class VideoMatch(nn.Module):
             self._reference_share[i] = ((mask == i).float().mean().item()
                                         or self._reference_share.get(i, 0.0))
         self._seen, _ = self._encode(image)
-        labels = cell_labels(mask, self._seen[0].shape)  # (B, h, w)
-        sets = torch.full_like(labels, -1)
-        for i, object_id in enumerate((0, *self.object_ids)):
-            sets[labels == object_id] = i
+        views = [[view] for view in zip(self._seen, self._sets_of(mask, self._seen[0].shape))]
+        if self.method == "memory" and not self.training:
+            for frame, x, y in zip(views, image, mask):
+                frame += self._closer(x, y)
         count = len(self.object_ids) + 1
         if self._sets:
-            self._sets[0].add(self._seen[0], sets[0], count)
+            self._sets[0].add(views[0], count)
         else:
-            self._sets = [Sets(grid, labels, count) for grid, labels in zip(self._seen, sets)]
+            self._sets = [Sets(frame, count) for frame in views]
             self._recent = [Recent(self.recent) for _ in self._seen]
             # the frames of a clip to train on lie apart already
             self._past = [Past(every=1) if self.training else Past() for _ in self._seen]
@@ -152,11 +155,34 @@ class VideoMatch(nn.Module):
             found = torch.stack([mask == i for i in (0, *self.object_ids)], 1).float()
             self.remember(found, given=True)
 
-    def _encode(self, image: torch.Tensor) -> tuple[list[Grid], list[torch.Tensor]]:
+    def _sets_of(self, mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """(B, H, W) object ids -> (B, h, w) the set of each feature cell."""
+        labels = cell_labels(mask, shape)
+        sets = torch.full_like(labels, -1)
+        for i, object_id in enumerate((0, *self.object_ids)):
+            sets[labels == object_id] = i
+        return sets
+
+    def _closer(self, image: torch.Tensor, mask: torch.Tensor) -> Iterator[View]:
+        """(3, H, W) and (H, W): how each object and what is around it would look from nearer.
+
+        An object that comes closer is matched with these.
+        """
+        mask = F.interpolate(mask[None, None].float(), size=image.shape[1:],
+                             mode="nearest-exact")[0, 0].long()
+        for object_id in set(self.object_ids) & set(mask.unique().tolist()):
+            for scale in CLOSER:
+                part = around(mask == object_id, scale)
+                (grid,), _ = self._encode(image[None, :, *part], scale)
+                yield grid, self._sets_of(mask[None, *part], grid.shape)[0]
+
+    def _encode(self, image: torch.Tensor,
+                scale: float = 1.0) -> tuple[list[Grid], list[torch.Tensor]]:
         """(B, 3, H, W) -> the enlarged feature grid of each frame, and the features of levels."""
-        if self.zoom != 1 and not self.training:
-            image = F.interpolate(image, scale_factor=self.zoom, mode="bilinear",
-                                  align_corners=False, antialias=self.zoom < 1)
+        scale = 1.0 if self.training else self.zoom * scale
+        if scale != 1:
+            image = F.interpolate(image, scale_factor=scale, mode="bilinear",
+                                  align_corners=False, antialias=scale < 1)
         with torch.autocast(self.device.type, self.precision,
                             enabled=self.precision != torch.float32):
             features, levels = self.encoder.pyramid(image)
@@ -365,6 +391,22 @@ def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
             share = F.adaptive_avg_pool2d((frame == object_id)[None].float(), shape)[0]
             grid.view(-1)[share.argmax()] = object_id
     return cells
+
+
+def around(mask: torch.Tensor, scale: float) -> tuple[slice, slice]:
+    """Rows and columns of the part of a frame that shows an object `scale` times as near.
+
+    Args:
+        mask: (H, W) bool, somewhere true: the object, whose middle is that of the part, or as
+            close to it as the frame's edges allow.
+    """
+    part = []
+    for found, side in zip(mask.nonzero(as_tuple=True), mask.shape):
+        length = max(1, round(side / scale))
+        middle = (int(found.min()) + int(found.max()) + 1) / 2
+        first = min(max(0, round(middle - length / 2)), side - length)
+        part.append(slice(first, first + length))
+    return part[0], part[1]
 
 
 def extrude(mask: np.ndarray, distance: float) -> np.ndarray:

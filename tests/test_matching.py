@@ -17,7 +17,8 @@ def enlarge(features, shape):
 
 def similarities(query, references, labels, shape):
     """For each set, every similarity in float64."""
-    others, labels = torch.cat([enlarge(r, shape) for r in references]), labels.flatten()
+    others = torch.cat([enlarge(r, x.shape) for r, x in zip(references, labels)])
+    labels = torch.cat([x.flatten() for x in labels])
     return [enlarge(query, shape) @ others[labels == i].T for i in range(int(labels.max()) + 1)]
 
 
@@ -98,6 +99,20 @@ def test_sets_of_any_size(factor, sizes):
             similarity = enlarge(query, scores.shape[1:]) @ others.T
             expected = similarity.topk(min(20, size), dim=1).values.mean(1).view(scores.shape[1:])
             torch.testing.assert_close(scores[i].double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("enlarge_first", [False, True])
+@pytest.mark.parametrize("factor", [1, 2.5])
+def test_reference_frames_of_several_sizes(factor, enlarge_first):
+    query, (first,), labels = draw(4, 40, 8, 10, factor)
+    _, (second,), more = draw(5, 40, 5, 13, factor)
+    grids = [Grid(x, factor) for x in (query, first, second)]
+    for grid in grids:
+        grid.is_small = grid.is_small and not enlarge_first
+    labels = [labels[0], more[0]]
+    scores = soft_match(grids[0], Reference(grids[1:], labels, 2), 5)
+    expected = dense(query, [first, second], labels, 5, scores.shape[1:])
+    torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("factor", [1, 2])

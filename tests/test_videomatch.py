@@ -13,7 +13,7 @@ from PIL import Image
 import preprocess
 import videomatch
 from encoder import Encoder
-from videomatch import VideoMatch, cell_labels, extrude
+from videomatch import VideoMatch, around, cell_labels, extrude
 
 
 def frame(step, ids=(1,), scale=1):
@@ -265,3 +265,40 @@ def test_zoom_enlarges_frames_in_use_only():
         torch.testing.assert_close(model.predict(images[1]), expected)
         model.train().set_reference(images[0], mask)
         assert model._seen[0].features.shape[1:] == (4, 6)
+
+
+@pytest.mark.parametrize("box", [(20, 40, 30, 60), (0, 3, 90, 96), (0, 64, 0, 96), (63, 64, 0, 1)])
+@pytest.mark.parametrize("scale", [1.0, 2.0, 4.0, 100.0])
+def test_a_closer_part_has_the_object_in_its_middle(box, scale):
+    top, bottom, left, right = box
+    mask = torch.zeros(64, 96, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    rows, columns = around(mask, scale)
+    assert rows.stop - rows.start == max(1, round(64 / scale))
+    assert columns.stop - columns.start == max(1, round(96 / scale))
+    for part, start, end, side in ((rows, top, bottom, 64), (columns, left, right, 96)):
+        assert part.start >= 0 and part.stop <= side
+        off = (part.start + part.stop) / 2 - (start + end) / 2
+        assert abs(off) <= 1 or (off > 0 and part.start == 0) or (off < 0 and part.stop == side)
+
+
+def test_an_object_that_comes_closer_matches_the_closer_views():
+    torch.manual_seed(0)
+    model = VideoMatch(Encoder("mobilenet"), 1.0, top_k=1, recent=1).eval()
+    image = torch.randn(3, 96, 128)
+    image = F.interpolate(F.avg_pool2d(image, 8)[None], size=(96, 128), mode="bilinear")[0] * 5
+    mask = torch.zeros(96, 128, dtype=torch.uint8)
+    mask[40:60, 50:80] = 1
+    middle = np.s_[26:74, 33:97]  # half the height and width, around the object
+    closer = F.interpolate(image[None, :, *middle], scale_factor=2, mode="bilinear")[0]
+    with torch.no_grad():
+        model.set_reference(image, mask)
+        model.predict(closer)
+        # each cell finds itself, in its own set
+        labels = cell_labels(torch.as_tensor(mask[None, *middle]), model.scores.shape[2:])
+        found = model.scores[0].gather(0, labels)[0]
+        torch.testing.assert_close(found, torch.ones_like(found), atol=1e-4, rtol=0)
+        model.method = "paper"
+        model.set_reference(image, mask)
+        model.predict(closer)
+        assert model.scores[0].gather(0, labels)[0].mean() < 0.99
