@@ -154,13 +154,15 @@ class Davis:
 
 
 def split(sequences: list[Sequence], share: float, seed: int) -> tuple[list, list]:
-    """Hold out whole sequences, at least one: (training, held out).
+    """Hold out whole sequences, at least one, or none where `share` is 0: (training, held out).
 
     Raises:
-        ValueError: `share` isn't in (0, 1), or nothing would be left to train on.
+        ValueError: `share` isn't in [0, 1), or nothing would be left to train on.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"--validation_size must be between 0 and 1, got {share}")
+    if not 0 <= share < 1:
+        raise ValueError(f"--validation_size must be at least 0 and below 1, got {share}")
+    if share == 0 and sequences:
+        return list(sequences), []
     if len(sequences) < 2:
         raise ValueError("training needs at least two sequences: one to train on, one held out")
     count = min(max(1, round(share * len(sequences))), len(sequences) - 1)
@@ -198,11 +200,12 @@ class Pairs(Dataset):
                     for image, mask in pair]
         return tuple(torch.stack(tensors) for tensors in zip(*pair))
 
-    def _reference(self, sequence: Sequence, rng) -> tuple[int, np.ndarray, int]:
-        """A random frame in which there is an object, its mask, and one of its objects."""
+    def _reference(self, sequence: Sequence, rng,
+                   wanted: int | None = None) -> tuple[int, np.ndarray, int]:
+        """A random frame with an object (`wanted`, or any), its mask, and one of its objects."""
         for frame in rng.permutation(len(sequence)).tolist():
             mask = sequence.mask(frame)
-            ids = np.unique(mask[mask > 0])
+            ids = np.unique(mask[mask > 0] if wanted is None else mask[mask == wanted])
             if len(ids):
                 return frame, mask, int(rng.choice(ids))
         raise ValueError(f"{sequence.masks[0].parent}: no object in any mask")
@@ -226,7 +229,7 @@ class Clips(Pairs):
     DOUBLES = 0.3  # of the pasted objects
 
     def __init__(self, sequences: list[Sequence], augment: preprocess.Augment, frames: int = 4,
-                 gap: int = 5, paste: float = 0.4):
+                 gap: int = 5, paste: float = 0.6):
         super().__init__(sequences, augment)
         self.sequences = sequences
         self.length, self.gap, self.paste = frames, gap, paste
@@ -237,48 +240,56 @@ class Clips(Pairs):
         rng = np.random.default_rng(seed)
         reference, mask, object_id = self._reference(sequence, rng)
         step = int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
-        last = len(sequence) - 1
-        chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
-        chosen = [min(max(i, 0), last) for i in chosen]  # mirrored at both ends
+        chosen = self._walk(sequence, start, step)
         far = rng.random() < 0.5 or not (sequence.mask(chosen[0]) == object_id).any()
         if far:
             chosen[0] = reference
         frames = [(sequence.image(i), (sequence.mask(i) == object_id).astype(np.uint8))
                   for i in chosen]
         if rng.random() < self.paste:
-            frames = self._pasted(frames, sequence, far, rng)
+            frames = self._pasted(frames, sequence, step, far, rng)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             first = [self.augment(*frames[0])] if far else []
             clip = self.augment.clip(frames[1:] if far else frames)
         return tuple(torch.stack(parts) for parts in zip(*first, *clip))
 
-    def _pasted(self, frames: list, own: Sequence, far: bool, rng) -> list:
+    def _walk(self, sequence: Sequence, start: int, step: int) -> list[int]:
+        """Frames of a clip, mirrored at both ends of the sequence."""
+        last = len(sequence) - 1
+        chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
+        return [min(max(i, 0), last) for i in chosen]
+
+    def _pasted(self, frames: list, own: Sequence, step: int, far: bool, rng) -> list:
         """The frames with another object in front, which may be the one to find.
 
         It is of another sequence, or, where its place tells it from the first, the double of one
-        of this sequence.
+        of this sequence. It moves as it did there, and on a way of its own besides.
         """
         others = [s for s in self.sequences if s != own]
         double = not others or not far and rng.random() < self.DOUBLES
         other = own if double else others[rng.integers(len(others))]
-        at, mask, object_id = self._reference(other, rng)
-        image, mask = other.image(at), (mask == object_id).astype(np.uint8)
-        y, x = np.nonzero(mask)
-        center = np.array([(x.min() + x.max()) / 2, (y.min() + y.max()) / 2])
+        start, _, object_id = self._reference(other, rng)
+        chosen = self._walk(other, start, step)
+        if far:
+            chosen[0], _, _ = self._reference(other, rng, object_id)
         height, width = frames[0][1].shape
         scale = rng.uniform(0.4, 1.1)
         place = rng.uniform(0.1, 0.9, 2) * (width, height)
         motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.06)
         wanted = rng.random() < 0.5
         result = []
-        for i, (frame, truth) in enumerate(frames):
+        for i, ((frame, truth), index) in enumerate(zip(frames, chosen)):
+            mask = (other.mask(index) == object_id).astype(np.uint8)
+            if mask.any() and (i == 0 or far and i == 1):
+                y, x = np.nonzero(mask)
+                center = np.array([(x.min() + x.max()) / 2, (y.min() + y.max()) / 2])
             if far and i == 1:
                 place = rng.uniform(0.1, 0.9, 2) * (width, height)
             matrix = cv2.getRotationMatrix2D(center.tolist(), turn * i, scale * grow ** i)
             matrix[:, 2] += place + motion * i - center
-            moved = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)
-            front = cv2.warpAffine(mask * 255, matrix, (width, height), flags=cv2.INTER_LINEAR)
+            moved, front = (cv2.warpAffine(x, matrix, (width, height), flags=cv2.INTER_LINEAR)
+                            for x in (other.image(index), mask * 255))
             alpha = (cv2.GaussianBlur(front, (3, 3), 0) / 255)[..., None]
             frame = (frame * (1 - alpha) + moved * alpha).astype(np.uint8)
             front = (front > 127).astype(np.uint8)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 WIDTHS = (32, 48, 96, 96)  # channels of the decoder, finest level first
+SURVEY = 64  # channels of one level more, half as fine as the coarsest features
 GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
 
 
@@ -37,6 +38,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """From the coarsest features to the finest, the evidence beside them at every level.
 
+    It begins at half the resolution of the coarsest: an object that fills the frame has parts that
+    resemble nothing known, and only what lies around them tells that they belong to it.
+
     Args:
         evidence: channels of what is known of an object at a position.
         channels: of the features, finest first; as many levels as `WIDTHS` has, or fewer.
@@ -44,7 +48,8 @@ class Decoder(nn.Module):
 
     def __init__(self, evidence: int, channels: tuple[int, ...]):
         super().__init__()
-        widths = WIDTHS[:len(channels)]
+        widths = (*WIDTHS[:len(channels)], SURVEY)
+        channels = (*channels, channels[-1])
         below = (*widths[1:], 0)
         self.blocks = nn.ModuleList(Block(c, evidence + b, w)
                                     for c, b, w in zip(channels, below, widths))
@@ -60,6 +65,7 @@ class Decoder(nn.Module):
         Returns:
             (B, N, h, w).
         """
+        features = [*features, F.avg_pool2d(features[-1], 2, ceil_mode=True)]
         projected = [block.project_shared(level) for block, level in zip(self.blocks, features)]
         # one by one: five at once take eight times as long as one, since caches are small
         return torch.stack([self._decode(own, projected) for own in evidence.unbind(1)], 1)

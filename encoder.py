@@ -1,7 +1,8 @@
 """Truncated ImageNet backbones.
 
 VideoMatch compares features from the middle of a network, where they still know where they are.
-The layers around serve the refinement of masks.
+The narrow layers of MobileNetV2 say little alone, so a deeper one, which knows what is there, is
+joined to it. The layers around serve the refinement of masks.
 """
 
 import copy
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -40,26 +42,32 @@ def _mobilenet_v2():
 class Backbone:
     build: Callable[[], nn.Sequential]
     layer: str  # whose features are matched, in the words of the architecture
-    index: int  # of that layer in the backbone
-    channels: int
+    levels: dict[int, int]  # index and channels of each layer that is looked at, finest first
+    matched: tuple[int, ...]  # those whose features are matched, joined at the first one's stride
     stride: int  # pixels per feature cell
+    frozen: int  # so many layers at the start keep their ImageNet weights in training
     prefix: str  # of the kept parameters in torchvision's state dict
     imagenet: models.WeightsEnum
-    others: dict[int, int]  # layers whose features refine a mask too: index and channels
 
     @property
-    def levels(self) -> dict[int, int]:
-        """Index and channels of every layer that is looked at, the finest first."""
-        return dict(sorted({self.index: self.channels, **self.others}.items()))
+    def channels(self) -> int:
+        """Of the features that are matched."""
+        return sum(self.levels[i] for i in self.matched)
+
+    @property
+    def finest(self) -> int:
+        """Channels of the first of the matched layers."""
+        return self.levels[self.matched[0]]
 
 
 BACKBONES = {
-    "vgg": Backbone(_vgg19, "conv4_4", 26, 512, 8, "features.", models.VGG19_Weights.IMAGENET1K_V1,
-                    {17: 256}),
-    "resnet": Backbone(_resnet101, "layer2", 5, 512, 8, "", models.ResNet101_Weights.IMAGENET1K_V1,
-                       {4: 256}),
-    "mobilenet": Backbone(_mobilenet_v2, "features.13", 13, 96, 16, "features.",
-                          models.MobileNet_V2_Weights.IMAGENET1K_V1, {3: 24, 6: 32, 16: 160}),
+    "vgg": Backbone(_vgg19, "conv4_4", {17: 256, 26: 512}, (26,), 8, 5, "features.",
+                    models.VGG19_Weights.IMAGENET1K_V1),
+    "resnet": Backbone(_resnet101, "layer2", {4: 256, 5: 512}, (5,), 8, 4, "",
+                       models.ResNet101_Weights.IMAGENET1K_V1),
+    "mobilenet": Backbone(_mobilenet_v2, "features.13 and features.16",
+                          {3: 24, 6: 32, 13: 96, 16: 160}, (13, 16), 16, 4, "features.",
+                          models.MobileNet_V2_Weights.IMAGENET1K_V1),
 }
 
 
@@ -117,7 +125,8 @@ class Encoder(nn.Module):
 
     The parameters start random; `load_imagenet` or a checkpoint fills them. BatchNorm layers
     always use their stored statistics, in training too: with a batch of one or two frames
-    the running statistics would drift.
+    the running statistics would drift. The first layers, which see edges and colours, are not
+    trained: a step takes less time.
     """
 
     def __init__(self, name: str):
@@ -128,17 +137,29 @@ class Encoder(nn.Module):
         self.spec = BACKBONES[name]
         # NHWC: on a CPU MobileNetV2 takes half the time (docs/performance.md)
         self.backbone = Layers(self.spec.build()).to(memory_format=torch.channels_last)
+        for layer in islice(self.backbone, self.spec.frozen):
+            layer.requires_grad_(False)
         # to train: the same layers without BatchNorm or values; in a tuple it's no submodule
         self._folded = (_fold(copy.deepcopy(self.backbone)).to("meta"),)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w), about H and W / stride."""
-        return self._run(image, (self.spec.index,))[self.spec.index]
+        return self._joined(self._run(image, self.spec.matched))
 
     def pyramid(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The same, and the features of all `levels` of the backbone, the finest first."""
         levels = self._run(image, self.spec.levels)
-        return levels[self.spec.index], list(levels.values())
+        return self._joined(levels), list(levels.values())
+
+    def _joined(self, levels: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The matched features of a frame: several layers weigh alike in a cosine similarity."""
+        first, *others = (levels[i] for i in self.spec.matched)
+        if not others:
+            return first
+        others = [F.interpolate(level, size=first.shape[-2:], mode="bilinear",
+                                align_corners=False) for level in others]
+        return torch.cat([F.normalize(level.float(), dim=1) for level in (first, *others)],
+                         1).to(first.dtype)
 
     def _run(self, image: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
         """The output of some layers, by their index; none behind the last of them runs."""

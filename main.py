@@ -42,6 +42,9 @@ RECENT = 3  # frames
 # flags that change no mask
 HARMLESS = {"mode", "logger", "dataset", "set", "sequences", "model_load", "workers",
             "results_dir", "visualize", "overwrite"}
+# in the words of PyTorch, of oneDNN and of Python's threads
+OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
+                 "could not create a memory", "can't start new thread")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -129,7 +132,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight_decay", "-w", metavar="DECAY", type=float, default=0.0,
         help="of Adam; raise it when held-out IoU falls while the loss does too (default: 0)")
     add("--validation_size", "-vs", metavar="SHARE", type=float, default=0.1,
-        help="share of the sequences held out, whole, to choose the best weights (default: 0.1)")
+        help="share of the sequences held out, whole, to choose the best weights; 0 trains on all "
+             "and keeps the last weights (default: 0.1)")
     add("--loss_function", "-lf", choices=train.LOSSES, nargs="+", default=["dice", "bce"],
         help="one, or several to add up; balancedbce for small objects (default: dice bce)")
     add("--val_report", "-r", metavar="ITERS", type=int, default=100,
@@ -198,16 +202,16 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
         {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
         distributed.end()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         log.debug("where the error came from:", exc_info=True)
-        print(f"main.py: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            message = ("out of memory, which a smaller --input_image_shape and --upsample_factor "
+                       "need less of, in training a smaller --batch_size too")
+        elif isinstance(error, OSError | ValueError):
+            message = one_line(error)
+        else:
             raise
-        print("main.py: error: out of memory, which a smaller --input_image_shape and "
-              "--upsample_factor need less of, in training a smaller --batch_size too",
-              file=sys.stderr)
+        print(f"main.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -215,9 +219,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return (isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-            or "can't allocate memory" in str(error))
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error, or one that it came from, says so."""
+    return error is not None and (
+        isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        or any(words in str(error) for words in OUT_OF_MEMORY)
+        or is_out_of_memory(error.__cause__))
 
 
 def one_line(error: Exception) -> str:
@@ -262,6 +269,7 @@ def check(args: argparse.Namespace) -> None:
                or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",
                "transparent, blur or a colour such as #00ff00", args.cutout)
 
+
 def device_of(name: str | None) -> torch.device:
     """The device that --cuda_device names, or the best there is.
 
@@ -285,6 +293,7 @@ def device_of(name: str | None) -> torch.device:
                          "CUDA devices, use -c cpu to run on the processor")
     return torch.device("cuda", int(name))
 
+
 def build_model(args: argparse.Namespace) -> VideoMatch:
     """The model that the flags describe: from a checkpoint, or new on ImageNet weights."""
     name = args.encoder or "mobilenet"
@@ -303,6 +312,7 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
     return configure(VideoMatch(encoder, factor, k, recent=recent, zoom=zoom), args)
 
+
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
     if args.encoder_weights is not None:
         raise ValueError(f"--encoder_weights contradicts the checkpoint {path}, which brings "
@@ -311,9 +321,11 @@ def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
     if args.encoder not in (None, model.encoder.name):
         raise ValueError(f"--encoder {args.encoder} contradicts the checkpoint {path}, whose "
                          f"encoder is {model.encoder.name}")
-    log.info("checkpoint %s: encoder %s, held-out IoU %.3f", path, model.encoder.name,
-             model.facts.get("held_out_iou", float("nan")))
+    iou = model.facts.get("held_out_iou")
+    log.info("checkpoint %s: encoder %s%s", path, model.encoder.name,
+             "" if iou is None else f", held-out IoU {iou:.3f}")
     return model
+
 
 def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     """Set what the flags name, move to the device, and say how the model matches."""
@@ -330,14 +342,17 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
              model.encoder.name, model.upsample_factor, model.top_k, model.temperature, device)
     return model.to(device)
 
+
 def data(args: argparse.Namespace) -> Davis:
     with distributed.first_alone():
         root = demo.make() if args.demo else args.dataset
     year = args.year or ("2017" if args.demo else "2016")
     return Davis(root, year, set_name(args), args.sequences)
 
+
 def set_name(args: argparse.Namespace) -> str:
     return args.set or ("val" if args.mode == "eval" else "train")
+
 
 def run_train(args: argparse.Namespace) -> None:
     training, held_out = split(data(args).sequences, args.validation_size, args.seed)
@@ -346,8 +361,9 @@ def run_train(args: argparse.Namespace) -> None:
     frames = sum(len(sequence) for sequence in training)
     iterations = args.epochs * (-(-frames // args.batch_size) if args.iters == -1 else args.iters)
     log.info("%d sequences to train on, held out: %s", len(training),
-             ", ".join(sequence.name for sequence in held_out))
+             ", ".join(sequence.name for sequence in held_out) or "none")
     train.train(model, training, held_out, options_of_training(args, model, iterations))
+
 
 def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
@@ -360,6 +376,7 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
         patience=args.patience, workers=args.workers, seed=args.seed,
         plot=args.loss_visualization, resume=args.resume)
 
+
 def run_eval(args: argparse.Namespace) -> None:
     sequences = data(args).sequences
     model = model_in_use(args)
@@ -371,6 +388,7 @@ def run_eval(args: argparse.Namespace) -> None:
         facts=facts(args, model), overwrite=args.overwrite or args.demo,
         adapt=adaptation(args, model)))
 
+
 def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
     """What the results depend on: flags that aren't the default, weights, versions."""
     default = parse_args([])
@@ -379,6 +397,7 @@ def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
     return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
             "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
+
 
 def model_in_use(args: argparse.Namespace) -> VideoMatch:
     """A model that won't be trained."""
@@ -390,11 +409,13 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
                                  ("fp16" if model.device.type == "cuda" else "fp32")]
     return model
 
+
 def adaptation(args: argparse.Namespace, model: VideoMatch):
     """What --finetune asks for."""
     if not args.finetune:
         return None
     return partial(train.finetune, options=options_of_training(args, model, args.finetune))
+
 
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
@@ -406,6 +427,7 @@ def run_segment(args: argparse.Namespace) -> None:
         segmentation_shape=args.segmentation_shape, threshold=args.fg_thresh,
         remove_outliers=not args.leave_outliers, adapt=adaptation(args, model)))
     print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
+
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
@@ -429,6 +451,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
     preprocess.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}
+
 
 if __name__ == "__main__":
     sys.exit(main())

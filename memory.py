@@ -69,6 +69,11 @@ class Recent:
         self.grids.append(grid)
         self.labels.append(labels)
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(H, W) of the frames' enlarged grids; None before the first."""
+        return self.grids[0].shape if self.grids else None
+
     def widen(self, sets: int) -> None:
         """There are more objects now, which no frame so far knows of."""
         self.labels = deque((_widened(labels, sets) for labels in self.labels),

@@ -203,7 +203,7 @@ class Augment:
         random: False resizes to `shape` and changes nothing else.
     """
 
-    SCALE = (0.35, 1.0)  # of a crop's area
+    SCALE = (0.15, 1.0)  # of a crop's area
     CROPS = 10  # tries at a crop that keeps enough of the object
     KEEP = 0.25  # of the object's share of the frame
     ZOOM = 0.12  # logarithm of the largest change of scale from a frame of a clip to the next

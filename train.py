@@ -87,14 +87,16 @@ class Options:
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
           options: Options) -> float:
-    """Fit the encoder; keep the weights with the best IoU on the held-out sequences.
+    """Fit the model; keep the weights with the best IoU on the held-out sequences.
+
+    Where none are held out, those of the last iteration.
 
     Ctrl+C ends training after the running iteration, as if it had been the last one. After every
     report all that it takes to go on is kept beside the weights (.state); nothing random is, as a
     clip depends on its index alone.
 
     Returns:
-        The best held-out IoU, in [0, 1].
+        The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
         ValueError: `options.resume`, and the state is that of a run with other options.
@@ -131,7 +133,9 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         log.info("interrupted after iteration %d, --resume goes on from there", iteration)
     elif report.stale >= options.patience:
         log.info("stopped early: no better IoU in %d reports", report.stale)
-    log.info("best held-out IoU %.4f, saved in %s", report.best, options.save)
+    if held_out:
+        log.info("best held-out IoU %.4f", report.best)
+    log.info("saved in %s", options.save)
     return report.best
 
 
@@ -140,7 +144,8 @@ def optimizer_of(model: VideoMatch, options: Options):
     rates = {model.encoder: options.learning_rate}
     if model.recent:
         rates[model.decoder] = DECODER_RATE * options.learning_rate
-    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
+              for part, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, list(rates.values()), total_steps=options.iterations + 1, pct_start=WARM_UP)
@@ -265,23 +270,26 @@ class Report:
     def __call__(self, iteration: int) -> None:
         part = validate(self.model, distributed.share(self.held_out), self.options.shape)
         scores = sum(distributed.gather(part), [])
-        iou = math.fsum(scores) / len(scores)  # exact, in whatever order they come
+        # exact, in whatever order they come
+        iou = math.fsum(scores) / len(scores) if scores else math.nan
         losses = sum(distributed.gather(self.losses), [])
         loss = math.fsum(losses) / len(losses) if losses else None
         self.losses = []
-        line = {"iteration": iteration, "loss": loss, "held_out_iou": iou,
+        line = {"iteration": iteration, "loss": loss, "held_out_iou": iou if scores else None,
                 "seconds": round(time.monotonic() - self.start, 1)}
         self.history.append(line)
-        log.info("iteration %d: loss %s, held-out IoU %.4f", iteration,
-                 "-" if loss is None else f"{loss:.4f}", iou)
-        better = iou > self.best
+        log.info("iteration %d: loss %s, held-out IoU %s", iteration,
+                 *("-" if value is None else f"{value:.4f}"
+                   for value in (loss, line["held_out_iou"])))
+        better = iou > self.best or not scores
         self.best, self.stale = (iou, 0) if better else (self.best, self.stale + 1)
         if distributed.rank():
             return
         files.write(self.options.save.with_suffix(".jsonl"),
                     "".join(json.dumps(line) + "\n" for line in self.history))
         if better:
-            self.model.save(self.options.save, held_out_iou=iou, iteration=iteration,
+            held_out = {"held_out_iou": iou} if scores else {}
+            self.model.save(self.options.save, iteration=iteration, **held_out,
                             held_out=[s.name for s in self.held_out])
         if self.options.plot and len(self.history) > 1:
             visualize.curves(self.options.save.with_suffix(".png"), self.history)

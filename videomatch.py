@@ -188,6 +188,10 @@ class VideoMatch(nn.Module):
             features, levels = self.encoder.pyramid(image)
         return [Grid(frame, self.upsample_factor) for frame in features], levels
 
+    def _finest(self, grid: Grid) -> Grid:
+        """The layer that knows best where things are, for matching near a position."""
+        return Grid(grid.features[:self.encoder.spec.finest], grid.factor)
+
     def remember(self, probabilities: torch.Tensor, given: bool = False) -> None:
         """Keep the frames that `predict` saw last for those to come.
 
@@ -198,7 +202,7 @@ class VideoMatch(nn.Module):
         cells = F.interpolate(probabilities, size=self._seen[0].shape, mode="bilinear",
                               align_corners=False, antialias=True)
         for recent, past, grid, labels in zip(self._recent, self._past, self._seen, cells):
-            recent.add(grid, labels)
+            recent.add(self._finest(grid), labels)
             past.add(grid.features, labels, given)
 
     def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
@@ -211,11 +215,18 @@ class VideoMatch(nn.Module):
         Returns:
             (N+1, H, W) or (B, N+1, H, W) float32 that sum to 1 over the channels: background,
             then `object_ids` in order. Differentiable.
+
+        Raises:
+            RuntimeError: there is no reference frame yet.
+            ValueError: the method is "memory", and the frame's size isn't that of the reference.
         """
         if not self._sets:
             raise RuntimeError("predict needs a reference frame: call set_reference first")
         images = image.to(self.device).view(-1, *image.shape[-3:])
         self._seen, levels = self._encode(images)
+        if self.method == "memory" and self._seen[0].shape != self._recent[0].shape:
+            raise ValueError(f"expected a frame of the reference frame's size, got "
+                             f"{tuple(image.shape[-2:])}")
         self.scores = torch.stack([soft_match(grid, sets.reference, self.top_k)
                                    for grid, sets in zip(self._seen, self._sets)])
         if self.method == "memory":
@@ -238,7 +249,7 @@ class VideoMatch(nn.Module):
         """(B, N, EVIDENCE, h, w): what speaks for each object and against it."""
         frames = []
         for scores, grid, recent, past in zip(self.scores, self._seen, self._recent, self._past):
-            labels, similarity = recent.propagate(grid)  # (N+1, h, w), (h, w)
+            labels, similarity = recent.propagate(self._finest(grid))  # (N+1, h, w), (h, w)
             far = F.interpolate(past.propagate(grid.features)[None], size=grid.shape,
                                 mode="bilinear", align_corners=False)[0]
             before, objects = recent.labels[-1], []

@@ -129,15 +129,16 @@ def curves(path: str | Path, history: list[dict]) -> None:
     """Write the training loss and the held-out IoU over iterations to a PNG.
 
     Args:
-        history: reports with `iteration`, `loss` (None before the first) and `held_out_iou`.
+        history: reports with `iteration`, `loss` (None before the first) and `held_out_iou`
+            (None where no sequences are held out).
     """
     plt = _pyplot()
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
     iterations = [report["iteration"] for report in history]
-    losses = [np.nan if report["loss"] is None else report["loss"] for report in history]
+    losses, ious = ([np.nan if report[name] is None else report[name] for report in history]
+                    for name in ("loss", "held_out_iou"))
     top.plot(iterations, losses, marker=".")
     top.set_ylabel("training loss")
-    ious = [report["held_out_iou"] for report in history]
     bottom.plot(iterations, ious, marker=".", color="tab:green")
     bottom.set_ylabel("IoU on held-out sequences")
     bottom.set_xlabel("iteration")

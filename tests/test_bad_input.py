@@ -260,7 +260,7 @@ FLAGS = {  # of an evaluation
     "-j first.png": "first.png",
     "-j first.png/out": "first.png",
     "-j /proc/out": "/proc/out",
-    "-m train -vs 0": "--validation_size",
+    "-m train -vs -0.1": "--validation_size",
     "-m train -vs 1": "--validation_size",
     "-m train -q ant": "two sequences",
     "-m train -b 0": "--batch_size",

@@ -139,7 +139,8 @@ def sequences(count: int) -> list[Sequence]:
 
 
 @pytest.mark.parametrize("count, share, held_out", [
-    (10, 0.2, 2), (10, 0.01, 1), (2, 0.1, 1), (2, 0.99, 1), (30, 0.15, 4), (5, 0.99, 4)])
+    (10, 0.2, 2), (10, 0.01, 1), (2, 0.1, 1), (2, 0.99, 1), (30, 0.15, 4), (5, 0.99, 4),
+    (5, 0, 0), (1, 0, 0)])
 def test_split_holds_out_whole_sequences(count, share, held_out):
     every = sequences(count)
     training, validation = split(every, share, seed=3)
@@ -156,8 +157,9 @@ def test_split_is_chosen_by_its_seed():
 
 
 @pytest.mark.parametrize("count, share, word", [
-    (5, 0, "--validation_size"), (5, 1, "--validation_size"), (5, -0.1, "--validation_size"),
-    (5, float("nan"), "--validation_size"), (1, 0.2, "two sequences"), (0, 0.2, "two sequences")])
+    (5, 1, "--validation_size"), (5, -0.1, "--validation_size"),
+    (5, float("nan"), "--validation_size"), (1, 0.2, "two sequences"), (0, 0.2, "two sequences"),
+    (0, 0, "two sequences")])
 def test_split_refuses(count, share, word):
     with pytest.raises(ValueError, match=word):
         split(sequences(count), share, 0)

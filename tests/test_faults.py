@@ -204,3 +204,33 @@ def test_a_full_disk_leaves_the_weights_so_far(training, tmp_path):
     after = content(tmp_path / "run")
     assert all(after[path] == before[path] for path in before if path.suffix != ".jsonl")
     assert after.keys() == before.keys()
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = used + int(sys.argv[2]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("megabytes", [20, 120, 2000])
+def test_little_memory_is_enough_or_is_said(megabytes, evaluation, tmp_path, capsys):
+    """With so many megabytes of address space beyond what the imports took."""
+    result = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, ROOT, str(megabytes), *evaluation("short")],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "Traceback" not in result.stderr, result.stderr
+    if megabytes > 1000:
+        assert result.returncode == 0
+    if result.returncode == 0:
+        assert main.main(evaluation("whole")) == 0
+        assert content(tmp_path / "short") == content(tmp_path / "whole")
+    else:
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        assert result.returncode == 2 and len(errors) == 1, result.stderr
+        assert "memory" in errors[0]

@@ -86,7 +86,7 @@ def test_steps_on_clips_lower_the_loss(sequences):
         group["lr"] = 1e-3
     losses = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(12)]
     assert losses[-1] < 0.6 * losses[0]
-    assert all(p.grad is not None for p in model.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
@@ -95,7 +95,10 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
     before = {name: p.clone() for name, p in model.named_parameters()}
     options.iterations, options.report = 2, -1
     best = train.train(model, *sequences, options)
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    # all but MobileNetV2's first layers
+    kept = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert kept == {name for name in before
+                    if name.startswith(tuple(f"encoder.backbone.{i}." for i in range(4)))}
     loaded = VideoMatch.load(options.save)
     assert (loaded.method, loaded.recent) == ("memory", 2)
     if loaded.facts["iteration"] == 2:
@@ -127,6 +130,16 @@ def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options
     assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
     with Image.open(options.save.with_suffix(".png")) as curves:
         assert curves.size[0] > 300
+
+
+def test_without_held_out_sequences_the_last_weights_are_kept(model, sequences, options):
+    options.plot, options.patience = True, 1
+    assert np.isnan(train.train(model, sum(sequences, []), [], options))
+    assert [line["held_out_iou"] for line in reports(options)] == [None] * 3
+    loaded = VideoMatch.load(options.save)
+    assert loaded.facts == {"iteration": 4, "held_out": []}
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
 
 
 def test_validation_at_the_end_only(model, sequences, options):

@@ -267,6 +267,17 @@ def test_zoom_enlarges_frames_in_use_only():
         assert model._seen[0].features.shape[1:] == (4, 6)
 
 
+def test_the_memory_wants_frames_of_one_size():
+    model = VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, recent=1).eval()
+    mask = torch.zeros(64, 96, dtype=torch.uint8)
+    mask[20:40, 30:60] = 1
+    model.set_reference(torch.randn(3, 64, 96), mask)
+    with pytest.raises(ValueError, match=r"reference frame's size, got \(96, 96\)"):
+        model.segment(torch.randn(3, 96, 96))
+    model.method = "matching"
+    assert model.segment(torch.randn(3, 96, 96)).shape == (96, 96)
+
+
 @pytest.mark.parametrize("box", [(20, 40, 30, 60), (0, 3, 90, 96), (0, 64, 0, 96), (63, 64, 0, 1)])
 @pytest.mark.parametrize("scale", [1.0, 2.0, 4.0, 100.0])
 def test_a_closer_part_has_the_object_in_its_middle(box, scale):
