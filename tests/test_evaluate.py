@@ -159,6 +159,15 @@ def slow_writes(monkeypatch):
     return names
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl+C counts, though a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results, slow_writes,
                                                      monkeypatch):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
