@@ -244,8 +244,7 @@ class Clips(Pairs):
         far = rng.random() < 0.5 or not (sequence.mask(chosen[0]) == object_id).any()
         if far:
             chosen[0] = reference
-        frames = [(sequence.image(i), (sequence.mask(i) == object_id).astype(np.uint8))
-                  for i in chosen]
+        frames = self._frames(sequence, chosen, object_id)
         if rng.random() < self.paste:
             frames = self._pasted(frames, sequence, step, far, rng)
         with torch.random.fork_rng(devices=[]):
@@ -259,6 +258,12 @@ class Clips(Pairs):
         last = len(sequence) - 1
         chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
         return [min(max(i, 0), last) for i in chosen]
+
+    @staticmethod
+    def _frames(sequence: Sequence, chosen: list[int], object_id: int) -> list:
+        """Images of the chosen frames, each with the binary mask of one object."""
+        return [(sequence.image(i), (sequence.mask(i) == object_id).astype(np.uint8))
+                for i in chosen]
 
     def _pasted(self, frames: list, own: Sequence, step: int, far: bool, rng) -> list:
         """The frames with another object in front, which may be the one to find.
@@ -279,8 +284,8 @@ class Clips(Pairs):
         motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.06)
         wanted = rng.random() < 0.5
         result = []
-        for i, ((frame, truth), index) in enumerate(zip(frames, chosen)):
-            mask = (other.mask(index) == object_id).astype(np.uint8)
+        pasted = self._frames(other, chosen, object_id)
+        for i, ((frame, truth), (image, mask)) in enumerate(zip(frames, pasted)):
             if mask.any() and (i == 0 or far and i == 1):
                 y, x = np.nonzero(mask)
                 center = np.array([(x.min() + x.max()) / 2, (y.min() + y.max()) / 2])
@@ -289,7 +294,7 @@ class Clips(Pairs):
             matrix = cv2.getRotationMatrix2D(center.tolist(), turn * i, scale * grow ** i)
             matrix[:, 2] += place + motion * i - center
             moved, front = (cv2.warpAffine(x, matrix, (width, height), flags=cv2.INTER_LINEAR)
-                            for x in (other.image(index), mask * 255))
+                            for x in (image, mask * 255))
             alpha = (cv2.GaussianBlur(front, (3, 3), 0) / 255)[..., None]
             frame = (frame * (1 - alpha) + moved * alpha).astype(np.uint8)
             front = (front > 127).astype(np.uint8)

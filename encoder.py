@@ -50,11 +50,6 @@ class Backbone:
     imagenet: models.WeightsEnum
 
     @property
-    def channels(self) -> int:
-        """Of the features that are matched."""
-        return sum(self.levels[i] for i in self.matched)
-
-    @property
     def finest(self) -> int:
         """Channels of the first of the matched layers."""
         return self.levels[self.matched[0]]

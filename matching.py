@@ -218,7 +218,7 @@ def top_k_near(query: Grid, grids: list[Grid], k: int,
         for x in range(0, width, COLUMNS):
             some = row[x:x + COLUMNS]  # (n, C)
             columns = slice(x, x + len(some) + 2 * radius)
-            similarity = torch.matmul(some, near[:, columns].transpose(1, 2)).float()
+            similarity = torch.matmul(some, near[:, columns].transpose(1, 2)).float().contiguous()
             if outside[columns].any():
                 similarity[..., outside[columns]] = NOTHING
             # (L, n, n + 2 * radius), of the query's column i those from i on

@@ -49,7 +49,8 @@ def test_features_are_those_of_the_whole_network(name, tmp_path):
         found, expected = encoder(image), features(image)
     torch.testing.assert_close(found, expected)
     spec = BACKBONES[name]
-    assert found.shape == (1, spec.channels, 64 // spec.stride, 96 // spec.stride)
+    channels = {"vgg": 512, "resnet": 512, "mobilenet": 96 + 160}[name]
+    assert found.shape == (1, channels, 64 // spec.stride, 96 // spec.stride)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet"])
