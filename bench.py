@@ -36,7 +36,7 @@ import evaluate
 import preprocess
 from davis import YEARS, Davis, Sequence
 from encoder import BACKBONES, Encoder
-from main import MATCHING, device_of
+from main import device_of
 from matching import Grid, Reference, soft_match
 from videomatch import cell_labels
 
@@ -120,7 +120,7 @@ def inputs(name: str, shape: tuple[int, int], device: torch.device):
 def measure(name: str, factor: float, frames, repeats: int, device, floor_rates) -> dict:
     """One row of the table; `frames` come from `inputs`."""
     (reference, query), mask, encoding = frames
-    k = MATCHING[name][1]
+    k = BACKBONES[name].top_k
     grid = Grid(reference, factor)
     labels = cell_labels(mask, grid.shape)
     gathered = Reference([grid], labels, sets=2)

@@ -222,7 +222,7 @@ class Clips(Pairs):
 
     Args:
         frames: T.
-        gap: at most this many frames lie between one and the next.
+        gap: at most so many frames from one to the next.
         paste: share of the clips with another object.
     """
 
@@ -272,7 +272,9 @@ class Clips(Pairs):
         of this sequence. It moves as it did there, and on a way of its own besides.
         """
         others = [s for s in self.sequences if s != own]
-        double = not others or not far and rng.random() < self.DOUBLES
+        if far and not others:
+            return frames
+        double = not far and (not others or rng.random() < self.DOUBLES)
         other = own if double else others[rng.integers(len(others))]
         start, _, object_id = self._reference(other, rng)
         chosen = self._walk(other, start, step)

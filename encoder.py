@@ -48,6 +48,11 @@ class Backbone:
     frozen: int  # so many layers at the start keep their ImageNet weights in training
     prefix: str  # of the kept parameters in torchvision's state dict
     imagenet: models.WeightsEnum
+    # what new models match with: of stride 16 small objects have few cells, so enlarge more and
+    # average less
+    factor: float = 1.0
+    top_k: int = 20
+    zoom: float = 1.0
 
     @property
     def finest(self) -> int:
@@ -62,7 +67,8 @@ BACKBONES = {
                        models.ResNet101_Weights.IMAGENET1K_V1),
     "mobilenet": Backbone(_mobilenet_v2, "features.13 and features.16",
                           {3: 24, 6: 32, 13: 96, 16: 160}, (13, 16), 16, 4, "features.",
-                          models.MobileNet_V2_Weights.IMAGENET1K_V1),
+                          models.MobileNet_V2_Weights.IMAGENET1K_V1,
+                          factor=2.0, top_k=5, zoom=1.2),
 }
 
 
@@ -106,7 +112,7 @@ def _folded(layers: nn.Module) -> dict[str, torch.Tensor]:
     for parent, module, name, next_name in _norms(layers):
         conv, norm = getattr(module, name), getattr(module, next_name)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        path = f"{parent}.{name}"
+        path = f"{parent}.{name}".lstrip(".")
         parameters[f"{path}.weight"] = conv.weight * scale[:, None, None, None]
         parameters[f"{path}.bias"] = norm.bias - norm.running_mean * scale
     return parameters
@@ -168,8 +174,6 @@ class Encoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-            if isinstance(module, nn.ReLU6):
-                module.inplace = not mode  # autograd would copy what it overwrites
         return self
 
     def fold_batchnorm(self):

@@ -34,14 +34,13 @@ log = logging.getLogger("videomatch")
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
-# a stride of 16 leaves small objects few cells: enlarge more, average less
-# factor, K, zoom
-MATCHING = {"vgg": (1.0, 20, 1.0), "resnet": (1.0, 20, 1.0), "mobilenet": (2.0, 5, 1.2)}
 TRAINING_SHAPE = (320, 576)
 RECENT = 3  # frames
 # flags that change no mask
-HARMLESS = {"mode", "logger", "dataset", "set", "sequences", "model_load", "workers",
-            "results_dir", "visualize", "overwrite"}
+HARMLESS = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
+            "overwrite"}
+# flags whose outcome says more than they do
+TOLD = {"dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
@@ -108,8 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "(default: the checkpoint's, else 0.05)")
     add("--method", choices=METHODS,
         help="matching: with the reference frame only; paper: with its online update too; memory: "
-             "with recent frames and a learned refinement (default: what the checkpoint was "
-             "trained for, for new weights memory)")
+             "with recent frames and a learned refinement (default: memory where the checkpoint "
+             "holds what it needs, as the one in models/ does, and for training; else matching)")
     add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
         help="size at which the network sees frames: smaller for speed and memory (default: "
              "the frame's own size for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
@@ -127,10 +126,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-augment", "-a", action="store_true",
         help="train on frames as they are, only resized")
     add("--learning_rate", "-l", metavar="RATE", type=float, default=1e-4,
-        help="of Adam, falling to 0 as a cosine; lower for larger encoders, or when the loss "
-             "jumps (default: 1e-4)")
+        help="of AdamW for the encoder, ten times as much for the decoder, falling to 0 as a "
+             "cosine; lower for larger encoders, or when the loss jumps (default: 1e-4)")
     add("--weight_decay", "-w", metavar="DECAY", type=float, default=0.0,
-        help="of Adam; raise it when held-out IoU falls while the loss does too (default: 0)")
+        help="of AdamW; raise it when held-out IoU falls while the loss does too (default: 0)")
     add("--validation_size", "-vs", metavar="SHARE", type=float, default=0.1,
         help="share of the sequences held out, whole, to choose the best weights; 0 trains on all "
              "and keeps the last weights (default: 0.1)")
@@ -256,6 +255,8 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("weight_decay", "workers", "dilation", "seed", "finetune", "mask_frame"):
         value = getattr(args, flag)
         expect(value is None or value >= 0, f"--{flag}", "at least 0", value)
+    expect(args.model_save is None or args.model_save.suffix == ".pth", "--model_save",
+           "a file that ends in .pth, with the log and the state beside it", args.model_save)
     expect(args.learning_rate > 0, "--learning_rate", "a number above 0", args.learning_rate)
     expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
     expect(not (args.visualize and args.mode == "eval" and not args.results_dir and not args.demo),
@@ -302,7 +303,6 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
         path = SHIPPED.get(name)
     if path is not None:
         return configure(load_checkpoint(path, args), args)
-    factor, k, zoom = MATCHING[name]
     encoder = Encoder(name)
     if args.encoder_weights == "none":
         log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
@@ -310,7 +310,9 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
         with distributed.first_alone():  # which may download them
             encoder.load_imagenet(args.encoder_weights)
     recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
-    return configure(VideoMatch(encoder, factor, k, recent=recent, zoom=zoom), args)
+    spec = encoder.spec
+    return configure(VideoMatch(encoder, spec.factor, spec.top_k, recent=recent, zoom=spec.zoom),
+                     args)
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
@@ -359,7 +361,8 @@ def run_train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args)
     frames = sum(len(sequence) for sequence in training)
-    iterations = args.epochs * (-(-frames // args.batch_size) if args.iters == -1 else args.iters)
+    each = args.batch_size * distributed.count()
+    iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
     log.info("%d sequences to train on, held out: %s", len(training),
              ", ".join(sequence.name for sequence in held_out) or "none")
     train.train(model, training, held_out, options_of_training(args, model, iterations))
@@ -390,12 +393,14 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
-    """What the results depend on: flags that aren't the default, weights, versions."""
+    """What the results depend on: flags that aren't the default, data, weights, versions."""
     default = parse_args([])
     flags = {name: value for name, value in vars(args).items()
-             if value != getattr(default, name) and name not in HARMLESS}
+             if value != getattr(default, name) and name not in HARMLESS | TOLD}
     return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
+            "data": "demo" if args.demo else str(args.dataset.resolve()),
             "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
+            "arithmetic": f"{model.precision} on {model.device.type}",
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
 
 

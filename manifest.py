@@ -35,8 +35,8 @@ class Manifest:
             return
         path = folder / "manifest.json"
         if overwrite:
-            for old in folder.glob(f"*{SCORES}"):
-                old.unlink()
+            for old in (*folder.glob(f"*{SCORES}"), path):
+                old.unlink(missing_ok=True)
         elif path.is_file():
             self._compare(_read(path), made_by)
             self.sequences = {old.name.removesuffix(SCORES): _read(old)

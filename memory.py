@@ -2,7 +2,7 @@
 
 `Sets` are the paper's: features of the reference frame, and confident ones of later frames.
 `Recent` are the last frames and what was found in them, matched near each position. `Past` are
-some of all frames so far, matched everywhere.
+the reference frames and some of those since, matched everywhere.
 """
 
 from collections import deque
@@ -96,7 +96,7 @@ class Recent:
 
 
 class Past:
-    """Frames all over a video and what was found in them, on the grid of the encoder.
+    """Every fifth frame or so and what was found in it, on the grid of the encoder.
 
     Args:
         frames: at most this many are kept besides the reference frames; the oldest leaves first.

@@ -72,8 +72,8 @@ def read_own_mask(path: str | Path) -> np.ndarray:
     The log says so.
 
     Raises:
-        OSError, ValueError: as for `read_mask`; also for a coloured image and for soft edges
-            around several objects.
+        OSError, ValueError: as for `read_mask`; also for a coloured image, for soft edges
+            around several objects, and for an object of 255 beside others.
     """
     image = open_image(path, "a mask")
     if image.mode in ("RGB", "RGBA"):
@@ -82,12 +82,15 @@ def read_own_mask(path: str | Path) -> np.ndarray:
             raise ValueError(f"{path}: expected a grey or palette mask, found colours: save it as "
                              "a palette PNG with a number for each object")
         values = channels[..., 0]
-    elif image.mode == "L":
-        values = np.array(image)
+    elif image.mode in ("L", "LA"):
+        values = np.array(image.getchannel(0))
     else:
         return read_mask(path)
     levels = [int(v) for v in np.unique(values) if v]
     solid = [v for v in levels if _has_interior(values == v)]
+    if VOID in solid and len(solid) > 1:
+        raise ValueError(f"{path}: {VOID} beside {solid[0]} would mean \"not labelled\", expected "
+                         "another value for that object, or 0 where there is none")
     soft = [v for v in levels if v not in solid]
     if not soft or not solid:
         return _object_ids(values)

@@ -44,8 +44,11 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
     model.eval()
     _check_frames(masks, clip.count or max(masks) + 1)
     first = min(masks)
+    reference = next(iter(clip.frames(first)), None)
+    if reference is None:
+        raise ValueError(f"--mask: the clip ends before frame {first}, counted from 0")
     if options.adapt:
-        model = options.adapt(model, next(iter(clip.frames(first))), masks[first])
+        model = options.adapt(model, reference, masks[first])
     folder = options.results / "masks"
     folder.mkdir(parents=True, exist_ok=True)
     count = first
@@ -60,8 +63,7 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
             count = frame + 1
         _check_frames(masks, count)
         if first:
-            image = next(iter(clip.frames(first)))
-            _step(model, first, image, masks, options, restart=True)
+            _step(model, first, reference, masks, options, restart=True)
             bar = tqdm(_read(pool, clip.backwards(first)), total=first, desc="frames before",
                        disable=None, unit="frame")
             for frame, image in zip(range(first - 1, -1, -1), bar):

@@ -140,23 +140,33 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
 
 
 def optimizer_of(model: VideoMatch, options: Options):
-    """AdamW, and the schedule of its learning rates: a short rise, then a cosine down to 0."""
+    """AdamW, and the schedule of its learning rates: a short rise, then a cosine down to 0.
+
+    Its first momentum goes the other way, from 0.95 to 0.85 and back (Smith and Topin:
+    Super-convergence, 2017), as PyTorch has it.
+    """
     rates = {model.encoder: options.learning_rate}
     if model.recent:
         rates[model.decoder] = DECODER_RATE * options.learning_rate
     groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
               for part, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+    steps = options.iterations + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(rates.values()), total_steps=options.iterations + 1, pct_start=WARM_UP)
+        optimizer, list(rates.values()), total_steps=steps,
+        pct_start=max(WARM_UP, 1.5 / steps))  # PyTorch divides by zero where one step is all
     return optimizer, schedule
 
 
-def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
+def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
+         shared: bool = True) -> float:
     """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
 
     The first frame is the reference. Each of the others is segmented with what the model itself
     found in those before.
+
+    Args:
+        shared: the processes of a job take the same step, each on its own batch.
     """
     model.train()
     images, masks = batch
@@ -173,7 +183,8 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
     loss = loss / (images.shape[1] - 1)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    distributed.average_gradients(model.parameters())
+    if shared:
+        distributed.average_gradients(model.parameters())
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
@@ -185,7 +196,7 @@ def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
 
     Args:
         image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
-        options: `iterations`, `shape`, `losses`, `learning_rate` and `seed` count.
+        options: `iterations`, `shape`, `losses`, `learning_rate`, `weight_decay` and `seed` count.
     """
     precision, model = model.precision, copy.deepcopy(model)
     model.precision = torch.float32
@@ -198,7 +209,7 @@ def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
             wanted = (mask == rng.choice(np.unique(mask[mask > 0]))).astype(np.uint8)
             clip = [augment(image, wanted), *augment.clip([(image, wanted)] * FINETUNE_FRAMES)]
             batch = [torch.stack(parts)[None] for parts in zip(*clip)]
-            step(model, optimizer, batch, options.losses)
+            step(model, optimizer, batch, options.losses, shared=False)
             schedule.step()
     model.precision = precision
     return model.eval()
@@ -236,7 +247,7 @@ class Report:
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         self.run = {name: repr(value) for name, value in vars(options).items()
                     if name not in self.FREE}
-        self.run |= {"model": repr(model.configuration()),
+        self.run |= {"processes": str(distributed.count()), "model": repr(model.configuration()),
                      "training sequences": " ".join(s.name for s in training),
                      "held-out sequences": " ".join(s.name for s in held_out)}
         self.losses: list[float] = []  # since the last report

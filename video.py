@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -21,6 +22,7 @@ def open_clip(path: str | Path) -> "Clip":
 
     Raises:
         FileNotFoundError: nothing there, or a folder without images.
+        ValueError: a folder with two images of one name, whose masks would get one name.
         OSError: OpenCV can't read it as a video.
     """
     path = Path(path)
@@ -65,6 +67,10 @@ class Folder(Clip):
         if not self.files:
             raise FileNotFoundError(f"{path}: no frames there, expected images "
                                     f"({', '.join(IMAGES)})")
+        for one, other in pairwise(self.files):
+            if one.stem == other.stem:
+                raise ValueError(f"{other}: a second frame of that name beside {one.name}, "
+                                 "expected frames alone, without their masks")
 
     def frames(self, start: int = 0) -> Iterator[np.ndarray]:
         return map(self._read, self.files[start:])
@@ -95,7 +101,7 @@ class Stream(Clip):
         for frame in self._decode(start):
             yield frame
             end += 1
-        if end < self.count:
+        if start < end < self.count:
             log.warning("%s: ends after %d frames, though it declares %d", self.path, end,
                         self.count)
 

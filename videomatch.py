@@ -82,8 +82,8 @@ class VideoMatch(nn.Module):
         self._sets: list[Sets] = []  # one for each frame of a batch
         self._recent: list[Recent] = []
         self._past: list[Past] = []
-        self._seen: list[Grid] = []  # by the last `predict`
-        self.scores: torch.Tensor | None = None  # (B, N+1, h, w), the matching's in it
+        self._seen: list[Grid] = []  # the frame encoded last
+        self.scores: torch.Tensor | None = None  # (B, N+1, h, w), of the last soft matching
         self._reference_share: dict[int, float] = {}
         self._previous: np.ndarray | None = None
 
@@ -374,13 +374,13 @@ class VideoMatch(nn.Module):
                 raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
             model = cls(encoder, **config)
             model.load_state_dict(checkpoint["model"])
+            model.facts = dict(checkpoint["facts"])
             for name, tensor in model.state_dict().items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{name} holds values that are not finite")
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise ValueError(f"{path}: not a checkpoint of this toolkit ({reason})") from error
-        model.facts = dict(checkpoint["facts"])
         return model
 
 

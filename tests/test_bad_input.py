@@ -197,6 +197,12 @@ def without_weights(root):
     torch.save(checkpoint, root / "vm.pth")
 
 
+def without_facts(root):
+    checkpoint = torch.load(root / "vm.pth")
+    del checkpoint["facts"]
+    torch.save(checkpoint, root / "vm.pth")
+
+
 CHECKPOINTS = {
     "missing": (lambda root: (root / "vm.pth").unlink(), "vm.pth|no such file"),
     "folder": (replace_by_folder("vm.pth"), "vm.pth"),
@@ -210,6 +216,7 @@ CHECKPOINTS = {
     "weights that are not numbers": (not_a_number, "vm.pth|not finite"),
     "weights of another shape": (another_shape, "vm.pth|not a checkpoint"),
     "some weights only": (without_weights, "vm.pth|not a checkpoint"),
+    "no facts": (without_facts, "vm.pth|not a checkpoint"),
 }
 
 
@@ -274,6 +281,7 @@ FLAGS = {  # of an evaluation
     "-m train --workers -1": "--workers",
     "-m train --patience 0": "--patience",
     "-m train -s first.png/vm.pth": "first.png",
+    "-m train -s vm.state": "--model_save|.pth",
     "-m dream": "--mode",
     "-m segment": "--video",
     "-m segment --video clip": "--mask, --box, --annotate",
@@ -281,6 +289,7 @@ FLAGS = {  # of an evaluation
     "-m segment --video first.txt --mask first.png": "first.txt|video",
     "-m segment --video empty --mask first.png": "empty|no frames",
     "-m segment --video broken.gif --mask first.png": "broken.gif",
+    "-m segment --video twins --mask first.png": "a.png|a second frame|a.jpg",
     "-m segment --video clip --mask none.png": "none.png|no such file",
     "-m segment --video clip --mask small.png": "--mask for frame 0|8x9|80x48",
     "-m segment --video clip --mask black.png": "no object",
@@ -301,6 +310,9 @@ def test_bad_flags(flags, folder, capsys):
     (folder / "first.txt").write_text("hello")
     (folder / "broken.gif").write_bytes(b"GIF89a")
     (folder / "empty").mkdir()
+    (folder / "twins").mkdir()
+    for name in ("a.jpg", "a.png"):
+        picture(f"twins/{name}", "RGB")(folder)
     picture("small.png", "L", (8, 9), 1)(folder)
     picture("black.png", "L")(folder)
     picture("photo.png", "RGB", colour=(9, 200, 30))(folder)
@@ -317,6 +329,9 @@ def test_a_video_that_ends_early_is_used_as_far_as_it_goes(folder, capsys, caplo
         video.write(draw_frame(i)[0])
     video.release()
     cut("clip.avi", (folder / "clip.avi").stat().st_size // 2)(folder)
+    for more in ([], ["--finetune", "1"]):
+        expect_one_line(["-m", "segment", "--video", "clip.avi", "--mask", "7:first.png", *more],
+                        "--mask|ends before frame 7", capsys)
     code, printed = run(["-m", "segment", "--video", "clip.avi", "--mask", "first.png"], capsys)
     masks = list((folder / "out" / "masks").glob("*.png"))
     assert code == 0 and 0 < len(masks) < 8, printed

@@ -313,7 +313,14 @@ def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
     clips.DOUBLES = 1.0
-    double = 0
+    double, pasted, in_far = 0, clips._pasted, []
+
+    def spy(frames, own, step, far, rng):
+        found = pasted(frames, own, step, far, rng)
+        in_far.extend([found is not frames] if far else [])
+        return found
+
+    clips._pasted = spy
     for seed in range(40):
         images, masks = clips[seed % 6, seed]
         bright = [(image.max(2).values > 150) for image in images]
@@ -322,6 +329,7 @@ def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
         # what is wanted looks like the object, whichever of the two it is
         assert all(b[m > 0].float().mean() > 0.7 for b, m in zip(bright, masks) if m.sum() > 30)
     assert double > 5
+    assert len(in_far) > 5 and not any(in_far)
 
 
 def test_a_clip_depends_on_its_index_alone(davis_2016):

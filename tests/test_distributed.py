@@ -11,14 +11,14 @@ from conftest import ROOT, write_list, write_sequence
 from torchvision import models
 
 import main
-from davis import PairSampler
+from davis import Davis, PairSampler
 
 
-def torchrun(*arguments):
-    """main.py in two processes of one thread each."""
+def torchrun(*arguments, processes=2):
+    """main.py in processes of one thread each."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d",
-         "--rdzv-endpoint", "localhost:0", "--nproc_per_node", "2",
+         "--rdzv-endpoint", "localhost:0", "--nproc_per_node", str(processes),
          ROOT / "main.py", *arguments], capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -44,6 +44,30 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
                  for pattern in ("*/*.png", "*.csv") for path in (tmp_path / name).glob(pattern)}
                 for name in ("one", "two"))
     assert one == two and len(one) == 19
+
+
+def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
+    fits = ["--finetune", "2", "-p", "64", "96"]
+    before = torchrun(*evaluation("two"))
+    assert before.returncode == 0, before.stderr
+    one = torchrun(*evaluation("one"), *fits, processes=1)
+    two = torchrun(*evaluation("two"), *fits, "--overwrite")
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    table = one.stdout.split("14 frames in")[0]
+    assert two.stdout.split("14 frames in")[0] == table
+    assert before.stdout.split("14 frames in")[0] != table
+
+
+@pytest.mark.parametrize("processes, batch_size, steps", [(1, 2, 9), (2, 2, 5), (4, 1, 5)])
+def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_size, steps,
+                                                             davis_2016, monkeypatch):
+    seen = []
+    monkeypatch.setattr(main, "data", lambda _: Davis(davis_2016))
+    monkeypatch.setattr(main, "build_model", lambda _: None)
+    monkeypatch.setattr(main.distributed, "count", lambda: processes)
+    monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[-1]))
+    main.run_train(main.parse_args(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
+    assert seen[0].iterations == steps  # of 18 frames
 
 
 @pytest.fixture

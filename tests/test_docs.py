@@ -1,4 +1,4 @@
-"""Every command and every example in README and docs is run, on small data."""
+"""Every `python` command and every example in README and docs is run, on small data."""
 
 import re
 import runpy

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,12 @@ def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
     model.save(tmp_path / "other.pth")
     assert main.main(evaluation("out", "-o", str(tmp_path / "other.pth"))) == 2
     assert "holds results of other weights" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "davis", tmp_path / "another")
+    for flags, what in ((["-d", str(tmp_path / "another")], "data"),
+                        (["--precision", "bf16"], "arithmetic")):
+        assert main.main(evaluation("out", *flags)) == 2
+        assert f"holds results of other {what}" in capsys.readouterr().err
+    assert main.main(evaluation("out", "--precision", "fp32")) == 0
     assert main.main(evaluation("out", "-k", "7", "--overwrite")) == 0
     assert main.main(evaluation("out", "-k", "7", "-q", "ant")) == 0
 

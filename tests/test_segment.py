@@ -169,6 +169,8 @@ def test_soft_edges_are_told_from_ids(tmp_path, caplog):
     mask = preprocess.read_own_mask(tmp_path / "soft.png")
     assert "soft.png: soft edges" in caplog.text
     np.testing.assert_array_equal(mask, disc >= 0.5)
+    Image.fromarray((disc * 200).round().astype(np.uint8)).convert("LA").save(tmp_path / "la.png")
+    np.testing.assert_array_equal(preprocess.read_own_mask(tmp_path / "la.png"), mask)
     Image.fromarray((disc * 255).round().astype(np.uint8)).convert("RGB").save(tmp_path / "s.jpg")
     assert overlap(preprocess.read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
 
@@ -183,6 +185,14 @@ def test_ids_stay_ids(values, mode, tmp_path, caplog):
     found = preprocess.read_own_mask(tmp_path / "ids.png")
     np.testing.assert_array_equal(found, mask if values != (255,) else mask > 0)
     assert "soft" not in caplog.text
+
+
+def test_white_beside_other_objects_is_refused(tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:20, 3:12], mask[5:20, 20:30] = 128, 255
+    Image.fromarray(mask).save(tmp_path / "two.png")
+    with pytest.raises(ValueError, match="two.png: 255 beside 128"):
+        preprocess.read_own_mask(tmp_path / "two.png")
 
 
 def test_colours_are_no_mask(tmp_path):

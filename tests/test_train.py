@@ -105,6 +105,21 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
         assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 18, 19, 20, 400])
+def test_the_learning_rate_rises_and_falls_to_nothing(iterations, model):
+    options = train.Options(Path("x"), (96, 160), iterations, learning_rate=1e-3)
+    optimizer, schedule = train.optimizer_of(model, options)
+    rates = []
+    for _ in range(iterations):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(4e-5) and max(rates) <= 1e-3
+    assert schedule.get_last_lr()[0] < 1e-7
+    if iterations > 1:
+        assert max(rates[1:5 + iterations // 10]) > 7e-4
+
+
 def test_finetuning_fits_a_copy_to_the_first_frame(sequences, options):
     model = VideoMatch.load(SHIPPED["mobilenet"])
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -140,6 +155,18 @@ def test_without_held_out_sequences_the_last_weights_are_kept(model, sequences, 
     assert loaded.facts == {"iteration": 4, "held_out": []}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fact, value", [("seed", "1"), ("processes", "2")])
+def test_another_run_is_not_resumed(fact, value, model, sequences, options):
+    options.iterations, options.report = 1, 1
+    train.train(model, *sequences, options)
+    state = torch.load(options.save.with_suffix(".state"), weights_only=True)
+    state["run"][fact] = value
+    torch.save(state, options.save.with_suffix(".state"))
+    options.resume = True
+    with pytest.raises(ValueError, match=f"another {fact}"):
+        train.train(model, *sequences, options)
 
 
 def test_validation_at_the_end_only(model, sequences, options):
