@@ -36,11 +36,10 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
 TRAINING_SHAPE = (320, 576)
 RECENT = 3  # frames
-# flags that change no mask
-HARMLESS = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite"}
-# flags whose outcome says more than they do
-TOLD = {"dataset", "model_load", "cuda_device", "precision"}
+# flags that change no mask, and in the last line those of which `facts` tells the outcome
+LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
+            "overwrite",
+            "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
@@ -396,7 +395,7 @@ def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
     """What the results depend on: flags that aren't the default, data, weights, versions."""
     default = parse_args([])
     flags = {name: value for name, value in vars(args).items()
-             if value != getattr(default, name) and name not in HARMLESS | TOLD}
+             if value != getattr(default, name) and name not in LEFT_OUT}
     return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
             "data": "demo" if args.demo else str(args.dataset.resolve()),
             "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",

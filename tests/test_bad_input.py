@@ -184,23 +184,17 @@ def not_a_number(root):
     model.save(root / "vm.pth")
 
 
-def another_shape(root):
-    checkpoint = torch.load(root / "vm.pth")
+def changed(change):
+    def spoil(root):
+        checkpoint = torch.load(root / "vm.pth")
+        change(checkpoint)
+        torch.save(checkpoint, root / "vm.pth")
+    return spoil
+
+
+def another_shape(checkpoint):
     name = next(iter(checkpoint["model"]))
     checkpoint["model"][name] = checkpoint["model"][name][:1]
-    torch.save(checkpoint, root / "vm.pth")
-
-
-def without_weights(root):
-    checkpoint = torch.load(root / "vm.pth")
-    checkpoint["model"].popitem()
-    torch.save(checkpoint, root / "vm.pth")
-
-
-def without_facts(root):
-    checkpoint = torch.load(root / "vm.pth")
-    del checkpoint["facts"]
-    torch.save(checkpoint, root / "vm.pth")
 
 
 CHECKPOINTS = {
@@ -214,9 +208,10 @@ CHECKPOINTS = {
     "archive that runs code": (lambda root: torch.save({"config": Trap()}, root / "vm.pth"),
                                "vm.pth|not a checkpoint"),
     "weights that are not numbers": (not_a_number, "vm.pth|not finite"),
-    "weights of another shape": (another_shape, "vm.pth|not a checkpoint"),
-    "some weights only": (without_weights, "vm.pth|not a checkpoint"),
-    "no facts": (without_facts, "vm.pth|not a checkpoint"),
+    "weights of another shape": (changed(another_shape), "vm.pth|not a checkpoint"),
+    "some weights only": (changed(lambda checkpoint: checkpoint["model"].popitem()),
+                          "vm.pth|not a checkpoint"),
+    "no facts": (changed(lambda checkpoint: checkpoint.pop("facts")), "vm.pth|not a checkpoint"),
 }
 
 
