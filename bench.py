@@ -31,13 +31,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import demo
 import evaluate
 import preprocess
+from data import demo
 from davis import YEARS, Davis, Sequence
-from encoder import BACKBONES, Encoder
 from main import device_of
-from matching import Grid, Reference, soft_match
+from media import images
+from network.encoder import BACKBONES, Encoder
+from network.matching import Grid, Reference, soft_match
 from videomatch import cell_labels
 
 FACTORS = (1.0, 1.8, 4.0)
@@ -198,10 +199,10 @@ def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequen
     for folder in (truth, masks):
         (folder / sequence.name).mkdir(parents=True)
     for i, path in enumerate(sequence.masks):
-        preprocess.write_mask(truth / sequence.name / path.name, sequence.mask(i))
+        images.write_mask(truth / sequence.name / path.name, sequence.mask(i))
     for path in sequence.masks[1:-1]:
-        found = preprocess.read_mask(results / sequence.name / path.name, sequence.single_object)
-        preprocess.write_mask(masks / sequence.name / path.name, found)
+        found = images.read_mask(results / sequence.name / path.name, sequence.single_object)
+        images.write_mask(masks / sequence.name / path.name, found)
     return replace(sequence, single_object=False, masks=tuple(
         truth / sequence.name / path.name for path in sequence.masks))
 

@@ -25,11 +25,11 @@ import distributed
 import metrics
 import preprocess
 import report
-import visualize
-from background import Background, ahead
 from davis import SETS, YEARS, Davis, Sequence
-from files import whole
 from manifest import Manifest
+from media import drawing, images, writer
+from media.background import Background, ahead
+from media.files import whole
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def segment(model: VideoMatch, tensor: torch.Tensor, shape: tuple[int, int],
     """(3, H, W) frame for the network -> (H, W) uint8 mask of `shape`, the frame's own."""
     mask = model.segment(tensor, options.segmentation_shape or shape, options.threshold,
                          options.remove_outliers)
-    return preprocess.resize_mask(mask, shape)
+    return images.resize_mask(mask, shape)
 
 
 class Writer:
@@ -167,14 +167,14 @@ class Writer:
             self.folder = self.results / sequence.name
             self.folder.mkdir(parents=True, exist_ok=True)
             if options.videos:
-                self.video = visualize.VideoWriter(self.results / f"{sequence.name}.mp4")
+                self.video = writer.VideoWriter(self.results / f"{sequence.name}.mp4")
 
     def _write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
         if self.results:
             name = self.sequence.images[frame].with_suffix(".png").name
-            preprocess.write_mask(self.folder / name, mask)
+            images.write_mask(self.folder / name, mask)
         if self.video:
-            self.video.write(visualize.overlay(image, mask))
+            self.video.write(drawing.overlay(image, mask))
 
     def __enter__(self):
         return self
@@ -214,8 +214,8 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
 
 def _score_file(frame: tuple[Path, Path, bool, list[int]]) -> list[tuple[float, float]]:
     path, truth_path, single_object, object_ids = frame
-    prediction, truth = (preprocess.read_mask(p, single_object) for p in (path, truth_path))
-    preprocess.check_same_shape(truth_path, truth.shape, path, prediction.shape)
+    prediction, truth = (images.read_mask(p, single_object) for p in (path, truth_path))
+    images.check_same_shape(truth_path, truth.shape, path, prediction.shape)
     return metrics.score_frame(prediction, truth, object_ids)
 
 

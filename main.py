@@ -18,16 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import annotate
-import demo
 import distributed
 import evaluate
-import preprocess
 import segment
 import train
+from data import demo
 from davis import SETS, YEARS, Davis, split
-from encoder import BACKBONES, Encoder
-from video import open_clip
+from media import annotate, images
+from media.video import open_clip
+from network.encoder import BACKBONES, Encoder
 from videomatch import METHODS, SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
@@ -442,7 +441,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
                                                                                 text)
         if frame in masks:
             raise ValueError(f"--mask {text}: frame {frame} has a mask already")
-        masks[frame] = preprocess.read_own_mask(name)
+        masks[frame] = images.read_own_mask(name)
     if masks:
         return masks
     image = next(iter(clip.frames(args.mask_frame)), None)
@@ -452,7 +451,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
             else annotate.Annotator(image).run())
     path = results / f"mask_{args.mask_frame:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
-    preprocess.write_mask(path, mask)
+    images.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import distributed
-import files
 from davis import Sequence
+from media import files
 from metrics import SequenceScore
 
 SCORES = ".scores.json"

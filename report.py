@@ -8,10 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import files
 import metrics
-import preprocess
 from davis import Sequence
+from media import files, images
 
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
 PICTURE_WIDTH = 480  # pixels
@@ -130,7 +129,7 @@ def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool)
     score = run.j_and_f(sequence.name)[:, frame - 1].mean()
     whose = f"{html.escape(run.name)}, " if compared else ""
     picture = errors(sequence.image(frame),
-                     preprocess.read_mask(run.results / sequence.name
+                     images.read_mask(run.results / sequence.name
                                           / sequence.masks[frame].name, sequence.single_object),
                      sequence.mask(frame))
     caption = f"{whose}frame {frame}, {word}: J&amp;F {score:.3f}"

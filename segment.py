@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 import evaluate
 import preprocess
-import visualize
-from background import Background, ahead
-from video import Clip
+from media import drawing, images, writer
+from media.background import Background, ahead
+from media.video import Clip
 from videomatch import VideoMatch
 
 
@@ -54,7 +54,7 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
     count = first
 
     def write(frame: int, mask: np.ndarray) -> None:
-        preprocess.write_mask(folder / f"{clip.name(frame)}.png", mask)
+        images.write_mask(folder / f"{clip.name(frame)}.png", mask)
 
     with Background(write) as writer, ThreadPoolExecutor(1) as pool:
         bar = tqdm(_read(pool, clip.frames(first)), desc="frames", disable=None, unit="frame")
@@ -95,7 +95,7 @@ def _step(model: VideoMatch, frame: int, image: np.ndarray, masks: dict[int, np.
     if frame not in masks:
         return evaluate.segment(model, tensor, image.shape[:2], options)
     mask = masks[frame]
-    preprocess.check_same_shape(f"frame {frame}", image.shape, f"--mask for frame {frame}",
+    images.check_same_shape(f"frame {frame}", image.shape, f"--mask for frame {frame}",
                                 mask.shape)
     if frame == min(masks) or restart:
         model.set_reference(tensor, mask)
@@ -107,8 +107,8 @@ def _step(model: VideoMatch, frame: int, image: np.ndarray, masks: dict[int, np.
 def render(clip: Clip, options: Options) -> None:
     """Draw the masks in the results folder: the overlay, and the cut-out if there is to be one."""
     with ExitStack() as files:
-        def video(name: str) -> visualize.VideoWriter:
-            return files.enter_context(visualize.VideoWriter(options.results / name, clip.fps))
+        def video(name: str) -> writer.VideoWriter:
+            return files.enter_context(writer.VideoWriter(options.results / name, clip.fps))
 
         overlay = video("overlay.mp4")
         if options.cutout == "transparent":
@@ -117,10 +117,10 @@ def render(clip: Clip, options: Options) -> None:
             cutout = video("cutout.mp4")
         for frame, image in enumerate(tqdm(clip.frames(), desc="drawing", disable=None)):
             name = f"{clip.name(frame)}.png"
-            mask = preprocess.read_mask(options.results / "masks" / name)
-            overlay.write(visualize.overlay(image, mask))
+            mask = images.read_mask(options.results / "masks" / name)
+            overlay.write(drawing.overlay(image, mask))
             if options.cutout == "transparent":
-                preprocess.write_image(options.results / "cutout" / name,
-                                       visualize.transparent(image, mask))
+                images.write_image(options.results / "cutout" / name,
+                                       drawing.transparent(image, mask))
             elif options.cutout:
-                cutout.write(visualize.replace_background(image, mask, options.cutout))
+                cutout.write(drawing.replace_background(image, mask, options.cutout))

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-import files
 import metrics
 import preprocess
-import visualize
-from davis import Clips, Pairs, PairSampler, Sequence
+from data.samples import Clips, Pairs, PairSampler
+from davis import Sequence
+from media import figures, files
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ class Report:
             self.model.save(self.options.save, iteration=iteration, **held_out,
                             held_out=[s.name for s in self.held_out])
         if self.options.plot and len(self.history) > 1:
-            visualize.curves(self.options.save.with_suffix(".png"), self.history)
+            figures.curves(self.options.save.with_suffix(".png"), self.history)
         files.save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
             "run": self.run, "history": self.history, "best": self.best, "stale": self.stale})
 

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import files
 import preprocess
-import visualize
-from decoder import Decoder
-from encoder import Encoder
-from matching import Grid, soft_match
-from memory import Past, Recent, Sets, View
+from media import drawing, figures, files, images
+from network.decoder import Decoder
+from network.encoder import Encoder
+from network.matching import Grid, soft_match
+from network.memory import Past, Recent, Sets, View
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -321,7 +320,7 @@ class VideoMatch(nn.Module):
 
     def _remove_outliers(self, probabilities: np.ndarray) -> None:
         """Give an object's probability outside its extruded previous mask to the background."""
-        previous = preprocess.resize_mask(self._previous, probabilities.shape[1:])
+        previous = images.resize_mask(self._previous, probabilities.shape[1:])
         for channel, object_id in enumerate(self.object_ids, start=1):
             before = previous == object_id
             if before.mean() <= VANISHED * self._reference_share[object_id]:
@@ -449,19 +448,19 @@ def main():
 @torch.no_grad()
 def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
-    image, mask = preprocess.read_image(args.reference), preprocess.read_mask(args.mask)
-    preprocess.check_same_shape(args.reference, image.shape, args.mask, mask.shape)
+    image, mask = images.read_image(args.reference), images.read_mask(args.mask)
+    images.check_same_shape(args.reference, image.shape, args.mask, mask.shape)
     model.set_reference(preprocess.to_tensor(image), mask)
     for path in args.tests:
-        test = preprocess.read_image(path)
+        test = images.read_image(path)
         probabilities = model.predict(preprocess.to_tensor(test)).cpu().numpy()
-        figure = visualize.grid([
-            ("reference frame", image), ("reference mask", visualize.overlay(image, mask)),
+        figure = figures.grid([
+            ("reference frame", image), ("reference mask", drawing.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),
             ("background probability", probabilities[0]),
-            ("result", visualize.overlay(test, model.decide(probabilities)))], columns=3)
+            ("result", drawing.overlay(test, model.decide(probabilities)))], columns=3)
         name = f"{path.stem}_probabilities.png"
-        visualize.show_or_save(figure, args.save and args.save / name, default=Path(name))
+        figures.show_or_save(figure, args.save and args.save / name, default=Path(name))
 
 
 if __name__ == "__main__":

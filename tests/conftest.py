@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from encoder import Encoder  # noqa: E402
+from network.encoder import Encoder  # noqa: E402
 from videomatch import VideoMatch  # noqa: E402
 
 SHAPE = (48, 80)

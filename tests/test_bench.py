@@ -7,7 +7,7 @@ import torch
 from conftest import draw_frame
 
 import bench
-import preprocess
+from media import images
 
 
 def test_both_sides_agree_and_the_figures_are_written(tmp_path, monkeypatch, capsys):
@@ -29,7 +29,7 @@ def test_both_scorers_agree(year, davis_2017, tmp_path, monkeypatch, capsys):
     (tmp_path / "results/dog").mkdir(parents=True)
     for i in range(6):
         _, mask = draw_frame(max(i - 1, 0), (1, 2))  # a frame late
-        preprocess.write_mask(tmp_path / "results/dog" / f"{i:05d}.png", mask)
+        images.write_mask(tmp_path / "results/dog" / f"{i:05d}.png", mask)
     monkeypatch.setattr("sys.argv", ["bench.py", "--scorer", str(tmp_path / "results"), "-d",
                                      str(davis_2017), "-y", year, "--repeats", "1",
                                      "--json", str(tmp_path / "b.json")])

@@ -10,7 +10,8 @@ from conftest import SHAPE, write_list, write_sequence
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from davis import Clips, Davis, Pairs, PairSampler, Sequence, split
+from data.samples import Clips, Pairs, PairSampler
+from davis import Davis, Sequence, split
 from preprocess import Augment
 
 

@@ -11,7 +11,8 @@ from conftest import ROOT, write_list, write_sequence
 from torchvision import models
 
 import main
-from davis import Davis, PairSampler
+from data.samples import PairSampler
+from davis import Davis
 
 
 def torchrun(*arguments, processes=2):

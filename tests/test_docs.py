@@ -18,9 +18,8 @@ from conftest import ROOT, draw_frame, write_list, write_sequence
 from PIL import Image
 from torchvision import models
 
-import annotate
-import demo
-import download
+from data import demo, download
+from media import annotate
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({line.strip() for page in PAGES

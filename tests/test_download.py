@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import davis
-import download
+from data import download
 
 
 def archive(extra=()):

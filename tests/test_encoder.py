@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from encoder import BACKBONES, Encoder
+from network.encoder import BACKBONES, Encoder
 
 
 def whole_network(name):

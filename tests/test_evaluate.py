@@ -14,11 +14,10 @@ from conftest import ROOT
 from PIL import Image
 from vos_benchmark.benchmark import benchmark
 
-import background
 import evaluate
 import metrics
-import preprocess
 from davis import Davis
+from media import background, images
 
 PALETTE_START = [0, 0, 0, 128, 0, 0, 0, 128, 0]
 
@@ -148,14 +147,14 @@ def test_an_empty_reference_mask_is_named(model, davis_2016):
 @pytest.fixture
 def slow_writes(monkeypatch):
     """Names of masks as they are written, each of which takes longer than segmenting a frame."""
-    names, write_mask = [], preprocess.write_mask
+    names, write_mask = [], images.write_mask
 
     def write(path, mask):
         time.sleep(0.2)
         write_mask(path, mask)
         names.append(path.name)
 
-    monkeypatch.setattr(preprocess, "write_mask", write)
+    monkeypatch.setattr(images, "write_mask", write)
     return names
 
 

@@ -17,7 +17,7 @@ import test_matching
 import torch
 import torch.nn.functional as F
 
-import kernel
+from network import kernel
 
 TOLERANCE = 1e-6  # of 16-bit features too: their products are exact in float32
 SIZES = [  # Q, R, C, K
@@ -120,7 +120,7 @@ def multiply_brain_floats() -> None:
 def interpreted(tmp_path_factory):
     pytest.importorskip("triton")
     path = tmp_path_factory.mktemp("kernel") / "results.pt"
-    folder = str(Path(kernel.__file__).parent)
+    folder = str(Path(kernel.__file__).parent.parent)
     run = subprocess.run([sys.executable, __file__, path], capture_output=True, text=True,
                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder})
     assert run.returncode == 0, run.stderr

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import matching
-from matching import Grid, Reference, soft_match, top_k
+from network import matching
+from network.matching import Grid, Reference, soft_match, top_k
 
 
 def enlarge(features, shape):

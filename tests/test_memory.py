@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decoder import Decoder
-from matching import Grid, soft_match
-from memory import TEMPERATURE, Past, Recent, Sets
+from network.decoder import Decoder
+from network.matching import Grid, soft_match
+from network.memory import TEMPERATURE, Past, Recent, Sets
 
 
 def draw(seed, frames, channels=6, h=5, w=7, factor=1.0):

@@ -15,7 +15,9 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import preprocess
-from preprocess import Augment, read_mask, resize_mask, to_image, to_tensor, write_mask
+from media import images
+from media.images import read_mask, resize_mask, write_mask
+from preprocess import Augment, to_image, to_tensor
 
 GRID = np.array([[0, 1, 2], [0, 0, 1]], np.uint8)
 
@@ -96,7 +98,7 @@ def truncated(path):
     (truncated, OSError), (lambda path: path.write_text("words"), OSError),
     (lambda path: path.touch(), OSError), (lambda path: path.mkdir(), OSError),
     (lambda path: None, FileNotFoundError)])
-@pytest.mark.parametrize("read", [preprocess.read_image, read_mask])
+@pytest.mark.parametrize("read", [images.read_image, read_mask])
 def test_unreadable_file_is_named(tmp_path, name, damage, error, read):
     damage(tmp_path / name)
     with pytest.raises(error) as caught:
@@ -108,14 +110,14 @@ def test_unreadable_file_is_named(tmp_path, name, damage, error, read):
 def test_read_image_is_rgb_whatever_the_file(tmp_path, mode):
     colour = Image.new("RGB", (4, 2), (255, 0, 0)).convert(mode)
     colour.save(tmp_path / "image.png")
-    image = preprocess.read_image(tmp_path / "image.png")
+    image = images.read_image(tmp_path / "image.png")
     assert (image.shape, image.dtype) == ((2, 4, 3), np.uint8)
     np.testing.assert_array_equal(image, np.array(colour.convert("RGB")))
 
 
 def test_written_image_is_rgb_and_nearly_the_same(tmp_path):
     image = np.full((16, 24, 3), (220, 120, 20), np.uint8)
-    preprocess.write_image(tmp_path / "image.jpg", image)
+    images.write_image(tmp_path / "image.jpg", image)
     bgr = cv2.imread(str(tmp_path / "image.jpg"))
     assert np.abs(bgr[..., ::-1].astype(int) - image).max() <= 4
 

@@ -8,11 +8,9 @@ import pytest
 from conftest import draw_frame
 from PIL import Image
 
-import annotate
 import main
-import preprocess
 import segment
-import video
+from media import annotate, images, video
 from videomatch import SHIPPED, VideoMatch
 
 FRAMES = 9
@@ -33,7 +31,7 @@ def clip_file(tmp_path_factory):
 def clip_folder(clip_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frames")
     for i, frame in enumerate(video.open_clip(clip_file).frames()):
-        preprocess.write_image(folder / f"{i:05d}.png", frame)
+        images.write_image(folder / f"{i:05d}.png", frame)
     return folder
 
 
@@ -42,12 +40,12 @@ def truth(step, ids=(1,)):
 
 
 def write(path, mask):
-    preprocess.write_mask(path, mask)
+    images.write_mask(path, mask)
     return str(path)
 
 
 def masks_in(folder):
-    return [preprocess.read_mask(path) for path in sorted((folder / "masks").iterdir())]
+    return [images.read_mask(path) for path in sorted((folder / "masks").iterdir())]
 
 
 def overlap(a, b):
@@ -141,7 +139,7 @@ def test_cutouts(how, expected, clip_folder, tmp_path):
     clip = video.open_clip(clip_folder)
     (tmp_path / "masks").mkdir()
     for i in range(FRAMES):
-        preprocess.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
+        images.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
     segment.render(clip, segment.Options(tmp_path, cutout=how))
     frame, mask = next(clip.frames(3)), truth(3) > 0
     if how == "transparent":
@@ -166,13 +164,13 @@ def test_soft_edges_are_told_from_ids(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     disc = soft_disc()
     Image.fromarray((disc * 200).round().astype(np.uint8)).save(tmp_path / "soft.png")
-    mask = preprocess.read_own_mask(tmp_path / "soft.png")
+    mask = images.read_own_mask(tmp_path / "soft.png")
     assert "soft.png: soft edges" in caplog.text
     np.testing.assert_array_equal(mask, disc >= 0.5)
     Image.fromarray((disc * 200).round().astype(np.uint8)).convert("LA").save(tmp_path / "la.png")
-    np.testing.assert_array_equal(preprocess.read_own_mask(tmp_path / "la.png"), mask)
+    np.testing.assert_array_equal(images.read_own_mask(tmp_path / "la.png"), mask)
     Image.fromarray((disc * 255).round().astype(np.uint8)).convert("RGB").save(tmp_path / "s.jpg")
-    assert overlap(preprocess.read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
+    assert overlap(images.read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
 
 
 @pytest.mark.parametrize("values", [(1, 2), (80, 160), (255,), (1, 2, 3)])
@@ -182,7 +180,7 @@ def test_ids_stay_ids(values, mode, tmp_path, caplog):
     for i, value in enumerate(values):
         mask[5:20, 15 * i + 3:15 * i + 12] = value
     Image.fromarray(mask).convert(mode).save(tmp_path / "ids.png")
-    found = preprocess.read_own_mask(tmp_path / "ids.png")
+    found = images.read_own_mask(tmp_path / "ids.png")
     np.testing.assert_array_equal(found, mask if values != (255,) else mask > 0)
     assert "soft" not in caplog.text
 
@@ -192,20 +190,20 @@ def test_white_beside_other_objects_is_refused(tmp_path):
     mask[5:20, 3:12], mask[5:20, 20:30] = 128, 255
     Image.fromarray(mask).save(tmp_path / "two.png")
     with pytest.raises(ValueError, match="two.png: 255 beside 128"):
-        preprocess.read_own_mask(tmp_path / "two.png")
+        images.read_own_mask(tmp_path / "two.png")
 
 
 def test_colours_are_no_mask(tmp_path):
     Image.fromarray(draw_frame(0)[0]).save(tmp_path / "frame.png")
     with pytest.raises(ValueError, match="frame.png: expected a grey or palette mask, found col"):
-        preprocess.read_own_mask(tmp_path / "frame.png")
+        images.read_own_mask(tmp_path / "frame.png")
 
 
 def test_a_box_becomes_a_mask_that_is_kept(clip_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert main.main(["-m", "segment", "--video", str(clip_file), "--box", "8", "4", "60", "50",
                       "-j", str(out), "-p", "192", "320"]) == 0
-    kept = preprocess.read_mask(out / "mask_00000.png")
+    kept = images.read_mask(out / "mask_00000.png")
     assert overlap(kept, truth(0)) > 0.8
     assert f"--mask 0:{out / 'mask_00000.png'}" in capsys.readouterr().out
     np.testing.assert_array_equal(masks_in(out)[0], kept)
@@ -226,7 +224,7 @@ class Mouse:
 
 
 def test_annotating_with_the_mouse(monkeypatch):
-    monkeypatch.setattr(annotate.visualize, "has_display", lambda: True)
+    monkeypatch.setattr(annotate.figures, "has_display", lambda: True)
     monkeypatch.setenv("MPLBACKEND", "agg")
     image, mask = draw_frame(0)
     window = annotate.Annotator(image)
@@ -240,11 +238,11 @@ def test_annotating_with_the_mouse(monkeypatch):
     window._press(Mouse(window, 70, 40, button=3))
     window._release(Mouse(window, 70, 40, button=3))
     assert window.mask[40, 70] == 0
-    annotate.visualize.close(window.figure)
+    annotate.figures.close(window.figure)
 
 
 def test_annotating_needs_a_display(monkeypatch):
-    monkeypatch.setattr(annotate.visualize, "has_display", lambda: False)
+    monkeypatch.setattr(annotate.figures, "has_display", lambda: False)
     with pytest.raises(ValueError, match="no display"):
         annotate.Annotator(draw_frame(0)[0])
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import train
-from davis import Clips, Davis, Pairs, split
+from data.samples import Clips, Pairs
+from davis import Davis, split
 from preprocess import Augment
 from videomatch import SHIPPED, VideoMatch
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import preprocess
 import videomatch
-from encoder import Encoder
+from network.encoder import Encoder
 from videomatch import VideoMatch, around, cell_labels, extrude
 
 

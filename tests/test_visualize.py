@@ -6,16 +6,16 @@ import pytest
 from conftest import draw_frame
 from PIL import Image
 
-import visualize
+from media import drawing, figures, writer
 
 
 def test_palette_by_hand():
     """PASCAL VOC's colours of ids 0-8, 21 and 255."""
     expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128),
                 (0, 128, 128), (128, 128, 128), (64, 0, 0), (128, 64, 128), (224, 224, 192)]
-    found = visualize.PALETTE[[0, 1, 2, 3, 4, 5, 6, 7, 8, 21, 255]]
+    found = drawing.PALETTE[[0, 1, 2, 3, 4, 5, 6, 7, 8, 21, 255]]
     np.testing.assert_array_equal(found, expected)
-    assert visualize.PALETTE.shape == (256, 3) and len(np.unique(visualize.PALETTE, axis=0)) == 256
+    assert drawing.PALETTE.shape == (256, 3) and len(np.unique(drawing.PALETTE, axis=0)) == 256
 
 
 def objects() -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +31,7 @@ def objects() -> tuple[np.ndarray, np.ndarray]:
 def test_overlay_leaves_background_and_its_arguments_alone():
     image, mask = objects()
     copies = image.copy(), mask.copy()
-    result = visualize.overlay(image, mask)
+    result = drawing.overlay(image, mask)
     assert (result.shape, result.dtype) == (image.shape, np.uint8)
     np.testing.assert_array_equal(result[mask == 0], image[mask == 0])
     np.testing.assert_array_equal(image, copies[0])
@@ -41,11 +41,11 @@ def test_overlay_leaves_background_and_its_arguments_alone():
 @pytest.mark.parametrize("opacity", [0.0, 0.5, 0.8])
 def test_overlay_blends_the_inside_and_outlines_it_in_white(opacity):
     image, mask = objects()
-    result = visualize.overlay(image, mask, opacity).astype(int)
+    result = drawing.overlay(image, mask, opacity).astype(int)
     for object_id in (1, 2, 3, 7):
         own = (mask == object_id).astype(np.uint8)
         inner = cv2.erode(own, np.ones((3, 3), np.uint8), borderValue=0) > 0
-        blend = image[inner] * (1 - opacity) + visualize.PALETTE[object_id] * opacity
+        blend = image[inner] * (1 - opacity) + drawing.PALETTE[object_id] * opacity
         assert np.abs(result[inner] - blend).max() <= 1
         cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
         edge = (own > 0) & (cv2.erode(own, cross, borderValue=0) == 0)
@@ -54,7 +54,7 @@ def test_overlay_blends_the_inside_and_outlines_it_in_white(opacity):
 
 def test_overlay_of_an_empty_mask_is_the_image():
     image, mask = draw_frame(1)
-    np.testing.assert_array_equal(visualize.overlay(image, np.zeros_like(mask)), image)
+    np.testing.assert_array_equal(drawing.overlay(image, np.zeros_like(mask)), image)
 
 
 def read_video(path) -> tuple[list[np.ndarray], float]:
@@ -68,7 +68,7 @@ def read_video(path) -> tuple[list[np.ndarray], float]:
 @pytest.mark.parametrize("height, width", [(48, 80), (49, 80), (48, 81), (51, 83)])
 def test_video_is_read_back(tmp_path, height, width):
     colours = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 200, 20), (120, 120, 120)]
-    with visualize.VideoWriter(tmp_path / "video.mp4", fps=10) as video:
+    with writer.VideoWriter(tmp_path / "video.mp4", fps=10) as video:
         for colour in colours:
             video.write(np.full((height, width, 3), colour, np.uint8))
     frames, fps = read_video(tmp_path / "video.mp4")
@@ -82,7 +82,7 @@ def test_video_is_read_back(tmp_path, height, width):
 def test_video_keeps_its_picture_upright(tmp_path):
     frame = np.zeros((65, 97, 3), np.uint8)
     frame[:32, :48] = 255
-    with visualize.VideoWriter(tmp_path / "video.mp4") as video:
+    with writer.VideoWriter(tmp_path / "video.mp4") as video:
         video.write(frame)
     (found,), _ = read_video(tmp_path / "video.mp4")
     assert np.abs(found.astype(int) - frame[:64, :96]).mean() < 10
@@ -91,12 +91,12 @@ def test_video_keeps_its_picture_upright(tmp_path):
 def test_video_that_cannot_be_written_is_named(tmp_path):
     path = tmp_path / "a folder.mp4"
     (path / "with something").mkdir(parents=True)
-    with pytest.raises(OSError, match="a folder.mp4"), visualize.VideoWriter(path) as video:
+    with pytest.raises(OSError, match="a folder.mp4"), writer.VideoWriter(path) as video:
         video.write(draw_frame(0)[0])
 
 
 def test_no_frame_no_file(tmp_path):
-    with visualize.VideoWriter(tmp_path / "video.mp4"):
+    with writer.VideoWriter(tmp_path / "video.mp4"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -119,7 +119,7 @@ BLUE, GREEN = (31, 119, 180), (44, 160, 44)  # of matplotlib's first line, and i
 def test_curves_draw_loss_and_iou(tmp_path, no_display, losses, drawn):
     history = [{"iteration": 100 * i, "loss": loss, "held_out_iou": 0.3 + 0.1 * i}
                for i, loss in enumerate(losses)]
-    visualize.curves(tmp_path / "curves.png", history)
+    figures.curves(tmp_path / "curves.png", history)
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert (count_colour(tmp_path / "curves.png", BLUE) > 0) == drawn
     assert count_colour(tmp_path / "curves.png", GREEN) > 0
@@ -128,9 +128,9 @@ def test_curves_draw_loss_and_iou(tmp_path, no_display, losses, drawn):
 
 def test_grid_shows_each_panel_under_its_title(no_display):
     image, mask = draw_frame(0)
-    panels = [("frame", image), ("overlay", visualize.overlay(image, mask)),
+    panels = [("frame", image), ("overlay", drawing.overlay(image, mask)),
               ("probability", mask * 0.5)]
-    figure = visualize.grid(panels, columns=2)
+    figure = figures.grid(panels, columns=2)
     shown = {axis.get_title(): axis.get_images()[0] for axis in figure.axes if axis.get_title()}
     assert list(shown) == ["frame", "overlay", "probability"]
     for title, picture in panels:
@@ -143,8 +143,8 @@ def test_grid_shows_each_panel_under_its_title(no_display):
 def test_figure_is_saved_where_told_or_without_display_by_default(
         tmp_path, no_display, capsys, name):
     path = tmp_path / (name or "default.png")
-    figure = visualize.grid([("red", np.full((20, 30, 3), (200, 10, 10), np.uint8))], columns=1)
-    visualize.show_or_save(figure, path if name else None, tmp_path / "default.png")
+    figure = figures.grid([("red", np.full((20, 30, 3), (200, 10, 10), np.uint8))], columns=1)
+    figures.show_or_save(figure, path if name else None, tmp_path / "default.png")
     assert f"saved {path}" in capsys.readouterr().out
     assert count_colour(path, (200, 10, 10)) > 10000
     assert list(tmp_path.rglob("*.png")) == [path]
@@ -159,4 +159,4 @@ def test_display_is_told_from_the_environment(monkeypatch, environment, expected
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert visualize.has_display() == expected
+    assert figures.has_display() == expected

@@ -10,7 +10,7 @@ from collections import deque
 import torch
 import torch.nn.functional as F
 
-from matching import Grid, Reference, similarities, top_k_near
+from network.matching import Grid, Reference, similarities, top_k_near
 
 View = tuple[Grid, torch.Tensor]  # features, and the set of each position
 

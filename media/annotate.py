@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-import visualize
+from media import drawing, figures
 
 ITERATIONS = 5  # of GrabCut
 BRUSH = 0.02  # radius, as a share of the frame's height
@@ -50,12 +50,12 @@ class Annotator:
     """
 
     def __init__(self, image: np.ndarray):
-        if not visualize.has_display():
+        if not figures.has_display():
             raise ValueError("--annotate: there is no display for a window, give --box x y w h or "
                              "--mask FILE instead")
         self.image, self.mask = image, np.zeros(image.shape[:2], np.uint8)
         self.start: tuple[int, int] | None = None
-        self.figure, self.axis = visualize.canvas("drag a box · shift paints · right button wipes "
+        self.figure, self.axis = figures.canvas("drag a box · shift paints · right button wipes "
                                                   "· Enter ends")
         self.shown = self.axis.imshow(image)
         for event, handler in (("button_press_event", self._press), ("key_press_event", self._key),
@@ -65,7 +65,7 @@ class Annotator:
 
     def run(self) -> np.ndarray:
         """Show the window until it is closed: (H, W) uint8, 1 on the object."""
-        visualize.wait(self.figure)
+        figures.wait(self.figure)
         if not self.mask.any():
             raise ValueError("--annotate: the window was closed without a mask")
         return self.mask
@@ -95,7 +95,7 @@ class Annotator:
 
     def _key(self, event) -> None:
         if event.key == "enter":
-            visualize.close(self.figure)
+            figures.close(self.figure)
 
     @staticmethod
     def _pixel(event) -> tuple[int, int]:
@@ -116,5 +116,5 @@ class Annotator:
             self._show()
 
     def _show(self) -> None:
-        self.shown.set_data(visualize.overlay(self.image, self.mask))
+        self.shown.set_data(drawing.overlay(self.image, self.mask))
         self.figure.canvas.draw_idle()

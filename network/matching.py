@@ -24,7 +24,7 @@ import cv2
 import torch
 import torch.nn.functional as F
 
-import kernel
+from network import kernel
 
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import preprocess
+from media import images
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ class Folder(Clip):
         return self.files[frame].stem
 
     def _read(self, file: Path) -> np.ndarray:
-        image = preprocess.read_image(file)
-        first = preprocess.image_shape(self.files[0], "a frame")
-        preprocess.check_same_shape(self.files[0], first, file, image.shape, "a frame")
+        image = images.read_image(file)
+        first = images.image_shape(self.files[0], "a frame")
+        images.check_same_shape(self.files[0], first, file, image.shape, "a frame")
         return image
 
 
@@ -149,13 +149,13 @@ class Animation(Stream):
 
     def __init__(self, path: Path):
         self.path = path
-        with preprocess.open_image(path, "an animated GIF") as image:
+        with images.open_image(path, "an animated GIF") as image:
             self.count = getattr(image, "n_frames", 1)
             duration = image.info.get("duration", 0)  # milliseconds a frame
         self.fps = 1000 / duration if duration else FOLDER_FPS
 
     def _decode(self, start: int) -> Iterator[np.ndarray]:
-        with preprocess.open_image(self.path, "an animated GIF") as image:
+        with images.open_image(self.path, "an animated GIF") as image:
             for frame in range(start, self.count):
                 image.seek(frame)
                 yield np.array(image.convert("RGB"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import preprocess
+from media import images
 
 ROOT = Path("demo_davis")
 VERSION = "1"  # of the drawing: raise it when the pictures change
@@ -50,12 +50,12 @@ def make(root: Path = ROOT) -> Path:
 
 
 def _write_sequence(root: Path, name: str, scene: Scene) -> None:
-    images, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
-    images.mkdir(parents=True, exist_ok=True)
+    frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
+    frames.mkdir(parents=True, exist_ok=True)
     masks.mkdir(parents=True, exist_ok=True)
     for i, (image, mask) in enumerate(draw(scene)):
-        preprocess.write_image(images / f"{i:05d}.jpg", image)
-        preprocess.write_mask(masks / f"{i:05d}.png", mask)
+        images.write_image(frames / f"{i:05d}.jpg", image)
+        images.write_mask(masks / f"{i:05d}.png", mask)
 
 
 def draw(scene: Scene, frames: int = FRAMES):

@@ -1,0 +1,60 @@
+"""Masks drawn over frames, and objects cut out of them: arrays in, arrays out."""
+
+import cv2
+import numpy as np
+
+
+def _davis_palette() -> np.ndarray:
+    """(256, 3) uint8: the colour map of PASCAL VOC, which DAVIS uses for object ids.
+
+    Bits 0, 1, 2 of the id, then 3, 4, 5 and so on, become bits 7, 6, ... of red, green, blue.
+    """
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for shift in range(8):
+        for channel in range(3):
+            bit = (ids >> (3 * shift + channel)) & 1
+            palette[:, channel] |= (bit << (7 - shift)).astype(np.uint8)
+    return palette
+
+
+PALETTE = _davis_palette()
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Colour each object and draw its outline.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, 0 background, else the object's id.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    blended = image * (1 - opacity) + PALETTE[mask] * opacity
+    result = np.where(mask[..., None] > 0, blended, image).astype(np.uint8, order="C")
+    for object_id in np.unique(mask[mask > 0]):
+        contours, _ = cv2.findContours((mask == object_id).astype(np.uint8), cv2.RETR_CCOMP,
+                                       cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(result, contours, -1, (255, 255, 255), 1)
+    return result
+
+
+def transparent(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB and (H, W) mask -> (H, W, 4) RGBA, opaque on the objects only."""
+    return np.dstack([image, np.where(mask > 0, 255, 0).astype(np.uint8)])
+
+
+def replace_background(image: np.ndarray, mask: np.ndarray, background: str) -> np.ndarray:
+    """Objects on a colour, or in front of the frame's blurred background.
+
+    Args:
+        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8.
+        background: "blur" or "#rrggbb".
+    """
+    if background == "blur":
+        size = max(image.shape) // 16 | 1
+        behind = cv2.GaussianBlur(image, (size, size), 0)
+    else:
+        behind = np.full_like(image, [int(background[i:i + 2], 16) for i in (1, 3, 5)])
+    return np.where(mask[..., None] > 0, image, behind)

@@ -1,0 +1,102 @@
+"""Figures and windows, by matplotlib."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from media.files import whole
+
+Panel = tuple[str, np.ndarray]  # a title and an (H, W, 3) or (H, W) picture
+
+
+def grid(panels: list[Panel], columns: int):
+    """A matplotlib figure of titled pictures; 2-D ones are probabilities in [0, 1]."""
+    plt = _pyplot()
+    rows = -(-len(panels) // columns)
+    height, width = panels[0][1].shape[:2]
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                figsize=(5 * columns, 5 * rows * height / width + 0.35 * rows))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, picture) in zip(axes.flat, panels):
+        axis.set_title(title)
+        shown = axis.imshow(picture, vmin=0, vmax=1)
+        if picture.ndim == 2:
+            figure.colorbar(shown, ax=axis, fraction=0.03)
+    return figure
+
+
+def curves(path: str | Path, history: list[dict]) -> None:
+    """Write the training loss and the held-out IoU over iterations to a PNG.
+
+    Args:
+        history: reports with `iteration`, `loss` (None before the first) and `held_out_iou`
+            (None where no sequences are held out).
+    """
+    plt = _pyplot()
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    iterations = [report["iteration"] for report in history]
+    losses, ious = ([np.nan if report[name] is None else report[name] for report in history]
+                    for name in ("loss", "held_out_iou"))
+    top.plot(iterations, losses, marker=".")
+    top.set_ylabel("training loss")
+    bottom.plot(iterations, ious, marker=".", color="tab:green")
+    bottom.set_ylabel("IoU on held-out sequences")
+    bottom.set_xlabel("iteration")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    with whole(path) as beside:
+        figure.savefig(beside, dpi=100)
+    plt.close(figure)
+
+
+def show_or_save(figure, path: Path | None, default: Path) -> None:
+    """Open a window, or write the figure to `path`; without a display, to `default`."""
+    plt = _pyplot()
+    if path is None and not has_display():
+        print("no display, so the figure is saved instead")
+        path = default
+    if path is None:
+        plt.show()
+    else:
+        with whole(path) as beside:
+            figure.savefig(beside, dpi=100)
+        print(f"saved {path}")
+    plt.close(figure)
+
+
+def canvas(title: str):
+    """An empty figure and its axis, for a window to draw in."""
+    figure, axis = _pyplot().subplots(layout="constrained", figsize=(12, 7))
+    axis.axis("off")
+    axis.set_title(title)
+    return figure, axis
+
+
+def wait(figure) -> None:
+    """Show a figure's window until it is closed."""
+    _pyplot().show()
+    close(figure)
+
+
+def close(figure) -> None:
+    _pyplot().close(figure)
+
+
+def has_display() -> bool:
+    """Whether a window can be opened."""
+    if os.environ.get("MPLBACKEND", "").lower() == "agg":
+        return False
+    return sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _pyplot():
+    # matplotlib takes a second to import, and evaluation may never need it
+    import matplotlib
+    if not has_display():
+        matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    return plt
