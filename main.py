@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         log.debug("where the error came from:", exc_info=True)
         if is_out_of_memory(error):
-            message = ("out of memory, which a smaller --input_image_shape and --upsample_factor "
-                       "need less of, in training a smaller --batch_size too")
+            message = ("out of memory, which a smaller --size or --input_image_shape, and "
+                       "--upsample_factor need less of, in training a smaller --batch_size too")
         elif isinstance(error, OSError | ValueError):
             message = one_line(error)
         else:
@@ -205,10 +205,8 @@ def run_eval(args: argparse.Namespace) -> None:
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
         facts=facts(args, model, {"data": "demo" if args.demo else str(args.dataset.resolve())}),
-        overwrite=args.overwrite or args.demo, adapt=adaptation(args, model)))
+        overwrite=args.overwrite or args.demo, **of_the_road(args, model)))
 
 
 def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> dict[str, str]:
@@ -233,11 +231,14 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     return model
 
 
-def adaptation(args: argparse.Namespace, model: VideoMatch):
-    """What --finetune asks for."""
-    if not args.finetune:
-        return None
-    return partial(train.finetune, options=options_of_training(args, model, args.finetune))
+def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:
+    """What `segment.Options` takes, which those of an evaluation share."""
+    adapt = None
+    if args.finetune:
+        adapt = partial(train.finetune, options=options_of_training(args, model, args.finetune))
+    return {"size": args.size, "input_shape": args.input_image_shape,
+            "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
+            "remove_outliers": not args.leave_outliers, "adapt": adapt}
 
 
 def run_segment(args: argparse.Namespace) -> None:
@@ -257,10 +258,7 @@ def run_segment(args: argparse.Namespace) -> None:
     manifest.begin()
     kept = segment.Progress(results / "masks", clip)
     kept = kept.all() if before["drawn"] else kept.load(model)
-    options = segment.Options(
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        adapt=adaptation(args, model))
+    options = segment.Options(**of_the_road(args, model))
     frames = segment.track(model, clip, masks, options, kept)
     bar = tqdm(frames, desc="frames", total=clip.count or None, disable=None, unit="frame")
     count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept)
