@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import confidence
 import distributed
 import metrics
 import report
 import segment
+from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
 from manifest import Manifest, keep_apart, stamp
 from media import drawing, images
@@ -88,7 +90,8 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         earlier = {name: _score(manifest, name) for name in sorted(manifest.entries)
                    if name not in scores}
         write(table(scores | earlier), options.results, options.set_name)
-        run = report.Run(options.results.name, options.results, scores)
+        run = report.Run(options.results.name, options.results, scores, {
+            s.name: confidence.read(_confidence_of(options.results, s)) for s in sequences})
         path = report.write(options.results / "report.html", sequences, [run],
                             options.facts | {"speed": speed})
     show(found)
@@ -116,6 +119,10 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
                                             "f": score.f, "data": _data(sequence)})
             scores[sequence.name] = score
             bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
+
+
+def _confidence_of(results: Path, sequence: Sequence) -> Path:
+    return results / f"{sequence.name}.confidence.csv"
 
 
 def _data(sequence: Sequence) -> str:
@@ -156,7 +163,8 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
     if options.results:
         kept = segment.Progress(options.results / sequence.name, sequence)
         kept = kept.load(model)
-        sinks.append(segment.Masks(options.results / sequence.name, sequence))
+        sinks += [segment.Masks(options.results / sequence.name, sequence),
+                  Confidence(_confidence_of(options.results, sequence))]
         if options.videos:
             sinks.append(segment.Film(options.results / f"{sequence.name}.mp4", sequence,
                                       drawing.overlay))

@@ -24,8 +24,10 @@ import torch
 import distributed
 import evaluate
 import flags
+import report
 import segment
 import train
+from confidence import Confidence, unsure
 from data import demo
 from davis import Davis, split
 from manifest import Manifest, keep_apart, made_from, stamp
@@ -292,15 +294,23 @@ def run_segment(args: argparse.Namespace) -> None:
         if args.overwrite:
             for name in ("masks", "cutout"):
                 shutil.rmtree(results / name, ignore_errors=True)
+            (results / "confidence.csv").unlink(missing_ok=True)
         manifest.begin([results / "masks", results / "cutout"])
         kept = segment.Progress(results / "masks", clip)
         kept = kept.all() if before["drawn"] else kept.load(model)
         options = segment.Options(**of_the_road(args, model))
         frames = segment.track(model, clip, masks, options, kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
-        count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept)
+        sure = Confidence(results / "confidence.csv")
+        count = segment.drain(bar, [*segment.sinks(results, clip, args.cutout), sure], kept)
+        report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
         manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
-    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
+    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}, "
+          "to look at: report.html")
+    if looks := unsure(sure.measures):
+        first = min(masks)
+        print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
+              f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
 
 
 def _free_folder(name: str, data: str) -> Path:

@@ -240,6 +240,9 @@ class Sink:
     def write(self, frame: Frame) -> None:
         raise NotImplementedError
 
+    def keep(self) -> None:
+        """What was written so far is what a later run goes on from."""
+
     def __enter__(self):
         return self
 
@@ -265,6 +268,8 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
         for sink in sinks:
             sink.write(frame)
         if state is not None:
+            for sink in sinks:
+                sink.keep()
             progress.keep(frame, state)
 
     count = 0
