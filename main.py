@@ -305,8 +305,8 @@ def run_segment(args: argparse.Namespace) -> None:
         count = segment.drain(bar, [*segment.sinks(results, clip, args.cutout), sure], kept)
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
         manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
-    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}, "
-          "to look at: report.html")
+    drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {drawn} in {results}, to look at: report.html")
     if looks := unsure(sure.measures):
         first = min(masks)
         print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
