@@ -1,0 +1,1 @@
+"""What to train on: samples of sequences, drawn data, downloads. Nothing here knows the network."""
