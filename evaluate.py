@@ -25,6 +25,7 @@ import distributed
 import metrics
 import report
 import segment
+import sinks
 from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
 from manifest import Manifest, keep_apart, stamp
@@ -158,18 +159,18 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
     scores = Score(sequence, [int(i) for i in np.unique(reference) if i])
-    sinks: list[segment.Sink] = [scores]
+    outputs: list[segment.Sink] = [scores]
     kept = None
     if options.results:
         kept = segment.Progress(options.results / sequence.name, sequence)
         kept = kept.load(model)
-        sinks += [segment.Masks(options.results / sequence.name, sequence),
-                  Confidence(_confidence_of(options.results, sequence))]
+        outputs += [sinks.Masks(options.results / sequence.name, sequence),
+                    Confidence(_confidence_of(options.results, sequence))]
         if options.videos:
-            sinks.append(segment.Film(options.results / f"{sequence.name}.mp4", sequence,
+            outputs.append(sinks.Film(options.results / f"{sequence.name}.mp4", sequence,
                                       drawing.overlay))
     frames = segment.track(model, sequence, {0: reference}, options, kept)
-    segment.drain(frames, sinks, kept, lambda frame: frame.index and seen())
+    segment.drain(frames, outputs, kept, lambda frame: frame.index and seen())
     return scores.found
 
 

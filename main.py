@@ -26,6 +26,7 @@ import evaluate
 import flags
 import report
 import segment
+import sinks
 import train
 from confidence import Confidence, unsure
 from data import demo
@@ -302,7 +303,7 @@ def run_segment(args: argparse.Namespace) -> None:
         frames = segment.track(model, clip, masks, options, kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
         sure = Confidence(results / "confidence.csv")
-        count = segment.drain(bar, [*segment.sinks(results, clip, args.cutout), sure], kept)
+        count = segment.drain(bar, [*sinks.of_a_clip(results, clip, args.cutout), sure], kept)
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
         manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
     drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
