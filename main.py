@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import annotations
 import distributed
 import evaluate
 import flags
@@ -46,7 +47,7 @@ RECENT = 3  # frames
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout",
+            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout", "export",
             "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
@@ -287,8 +288,9 @@ def run_segment(args: argparse.Namespace) -> None:
             "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
                                for frame, mask in sorted(masks.items()))}),
             args.overwrite) as manifest:
+        wanted = [str(args.cutout), *args.export]
         before = manifest.entries.get(CLIP, {"drawn": []})
-        if args.cutout in before["drawn"]:
+        if set(wanted) <= set(before["drawn"]):
             print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
                   "starts over)")
             return
@@ -303,9 +305,11 @@ def run_segment(args: argparse.Namespace) -> None:
         frames = segment.track(model, clip, masks, options, kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
         sure = Confidence(results / "confidence.csv")
-        count = segment.drain(bar, [*sinks.of_a_clip(results, clip, args.cutout), sure], kept)
+        count = segment.drain(bar, [
+            *sinks.of_a_clip(results, clip, args.cutout), sure,
+            *annotations.of_a_clip(results, clip, args.export)], kept)
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
-        manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
+        manifest.finish(CLIP, {"frames": count, "drawn": before["drawn"] + wanted})
     drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
     print(f"{count} frames: {drawn} in {results}, to look at: report.html")
     if looks := unsure(sure.measures):
