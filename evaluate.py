@@ -74,12 +74,14 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
                              else todo)
     with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame",
               disable=True if distributed.rank() else None) as bar:
-        if todo:
-            manifest.begin()
+        def seen(frame: segment.Frame) -> None:
+            manifest.begin()  # not before: nothing is left where the first frame is refused
+            bar.update(frame.index > 0)
+
         for sequence in todo:
             bar.set_description(sequence.name)
             start = time.monotonic()
-            score = segment_sequence(model, sequence, options, bar.update)
+            score = segment_sequence(model, sequence, options, seen)
             manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
                                             "f": score.f})
             scores[sequence.name] = score
@@ -119,14 +121,15 @@ def _score(manifest: Manifest, sequence: Sequence) -> metrics.SequenceScore:
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     progress: Callable[[], object] = lambda: None) -> metrics.SequenceScore:
+                     seen: Callable[[segment.Frame], object] = lambda _: None
+                     ) -> metrics.SequenceScore:
     """Segment a sequence; masks are written and scored in the background.
 
     What runs there calls nothing of torch: its parallel loops in several threads at once would
     hold each other up on a CPU, and the network with them.
 
     Args:
-        progress: called after each frame that was looked for.
+        seen: called with each frame.
     """
     reference = sequence.mask(0)
     if not reference.any():
@@ -139,11 +142,13 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         kept = segment.Progress(options.results / sequence.name, sequence)
         kept = kept.load(model)
         sinks.append(segment.Masks(options.results / sequence.name, sequence))
+        film = options.results / f"{sequence.name}.mp4"
         if options.videos:
-            sinks.append(segment.Film(options.results / f"{sequence.name}.mp4", sequence,
-                                      drawing.overlay))
+            sinks.append(segment.Film(film, sequence, drawing.overlay))
+        elif options.overwrite:
+            film.unlink(missing_ok=True)  # of other masks
     frames = segment.track(model, sequence, {0: reference}, options, kept)
-    segment.drain(frames, sinks, kept, lambda frame: frame.index and progress())
+    segment.drain(frames, sinks, kept, seen)
     return scores.found
 
 

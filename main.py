@@ -245,26 +245,34 @@ def run_segment(args: argparse.Namespace) -> None:
     results = args.results_dir or Path("results") / args.video.stem
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
+    ours = (results / "manifest.json").is_file()
     manifest = Manifest(results, facts(args, model, {
         "data": str(args.video.resolve()),
         "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
                            for frame, mask in sorted(masks.items()))}), args.overwrite)
-    before = manifest.entries.get(CLIP, {"drawn": []})
-    if args.cutout in before["drawn"]:
+    if args.overwrite and ours:
+        segment.clear(results, {Path(name).resolve() for text in args.mask
+                                for name in (text, text.partition(":")[2])})
+    before = manifest.entries.get(CLIP)
+    kept = segment.Progress(results / "masks", clip)
+    if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+        before = None
+    drawn = before["drawn"] if before else {}
+    cutout = segment.cutout_name(args.cutout) if args.cutout else "overlay.mp4"
+    if before and (results / cutout).exists() and drawn.get(cutout) == args.cutout:
         print(f"{before['frames']} frames were finished before, in {results} (--overwrite starts "
               "over)")
         return
-    manifest.begin()
-    kept = segment.Progress(results / "masks", clip)
-    kept = kept.all() if before["drawn"] else kept.load(model)
+    kept = kept.all() if before else kept.load(model)
     options = segment.Options(
         input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
         threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
         adapt=adaptation(args, model))
     frames = segment.track(model, clip, masks, options, kept)
     bar = tqdm(frames, desc="frames", total=clip.count or None, disable=None, unit="frame")
-    count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept)
-    manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
+    count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept,
+                          lambda _: manifest.begin())
+    manifest.finish(CLIP, {"frames": count, "drawn": drawn | {cutout: args.cutout}})
     print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
 
 

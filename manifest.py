@@ -32,6 +32,7 @@ class Manifest:
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
         self.folder, self.made_by = folder, made_by
         self.entries: dict[str, dict] = {}
+        self.begun = False
         if folder is None:
             return
         path = folder / "manifest.json"
@@ -51,9 +52,10 @@ class Manifest:
                                  f"{new!r}): name another folder, or start over (--overwrite)")
 
     def begin(self) -> None:
-        """Say what makes the results that are about to be written."""
-        if self.folder and distributed.rank() == 0:
+        """Say what makes the results, before the first of them is written; once is enough."""
+        if self.folder and distributed.rank() == 0 and not self.begun:
             files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
+        self.begun = True
 
     def finish(self, name: str, entry: dict) -> None:
         """Keep what is known of a video now that all of its files are there."""

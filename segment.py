@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,13 +94,19 @@ class Progress:
         self.forwards, self.index = True, math.inf
         return self
 
-    def mask(self, index: int, forwards: bool) -> np.ndarray | None:
-        """That of a frame which an earlier run met on this way; None where it didn't."""
+    def met(self, index: int, forwards: bool) -> bool:
+        """Whether an earlier run met the frame on this way, so that its mask is known."""
         if self.index is None or forwards > self.forwards:
-            return None
-        if forwards == self.forwards and (index > self.index) == forwards and index != self.index:
-            return None
-        return images.read_mask(self.folder / f"{self.clip.frame_name(index)}.png")
+            return False
+        return (forwards < self.forwards or index == self.index
+                or (index > self.index) != forwards)
+
+    def mask(self, index: int) -> np.ndarray:
+        return images.read_mask(self.path_of(index))
+
+    def path_of(self, index: int) -> Path:
+        """Of a frame's mask."""
+        return self.folder / f"{self.clip.frame_name(index)}.png"
 
     def due(self) -> bool:
         """Whether it is time to keep a state; says so once."""
@@ -180,8 +186,9 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray]],
     """One tracker through frames in the order in which they come."""
     tracker = Tracker(model, options.threshold, options.remove_outliers)
     for index, image in frames:
-        mask = progress.mask(index, forwards) if progress else None
-        if mask is not None:
+        if progress and progress.met(index, forwards):
+            # that of the first frame is written on the way forwards only
+            mask = masks[index] if index in masks else progress.mask(index)
             yield Frame(index, image, mask, None, forwards, tracker)
             continue
         if progress and progress.state is not None and progress.forwards == forwards:
@@ -215,12 +222,12 @@ class Sink:
 
 
 def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None = None,
-          after: Callable[[Frame], object] = lambda _: None) -> int:
+          seen: Callable[[Frame], object] = lambda _: None) -> int:
     """Hand every frame to every sink, one frame after the other, in a thread of its own.
 
     Args:
         progress: kept up to date.
-        after: called with each frame.
+        seen: called with each frame, before any sink.
 
     Returns:
         How many frames there were.
@@ -237,10 +244,10 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
             stack.enter_context(sink)
         background = stack.enter_context(Background(write))
         for frame in frames:
+            seen(frame)
             due = progress is not None and frame.step is not None and progress.due()
             background(frame, frame.tracker.state() if due else None)
             count += 1
-            after(frame)
     if progress:
         progress.end()
     return count
@@ -307,6 +314,25 @@ class Film(Sink):
         self.video.__exit__(*exception)
 
 
+def cutout_name(how: str) -> str:
+    """Of the folder or file that a cut-out goes to."""
+    return "cutout" if how == "transparent" else "cutout.mp4"
+
+
+def clear(folder: Path, inputs: set[Path]) -> None:
+    """Take away what `sinks` left in a results folder, which a shorter clip wouldn't replace.
+
+    Args:
+        inputs: files that stay, as they are read: resolved.
+    """
+    for old in (*folder.glob("masks/*.png"), *folder.glob("cutout/*.png"),
+                *folder.glob("overlay.mp4"), *folder.glob("cutout.mp4")):
+        if old.resolve() not in inputs:
+            old.unlink()
+    with suppress(OSError):
+        (folder / "cutout").rmdir()
+
+
 def sinks(folder: Path, clip: Clip, cutout: str | None = None) -> list[Sink]:
     """What `-m segment` writes into a results folder.
 
@@ -316,8 +342,8 @@ def sinks(folder: Path, clip: Clip, cutout: str | None = None) -> list[Sink]:
     found: list[Sink] = [Masks(folder / "masks", clip),
                          Film(folder / "overlay.mp4", clip, drawing.overlay)]
     if cutout == "transparent":
-        found.append(Pictures(folder / "cutout", clip, drawing.transparent))
+        found.append(Pictures(folder / cutout_name(cutout), clip, drawing.transparent))
     elif cutout:
-        found.append(Film(folder / "cutout.mp4", clip, lambda image, mask:
+        found.append(Film(folder / cutout_name(cutout), clip, lambda image, mask:
                           drawing.replace_background(image, mask, cutout)))
     return found

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, write_list, write_sequence
 from torchvision import models
 
+import flags
 import main
 from data.samples import PairSampler
 from davis import Davis
@@ -67,7 +68,7 @@ def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_si
     monkeypatch.setattr(main, "build_model", lambda _: None)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
     monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[-1]))
-    main.run_train(main.parse_args(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
+    main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
     assert seen[0].iterations == steps  # of 18 frames
 
 
@@ -130,7 +131,7 @@ def test_training_equals_that_of_one_process_with_twice_the_batch(davis_2016, tm
     one, two = (torch.load(tmp_path / name / "vm.state", weights_only=True)
                 for name in ("one", "two"))
     torch.manual_seed(0)
-    start = main.build_model(main.parse_args(arguments("one", "2")))
+    start = main.build_model(flags.parse(arguments("one", "2")))
     start, one_end, two_end = (
         torch.cat([state[name].flatten() for name, _ in start.named_parameters()])
         for state in (start.state_dict(), one["model"], two["model"]))

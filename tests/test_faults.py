@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -11,12 +12,15 @@ import sys
 import time
 
 import cv2
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_list, write_sequence
+from conftest import ROOT, draw_frame, write_list, write_sequence
 from torchvision import models
 
 import main
+from media import images
+from tracker import Tracker
 from videomatch import VideoMatch
 
 
@@ -35,9 +39,9 @@ def training(davis_2016, tmp_path):
     return arguments
 
 
-def kill_when(condition, arguments):
+def kill_when(condition, arguments, program=(ROOT / "main.py",)):
     """Run main.py and kill it, by a signal that it can't catch, as soon as `condition` holds."""
-    process = subprocess.Popen([sys.executable, ROOT / "main.py", *arguments],
+    process = subprocess.Popen([sys.executable, *program, *arguments],
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     try:
         while not condition() and process.poll() is None:
@@ -126,8 +130,8 @@ def content(folder):
 def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole")) == 0
     table = capsys.readouterr().out.split("frames in")[0]
-    kill_when((tmp_path / "killed" / "ant.scores.json").is_file, evaluation("killed"))
-    finished = [path.name.split(".")[0] for path in (tmp_path / "killed").glob("*.scores.json")
+    kill_when((tmp_path / "killed" / "ant.finished.json").is_file, evaluation("killed"))
+    finished = [path.name.split(".")[0] for path in (tmp_path / "killed").glob("*.finished.json")
                 if not path.name.startswith(".")]
     assert 0 < len(finished) < 3
     before = {path: path.stat().st_mtime_ns for name in finished
@@ -137,6 +141,159 @@ def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, ca
     assert capsys.readouterr().out.split("frames in")[0] == table
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+STATE_OF_EACH_FRAME = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import main, segment
+segment.KEPT_EVERY = 0
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that are killed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_path, capsys):
+    assert main.main(evaluation("whole", "-v")) == 0
+    table = capsys.readouterr().out.split("frames in")[0]
+    killed = tmp_path / "killed"
+    kill_when((killed / "bee" / "00004.png").is_file, evaluation("killed", "-v"),
+              ("-c", STATE_OF_EACH_FRAME, ROOT))
+    before = {path: path.stat().st_mtime_ns for path in
+              (*(killed / "ant").iterdir(), *(killed / "bee" / f"{i:05d}.png" for i in range(4)))}
+    assert main.main(evaluation("killed", "-v")) == 0
+    assert capsys.readouterr().out.split("frames in")[0] == table
+    assert content(killed) == content(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """The arguments that segment a clip from masks of two frames, the later with one object more.
+
+    With the shipped model, so with memory of recent and past frames.
+    """
+    for i in range(16):
+        image, mask = draw_frame(i % 11, (1, 2))
+        images.write_image(tmp_path / "clip" / f"{i:05d}.png", image)
+        images.write_mask(tmp_path / f"{i}.png", mask if i > 8 else np.where(mask == 2, 0, mask))
+
+    def arguments(name, *more, masks=("7:7.png", "9:9.png")):
+        masks = [mask.replace(":", f":{tmp_path}/") for mask in masks]
+        return ["-m", "segment", "--video", str(tmp_path / "clip"), "--mask", *masks, "-c", "cpu",
+                "-p", "96", "160", "-j", str(tmp_path / name), *more]
+
+    return arguments
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("cutout", ["transparent", "blur"])
+@pytest.mark.parametrize("last, kept", [(3, [6, 5, 4]), (7, range(7)), (12, range(12))])
+def test_a_killed_clip_goes_on_in_either_direction(last, kept, cutout, clip, tmp_path, capsys):
+    more = ["--cutout", cutout]
+    killed = tmp_path / "killed"
+    kill_when((killed / "masks" / f"{last:05d}.png").is_file, clip("killed", *more),
+              ("-c", STATE_OF_EACH_FRAME, ROOT))
+    before = {path: path.stat().st_mtime_ns for path in
+              (killed / "masks" / f"{i:05d}.png" for i in kept)}
+    assert main.main(clip("killed", *more, "-k", "7")) == 2
+    assert "holds results of other flags" in capsys.readouterr().err
+    assert main.main(clip("killed", *more)) == 0
+    assert main.main(clip("whole", *more)) == 0
+    assert content(killed) == content(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    found = list((killed / "masks").iterdir())
+    assert len(found) == 16 and any(2 in images.read_mask(path) for path in found)
+
+
+def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypatch):
+    out, step = tmp_path / "out", Tracker.step
+    assert main.main(clip("out")) == 0
+    assert main.main(clip("whole", "--cutout", "transparent")) == 0
+    monkeypatch.setattr(Tracker, "step", lambda *_: pytest.fail("segmented again"))
+    before = content(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    capsys.readouterr()
+    assert main.main(clip("out")) == 0
+    assert "16 frames were finished before" in capsys.readouterr().out
+    assert content(out) == before
+    for how in ("transparent", "blur", "#00ff00"):
+        assert main.main(clip("out", "--cutout", how)) == 0
+        assert "finished before" not in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    green, drawn = (out / "cutout.mp4").read_bytes(), content(out)
+    for path, data in content(tmp_path / "whole").items():
+        if not path.name.endswith(".json"):
+            assert drawn[path] == data
+    for how in ("transparent", "#00ff00"):  # are there
+        assert main.main(clip("out", "--cutout", how)) == 0
+        assert "finished before" in capsys.readouterr().out
+    assert main.main(clip("out", "--cutout", "blur")) == 0  # is there no longer
+    assert (out / "cutout.mp4").read_bytes() != green
+    monkeypatch.setattr(Tracker, "step", step)
+    (out / "masks" / "00003.png").unlink()
+    assert main.main(clip("out")) == 0
+    assert {path: data for path, data in content(out).items() if path in before} == {
+        path: data if path.name != "clip.finished.json" else content(out)[path]
+        for path, data in before.items()}
+
+
+def test_clips_of_something_else_are_not_mixed(clip, tmp_path, capsys):
+    assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
+    before = content(tmp_path / "out")
+    shutil.copytree(tmp_path / "clip", tmp_path / "other")
+    for arguments, what in ((clip("out", "-k", "7", masks=["7:7.png"]), "flags"),
+                            (clip("out"), "masks"), (clip("out", masks=["8:7.png"]), "masks"),
+                            (clip("out", masks=["7:6.png"]), "masks"),
+                            (clip("out", "--video", str(tmp_path / "other"), masks=["7:7.png"]),
+                             "data")):
+        assert main.main(arguments) == 2
+        assert f"holds results of other {what}" in capsys.readouterr().err
+        assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("first", ["transparent", "blur"])
+def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path):
+    assert main.main(clip("out", "--cutout", first, masks=["7:7.png"])) == 0
+    for i in (14, 15):
+        (tmp_path / "clip" / f"{i:05d}.png").unlink()
+    assert main.main(clip("out", "--overwrite")) == 0
+    assert main.main(clip("whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    # a mask of the results, put right by hand, is an input that stays
+    edited = tmp_path / "out" / "masks" / "00012.png"
+    images.write_mask(edited, images.read_mask(tmp_path / "12.png"))
+    again = clip("out", "--overwrite", masks=["7:7.png", "12:out/masks/00012.png"])
+    assert main.main(again) == 0
+    np.testing.assert_array_equal(images.read_mask(edited), images.read_mask(tmp_path / "12.png"))
+
+
+def test_what_is_refused_at_once_leaves_no_manifest(clip, tmp_path, capsys):
+    images.write_mask(tmp_path / "small.png", np.ones((9, 8), np.uint8))
+    for wrong in ("7:small.png", "99:7.png"):
+        assert main.main(clip("out", masks=[wrong])) == 2
+    assert main.main(clip("out")) == 0
+
+
+def test_a_broken_state_is_named(clip, tmp_path, capsys):
+    killed = tmp_path / "out"
+    kill_when((killed / "masks" / "00004.png").is_file, clip("out"),
+              ("-c", STATE_OF_EACH_FRAME, ROOT))
+    state, = killed.glob(".*.progress")
+    for data in (b"", b"text", state.read_bytes()[:2000], pickle.dumps({"index": 3})):
+        state.write_bytes(data)
+        assert main.main(clip("out")) == 2
+        assert ".masks.progress: not the state of an inter" in capsys.readouterr().err
+    assert main.main(clip("out", "--overwrite")) == 0 and not state.exists()
 
 
 def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
@@ -170,6 +327,13 @@ def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
     assert (tmp_path / "out" / "cat.mp4").is_file()
 
 
+def test_starting_over_leaves_no_video_of_other_masks(evaluation, tmp_path):
+    assert main.main(evaluation("out", "-v", "-k", "7")) == 0
+    assert main.main(evaluation("out", "--overwrite")) == 0
+    assert main.main(evaluation("whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_a_broken_manifest_is_named(evaluation, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text("[]")
@@ -194,7 +358,7 @@ def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, eval
     assert "Traceback" not in result.stderr
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert not any(".part" in name or name.startswith(("report", "ant.mp4")) for name in names)
-    assert ("manifest.json" in names) == (masks == 36)
+    assert any(name.endswith(".finished.json") for name in names) == (masks == 36)
     found = list((tmp_path / "out").rglob("*.png"))
     assert len(found) == masks and all(cv2.imread(str(mask)) is not None for mask in found)
     assert main.main(evaluation("out", *flags)) == 0  # there is room again

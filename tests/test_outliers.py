@@ -26,7 +26,7 @@ def test_a_few_stray_pixels_do_not_lock_the_object_out():
     assert probabilities[1, 20:36, 160:176].min() == 1
 
 
-@pytest.mark.parametrize("pixels, locked", [(10, False), (11, True)])
+@pytest.mark.parametrize("pixels, locked", [(9, False), (11, True)])
 def test_an_object_has_vanished_at_a_hundredth_of_its_reference_area(pixels, locked):
     assert VANISHED == 0.01
     previous = np.zeros((60, 200), np.uint8)

@@ -191,7 +191,7 @@ def test_an_object_that_comes_closer_matches_the_closer_views():
     middle = np.s_[26:74, 33:97]  # half the height and width, around the object
     closer = F.interpolate(image[None, :, *middle], scale_factor=2, mode="bilinear")[0]
     with torch.no_grad():
-        frames = model.encode(closer)
+        frames = model.encode(closer[None])
         scores = model.match(frames, [reference(model, image, mask)])[0]
         # each cell finds itself, in its own set
         labels = cell_labels(torch.as_tensor(mask[None, *middle]), scores.shape[1:])
