@@ -2,24 +2,18 @@
 
 import json
 import os
-import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import cv2
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_frame, write_list, write_sequence
+from conftest import ROOT, STATE_OF_EACH_FRAME, content, kill_when, write_list, write_sequence
 from torchvision import models
 
 import main
-from media import images
-from tracker import Tracker
 from videomatch import VideoMatch
 
 
@@ -36,19 +30,6 @@ def training(davis_2016, tmp_path):
                 "-p", "64", "96", "-c", "cpu", *more]
 
     return arguments
-
-
-def kill_when(condition, arguments, program=(ROOT / "main.py",)):
-    """Run main.py and kill it, by a signal that it can't catch, as soon as `condition` holds."""
-    process = subprocess.Popen([sys.executable, *program, *arguments],
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    try:
-        while not condition() and process.poll() is None:
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
 
 
 def state_of(tmp_path, name):
@@ -114,18 +95,6 @@ def evaluation(tmp_path, model):
                                 str(tmp_path / "vm.pth"), "-j", str(tmp_path / name), *more]
 
 
-def content(folder):
-    """Every file of a results folder, without what tells how long it took."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            data = path.read_bytes()
-            found[path.relative_to(folder)] = re.sub(
-                rb'"seconds": [\d.]+|frames in [\d.]+ s: [\d.]+|<title>.*?</title>|<h1>.*?</h1>',
-                b"", data)
-    return found
-
-
 def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole")) == 0
     table = capsys.readouterr().out.split("frames in")[0]
@@ -142,24 +111,6 @@ def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, ca
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-STATE_OF_EACH_FRAME = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import main, segment
-segment.KEPT_EVERY = 0
-sys.exit(main.main(sys.argv[2:]))
-"""
-
-
-@pytest.fixture
-def one_thread():
-    """As in the processes that are killed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole", "-v")) == 0
@@ -173,126 +124,6 @@ def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_pa
     assert capsys.readouterr().out.split("frames in")[0] == table
     assert content(killed) == content(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-
-
-@pytest.fixture
-def clip(tmp_path):
-    """The arguments that segment a clip from masks of two frames, the later with one object more.
-
-    With the shipped model, so with memory of recent and past frames.
-    """
-    for i in range(16):
-        image, mask = draw_frame(i % 11, (1, 2))
-        images.write_image(tmp_path / "clip" / f"{i:05d}.png", image)
-        images.write_mask(tmp_path / f"{i}.png", mask if i > 8 else np.where(mask == 2, 0, mask))
-
-    def arguments(name, *more, masks=("7:7.png", "9:9.png")):
-        masks = [mask.replace(":", f":{tmp_path}/") for mask in masks]
-        return ["-m", "segment", "--video", str(tmp_path / "clip"), "--mask", *masks, "-c", "cpu",
-                "-p", "96", "160", "-j", str(tmp_path / name), *more]
-
-    return arguments
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("last, kept, cutout", [(3, [6, 5, 4], "blur"),
-                                                (7, range(7), "transparent"),
-                                                (12, range(12), "blur")])
-def test_a_killed_clip_goes_on_in_either_direction(last, kept, cutout, clip, tmp_path, capsys):
-    more = ["--cutout", cutout]
-    killed = tmp_path / "killed"
-    kill_when((killed / "masks" / f"{last:05d}.png").is_file, clip("killed", *more),
-              ("-c", STATE_OF_EACH_FRAME, ROOT))
-    before = {path: path.stat().st_mtime_ns for path in
-              (killed / "masks" / f"{i:05d}.png" for i in kept)}
-    assert main.main(clip("killed", *more, "-k", "7")) == 2
-    assert "holds results of other flags" in capsys.readouterr().err
-    assert main.main(clip("killed", *more)) == 0
-    assert main.main(clip("whole", *more)) == 0
-    assert content(killed) == content(tmp_path / "whole")
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    found = list((killed / "masks").iterdir())
-    assert len(found) == 16 and any(2 in images.read_mask(path) for path in found)
-
-
-def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypatch):
-    out, step = tmp_path / "out", Tracker.step
-    assert main.main(clip("out")) == 0
-    assert main.main(clip("whole", "--cutout", "transparent")) == 0
-    monkeypatch.setattr(Tracker, "step", lambda *_: pytest.fail("segmented again"))
-    before = content(out)
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    capsys.readouterr()
-    assert main.main(clip("out")) == 0
-    assert "16 frames were finished before" in capsys.readouterr().out
-    assert content(out) == before
-    for how in ("transparent", "blur", "#00ff00"):
-        assert main.main(clip("out", "--cutout", how)) == 0
-        assert "finished before" not in capsys.readouterr().out
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    green, drawn = (out / "cutout.mp4").read_bytes(), content(out)
-    for path, data in content(tmp_path / "whole").items():
-        if not path.name.endswith(".json"):
-            assert drawn[path] == data
-    for how in ("transparent", "#00ff00"):  # are there
-        assert main.main(clip("out", "--cutout", how)) == 0
-        assert "finished before" in capsys.readouterr().out
-    assert main.main(clip("out", "--cutout", "blur")) == 0  # is there no longer
-    assert (out / "cutout.mp4").read_bytes() != green
-    monkeypatch.setattr(Tracker, "step", step)
-    (out / "masks" / "00003.png").unlink()
-    assert main.main(clip("out")) == 0
-    assert {path: data for path, data in content(out).items() if path in before} == {
-        path: data if path.name != "clip.finished.json" else content(out)[path]
-        for path, data in before.items()}
-
-
-def test_clips_of_something_else_are_not_mixed(clip, tmp_path, capsys):
-    assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
-    before = content(tmp_path / "out")
-    shutil.copytree(tmp_path / "clip", tmp_path / "other")
-    for arguments, what in ((clip("out", "-k", "7", masks=["7:7.png"]), "flags"),
-                            (clip("out"), "masks"), (clip("out", masks=["8:7.png"]), "masks"),
-                            (clip("out", masks=["7:6.png"]), "masks"),
-                            (clip("out", "--video", str(tmp_path / "other"), masks=["7:7.png"]),
-                             "data")):
-        assert main.main(arguments) == 2
-        assert f"holds results of other {what}" in capsys.readouterr().err
-        assert content(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("first", ["transparent", "blur"])
-def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path):
-    assert main.main(clip("out", "--cutout", first, masks=["7:7.png"])) == 0
-    for i in (14, 15):
-        (tmp_path / "clip" / f"{i:05d}.png").unlink()
-    assert main.main(clip("out", "--overwrite")) == 0
-    assert main.main(clip("whole")) == 0
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    # a mask of the results, put right by hand, is an input that stays
-    edited = tmp_path / "out" / "masks" / "00012.png"
-    images.write_mask(edited, images.read_mask(tmp_path / "12.png"))
-    again = clip("out", "--overwrite", masks=["7:7.png", "12:out/masks/00012.png"])
-    assert main.main(again) == 0
-    np.testing.assert_array_equal(images.read_mask(edited), images.read_mask(tmp_path / "12.png"))
-
-
-def test_what_is_refused_at_once_leaves_no_manifest(clip, tmp_path, capsys):
-    images.write_mask(tmp_path / "small.png", np.ones((9, 8), np.uint8))
-    for wrong in ("7:small.png", "99:7.png"):
-        assert main.main(clip("out", masks=[wrong])) == 2
-    assert main.main(clip("out")) == 0
-
-
-def test_a_broken_state_is_named(clip, tmp_path, capsys):
-    state = tmp_path / "out" / ".masks.progress"
-    state.parent.mkdir()
-    for content in (b"", b"text", {"index": 3}, {"index": 3, "forwards": True, "state": {}},
-                    {"index": 3, "forwards": True, "state": {"memory": {"kind": "Popen"}}}):
-        state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
-        assert main.main(clip("out")) == 2
-        assert ".masks.progress: not the state of an inter" in capsys.readouterr().err
-    assert main.main(clip("out", "--overwrite")) == 0 and not state.exists()
 
 
 def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
