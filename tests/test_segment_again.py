@@ -125,7 +125,7 @@ def test_a_broken_state_is_named(clip, tmp_path, capsys):
     state = tmp_path / "out" / ".masks.progress"
     state.parent.mkdir()
     for broken in (b"", b"text", {"index": 3}, {"index": 3, "forwards": True, "state": {}},
-                    {"index": 3, "forwards": True, "state": {"memory": {"kind": "Popen"}}}):
+                   {"index": 3, "forwards": True, "state": {"memory": {"kind": "Popen"}}}):
         state.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, state)
         assert main.main(clip("out")) == 2
         assert ".masks.progress: not the state of an inter" in capsys.readouterr().err
