@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import platform
-import shutil
 import sys
 import zlib
 from functools import partial
@@ -29,6 +28,7 @@ import report
 import segment
 import sinks
 import train
+from annotations import FORMATS
 from confidence import Confidence, unsure
 from data import demo
 from davis import Davis, split
@@ -283,35 +283,42 @@ def run_segment(args: argparse.Namespace) -> None:
                [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
+    ours = (results / "manifest.json").is_file()
     with Manifest(results, facts(args, model, {
             "data": data,
             "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
                                for frame, mask in sorted(masks.items()))}),
             args.overwrite) as manifest:
-        wanted = [str(args.cutout), *args.export]
-        before = manifest.entries.get(CLIP, {"drawn": []})
-        if set(wanted) <= set(before["drawn"]):
+        if args.overwrite and ours:
+            sinks.clear(results, {Path(name).resolve() for text in args.mask
+                                  for name in (text, text.partition(":")[2])})
+        kept = segment.Progress(results / "masks", clip)
+        before = manifest.entries.get(CLIP)
+        if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+            before = None
+        drawn = before["drawn"] if before else {}
+        wanted = {"overlay.mp4": None, **{name: None for name in args.export}}
+        if args.cutout:
+            wanted[sinks.cutout_name(args.cutout)] = args.cutout
+        there = all(drawn.get(name, "") == how and ((results / name).exists() or name in FORMATS)
+                    for name, how in wanted.items())
+        if before and there:
             print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
                   "starts over)")
             return
-        if args.overwrite:
-            for name in ("masks", "cutout"):
-                shutil.rmtree(results / name, ignore_errors=True)
-            (results / "confidence.csv").unlink(missing_ok=True)
-        manifest.begin([results / "masks", results / "cutout"])
-        kept = segment.Progress(results / "masks", clip)
-        kept = kept.all() if before["drawn"] else kept.load(model)
-        options = segment.Options(**of_the_road(args, model))
-        frames = segment.track(model, clip, masks, options, kept)
+        kept = kept.all() if before else kept.load(model)
+        frames = segment.track(model, clip, masks, segment.Options(**of_the_road(args, model)),
+                               kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
         sure = Confidence(results / "confidence.csv")
         count = segment.drain(bar, [
             *sinks.of_a_clip(results, clip, args.cutout), sure,
-            *annotations.of_a_clip(results, clip, args.export)], kept)
+            *annotations.of_a_clip(results, clip, args.export)], kept,
+            lambda _: manifest.begin([results / "masks", results / "cutout"]))
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
-        manifest.finish(CLIP, {"frames": count, "drawn": before["drawn"] + wanted})
-    drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
-    print(f"{count} frames: {drawn} in {results}, to look at: report.html")
+        manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
+    outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {outputs} in {results}, to look at: report.html")
     if looks := unsure(sure.measures):
         first = min(masks)
         print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "

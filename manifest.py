@@ -37,6 +37,7 @@ class Manifest:
         self.folder, self.made_by = folder, made_by
         self.lock: BaseFileLock | None = None
         self.entries: dict[str, dict] = {}
+        self.begun = False
         if folder is None:
             return
         path = folder / "manifest.json"
@@ -57,7 +58,9 @@ class Manifest:
                                  f"{new!r}): name another folder, or start over (--overwrite)")
 
     def begin(self, folders: Iterable[Path] = ()) -> None:
-        """Say what makes the results that are about to be written, and keep other runs away.
+        """Say what makes the results, before the first of them is written; once is enough.
+
+        From then on other runs are kept away.
 
         Args:
             folders: where they go.
@@ -66,8 +69,9 @@ class Manifest:
             ValueError: another run is writing there, or something else than this toolkit wrote
                 there before.
         """
-        if self.folder is None or distributed.rank():
+        if self.folder is None or distributed.rank() or self.begun:
             return
+        self.begun = True
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock")
         try:

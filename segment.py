@@ -114,13 +114,19 @@ class Progress:
         self.forwards, self.index = True, math.inf
         return self
 
-    def mask(self, index: int, forwards: bool) -> np.ndarray | None:
-        """That of a frame which an earlier run met on this way; None where it didn't."""
+    def met(self, index: int, forwards: bool) -> bool:
+        """Whether an earlier run met the frame on this way, so that its mask is known."""
         if self.index is None or forwards > self.forwards:
-            return None
-        if forwards == self.forwards and (index > self.index) == forwards and index != self.index:
-            return None
-        return images.read_mask(self.folder / f"{self.clip.frame_name(index)}.png")
+            return False
+        return (forwards < self.forwards or index == self.index
+                or (index > self.index) != forwards)
+
+    def mask(self, index: int) -> np.ndarray:
+        return images.read_mask(self.path_of(index))
+
+    def path_of(self, index: int) -> Path:
+        """Of a frame's mask."""
+        return self.folder / f"{self.clip.frame_name(index)}.png"
 
     def due(self) -> bool:
         """Whether it is time to keep a state; says so once."""
@@ -201,8 +207,9 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
     """One tracker through frames, each with what the network sees, in the order they come in."""
     tracker = Tracker(model, options.threshold, options.remove_outliers)
     for index, image, small in frames:
-        mask = progress.mask(index, forwards) if progress else None
-        if mask is not None:
+        if progress and progress.met(index, forwards):
+            # that of the first frame is written on the way forwards only
+            mask = masks[index] if index in masks else progress.mask(index)
             yield Frame(index, image, None, forwards, tracker, mask)
             continue
         if progress and progress.state is not None and progress.forwards == forwards:
@@ -250,12 +257,12 @@ class Sink:
 
 
 def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None = None,
-          after: Callable[[Frame], object] = lambda _: None) -> int:
+          seen: Callable[[Frame], object] = lambda _: None) -> int:
     """Hand every frame to every sink, one frame after the other, in a thread of its own.
 
     Args:
         progress: kept up to date.
-        after: called with each frame.
+        seen: called with each frame, before any sink.
 
     Returns:
         How many frames there were.
@@ -277,11 +284,11 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
             stack.enter_context(sink)
         background = stack.enter_context(Background(write))
         for frame in frames:
+            seen(frame)
             stop = interrupted()
             keep = progress is not None and frame.step is not None and (progress.due() or stop)
             background(frame, frame.tracker.state() if keep else None)
             count += 1
-            after(frame)
             if stop:
                 raise KeyboardInterrupt
     if progress:

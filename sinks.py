@@ -5,6 +5,7 @@ Nothing here knows how a mask was found.
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -77,6 +78,27 @@ class Film(Sink):
         self.video.__exit__(*exception)
 
 
+def cutout_name(how: str) -> str:
+    """Of the folder or file that a cut-out goes to."""
+    return "cutout" if how == "transparent" else "cutout.mp4"
+
+
+def clear(folder: Path, inputs: set[Path]) -> None:
+    """Take away what an earlier run left, which a shorter clip wouldn't replace.
+
+    Args:
+        inputs: files that stay, as they are read: resolved.
+    """
+    for old in (*folder.glob("masks/*.png"), *folder.glob("cutout/*.png"),
+                *folder.glob("labels/*.txt"), folder / "overlay.mp4", folder / "cutout.mp4",
+                folder / "confidence.csv", folder / "annotations.json"):
+        if old.is_file() and old.resolve() not in inputs:
+            old.unlink()
+    for name in ("cutout", "labels"):
+        with suppress(OSError):
+            (folder / name).rmdir()
+
+
 def of_a_clip(folder: Path, clip: Clip, cutout: str | None = None) -> list[Sink]:
     """What `-m segment` writes into a results folder.
 
@@ -86,8 +108,8 @@ def of_a_clip(folder: Path, clip: Clip, cutout: str | None = None) -> list[Sink]
     found: list[Sink] = [Masks(folder / "masks", clip),
                          Film(folder / "overlay.mp4", clip, drawing.overlay)]
     if cutout == "transparent":
-        found.append(Pictures(folder / "cutout", clip, drawing.transparent))
+        found.append(Pictures(folder / cutout_name(cutout), clip, drawing.transparent))
     elif cutout:
-        found.append(Film(folder / "cutout.mp4", clip, lambda image, mask:
+        found.append(Film(folder / cutout_name(cutout), clip, lambda image, mask:
                           drawing.replace_background(image, mask, cutout)))
     return found

@@ -180,13 +180,14 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
         frames, target = model.encode(image), truth.to(model.device).float()
         scores = model.match(frames, memories)
+        matched = scores / model.temperature
+        found = model.enlarged(model.refine(frames, memories, scores) if model.method == "memory"
+                               else matched, frames.size)  # (B, 2, H, W)
+        loss = loss + sum(LOSSES[name](found[:, 1], target) for name in losses)
         if model.method == "memory":
-            found = model.enlarged(model.refine(frames, memories, scores), frames.size)
-            loss = loss + loss_of(found, target, losses)
+            alone = model.enlarged(matched, frames.size)[:, 1]
+            loss = loss + MATCHING_WEIGHT * sum(LOSSES[name](alone, target) for name in losses)
             model.remember(frames, memories, found)
-        matched = model.enlarged(scores / model.temperature, frames.size)  # (B, 2, H, W)
-        weight = MATCHING_WEIGHT if model.method == "memory" else 1
-        loss = loss + weight * loss_of(matched, target, losses)
     loss = loss / (images.shape[1] - 1)
     if not loss.isfinite():
         raise ValueError("the loss is no number any more: a lower --learning_rate (-l) helps; "
@@ -198,11 +199,6 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
-
-
-def loss_of(probabilities: torch.Tensor, target: torch.Tensor, names: tuple[str, ...]):
-    """The sum of some losses of (B, 2, H, W) probabilities, given (B, H, W) 0 or 1."""
-    return sum(LOSSES[name](probabilities[:, 1], target) for name in names)
 
 
 def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,

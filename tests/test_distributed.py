@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, write_list, write_sequence
 
+import flags
 import main
 from data.samples import PairSampler
 from davis import Davis
@@ -68,7 +69,7 @@ def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_si
     monkeypatch.setattr(main, "build_model", lambda _: None)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
     monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[-1]))
-    main.run_train(main.parse_args(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
+    main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
     assert seen[0].iterations == steps  # of 18 frames
 
 
