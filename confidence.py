@@ -99,7 +99,7 @@ class Confidence(Sink):
             self.found[one.frame, one.object_id] = one
 
     def keep(self) -> None:
-        if self.path:
+        if self.path and self.found:
             write(self.path, self.measures)
 
     def __exit__(self, *exception):

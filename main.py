@@ -8,7 +8,6 @@
 
 import argparse
 import io
-import itertools
 import logging
 import os
 import platform
@@ -32,7 +31,7 @@ from annotations import FORMATS
 from confidence import Confidence, unsure
 from data import demo
 from davis import Davis, split
-from manifest import Manifest, keep_apart, made_from, stamp
+from manifest import Manifest, free_folder, keep_apart, stamp
 from media import annotate, images
 from media.background import progress
 from media.video import open_clip
@@ -278,7 +277,7 @@ def run_segment(args: argparse.Namespace) -> None:
     source = args.video.resolve()
     sources = sorted(source.iterdir()) if source.is_dir() else [source]
     data = f"{source} ({stamp(path for path in sources if path.is_file())})"
-    results = args.results_dir or _free_folder(source.stem, data)
+    results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
                [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
     masks = given_masks(args, clip, results)
@@ -323,13 +322,6 @@ def run_segment(args: argparse.Namespace) -> None:
         first = min(masks)
         print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
               f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
-
-
-def _free_folder(name: str, data: str) -> Path:
-    """results/NAME, or with a number behind it where that holds the results of another clip."""
-    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
-               for number in itertools.count(1))
-    return next(folder for folder in folders if made_from(folder) in (None, data))
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:

@@ -4,6 +4,7 @@
 so that several processes may work into one folder. What it is that is known, it doesn't know.
 """
 
+import itertools
 import json
 import zlib
 from collections.abc import Iterable
@@ -122,6 +123,13 @@ def made_from(folder: Path) -> str | None:
     """The data that a folder's results were made from; None where no manifest tells."""
     path = folder / "manifest.json"
     return _read(path).get("data") if path.is_file() else None
+
+
+def free_folder(name: str, data: str) -> Path:
+    """results/NAME, or with a number behind it where that holds the results of other data."""
+    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
+               for number in itertools.count(1))
+    return next(folder for folder in folders if made_from(folder) in (None, data))
 
 
 def stamp(paths: Iterable[Path]) -> str:

@@ -54,7 +54,8 @@ class Frame:
             found the mask.
         forwards: the way on which it was met.
         tracker: at this frame; a sink that wants to go back to it takes a copy in time.
-        known: (H, W) uint8 mask that was given, or found by an earlier run.
+        known: (H, W) uint8 mask, where it isn't to be decided from enlarged probabilities: given,
+            found by an earlier run, or decided at a size of its own.
     """
 
     index: int
@@ -221,7 +222,10 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
                                     given.shape)
         tensor = preprocess.to_tensor(small, options.input_shape, model.device)
         shape = options.segmentation_shape or min(small.shape[:2], image.shape[:2])
-        yield Frame(index, image, tracker.step(tensor, given, shape), forwards, tracker, given)
+        step, known = tracker.step(tensor, given, shape), given
+        if options.segmentation_shape and given is None:
+            known = images.resize_mask(step.mask, image.shape[:2])
+        yield Frame(index, image, step, forwards, tracker, known)
 
 
 def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:

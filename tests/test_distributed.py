@@ -46,7 +46,7 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
     one, two = ({path.relative_to(tmp_path / name): path.read_bytes()
                  for pattern in ("*/*.png", "*.csv") for path in (tmp_path / name).glob(pattern)}
                 for name in ("one", "two"))
-    assert one == two and len(one) == 19
+    assert one == two and len(one) == 22
 
 
 def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):

@@ -190,12 +190,13 @@ def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results,
     monkeypatch.setattr(Tracker, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(model, [sequence], evaluate.Options(results=results, videos=True))
-    assert slow_writes == [f"{i:05d}.png" for i in range(4)]
+    assert slow_writes == [f"{i:05d}.png" for i in range(5)]  # the frame under way ends whole
     np.testing.assert_array_equal(segmented[0].mask, sequence.mask(0))
     for path, found in zip(sorted((results / "ant").iterdir()), segmented, strict=True):
         np.testing.assert_array_equal(np.array(Image.open(path)), found.mask)
     # no half of a video
-    assert sorted(path.name for path in results.iterdir()) == ["ant", "manifest.json"]
+    assert sorted(path.name for path in results.iterdir()) == [
+        ".ant.progress", "ant", "ant.confidence.csv", "manifest.json"]
 
 
 def test_slow_writing_keeps_order_and_loses_nothing(model, davis_2016, results, slow_writes):
@@ -209,7 +210,7 @@ def test_an_error_of_the_writer_ends_the_run(frame, model, davis_2016, results):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
     (results / "ant" / f"{frame:05d}.png").mkdir(parents=True)
     with pytest.raises(OSError, match=f"{frame:05d}.png"):
-        evaluate.evaluate(model, [sequence], evaluate.Options(results=results))
+        evaluate.evaluate(model, [sequence], evaluate.Options(results=results, overwrite=True))
 
 
 def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016, results):

@@ -25,7 +25,7 @@ def of(line):
     ("--video clip.mp4", "--video", "train", "segment"),
     ("--video clip.mp4 --mask a.png", "--video", "train", "segment"),
     ("-j results", "--results_dir", "train", "eval or -m segment"),
-    ("-m train --overwrite", "--overwrite", "train", "eval or -m segment"),
+    ("-m train --size 480", "--size", "train", "eval or -m segment"),
     ("-m train --finetune 3", "--finetune", "train", "eval or -m segment"),
     ("-m eval --cutout blur", "--cutout", "eval", "segment"),
     ("-m eval --box 1 2 3 4", "--box", "eval", "segment"),
@@ -77,7 +77,7 @@ def test_help_shows_all_flags_or_those_of_a_mode(capsys):
     assert everything == {f"--{name}" for name in names} | {"--no-shuffle", "--no-augment"}
     common = {"--mode", "--seed", "--encoder", "--method", "--input_image_shape", "--top_k"}
     for mode, mine, others in (
-            ("train", {"--batch_size", "--resume", "--dataset"}, {"--video", "--overwrite"}),
+            ("train", {"--batch_size", "--resume", "--dataset"}, {"--video", "--size"}),
             ("eval", {"--visualize", "--dataset", "--overwrite"}, {"--video", "--resume"}),
             ("segment", {"--video", "--cutout", "--overwrite"}, {"--dataset", "--resume",
                                                                  "--visualize"})):

@@ -10,6 +10,7 @@ from PIL import Image
 
 import main
 import segment
+import sinks
 from media import annotate, images, video
 from videomatch import SHIPPED, VideoMatch
 
@@ -84,7 +85,7 @@ def test_an_object_that_appears_later_is_found_from_then_on(clip_file, tmp_path)
     clip = video.open_clip(clip_file)
     seen = []
     segment.drain(segment.track(model, clip, {0: first, 4: both}, segment.Options()),
-                  segment.sinks(tmp_path, clip), seen=seen.append)
+                  sinks.of_a_clip(tmp_path, clip), seen=seen.append)
     found = masks_in(tmp_path)
     assert all(set(np.unique(mask)) <= {0, 1} for mask in found[:4])
     np.testing.assert_array_equal(found[4], both)
@@ -108,7 +109,7 @@ class Counting(video.Folder):
 def test_each_frame_is_decoded_once(cutout, model, clip_folder, tmp_path):
     clip = Counting(clip_folder)
     frames = segment.track(model, clip, {0: truth(0), 4: truth(4)}, segment.Options())
-    assert segment.drain(frames, segment.sinks(tmp_path, clip, cutout)) == FRAMES
+    assert segment.drain(frames, sinks.of_a_clip(tmp_path, clip, cutout)) == FRAMES
     assert clip.read == list(range(FRAMES))
 
 
@@ -116,7 +117,7 @@ def test_from_the_middle_only_the_first_frame_with_a_mask_is_decoded_again(model
                                                                            tmp_path):
     clip = Counting(clip_folder)
     frames = segment.track(model, clip, {5: truth(5)}, segment.Options())
-    assert segment.drain(frames, segment.sinks(tmp_path, clip)) == FRAMES
+    assert segment.drain(frames, sinks.of_a_clip(tmp_path, clip)) == FRAMES
     assert sorted(set(clip.read)) == list(range(FRAMES))
     assert all(clip.read.count(i) == 1 for i in range(FRAMES) if i != 5)
 
@@ -129,7 +130,7 @@ def test_a_film_has_its_frames_in_the_order_of_the_clip(first, model, clip_folde
         index = next(i for i, frame in enumerate(clip.frames()) if (frame == image).all())
         return np.full_like(image, 20 * index + 20)
 
-    with segment.Film(tmp_path / "film.mp4", clip, draw) as film:
+    with sinks.Film(tmp_path / "film.mp4", clip, draw) as film:
         met = [film.write(frame) or frame.index for frame in
                segment.track(model, clip, {first: truth(first)}, segment.Options())]
     assert met == [*range(first - 1, -1, -1), *range(first, FRAMES)]
@@ -200,7 +201,7 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
         images.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
     kept = segment.Progress(tmp_path / "masks", clip).all()
     frames = segment.track(model, clip, {0: truth(0)}, segment.Options(), kept)
-    segment.drain(frames, segment.sinks(tmp_path, clip, how), kept)
+    segment.drain(frames, sinks.of_a_clip(tmp_path, clip, how), kept)
     frame, mask = next(clip.frames(3)), truth(3) > 0
     if how == "transparent":
         picture = np.array(Image.open(tmp_path / "cutout" / "00003.png"))
