@@ -170,7 +170,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         kept = kept.load(model)
         film = options.results / f"{sequence.name}.mp4"
         outputs += [sinks.Masks(options.results / sequence.name, sequence),
-                    Confidence(_confidence_of(options.results, sequence))]
+                    Confidence(_confidence_of(options.results, sequence), kept.index is not None)]
         if options.videos:
             outputs.append(sinks.Film(film, sequence, drawing.overlay))
         elif options.overwrite:

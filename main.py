@@ -279,7 +279,7 @@ def run_segment(args: argparse.Namespace) -> None:
     data = f"{source} ({stamp(path for path in sources if path.is_file())})"
     results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
-               [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
+               [args.video])
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
     ours = (results / "manifest.json").is_file()
@@ -309,7 +309,7 @@ def run_segment(args: argparse.Namespace) -> None:
         frames = segment.track(model, clip, masks, segment.Options(**of_the_road(args, model)),
                                kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
-        sure = Confidence(results / "confidence.csv")
+        sure = Confidence(results / "confidence.csv", kept.index is not None)
         count = segment.drain(bar, [
             *sinks.of_a_clip(results, clip, args.cutout), sure,
             *annotations.of_a_clip(results, clip, args.export)], kept,
