@@ -14,7 +14,7 @@ from media import files
 from media.video import Clip
 from segment import Frame, Sink
 
-FORMATS = ("coco", "yolo")
+FORMATS = {"coco": "annotations.json", "yolo": "labels"}  # what of a results folder each takes
 CATEGORY = "object"
 
 
@@ -91,6 +91,5 @@ class Yolo(Sink):
 
 def of_a_clip(results: Path, clip: Clip, formats: list[str]) -> list[Sink]:
     """The sinks for some of `FORMATS`, in a results folder."""
-    made = {"coco": lambda: Coco(results / "annotations.json", clip),
-            "yolo": lambda: Yolo(results / "labels", clip)}
-    return [made[name]() for name in formats]
+    kinds = {"coco": Coco, "yolo": Yolo}
+    return [kinds[name](results / FORMATS[name], clip) for name in formats]

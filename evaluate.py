@@ -117,10 +117,11 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
 
         for sequence in todo:
             bar.set_description(sequence.name)
-            start = time.monotonic()
+            # of the files as they are before the work: what changes under it is noticed next time
+            start, data = time.monotonic(), _data(sequence)
             score = segment_sequence(model, sequence, options, seen)
             manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
-                                            "f": score.f, "data": _data(sequence)})
+                                            "f": score.f, "data": data})
             scores[sequence.name] = score
             bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
 

@@ -296,10 +296,10 @@ def run_segment(args: argparse.Namespace) -> None:
         if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
             before = None
         drawn = before["drawn"] if before else {}
-        wanted = {"overlay.mp4": None, **{name: None for name in args.export}}
+        wanted = {"overlay.mp4": None, **{FORMATS[name]: None for name in args.export}}
         if args.cutout:
             wanted[sinks.cutout_name(args.cutout)] = args.cutout
-        there = all(drawn.get(name, "") == how and ((results / name).exists() or name in FORMATS)
+        there = all(drawn.get(name, "") == how and (results / name).exists()
                     for name, how in wanted.items())
         if before and there:
             print(f"{before['frames']} frames were finished before, in {results} (--overwrite "

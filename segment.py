@@ -223,7 +223,7 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
             images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
                                     given.shape)
         tensor = preprocess.to_tensor(small, options.input_shape, model.device)
-        shape = options.segmentation_shape or min(small.shape[:2], image.shape[:2])
+        shape = options.segmentation_shape or small.shape[:2]
         step, known = tracker.step(tensor, given, shape), given
         if options.segmentation_shape and given is None:
             known = images.resize_mask(step.mask, image.shape[:2])
@@ -297,6 +297,9 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
             count += 1
             if stop:
                 raise KeyboardInterrupt
+        stack.close()  # every file is whole before anything else
+        if interrupted():  # behind the last frame
+            raise KeyboardInterrupt
     if progress:
         progress.end()
     return count

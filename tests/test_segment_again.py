@@ -1,6 +1,7 @@
 """Clips that are segmented again: after a kill, for another cut-out, with other flags."""
 
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT, STATE_OF_EACH_FRAME, content, draw_frame, kill_when
 
 import main
+import segment
 from media import images
 from tracker import Tracker
 
@@ -130,3 +132,24 @@ def test_a_broken_state_is_named(clip, tmp_path, capsys):
         assert main.main(clip("out")) == 2
         assert ".masks.progress: not the state of an inter" in capsys.readouterr().err
     assert main.main(clip("out", "--overwrite")) == 0 and not state.exists()
+
+
+def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
+    class Kept(segment.Sink):
+        frames: list = []
+
+        def write(self, frame):
+            self.frames.append(frame.index)
+
+    def frames():
+        image = np.zeros((4, 5, 3), np.uint8)
+        yield from (segment.Frame(i, image, None, True, None, image[..., 0]) for i in range(3))
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            segment.drain(frames(), [Kept()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert Kept.frames == [0, 1, 2]
