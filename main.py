@@ -144,13 +144,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("a clip of your own (-m segment)").add_argument
     add("--video", metavar="PATH", type=Path,
-        help="a video file, an animated GIF or a folder of frames")
+        help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
-        help="masks of frames, counted from 0: FIRST.png, or 0:a.png 120:b.png; each value or "
-             "palette entry is an object")
-    add("--mask_frame", metavar="N", type=int, default=0,
+        help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
+             "or 0:a.png 120:b.png; each value or palette entry is an object")
+    add("--mask_frame", metavar="N", type=int, default=None,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
-             "from it (default: 0)")
+             "from it (default: the first)")
     add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
         help="no mask at hand: look for the object in this box")
     add("--annotate", action="store_true",
@@ -421,7 +421,7 @@ def adaptation(args: argparse.Namespace, model: VideoMatch):
 
 
 def run_segment(args: argparse.Namespace) -> None:
-    clip = open_clip(args.video)
+    clip = open_clip(args.video, [name for _, name in map(numbered, args.mask)])
     results = args.results_dir or Path("results") / args.video.stem
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
@@ -434,26 +434,33 @@ def run_segment(args: argparse.Namespace) -> None:
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
+    default = clip.number(0) if args.mask_frame is None else args.mask_frame
     masks = {}
     for text in args.mask:
-        number, colon, name = text.partition(":")
-        frame, name = (int(number), name) if colon and number.isdecimal() else (args.mask_frame,
-                                                                                text)
+        number, name = numbered(text)
+        frame = clip.index(default if number is None else number)
         if frame in masks:
-            raise ValueError(f"--mask {text}: frame {frame} has a mask already")
+            raise ValueError(f"--mask {text}: frame {clip.number(frame)} has a mask already")
         masks[frame] = images.read_own_mask(name)
     if masks:
         return masks
-    image = next(iter(clip.frames(args.mask_frame)), None)
+    frame = clip.index(default)
+    image = next(clip.frames(frame), None)
     if image is None:
-        raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
+        raise ValueError(f"--mask_frame {default}: the clip ends before it")
     mask = (annotate.mask_from_box(image, tuple(args.box)) if args.box
             else annotate.Annotator(image).run())
-    path = results / f"mask_{args.mask_frame:05d}.png"
+    path = results / f"mask_{default:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
     images.write_mask(path, mask)
-    print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
-    return {args.mask_frame: mask}
+    print(f"the mask that this run starts from: {path} (again: --mask {default}:{path})")
+    return {frame: mask}
+
+
+def numbered(text: str) -> tuple[int | None, str]:
+    """What --mask takes, [N:]FILE: the frame's number, if there is one, and the file."""
+    number, colon, name = text.partition(":")
+    return (int(number), name) if colon and number.isdecimal() else (None, text)
 
 
 if __name__ == "__main__":

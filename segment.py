@@ -42,11 +42,12 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
         ValueError: a mask is of another size than the frame, or of a frame that isn't there.
     """
     model.eval()
-    _check_frames(masks, clip.count or max(masks) + 1)
+    if not clip.has(max(masks)):
+        raise ValueError(f"--mask: there is no frame {max(masks)}, the clip has {clip.count} "
+                         "frames, counted from 0")
+    masks = {frame: clip.fit(mask) for frame, mask in masks.items()}
     first = min(masks)
-    reference = next(iter(clip.frames(first)), None)
-    if reference is None:
-        raise ValueError(f"--mask: the clip ends before frame {first}, counted from 0")
+    reference = next(clip.frames(first))
     if options.adapt:
         model = options.adapt(model, reference, masks[first])
     folder = options.results / "masks"
@@ -61,7 +62,6 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
         for frame, image in enumerate(bar, start=first):
             writer(frame, _step(model, frame, image, masks, options))
             count = frame + 1
-        _check_frames(masks, count)
         if first:
             _step(model, first, reference, masks, options, restart=True)
             bar = tqdm(_read(pool, clip.backwards(first)), total=first, desc="frames before",
@@ -70,13 +70,6 @@ def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options
                 writer(frame, _step(model, frame, image, {}, options))
     render(clip, options)
     return count
-
-
-def _check_frames(masks: dict[int, np.ndarray], count: int) -> None:
-    missing = [frame for frame in masks if frame >= count]
-    if missing:
-        raise ValueError(f"--mask: there is no frame {missing[0]}, the clip has {count} frames, "
-                         "counted from 0")
 
 
 def _read(pool: Executor, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -108,7 +101,8 @@ def render(clip: Clip, options: Options) -> None:
     """Draw the masks in the results folder: the overlay, and the cut-out if there is to be one."""
     with ExitStack() as files:
         def video(name: str) -> writer.VideoWriter:
-            return files.enter_context(writer.VideoWriter(options.results / name, clip.fps))
+            return files.enter_context(writer.VideoWriter(options.results / name, clip.fps,
+                                                          clip.path))
 
         overlay = video("overlay.mp4")
         if options.cutout == "transparent":
@@ -118,9 +112,10 @@ def render(clip: Clip, options: Options) -> None:
         for frame, image in enumerate(tqdm(clip.frames(), desc="drawing", disable=None)):
             name = f"{clip.name(frame)}.png"
             mask = images.read_mask(options.results / "masks" / name)
-            overlay.write(drawing.overlay(image, mask))
+            overlay.write(drawing.overlay(image, mask), clip.time(frame))
             if options.cutout == "transparent":
                 images.write_image(options.results / "cutout" / name,
                                        drawing.transparent(image, mask))
             elif options.cutout:
-                cutout.write(drawing.replace_background(image, mask, options.cutout))
+                cutout.write(drawing.replace_background(image, mask, options.cutout),
+                             clip.time(frame))
