@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 # of each kind of file: encoder, pixels, options, the longest side that it takes
 KINDS = {
-    ".mp4": ("libx264", "yuv420p", {"preset": "veryfast", "crf": "18", "movflags": "+faststart"},
-             16384),
+    ".mp4": ("libx264", "yuv420p", {"preset": "veryfast", "crf": "18"}, 16384),
     ".mov": ("prores_ks", "yuva444p10le", {"profile": "4444", "vendor": "apl0"}, 65535),
     # without alternate references, which lose the transparency
     ".webm": ("libvpx-vp9", "yuva420p", {"crf": "24", "b": "0", "deadline": "good",
@@ -67,7 +66,9 @@ class VideoWriter:
         with ExitStack() as files:
             beside = files.enter_context(whole(path))
             beside.touch()  # which av.open puts off until the first frame
-            self._container = av.open(f"file:{beside}", "w")
+            # with the index in front, so that it plays before it is loaded to the end
+            options = {"movflags": "+faststart"} if self.path.suffix != ".webm" else {}
+            self._container = av.open(f"file:{beside}", "w", options=options)
             files.push(self._close)
             self._files = files.pop_all()
 
