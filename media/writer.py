@@ -100,7 +100,8 @@ class VideoWriter:
         self._stream = self._container.add_stream(codec, rate=self._rate, options=options)
         context = self._stream.codec_context
         image = self._fit(image)
-        context.width, context.height, context.pix_fmt = *image.shape[1::-1], pixels
+        context.height, context.width = image.shape[:2]
+        context.pix_fmt = pixels
         context.time_base = self._unit
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED

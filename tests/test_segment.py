@@ -67,8 +67,7 @@ def test_video_and_folder_give_the_same_masks(clip_file, clip_folder, tmp_path):
     assert overlay.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
 
 
-def test_from_a_frame_in_the_middle_it_runs_both_ways(clip_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "CHUNK", 2)
+def test_from_a_frame_in_the_middle_it_runs_both_ways(clip_file, tmp_path):
     mask = write(tmp_path / "middle.png", truth(5))
     assert main.main(["-m", "segment", "--video", str(clip_file), "--mask", mask, "--mask_frame",
                       "5", "-j", str(tmp_path / "out"), "-p", "192", "320"]) == 0
@@ -100,37 +99,6 @@ def test_finetuning_starts_from_the_frame_with_the_mask(clip_file, tmp_path, mon
     np.testing.assert_array_equal(image, next(video.open_clip(clip_file).frames(3)))
     np.testing.assert_array_equal(first, truth(3))
     assert steps == 7
-
-
-def test_backwards_yields_the_frames_in_reverse(clip_file, monkeypatch):
-    clip = video.open_clip(clip_file)
-    forwards = list(clip.frames())
-    for chunk in (1, 3, 64):
-        monkeypatch.setattr(video, "CHUNK", chunk)
-        backwards = list(clip.backwards(7))
-        assert len(backwards) == 7
-        assert all((a == b).all() for a, b in zip(backwards, forwards[6::-1]))
-    np.testing.assert_array_equal(next(clip.frames(4)), forwards[4])
-
-
-def test_a_gif_is_a_clip(tmp_path):
-    pictures = [Image.fromarray(draw_frame(i)[0]) for i in range(4)]
-    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:],
-                     duration=50)
-    clip = video.open_clip(tmp_path / "clip.gif")
-    assert clip.fps == 20
-    frames = list(clip.frames())
-    assert len(frames) == 4
-    for i, frame in enumerate(frames):
-        assert np.abs(frame.astype(int) - draw_frame(i)[0]).mean() < 15  # of 256 colours
-    np.testing.assert_array_equal(list(clip.backwards(3)), frames[2::-1])
-
-
-def test_a_video_that_ends_early_is_said_to(clip_file, monkeypatch, caplog):
-    clip = video.open_clip(clip_file)
-    clip.count = FRAMES + 3
-    assert len(list(clip.frames())) == FRAMES
-    assert f"ends after {FRAMES} frames" in caplog.text
 
 
 @pytest.mark.parametrize("how, expected", [("transparent", None), ("blur", None),

@@ -467,8 +467,9 @@ def test_folders_that_are_no_clip(tmp_path):
         video.open_clip("nowhere.mp4")
 
 
-def test_a_full_disk_where_frames_are_put_aside_is_said(gops, tmp_path, monkeypatch):
+def test_a_full_disk_where_frames_are_put_aside_is_said(gops, monkeypatch):
     monkeypatch.setattr(spool, "MEMORY", 1)
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))
-    with pytest.raises(OSError, match="No space left.*TMPDIR"):
-        list(video.open_clip(gops).backwards(20))
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda: full)
+        with pytest.raises(OSError, match="No space left.*TMPDIR"):
+            list(video.open_clip(gops).backwards(20))
