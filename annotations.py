@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from media import files
-from media.video import Clip
+from media.clip import Clip
 from segment import Frame, Sink
 
 FORMATS = {"coco": "annotations.json", "yolo": "labels"}  # what of a results folder each takes

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 
 import evaluate
 import preprocess
+from build import device_of
 from data import demo
 from davis import YEARS, Davis, Sequence
-from main import device_of
 from media import images
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match

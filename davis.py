@@ -14,7 +14,7 @@ import numpy as np
 
 from data import download
 from media import images
-from media.video import FOLDER_FPS, Clip
+from media.clip import FOLDER_FPS, Clip
 
 HOME = "https://davischallenge.org"
 YEARS = ("2016", "2017", "all")
@@ -45,11 +45,24 @@ class Sequence(Clip):
     def count(self) -> int:
         return len(self.images)
 
-    def frames(self, start: int = 0) -> Iterator[np.ndarray]:
+    @property
+    def path(self) -> Path:
+        return self.images[0].parent
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return images.image_shape(self.images[0], "a frame")
+
+    stored = shape
+
+    def has(self, frame: int) -> bool:
+        return frame < len(self)
+
+    def _read(self, start: int) -> Iterator[np.ndarray]:
         return map(self.image, range(start, len(self)))
 
-    def backwards(self, start: int) -> Iterator[np.ndarray]:
-        return map(self.image, reversed(range(start)))
+    def _restart(self, end: int) -> int:
+        return end - 1
 
     def frame_name(self, frame: int) -> str:
         return self.images[frame].stem

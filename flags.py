@@ -180,13 +180,13 @@ def training(add) -> Callable:
 
 def clip(add) -> Callable:
     add("--video", metavar="PATH", type=Path,
-        help="a video file, an animated GIF or a folder of frames")
+        help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
-        help="masks of frames, counted from 0: FIRST.png, or 0:a.png 120:b.png; each value or "
-             "palette entry is an object")
-    add("--mask_frame", metavar="N", type=int, default=0,
+        help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
+             "or 0:a.png 120:b.png; each value or palette entry is an object")
+    add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
-             "from it (default: 0)")
+             "from it (default: the first)")
     add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
         help="no mask at hand: look for the object in this box")
     add("--annotate", action="store_true",

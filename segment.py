@@ -22,7 +22,7 @@ import torch
 import preprocess
 from media import images
 from media.background import Background, ahead, interruptible
-from media.video import Clip
+from media.clip import Clip
 from network.outliers import decide
 from tracker import Step, Tracker
 from videomatch import VideoMatch, save
@@ -161,38 +161,23 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
         ValueError: a mask is of another size than the frame, or of a frame that isn't there.
     """
     model.eval()
-    first, count = min(masks), 0
-    _check_frames(masks, clip.count or max(masks) + 1)
-    ways = [True]
-    if first or options.adapt:
-        reference = next(iter(clip.frames(first)), None)
-        if reference is None:
-            raise ValueError(f"--mask: the clip ends before frame {first}, counted from 0")
-        if options.adapt:
-            model = options.adapt(model, reference, masks[first])
-    if first:
-        ways.insert(0, False)
+    if not clip.has(max(masks)):
+        raise ValueError(f"--mask: there is no frame {max(masks)}, the clip has {clip.count} "
+                         "frames, counted from 0")
+    masks = {frame: clip.fit(mask) for frame, mask in masks.items()}
+    first = min(masks)
+    reference = next(clip.frames(first))
+    if options.adapt:
+        model = options.adapt(model, reference, masks[first])
     with ThreadPoolExecutor(1) as pool:
-        for forwards in ways:
-            frames: Iterator[tuple[int, np.ndarray]]
-            if forwards:
-                frames, given = enumerate(clip.frames(first), first), masks
-            else:
-                before = zip(range(first - 1, -1, -1), clip.backwards(first))
-                frames, given = itertools.chain([(first, reference)], before), {first: masks[first]}
-            for frame in _way(model, _read(pool, _reduced(frames, options)), given, options,
-                              forwards, progress):
+        for forwards in (False, True) if first else (True,):
+            given = masks if forwards else {first: masks[first]}
+            others = (enumerate(clip.frames(first + 1), first + 1) if forwards else
+                      zip(range(first - 1, -1, -1), clip.backwards(first)))
+            frames = _reduced(itertools.chain([(first, reference)], others), options)
+            for frame in _way(model, _read(pool, frames), given, options, forwards, progress):
                 if forwards or frame.index != first:
                     yield frame
-                count = frame.index + 1
-    _check_frames(masks, count)
-
-
-def _check_frames(masks: dict[int, np.ndarray], count: int) -> None:
-    missing = [frame for frame in masks if frame >= count]
-    if missing:
-        raise ValueError(f"--mask: there is no frame {missing[0]}, the clip has {count} frames, "
-                         "counted from 0")
 
 
 def _read(pool: Executor, frames: Iterator) -> Iterator:

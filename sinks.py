@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from media import drawing, images
-from media.video import Clip
+from media.clip import Clip
 from media.writer import VideoWriter
 from segment import Frame, Sink
 
@@ -51,27 +51,28 @@ class Film(Sink):
     QUALITY = 97
 
     def __init__(self, path: Path, clip: Clip, draw: Callable):
-        self.draw, self.video = draw, VideoWriter(path, clip.fps)
-        self.waiting: list[tuple[int, int]] = []  # where in the file, and how long
+        self.clip, self.draw, self.video = clip, draw, VideoWriter(path, clip.fps, clip.path)
+        self.waiting: list[tuple[int, int, int]] = []  # frame, where in the file, how long
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
 
     def write(self, frame: Frame) -> None:
         picture = self.draw(frame.image, frame.mask)
         if frame.forwards:
             self._flush()
-            self.video.write(picture)
+            self.video.write(picture, self.clip.time(frame.index))
             return
         _, data = cv2.imencode(".jpg", picture[..., ::-1],
                                [cv2.IMWRITE_JPEG_QUALITY, self.QUALITY])
-        self.waiting.append((self.file.tell(), len(data)))
+        self.waiting.append((frame.index, self.file.tell(), len(data)))
         self.file.write(data.tobytes())
 
     def _flush(self) -> None:
         while self.waiting:
-            place, length = self.waiting.pop()
+            index, place, length = self.waiting.pop()
             self.file.seek(place)
             data = np.frombuffer(self.file.read(length), np.uint8)
-            self.video.write(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+            self.video.write(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1],
+                             self.clip.time(index))
 
     def __exit__(self, *exception):
         self.file.close()

@@ -1,48 +1,202 @@
-"""Video files, written frame by frame."""
+"""Video files, written frame by frame, with the sound of another file.
 
+What browsers, notebooks and QuickTime play (H.264), and with transparency what editors take
+(ProRes 4444, VP9). It knows of arrays only.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from media.files import whole
 
+log = logging.getLogger(__name__)
+
+# of each kind of file: encoder, pixels, options, the longest side that it takes
+KINDS = {
+    # without mbtree, whose vector code reads past the rows of small frames: the file would differ
+    ".mp4": ("libx264", "yuv420p", {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"},
+             16384),
+    ".mov": ("prores_ks", "yuva444p10le", {"profile": "4444", "vendor": "apl0"}, 65535),
+    # without alternate references, which lose the transparency
+    ".webm": ("libvpx-vp9", "yuva420p", {"crf": "24", "b": "0", "deadline": "good",
+                                         "cpu-used": "4", "row-mt": "1", "auto-alt-ref": "0"},
+              65535),
+}
+# sound that is copied as it is; any other is encoded again
+SOUND = {".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"},
+         ".mov": {"aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s24le"},
+         ".webm": {"opus", "vorbis"}}
+BT709 = 1  # matrix, primaries and transfer, as ITU-T H.273 numbers them
+LIMITED = 1  # range of brightness, 16 to 235
+
 
 class VideoWriter:
-    """Write RGB frames to an mp4; opened at the first frame, which gives the size.
+    """Write RGB or RGBA frames to a video: .mp4 (H.264), or .mov, .webm (with transparency).
 
-    Use as a context manager. A video codec wants even sides: odd frames lose a row or column.
+    The file is opened at once, so that what can't be written fails before there is work to lose;
+    it appears when the writer is left, if a frame was written. Use as a context manager.
+
+    Args:
+        fps: frames per second where `write` is given no times; any number above 0.
+        sound: a video whose sound is taken along, beginning with the first frame. What has none
+            is left silent.
 
     Raises:
-        OSError: OpenCV can't write there, or the disk is full.
+        ValueError: the suffix is none of these.
+        OSError: nothing can be written there, or the disk is full; it names `path`.
     """
 
-    def __init__(self, path: str | Path, fps: float = 24):
-        self.path, self.fps, self._file = Path(path), fps, whole(path)
-        self._writer: cv2.VideoWriter | None = None
+    def __init__(self, path: str | Path, fps: float = 24, sound: str | Path | None = None):
+        self.path = Path(path)
+        if self.path.suffix not in KINDS:
+            raise ValueError(f"{path}: expected one of {', '.join(KINDS)}")
+        rate = Fraction(fps if 1e-3 < fps < 1e5 else 24).limit_denominator(1001)
+        # at least 1/90000 s, and a whole number of it for each frame where the rate is constant
+        self._unit = 1 / (rate.numerator * Fraction(math.ceil(90000 / rate.numerator)))
+        self._rate, self._sound_of = rate, sound
+        self._stream: av.VideoStream | None = None
+        self._last = -1  # in units
+        with ExitStack() as files:
+            beside = files.enter_context(whole(path))
+            beside.touch()  # which av.open puts off until the first frame
+            # with the index in front, so that it plays before it is loaded to the end
+            options = {"movflags": "+faststart"} if self.path.suffix != ".webm" else {}
+            self._container = av.open(f"file:{beside}", "w", options=options)
+            files.push(self._close)
+            self._files = files.pop_all()
 
-    def write(self, image: np.ndarray) -> None:
-        """Append an (H, W, 3) uint8 RGB frame."""
-        height, width = (side - side % 2 for side in image.shape[:2])
-        if self._writer is None:
-            self._beside = str(self._file.__enter__())
-            self._writer = cv2.VideoWriter(self._beside, cv2.VideoWriter.fourcc(*"mp4v"),
-                                           self.fps, (width, height))
-            if not self._writer.isOpened():
-                raise OSError(f"{self.path}: OpenCV can't write a video there")
-        self._writer.write(np.ascontiguousarray(image[:height, :width, ::-1]))
+    def write(self, image: np.ndarray, time: float | None = None) -> None:
+        """Append a frame.
+
+        Args:
+            image: (H, W, 3) RGB or (H, W, 4) RGBA uint8, all of one shape. What H.264 can't hold
+                is padded (odd sides, by a row or column) or reduced (over 16384 pixels).
+            time: seconds, from any zero, at which it is shown; by default one frame after the
+                one before.
+        """
+        with self._telling():
+            if self._stream is None:
+                self._start(image, time)
+            units = (self._last + self._step if time is None
+                     else round((time - self._first) / self._unit))
+            self._last = max(units, self._last + 1) if self._last >= 0 else 0
+            frame = av.VideoFrame.from_ndarray(self._fit(image),
+                                               format="rgba" if image.shape[2] == 4 else "rgb24")
+            frame = self._reformatter.reformat(frame, format=self._stream.pix_fmt,
+                                               dst_colorspace="itu709")
+            frame.pts, frame.time_base = self._last, self._unit
+            self._container.mux(self._stream.encode(frame))
+            self._copy_sound(self._last)
+
+    def _start(self, image: np.ndarray, time: float | None) -> None:
+        codec, pixels, options, self._side = KINDS[self.path.suffix]
+        self._stream = self._container.add_stream(codec, rate=self._rate, options=options)
+        context = self._stream.codec_context
+        image = self._fit(image)
+        context.height, context.width = image.shape[:2]
+        context.pix_fmt = pixels
+        context.time_base = self._unit
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+        self._reformatter = VideoReformatter()
+        self._first, self._step = time or 0.0, round(1 / self._rate / self._unit)
+        self._sound = sound(self._container, self._sound_of, self.path.suffix, self._first)
+        self._waiting = next(self._sound, None)
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
+        if max(height, width) > self._side:
+            scale = self._side / max(height, width)
+            image = cv2.resize(image, (max(1, int(width * scale)), max(1, int(height * scale))),
+                               interpolation=cv2.INTER_AREA)
+            height, width = image.shape[:2]
+        if self.path.suffix == ".mp4" and (height % 2 or width % 2):
+            image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        return np.ascontiguousarray(image)
+
+    def _copy_sound(self, until: int) -> None:
+        """Write the packets of sound that begin before `until`, in units."""
+        while self._waiting and self._waiting.pts * self._waiting.time_base < until * self._unit:
+            self._container.mux(self._waiting)
+            self._waiting = next(self._sound, None)
+
+    def _close(self, kind, *_) -> None:
+        if kind is None:
+            with self._telling():
+                try:
+                    self._container.mux(self._stream.encode())
+                    self._copy_sound(self._last + self._step)
+                finally:
+                    self._container.close()
+        else:  # that error counts, whatever follows from it
+            with suppress(av.FFmpegError, OSError):
+                self._container.close()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        if self._writer is None:
-            return
-        self._writer.release()
-        # OpenCV doesn't tell when it could not write
-        if exception[0] or cv2.VideoCapture(self._beside).isOpened():
-            self._file.__exit__(*exception)
-        else:
-            error = OSError(f"{self.path}: OpenCV could not write it all, is the disk full?")
-            self._file.__exit__(OSError, error, None)
-            raise error
+        if self._stream is None and exception[0] is None:
+            exception = (_NothingWritten, _NothingWritten(), None)
+        self._files.__exit__(*exception)
+
+
+class _NothingWritten(Exception):
+    """So that no file appears."""
+
+
+def sound(container: av.container.OutputContainer, source: str | Path | None, suffix: str,
+          start: float) -> Iterator[av.Packet]:
+    """Add a stream for the sound of a file, then yield its packets, which begin at `start` seconds.
+
+    What goes wrong with the source is said, and ends the sound only.
+    """
+    if source is None or not Path(source).is_file():
+        return
+    try:
+        with av.open(f"file:{source}", metadata_errors="ignore") as file:
+            stream = file.streams.best("audio")
+            if stream is None:
+                return
+            if stream.codec_context.codec.canonical_name in SOUND[suffix]:
+                packets = _copied(container.add_stream_from_template(stream), file, stream, start)
+            else:
+                out = container.add_stream("libopus" if suffix == ".webm" else "aac", rate=48000)
+                packets = _encoded(out, file, stream, start)
+            yield from packets
+    except (av.FFmpegError, OSError, ValueError) as error:
+        log.warning("%s: its sound can't be taken along to the end (%s)", source, error)
+
+
+def _copied(out, file, stream, start: float) -> Iterator[av.Packet]:
+    shift = round(start / stream.time_base)
+    for packet in file.demux(stream):
+        if packet.size and packet.pts is not None and packet.pts >= shift:
+            packet.pts -= shift
+            packet.dts = packet.pts
+            packet.stream = out
+            yield packet
+
+
+def _encoded(out, file, stream, start: float) -> Iterator[av.Packet]:
+    for frame in file.decode(stream):
+        if frame.pts is not None and frame.time >= start:
+            frame.pts -= round(start / frame.time_base)
+            yield from out.encode(frame)
+    yield from out.encode()

@@ -298,7 +298,7 @@ FLAGS = {  # of an evaluation
     "-m segment --video clip --box 1 1 9 9 --mask first.png": "one of them",
     "-m segment --video clip --box 90 90 9 9": "--box",
     "-m segment --video clip --box 1 1 0 9": "--box",
-    "-m segment --video clip --box 1 1 9 9 --mask_frame 7": "--mask_frame 7|ends",
+    "-m segment --video clip --box 1 1 9 9 --mask_frame 7": "no frame 7|3 frames",
     "-m segment --video clip --mask first.png --cutout #12": "--cutout|#00ff00",
 }
 
@@ -329,7 +329,7 @@ def test_a_video_that_ends_early_is_used_as_far_as_it_goes(folder, capsys, caplo
     cut("clip.avi", (folder / "clip.avi").stat().st_size // 2)(folder)
     for more in ([], ["--finetune", "1"]):
         expect_one_line(["-m", "segment", "--video", "clip.avi", "--mask", "7:first.png", *more],
-                        "--mask|ends before frame 7", capsys)
+                        "--mask|no frame 7", capsys)
     code, printed = run(["-m", "segment", "--video", "clip.avi", "--mask", "first.png"], capsys)
     masks = list((folder / "out" / "masks").glob("*.png"))
     assert code == 0 and 0 < len(masks) < 8, printed

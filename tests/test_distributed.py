@@ -65,8 +65,8 @@ def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
 def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_size, steps,
                                                              davis_2016, monkeypatch):
     seen = []
-    monkeypatch.setattr(main, "data", lambda _: Davis(davis_2016))
-    monkeypatch.setattr(main, "build_model", lambda _: None)
+    monkeypatch.setattr(main.build, "data", lambda _: Davis(davis_2016))
+    monkeypatch.setattr(main.build, "model_of", lambda _: None)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
     monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[-1]))
     main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))

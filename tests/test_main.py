@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import build
 import flags
 import main
 from videomatch import VideoMatch
@@ -78,7 +79,7 @@ def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
 def test_matching_flags_override_the_checkpoint(checkpoint):
     args = flags.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
                         "--temperature", "0.2", "--dilation", "7"])
-    model = main.build_model(args)
+    model = build.model_of(args)
     assert (model.upsample_factor, model.top_k) == (4, 9)
     assert (model.temperature, model.dilation) == (0.2, 7)
 

@@ -1,4 +1,4 @@
-"""Overlays, videos that OpenCV reads back, and figures."""
+"""Overlays and figures."""
 
 import cv2
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from conftest import draw_frame
 from PIL import Image
 
-from media import drawing, figures, writer
+from media import drawing, figures
 
 
 def test_palette_by_hand():
@@ -55,50 +55,6 @@ def test_overlay_blends_the_inside_and_outlines_it_in_white(opacity):
 def test_overlay_of_an_empty_mask_is_the_image():
     image, mask = draw_frame(1)
     np.testing.assert_array_equal(drawing.overlay(image, np.zeros_like(mask)), image)
-
-
-def read_video(path) -> tuple[list[np.ndarray], float]:
-    capture = cv2.VideoCapture(str(path))
-    frames = []
-    while (read := capture.read())[0]:
-        frames.append(read[1][..., ::-1])
-    return frames, capture.get(cv2.CAP_PROP_FPS)
-
-
-@pytest.mark.parametrize("height, width", [(48, 80), (49, 80), (48, 81), (51, 83)])
-def test_video_is_read_back(tmp_path, height, width):
-    colours = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 200, 20), (120, 120, 120)]
-    with writer.VideoWriter(tmp_path / "video.mp4", fps=10) as video:
-        for colour in colours:
-            video.write(np.full((height, width, 3), colour, np.uint8))
-    frames, fps = read_video(tmp_path / "video.mp4")
-    assert fps == pytest.approx(10)
-    assert len(frames) == len(colours)
-    for frame, colour in zip(frames, colours):
-        assert frame.shape == (height // 2 * 2, width // 2 * 2, 3)
-        assert np.abs(frame.mean((0, 1)) - colour).max() < 12
-
-
-def test_video_keeps_its_picture_upright(tmp_path):
-    frame = np.zeros((65, 97, 3), np.uint8)
-    frame[:32, :48] = 255
-    with writer.VideoWriter(tmp_path / "video.mp4") as video:
-        video.write(frame)
-    (found,), _ = read_video(tmp_path / "video.mp4")
-    assert np.abs(found.astype(int) - frame[:64, :96]).mean() < 10
-
-
-def test_video_that_cannot_be_written_is_named(tmp_path):
-    path = tmp_path / "a folder.mp4"
-    (path / "with something").mkdir(parents=True)
-    with pytest.raises(OSError, match="a folder.mp4"), writer.VideoWriter(path) as video:
-        video.write(draw_frame(0)[0])
-
-
-def test_no_frame_no_file(tmp_path):
-    with writer.VideoWriter(tmp_path / "video.mp4"):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -1,0 +1,210 @@
+"""A clip, of whatever kind: frames in order. Folders of images, and what Pillow reads.
+
+Arrays come out. Video files are in `video`; what is drawn on frames it does not know.
+"""
+
+import logging
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from media import images, spool
+
+log = logging.getLogger(__name__)
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+ANIMATIONS = (*IMAGES, ".gif", ".apng", ".avif")  # what Pillow reads; a single picture too
+MOVING = ("GIF", "PNG", "WEBP", "AVIF")  # Pillow finds several pictures in a photo (MPO) as well
+FOLDER_FPS = 24.0  # of a folder of frames, which tells none
+
+
+class Clip:
+    """Frames in order, counted from 0. None is kept: an hour takes the memory of a second.
+
+    Attributes:
+        path: where it was read from.
+        fps: frames per second; on the average, where that varies.
+        count: how many frames there are said to be, a hint until one has read to the end; 0 if
+            unknown.
+        shape: (H, W) of the frames that are yielded: upright, of square pixels.
+        stored: (H, W) before the pixels are made square; what FFmpeg writes as pictures.
+    """
+
+    path: Path
+    fps: float
+    count: int
+    shape: tuple[int, int]
+    stored: tuple[int, int]
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 RGB frames from `start` on, to before `stop` or to the end."""
+        return islice(self._read(start), None if stop is None else max(0, stop - start))
+
+    def backwards(self, start: int) -> Iterator[np.ndarray]:
+        """The frames before `start`, the last of them first."""
+        end = start
+        while end > 0:
+            first = self._restart(end)
+            with spool.Spool() as stack:
+                for image in self.frames(first, end):
+                    stack.push(image)
+                while (image := stack.pop()) is not None:
+                    yield image
+            end = first
+
+    def has(self, frame: int) -> bool:
+        """Whether there is such a frame: looked for, not taken from what the header says."""
+        return next(self.frames(frame), None) is not None
+
+    def frame_name(self, frame: int) -> str:
+        """What the frame's mask is called, without suffix."""
+        return f"{frame:05d}"
+
+    def number(self, frame: int) -> int:
+        """What a person calls the frame."""
+        return frame
+
+    def index(self, number: int) -> int:
+        """The frame that a person calls so; raises a ValueError where there can't be one."""
+        return number
+
+    def time(self, frame: int) -> float:
+        """Seconds at which a frame that was read is shown; they rise from frame to frame."""
+        return frame / self.fps
+
+    def fit(self, mask: np.ndarray) -> np.ndarray:
+        """An (H, W) mask painted on a frame as it is stored, at `shape`; any other as it is."""
+        return images.resize_mask(mask, self.shape) if mask.shape == self.stored else mask
+
+    def _read(self, start: int) -> Iterator[np.ndarray]:
+        raise NotImplementedError
+
+    def _restart(self, end: int) -> int:
+        """A frame before `end` from which reading towards `end` starts without detour."""
+        raise NotImplementedError
+
+
+class Folder(Clip):
+    """Images in the natural order of their names (2 before 10), all of one size."""
+
+    def __init__(self, path: Path, masks: Iterable[str | Path] = ()):
+        self.path, self.fps = path, FOLDER_FPS
+        self.files = sorted(_frame_files(path, masks), key=lambda file: (_natural(file.stem), file))
+        self.count = len(self.files)
+        if not self.files:
+            raise FileNotFoundError(f"{path}: no frames there, expected images "
+                                    f"({', '.join(IMAGES)})")
+        names: dict[str, Path] = {}
+        for file in self.files:
+            if (other := names.setdefault(file.stem, file)) != file:
+                raise ValueError(f"{file}: a second frame of that name beside {other.name}, "
+                                 "expected frames alone, without their masks")
+        self.shape = self.stored = images.image_shape(self.files[0], "a frame")
+        self.numbers = _numbers(self.files)
+        if self.numbers != list(range(self.count)):
+            log.info("%s: %d frames in natural order, %s (frame %d) to %s (frame %d)", path,
+                     self.count, self.files[0].name, self.numbers[0], self.files[-1].name,
+                     self.numbers[-1])
+        elif self.files != sorted(self.files):
+            log.info("%s: %d frames in natural order, %s to %s", path, self.count,
+                     self.files[0].name, self.files[-1].name)
+
+    def has(self, frame: int) -> bool:
+        return frame < self.count
+
+    def frame_name(self, frame: int) -> str:
+        return self.files[frame].stem
+
+    def number(self, frame: int) -> int:
+        return self.numbers[frame]
+
+    def index(self, number: int) -> int:
+        place = bisect_left(self.numbers, number)
+        if self.numbers[place:place + 1] != [number]:
+            raise ValueError(f"{self.path}: there is no frame {number}, the clip has {self.count} "
+                             f"frames, numbered {self.numbers[0]} to {self.numbers[-1]}"
+                             f"{' as their files' if self.numbers[-1] >= self.count else ''}")
+        return place
+
+    def _read(self, start: int) -> Iterator[np.ndarray]:
+        for file in self.files[start:]:
+            image = images.read_image(file)
+            images.check_same_shape(self.files[0], self.shape, file, image.shape, "a frame")
+            yield image
+
+    def _restart(self, end: int) -> int:
+        return end - 1
+
+
+def _frame_files(path: Path, masks: Iterable[str | Path]) -> list[Path]:
+    """The images of a folder that are frames; what is left out is said."""
+    named = {Path(mask).resolve() for mask in masks}
+    files = [file for file in path.iterdir()
+             if file.suffix.lower() in IMAGES and not file.name.startswith(".")]  # ._* of a Mac
+    # those that the toolkit made, of a box or by --annotate; unless there is nothing else
+    made = {file for file in files if re.fullmatch(r"mask_\d{5,}\.png", file.name)}
+    left_out = {file for file in files if file.resolve() in named}
+    if len(made) < len(files):
+        left_out |= made
+    if left_out:
+        log.info("%s: masks, not frames: %s", path,
+                 ", ".join(sorted(file.name for file in left_out)))
+    return [file for file in files if file not in left_out]
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts numbers by their value: text and numbers in turn."""
+    return [int(part) if i % 2 else part.casefold()
+            for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def _numbers(files: list[Path]) -> list[int]:
+    """The last number in each name, where names differ in nothing else; else 0, 1, 2, ..."""
+    parts = [re.fullmatch("(.*?)([0-9]+)([^0-9]*)", file.stem) for file in files]
+    if len(files) > 1 and all(parts) and len({(part[1], part[3]) for part in parts}) == 1:
+        numbers = [int(part[2]) for part in parts]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(len(files)))
+
+
+class Animation(Clip):
+    """A GIF, an APNG, an animated WebP as Pillow decodes it; one picture is a clip of one frame."""
+
+    def __init__(self, path: Path):
+        self.path, self._starts = path, [0.0]
+        with images.open_image(path, "a picture or an animation") as image:
+            self.count = getattr(image, "n_frames", 1) if image.format in MOVING else 1
+            duration = image.info.get("duration", 0)  # milliseconds a frame
+        self.fps = 1000 / duration if duration else FOLDER_FPS
+        self.shape = self.stored = next(self._read(0)).shape[:2]
+
+    def time(self, frame: int) -> float:
+        return self._starts[frame]
+
+    def _read(self, start: int) -> Iterator[np.ndarray]:
+        if self.count == 1:
+            yield from [images.read_image(self.path)][start:]
+            return
+        with images.open_image(self.path, "an animation") as image:
+            for frame in range(self.count):
+                try:
+                    image.seek(frame)
+                    picture = np.array(image.convert("RGB"))
+                except Exception as error:  # whatever Pillow raises
+                    log.warning("%s: ends after %d frames, though it declares %d (%s)", self.path,
+                                frame, self.count, error)
+                    self.count = frame
+                    return
+                if frame + 1 == len(self._starts):
+                    duration = image.info.get("duration", 0) / 1000 or 1 / self.fps
+                    self._starts.append(self._starts[-1] + duration)
+                if frame >= start:
+                    yield picture
+
+    def _restart(self, end: int) -> int:
+        return 0

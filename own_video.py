@@ -1,0 +1,104 @@
+"""A clip of one's own, from masks given to files: `-m segment`. It knows flags, no tensors."""
+
+import argparse
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import annotations
+import build
+import report
+import segment
+import sinks
+from annotations import FORMATS
+from confidence import Confidence, unsure
+from manifest import Manifest, free_folder, keep_apart, stamp
+from media import annotate, images
+from media.background import progress
+from media.video import open_clip
+
+CLIP = "clip"  # what the manifest calls the one video of -m segment
+
+
+def run(args: argparse.Namespace) -> None:
+    clip = open_clip(args.video, [name for _, name in map(numbered, args.mask)])
+    source = args.video.resolve()
+    sources = sorted(source.iterdir()) if source.is_dir() else [source]
+    data = f"{source} ({stamp(path for path in sources if path.is_file())})"
+    results = args.results_dir or free_folder(source.stem, data)
+    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
+               [args.video])
+    masks = given_masks(args, clip, results)
+    model = build.model_in_use(args)
+    ours = (results / "manifest.json").is_file()
+    with Manifest(results, build.facts(args, model, {
+            "data": data,
+            "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
+                               for frame, mask in sorted(masks.items()))}),
+            args.overwrite) as manifest:
+        if args.overwrite and ours:
+            sinks.clear(results, {Path(name).resolve() for text in args.mask
+                                  for name in (text, text.partition(":")[2])})
+        kept = segment.Progress(results / "masks", clip)
+        before = manifest.entries.get(CLIP)
+        if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+            before = None
+        drawn = before["drawn"] if before else {}
+        wanted = {"overlay.mp4": None, **{FORMATS[name]: None for name in args.export}}
+        if args.cutout:
+            wanted[sinks.cutout_name(args.cutout)] = args.cutout
+        there = all(drawn.get(name, "") == how and (results / name).exists()
+                    for name, how in wanted.items())
+        if before and there:
+            print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
+                  "starts over)")
+            return
+        kept = kept.all() if before else kept.load(model)
+        frames = segment.track(model, clip, masks, segment.Options(**build.road(args, model)),
+                               kept)
+        bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
+        sure = Confidence(results / "confidence.csv", kept.index is not None)
+        count = segment.drain(bar, [
+            *sinks.of_a_clip(results, clip, args.cutout), sure,
+            *annotations.of_a_clip(results, clip, args.export)], kept,
+            lambda _: manifest.begin([results / "masks", results / "cutout"]))
+        report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
+        manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
+    outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {outputs} in {results}, to look at: report.html")
+    if looks := unsure(sure.measures):
+        first = min(masks)
+        print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
+              f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
+
+
+def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
+    """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
+    default = clip.number(0) if args.mask_frame is None else args.mask_frame
+    masks = {}
+    for text in args.mask:
+        number, name = numbered(text)
+        frame = clip.index(default if number is None else number)
+        if frame in masks:
+            raise ValueError(f"--mask {text}: frame {clip.number(frame)} has a mask already")
+        masks[frame] = images.read_own_mask(name)
+    if masks:
+        return masks
+    frame = clip.index(default)
+    image = next(clip.frames(frame), None)
+    if image is None:
+        raise ValueError(f"--mask_frame {default}: the clip ends before it")
+    mask = (annotate.mask_from_box(image, tuple(args.box)) if args.box
+            else annotate.Annotator(image).run())
+    path = results / f"mask_{default:05d}.png"
+    results.mkdir(parents=True, exist_ok=True)
+    images.write_mask(path, mask)
+    print(f"the mask that this run starts from: {path} (again: --mask {default}:{path})")
+    return {frame: mask}
+
+
+def numbered(text: str) -> tuple[int | None, str]:
+    """What --mask takes, [N:]FILE: the frame's number, if there is one, and the file."""
+    number, colon, name = text.partition(":")
+    return (int(number), name) if colon and number.isdecimal() else (None, text)

@@ -1,0 +1,136 @@
+"""Animations, and folders of frames as people have them."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_video import SHAPE, make, numbers_of, picture
+
+from media import images, video
+
+
+def pictures(count=5):
+    return [Image.fromarray(picture(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.png", "clip.webp"])
+def test_animations_keep_their_durations(name, tmp_path, caplog):
+    first, *others = pictures()
+    first.save(tmp_path / name, save_all=True, append_images=others,
+               duration=[50, 100, 400, 30, 70], lossless=True)
+    clip = video.open_clip(tmp_path / name)
+    assert clip.count == 5 and clip.fps == 20 and clip.shape == SHAPE
+    assert numbers_of(clip.frames()) == list(range(5))
+    assert [clip.time(i) for i in range(5)] == pytest.approx([0, 0.05, 0.15, 0.55, 0.58])
+    assert numbers_of(clip.backwards(4)) == [3, 2, 1, 0] and numbers_of(clip.frames(3)) == [3, 4]
+    assert clip.has(4) and not clip.has(5)
+    assert not caplog.records
+
+
+def test_a_truncated_animation_is_used_as_far_as_it_goes(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    first, *others = [Image.fromarray(rng.integers(0, 255, (*SHAPE, 3), np.uint8))
+                      for _ in range(6)]
+    path = tmp_path / "clip.png"
+    first.save(path, save_all=True, append_images=others, duration=50)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    clip = video.open_clip(path)
+    frames = list(clip.frames())
+    assert 0 < len(frames) < 6 and clip.count == len(frames)
+    assert "clip.png: ends after" in caplog.text and "declares 6" in caplog.text
+
+
+def test_one_picture_of_a_series_is_one_picture(tmp_path):
+    for i, image in enumerate(pictures(3)):
+        image.save(tmp_path / f"{i:05d}.png")
+    clip = video.open_clip(tmp_path / "00001.png")
+    assert clip.count == 1 and numbers_of(clip.frames()) == [1]
+    assert list(clip.frames(1)) == [] and not clip.has(1)
+
+
+def folder(path, names):
+    path.mkdir()
+    for i, name in enumerate(names):
+        Image.fromarray(picture(i)).save(path / name)
+    return path
+
+
+def test_a_folder_is_in_natural_order(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    names = [f"frame_{i}.png" for i in range(12)]
+    clip = video.open_clip(folder(tmp_path / "clip", names))
+    assert numbers_of(clip.frames()) == list(range(12))
+    assert numbers_of(clip.backwards(12)) == list(range(11, -1, -1))
+    assert clip.frame_name(10) == "frame_10" and clip.number(10) == clip.index(10) == 10
+    assert "natural order, frame_0.png to frame_11.png" in caplog.text
+
+
+@pytest.mark.parametrize("names, numbers", [
+    (["00005.png", "00006.png", "00007.png"], [5, 6, 7]),
+    (["shot2_1001.jpg", "shot2_1002.jpg", "shot2_1005.jpg"], [1001, 1002, 1005]),
+    (["frame_1.png", "frame_2.png", "frame_10.png"], [1, 2, 10]),
+    (["0.png", "1.png"], [0, 1]),
+    (["a.png", "b2.png", "b10.png"], [0, 1, 2]),
+    (["1.png", "2.png", "last.png"], [0, 1, 2]),
+    (["1.png", "01.jpg", "2.png"], [0, 1, 2]),
+    (["a1.png", "b1.png"], [0, 1]),
+    (["photo7.png"], [0])])
+def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    clip = video.open_clip(folder(tmp_path / "clip", names))
+    assert [clip.number(i) for i in range(clip.count)] == numbers
+    assert [clip.index(number) for number in numbers] == list(range(len(names)))
+    told = f"(frame {numbers[0]})" in caplog.text
+    assert told == (numbers != list(range(len(names))))
+    with pytest.raises(ValueError, match=f"no frame {numbers[-1] + 1}, .* {len(names)} frames, "
+                                         f"numbered {numbers[0]} to {numbers[-1]}"):
+        clip.index(numbers[-1] + 1)
+
+
+def test_what_is_no_frame_is_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = folder(tmp_path / "clip", ["0.png", "1.png", "2.png", "mask_00001.png", "first.png"])
+    for name in ("._0.png", "._mask.png", "Thumbs.db", "notes.txt", ".DS_Store"):
+        (path / name).write_bytes(b"no image")
+    (path / "masks").mkdir()
+    clip = video.open_clip(path, [path / "masks" / ".." / "first.png"])
+    assert [clip.frame_name(i) for i in range(clip.count)] == ["0", "1", "2"]
+    assert "masks, not frames: first.png, mask_00001.png" in caplog.text
+
+
+def test_frames_may_be_called_masks(tmp_path):
+    clip = video.open_clip(folder(tmp_path / "clip", ["mask_00000.png", "mask_00001.png"]))
+    assert numbers_of(clip.frames()) == [0, 1]
+
+
+def test_folders_that_are_no_clip(tmp_path):
+    with pytest.raises(FileNotFoundError, match="empty: no frames there"):
+        video.open_clip(folder(tmp_path / "empty", []))
+    with pytest.raises(ValueError, match="a.png: a second frame of that name beside a.jpg"):
+        video.open_clip(folder(tmp_path / "twins", ["a.jpg", "a.png"]))
+    path = folder(tmp_path / "sizes", ["0.png", "1.png"])
+    images.write_image(path / "1.png", picture(0, (40, 60)))
+    with pytest.raises(ValueError, match="1.png: a frame of 60x40 pixels, expected 80x48"):
+        list(video.open_clip(path).frames())
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4: no such file"):
+        video.open_clip("nowhere.mp4")
+
+
+@pytest.mark.parametrize("name, data", [
+    ("empty.mp4", b""), ("empty.gif", b""), ("text.mp4", b"hello"), ("text.txt", b"hello\n" * 999),
+    ("text.nfo", b"hello\n" * 999), ("noise.mkv", bytes(range(256)) * 9),
+    ("cut.gif", b"GIF89a"), ("cut.png", b"\x89PNG\r\n\x1a\n")])
+def test_what_is_no_clip_is_named(name, data, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(OSError, match=rf"{name}: expected .*(video|animation)") as found:
+        video.open_clip(tmp_path / name)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["2024-11-14T22:57:44.mp4", "clip%03d.mp4", "-x.mp4", "a#b?c.mp4",
+                                  "my clip 😀.mp4", "[x]*.mp4"])
+def test_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "clip.mp4", 3).rename(tmp_path / name)
+    assert numbers_of(video.open_clip(name).frames(0, 2)) == [0, 1]

@@ -1,0 +1,259 @@
+"""Videos that are written: read back by OpenCV and by FFmpeg's own decoders."""
+
+import logging
+import resource
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import pytest
+from conftest import draw_frame
+
+from media.writer import VideoWriter
+
+COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 200, 20), (120, 120, 120)]
+
+
+def flat(colour, shape=(48, 80)):
+    return np.full((*shape, len(colour)), colour, np.uint8)
+
+
+def write(path, count=5, shape=(48, 80), times=None, **options):
+    with VideoWriter(path, **options) as video:
+        for i in range(count):
+            video.write(flat(COLOURS[i % 5], shape), times[i] if times else None)
+    return path
+
+
+def read_by_opencv(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(read[1][..., ::-1])
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def stream_of(path):
+    """Codec, pixels, average rate, and the times of the frames of a file, in seconds."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        times = [frame.time for frame in container.decode(stream)]
+        return stream.codec_context.name, stream.pix_fmt, stream.average_rate, times
+
+
+@pytest.mark.parametrize("height, width", [(48, 80), (49, 80), (48, 81), (51, 83), (1, 1)])
+def test_what_browsers_play_is_read_back(tmp_path, height, width):
+    path = write(tmp_path / "video.mp4", shape=(height, width), fps=10)
+    assert stream_of(path)[:3] == ("h264", "yuv420p", 10)
+    frames, fps = read_by_opencv(path)
+    assert fps == pytest.approx(10) and len(frames) == 5
+    for frame, colour in zip(frames, COLOURS):
+        # odd sides are padded, by what lies at the border
+        assert frame.shape == (height + height % 2, width + width % 2, 3)
+        assert np.abs(frame.mean((0, 1)) - colour).max() < 12
+        assert np.abs(frame[-1, -1].astype(int) - colour).max() < 20
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # plays before it is loaded to the end
+
+
+def test_pictures_stay_upright(tmp_path):
+    frame = np.zeros((65, 97, 3), np.uint8)
+    frame[:32, :48] = 255
+    with VideoWriter(tmp_path / "video.mp4") as video:
+        video.write(frame)
+    (found,), _ = read_by_opencv(tmp_path / "video.mp4")
+    assert np.abs(found[:65, :97].astype(int) - frame).mean() < 10
+
+
+@pytest.mark.parametrize("fps", [66.667, 211.222, 30000 / 1001, 23.976, 0.5, 12345.678, 240])
+def test_any_frame_rate(fps, tmp_path):
+    *_, rate, times = stream_of(write(tmp_path / "video.mp4", fps=fps))
+    assert float(rate) == pytest.approx(fps, rel=1e-4)
+    assert times == pytest.approx([i / fps for i in range(5)], rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("fps", [0, float("nan"), float("inf"), -3])
+def test_a_rate_that_is_none(fps, tmp_path):
+    assert stream_of(write(tmp_path / "video.mp4", fps=fps))[2] == 24
+
+
+@pytest.mark.parametrize("shape, expected", [((8200, 16), (8200, 16)), ((2, 9001), (2, 9002)),
+                                             ((16500, 33), (16384, 32))])
+def test_any_side(shape, expected, tmp_path):
+    path = write(tmp_path / "video.mp4", 2, shape)
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    assert [(frame.height, frame.width) for frame in frames] == [expected] * 2
+
+
+def test_times_of_the_clip_are_kept(tmp_path):
+    times = [7.5, 7.54, 7.55, 9, 9.1]
+    found = stream_of(write(tmp_path / "video.mp4", fps=2.5, times=times))[3]
+    assert found == pytest.approx([time - 7.5 for time in times], abs=1e-4)
+    found = stream_of(write(tmp_path / "other.mp4", times=[1, 1, 0.5, 2, 2]))[3]
+    assert found == sorted(set(found)) and len(found) == 5 and found[3] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("suffix, decoder", [(".mov", "prores"), (".webm", "libvpx-vp9")])
+@pytest.mark.parametrize("shape", [(48, 80), (49, 81)])
+def test_transparency(suffix, decoder, shape, tmp_path):
+    image = np.zeros((*shape, 4), np.uint8)
+    image[8:24, 16:48], image[24:40, 16:48] = (220, 40, 30, 255), (30, 200, 40, 128)
+    path = tmp_path / f"cutout{suffix}"
+    with VideoWriter(path, fps=25) as video:
+        for _ in range(3):
+            video.write(image)
+    with av.open(str(path)) as container:
+        stream, frames = container.streams.video[0], []
+        context = av.CodecContext.create(decoder, "r")  # FFmpeg's own for VP9 ignores alpha
+        context.extradata = stream.codec_context.extradata
+        context.width, context.height = stream.width, stream.height
+        for packet in container.demux(stream):
+            frames += context.decode(packet if packet.size else None)
+        assert suffix == ".mov" or stream.metadata["alpha_mode"] == "1"
+    assert len(frames) == 3
+    found = frames[1].to_ndarray(format="rgba").astype(int)
+    assert found.shape == image.shape
+    inside = np.s_[12:20, 20:44], np.s_[28:36, 20:44], np.s_[:4, :8]
+    for part in inside:
+        assert np.abs(found[part] - image[part]).max() < 12
+
+
+def with_sound(path, video, audio, rate=48000, seconds=2):
+    """25 frames a second, and a tone that begins at 1 s."""
+    with av.open(str(path), "w") as container:
+        pictures = container.add_stream(video, rate=25)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        track = container.add_stream(audio, rate=rate)
+        for i in range(25 * seconds):
+            frame = av.VideoFrame.from_ndarray(flat((5 * i,) * 3, (48, 64)), format="rgb24")
+            container.mux(pictures.encode(frame))
+        time = np.arange(rate * seconds) / rate
+        tone = (20000 * np.sin(2 * np.pi * 440 * time) * (time >= 1)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(tone.repeat(2)[None], format="s16", layout="stereo")
+        frame.sample_rate = rate
+        container.mux(track.encode(frame))
+        for stream in (pictures, track):
+            container.mux(stream.encode())
+    return path
+
+
+def sound_of(path):
+    """Codec, where the tone begins and where the sound ends, in seconds."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        loud, end = [], 0
+        for frame in container.decode(stream):
+            values = np.abs(frame.to_ndarray().astype(float)).max()
+            end = frame.time + frame.samples / frame.sample_rate
+            if values > (0.2 if frame.format.name.startswith(("flt", "dbl")) else 3000):
+                loud.append(frame.time)
+        return stream.codec_context.codec.canonical_name, loud[0], end
+
+
+@pytest.mark.parametrize("name, video, audio, suffix, expected", [
+    ("phone.mp4", "libx264", "aac", ".mp4", "aac"), ("camera.mov", "libx264", "pcm_s16le", ".mp4",
+                                                     "aac"),
+    ("browser.webm", "libvpx-vp9", "libopus", ".webm", "opus"), ("old.avi", "mpeg4", "libmp3lame",
+                                                                 ".mp4", "mp3"),
+    ("phone.mp4", "libx264", "aac", ".webm", "opus"), ("camera.mov", "libx264", "pcm_s16le",
+                                                       ".mov", "pcm_s16le"),
+    ("tv.ts", "libx264", "mp2", ".mp4", "aac"), ("stream.ts", "libx264", "aac", ".mp4", "aac")])
+@pytest.mark.parametrize("start", [0, 20])
+def test_sound_is_taken_along(name, video, audio, suffix, expected, start, tmp_path, caplog):
+    source = with_sound(tmp_path / name, video, audio)
+    times = stream_of(source)[3][start:]
+    path = write(tmp_path / f"out{suffix}", len(times), times=times, fps=25, sound=source)
+    codec, tone, end = sound_of(path)
+    assert codec == expected
+    assert tone == pytest.approx(1 - start / 25, abs=0.08)
+    assert end == pytest.approx(2 - start / 25, abs=0.12)
+    assert len(stream_of(path)[3]) == len(times) and not caplog.records
+
+
+def test_sound_ends_with_the_frames(tmp_path):
+    source = with_sound(tmp_path / "phone.mp4", "libx264", "aac")
+    path = write(tmp_path / "out.mp4", 30, fps=25, sound=source)
+    assert sound_of(path)[2] == pytest.approx(30 / 25, abs=0.1)
+
+
+@pytest.mark.parametrize("source", ["silent.mp4", "broken.mp4", "nowhere.mp4", "."])
+def test_what_has_no_sound_is_left_silent(source, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    write(tmp_path / "silent.mp4")
+    (tmp_path / "broken.mp4").write_bytes(b"hello")
+    path = write(tmp_path / "out.mp4", sound=tmp_path / source)
+    with av.open(str(path)) as container:
+        assert not container.streams.audio
+    assert len(stream_of(path)[3]) == 5
+    assert ("broken.mp4: its sound" in caplog.text) == (source == "broken.mp4")
+
+
+def test_damaged_sound_does_not_cost_the_video(tmp_path):
+    source = with_sound(tmp_path / "camera.mkv", "libx264", "aac")
+    data = bytearray(source.read_bytes())
+    data[len(data) // 2:] = bytes(len(data) - len(data) // 2)
+    source.write_bytes(data)
+    for suffix in (".mp4", ".webm"):
+        assert len(stream_of(write(tmp_path / f"out{suffix}", 50, fps=25, sound=source))[3]) == 50
+
+
+def test_a_video_that_cannot_be_written_fails_at_once_and_is_named(tmp_path):
+    path = tmp_path / "a folder.mp4"
+    (path / "with something").mkdir(parents=True)
+    with pytest.raises(OSError, match="a folder.mp4"), VideoWriter(path) as video:
+        video.write(draw_frame(0)[0])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        VideoWriter(tmp_path / "file" / "video.mp4")
+    with pytest.raises(OSError, match="/proc/video.mp4"):
+        VideoWriter("/proc/video.mp4")
+    with pytest.raises(ValueError, match=r"video.xyz: expected one of .mp4, .mov, .webm"):
+        VideoWriter(tmp_path / "video.xyz")
+
+
+def test_no_frame_no_file(tmp_path):
+    with VideoWriter(tmp_path / "video.mp4"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_or_not_at_all(tmp_path):
+    write(tmp_path / "video.mp4", 2)
+    before = (tmp_path / "video.mp4").read_bytes()
+    with pytest.raises(KeyError), VideoWriter(tmp_path / "video.mp4") as video:
+        for i in range(5):
+            video.write(draw_frame(i)[0])
+        assert (tmp_path / "video.mp4").read_bytes() == before
+        raise KeyError
+    assert (tmp_path / "video.mp4").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+
+
+@pytest.fixture
+def full_disk():
+    """No file may be larger than 20 KB, which a write notices as it does a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+def test_a_full_disk(suffix, tmp_path, full_disk):
+    path, rng = tmp_path / f"out{suffix}", np.random.default_rng(0)
+    with pytest.raises(OSError) as found, VideoWriter(path) as video:
+        for _ in range(40):
+            video.write(rng.integers(0, 255, (96, 128, 3), np.uint8))
+    assert (found.value.filename, found.value.strerror) == (str(path), "File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_constant_rate_has_no_jitter(tmp_path):
+    path = write(tmp_path / "video.mp4", 50, fps=30000 / 1001,
+                 times=[i * 1001 / 30000 + 3 for i in range(50)])
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stamps = [frame.pts * stream.time_base for frame in container.decode(stream)]
+    assert {b - a for a, b in zip(stamps[:-1], stamps[1:])} == {Fraction(1001, 30000)}
