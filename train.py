@@ -117,7 +117,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
                           skip=done * step_size, rank=distributed.rank(),
                           ranks=distributed.count())
     loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         bar = tqdm(loader, desc="training", disable=True if distributed.rank() else None,
                    initial=done, total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
@@ -287,9 +287,12 @@ class Report:
         log.info("going on after iteration %d", self.history[-1]["iteration"])
         return self.history[-1]["iteration"]
 
+    def scores(self, held_out: list[Sequence]) -> list[float]:
+        """What decides which weights are best, by its mean."""
+        return validate(self.model, held_out, self.options.shape)
+
     def __call__(self, iteration: int) -> None:
-        part = validate(self.model, distributed.share(self.held_out), self.options.shape)
-        scores = sum(distributed.gather(part), [])
+        scores = sum(distributed.gather(self.scores(distributed.share(self.held_out))), [])
         # exact, in whatever order they come
         iou = math.fsum(scores) / len(scores) if scores else math.nan
         losses = sum(distributed.gather(self.losses), [])
@@ -318,7 +321,7 @@ class Report:
 
 
 @contextmanager
-def _interruptible():
+def interruptible():
     """Turn Ctrl+C into a flag for as long as the context lasts."""
     caught = []
     before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))

@@ -26,6 +26,7 @@ from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.memory import Memory, View
 from network.outliers import decide
+from network.prompts import PromptDecoder
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -68,6 +69,7 @@ class VideoMatch(nn.Module):
             previous mask (the paper: 100).
         recent: how many of the last frames are matched as well; above 0 there is a `Decoder`.
         zoom: in use, not in training, frames are enlarged by this before the encoder, > 0.
+        prompts: there is a `PromptDecoder`, for which no part of a video's road has any use.
 
     Attributes:
         method: "matching": the scores of the reference frame decide. "paper": its sets grow with
@@ -83,7 +85,7 @@ class VideoMatch(nn.Module):
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
                  temperature: float = 0.05, dilation: int = 100, recent: int = 0,
-                 zoom: float = 1.0):
+                 zoom: float = 1.0, prompts: bool = False):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -101,8 +103,17 @@ class VideoMatch(nn.Module):
         self.method, self.confidence = "memory" if recent else "matching", 0.95
         if recent:
             self.decoder = Decoder(self.EVIDENCE, tuple(encoder.spec.levels.values()))
+        self.prompts: PromptDecoder | None = None
+        if prompts:
+            self.add_prompts()
         self.precision = torch.float32
         self.facts: dict = {}
+
+    def add_prompts(self) -> PromptDecoder:
+        """The part that is shown objects by boxes and clicks, new where there was none."""
+        if self.prompts is None:
+            self.prompts = PromptDecoder(tuple(self.encoder.spec.levels.values())).to(self.device)
+        return self.prompts
 
     @property
     def device(self) -> torch.device:
@@ -287,10 +298,12 @@ class VideoMatch(nn.Module):
 
     def configuration(self) -> dict:
         """What it takes, beside the weights, to build the model again."""
+        # unless it is there nothing is said of it: older models keep their digest
+        shown = {} if self.prompts is None else {"prompts": True}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
-                "recent": self.recent, "zoom": self.zoom}
+                "recent": self.recent, "zoom": self.zoom, **shown}
 
     @classmethod
     def load(cls, path: str | Path) -> "VideoMatch":
