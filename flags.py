@@ -139,6 +139,11 @@ def training(add) -> Callable:
     add("--model_save", "-s", metavar="PATH", type=Path,
         help="where the best weights go, with the log (.jsonl) beside them "
              "(default: runs/vm_ENCODER.pth)")
+    add("--prompts", action="store_true",
+        help="train the part that is shown objects by boxes and clicks (-m segment --box, --point) "
+             "and leave the rest of the checkpoint as it is")
+    add("--stills", metavar="DIR", type=Path, nargs="+", default=[],
+        help="folders with images/ and masks/ of still images to train on too (with --prompts)")
     add("--workers", metavar="N", type=int, default=2,
         help="processes that read and augment pairs; more when the GPU waits for data, "
              "0 to debug (default: 2)")
@@ -163,6 +168,7 @@ def training(add) -> Callable:
         help="write the curves of loss and held-out IoU beside the weights (.png)")
 
     def check(args) -> None:
+        expect(args.prompts or not args.stills, "--stills", "--prompts beside it", "none")
         at_least(1, args, "batch_size", "epochs", "patience")
         at_least(0, args, "workers")
         for name in ("iters", "val_report"):
@@ -183,18 +189,27 @@ def clip(add) -> Callable:
     add("--mask_frame", metavar="N", type=int, default=0,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: 0)")
-    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
-        help="no mask at hand: look for the object in this box")
-    add("--annotate", action="store_true",
-        help="no mask at hand: draw a box or paint the mask in a window")
+    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int, action="append", default=[],
+        help="no mask at hand: the object is in this box; once for each object")
+    add("--point", metavar="X Y", nargs="+", type=int, action="append", default=[],
+        help="no mask at hand: these pixels are on the object; the second --point is of the "
+             "second object, as the second --box is")
+    add("--not_point", metavar="X Y", nargs="+", type=int, action="append", default=[],
+        help="these pixels are not on it; the second --not_point is of the second object")
     add("--cutout", metavar="HOW",
         help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
              "colour such as #00ff00 (mp4)")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")
-        sources = bool(args.mask) + bool(args.box) + args.annotate
-        expect(sources == 1, "--mask, --box, --annotate", "one of them", sources)
+        shown = bool(args.box or args.point)
+        expect(bool(args.mask) + shown == 1, "--mask, --box, --point",
+               "a mask, or something of the object", "both" if shown else "none")
+        for name in ("point", "not_point"):
+            for values in getattr(args, name):
+                expect(len(values) % 2 == 0, f"--{name}", "pairs of numbers, X Y", values)
+        expect(len(args.not_point) <= max(len(args.box), len(args.point)), "--not_point",
+               "a --box or --point of the same object", "none")
         at_least(0, args, "mask_frame")
         expect(args.cutout in (None, "transparent", "blur")
                or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import itertools
 import logging
 import os
 import platform
@@ -22,14 +23,18 @@ from tqdm import tqdm
 import distributed
 import evaluate
 import flags
+import prompts
 import segment
 import train
+import train_prompts
 from data import demo
+from data.stills import Stills
 from davis import Davis, split
 from manifest import Manifest
-from media import annotate, images
+from media import images
 from media.video import open_clip
 from network.encoder import Encoder
+from network.prompts import Prompts
 from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
@@ -40,8 +45,8 @@ RECENT = 3  # frames
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout",
-            "dataset", "model_load", "cuda_device", "precision"}
+            "overwrite", "video", "mask", "mask_frame", "box", "point", "not_point",
+            "cutout", "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
@@ -177,6 +182,8 @@ def set_name(args: argparse.Namespace) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    if args.prompts:
+        return run_train_prompts(args, training, held_out)
     torch.manual_seed(args.seed)
     model = build_model(args)
     frames = sum(len(sequence) for sequence in training)
@@ -185,6 +192,21 @@ def run_train(args: argparse.Namespace) -> None:
     log.info("%d sequences to train on, held out: %s", len(training),
              ", ".join(sequence.name for sequence in held_out) or "none")
     train.train(model, training, held_out, options_of_training(args, model, iterations))
+
+
+def run_train_prompts(args: argparse.Namespace, training: list, held_out: list) -> None:
+    stills, apart = train_prompts.split_stills(
+        [still for folder in args.stills for still in Stills(folder)], args.validation_size,
+        args.seed)
+    torch.manual_seed(args.seed)
+    model = build_model(args)
+    iterations = args.epochs * (sum(map(len, training)) + len(stills) if args.iters == -1
+                                else args.iters)
+    log.info("%d sequences and %d still images to train on, held out: %s, and %d still images",
+             len(training), len(stills), ", ".join(sequence.name for sequence in held_out) or "none",
+             len(apart))
+    train_prompts.train_prompts(model, training, stills, [*held_out, *apart],
+                                options_of_training(args, model, iterations))
 
 
 def options_of_training(args: argparse.Namespace, model: VideoMatch,
@@ -243,8 +265,8 @@ def adaptation(args: argparse.Namespace, model: VideoMatch):
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
     results = args.results_dir or Path("results") / args.video.stem
-    masks = given_masks(args, clip, results)
     model = model_in_use(args)
+    masks = given_masks(args, clip, results, model)
     manifest = Manifest(results, facts(args, model, {
         "data": str(args.video.resolve()),
         "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
@@ -268,8 +290,9 @@ def run_segment(args: argparse.Namespace) -> None:
     print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
 
 
-def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
-    """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
+def given_masks(args: argparse.Namespace, clip, results: Path,
+                model: VideoMatch) -> dict[int, np.ndarray]:
+    """The masks that --mask names, or the one that --box and --point make, kept as a file."""
     masks = {}
     for text in args.mask:
         number, colon, name = text.partition(":")
@@ -283,13 +306,22 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
     image = next(iter(clip.frames(args.mask_frame)), None)
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
-    mask = (annotate.mask_from_box(image, tuple(args.box)) if args.box
-            else annotate.Annotator(image).run())
+    mask = prompts.masks_of(model, image, shown(args))
     path = results / f"mask_{args.mask_frame:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
     images.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}
+
+
+def shown(args: argparse.Namespace) -> list[Prompts]:
+    """What the n-th --box, --point and --not_point show, of the n-th object."""
+    return [Prompts([] if box is None else [tuple(box)],
+                    list(zip(on[::2], on[1::2])),
+                    list(zip(off[::2], off[1::2])))
+            for box, on, off in (
+                (box, on or [], off or [])
+                for box, on, off in itertools.zip_longest(args.box, args.point, args.not_point))]
 
 
 if __name__ == "__main__":

@@ -287,6 +287,10 @@ class Report:
         log.info("going on after iteration %d", self.history[-1]["iteration"])
         return self.history[-1]["iteration"]
 
+    def keep(self, iteration: int, **held_out) -> None:
+        """Write the weights, which are the best so far."""
+        self.model.save(self.options.save, iteration=iteration, **held_out)
+
     def scores(self, held_out: list[Sequence]) -> list[float]:
         """What decides which weights are best, by its mean."""
         return validate(self.model, held_out, self.options.shape)
@@ -311,9 +315,8 @@ class Report:
         files.write(self.options.save.with_suffix(".jsonl"),
                     "".join(json.dumps(line) + "\n" for line in self.history))
         if better:
-            held_out = {"held_out_iou": iou} if scores else {}
-            self.model.save(self.options.save, iteration=iteration, **held_out,
-                            held_out=[s.name for s in self.held_out])
+            self.keep(iteration, **({"held_out_iou": iou} if scores else {}),
+                      held_out=[s.name for s in self.held_out])
         if self.options.plot and len(self.history) > 1:
             figures.curves(self.options.save.with_suffix(".png"), self.history)
         save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {

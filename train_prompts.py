@@ -5,7 +5,6 @@ step takes one round of each of several scenes, and a scene that was mended for 
 room for another. Losses, reports and resuming are those of `train.py`.
 """
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -268,6 +267,11 @@ class Report(train.Report):
         super().__init__(*args)
         self.run["trained"] = "prompts"
 
+    def keep(self, iteration: int, **held_out) -> None:
+        facts = {"iteration": iteration, **held_out}
+        # what is known of the rest of the model holds as before
+        self.model.save(self.options.save, **{**self.model.facts, "prompts": facts})
+
     def scores(self, held_out: list) -> list[float]:
         return [float(np.mean([figures["box"], *figures["clicks"][0::2]]))
                 for figures in measured(self.model, held_out, clicks_each=3, share=JITTER / 2)]
@@ -305,12 +309,3 @@ def split_stills(stills: list[Still], share: float, seed: int) -> tuple[list, li
     chosen = set(np.random.default_rng(seed).choice(len(stills), count, replace=False).tolist())
     return ([still for i, still in enumerate(stills) if i not in chosen],
             [still for i, still in enumerate(stills) if i in chosen])
-
-
-def frozen(model: VideoMatch) -> dict:
-    """Facts of a checkpoint that the part which is shown objects leaves as they are."""
-    return {name: value for name, value in model.facts.items()}
-
-
-def options_for(options: train.Options, **changes) -> train.Options:
-    return dataclasses.replace(options, **changes)
