@@ -189,12 +189,12 @@ def clip(add) -> Callable:
     add("--mask_frame", metavar="N", type=int, default=0,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: 0)")
-    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int, action="append", default=[],
+    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int, action=Again, default=[],
         help="no mask at hand: the object is in this box; once for each object")
-    add("--point", metavar="X Y", nargs="+", type=int, action="append", default=[],
+    add("--point", metavar="X Y", nargs="+", type=int, action=Again, default=[],
         help="no mask at hand: these pixels are on the object; the second --point is of the "
              "second object, as the second --box is")
-    add("--not_point", metavar="X Y", nargs="+", type=int, action="append", default=[],
+    add("--not_point", metavar="X Y", nargs="+", type=int, action=Again, default=[],
         help="these pixels are not on it; the second --not_point is of the second object")
     add("--cutout", metavar="HOW",
         help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
@@ -275,6 +275,14 @@ GROUPS = (Group("general", MODES, general),
           Group("a clip of your own (segment)", ("segment",), clip),
           Group("results (eval, segment)", ("eval", "segment"), results),
           Group("evaluation (eval)", ("eval",), table))
+
+
+class Again(argparse.Action):
+    """Each time that the flag is named, one list more; argparse's own can't begin with `UNSET`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is UNSET else before), values])
 
 
 class Parser(argparse.ArgumentParser):

@@ -203,8 +203,8 @@ def run_train_prompts(args: argparse.Namespace, training: list, held_out: list) 
     iterations = args.epochs * (sum(map(len, training)) + len(stills) if args.iters == -1
                                 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s, and %d still images",
-             len(training), len(stills), ", ".join(sequence.name for sequence in held_out) or "none",
-             len(apart))
+             len(training), len(stills),
+             ", ".join(sequence.name for sequence in held_out) or "none", len(apart))
     train_prompts.train_prompts(model, training, stills, [*held_out, *apart],
                                 options_of_training(args, model, iterations))
 

@@ -1,8 +1,8 @@
 """Training of the decoder that is shown objects, by a person who is simulated.
 
-The encoder stays as it is, so a scene is encoded once and then shown and mended click by click: each
-step takes one round of each of several scenes, and a scene that was mended for long enough makes
-room for another. Losses, reports and resuming are those of `train.py`.
+The encoder stays as it is, so a scene is encoded once and then shown and mended click by click:
+each step takes one round of each of several scenes, and a scene that was mended for long enough
+makes room for another. Losses, reports and resuming are those of `train.py`.
 """
 
 import logging
@@ -153,7 +153,7 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
         options: `shape`, `losses` and `shuffle` don't count.
 
     Returns:
-        The best held-out mean J of a box, of one and of three clicks.
+        The best held-out J, the mean of boxes, of one and of three clicks.
 
     Raises:
         ValueError: `options.resume`, and the state is that of a run with other options.
@@ -225,7 +225,7 @@ def begin(model: VideoMatch, image: torch.Tensor, truth: np.ndarray, prompts: Pr
 
 
 def step(model: VideoMatch, optimizer, scenes: list[Scene]) -> float:
-    """One update by a round of each scene, after which each has a click more; the loss before it."""
+    """One update by a round of each scene, which then has a click more; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for scene in scenes:
@@ -261,7 +261,7 @@ def mend(scene: Scene, logits: torch.Tensor) -> None:
 
 
 class Report(train.Report):
-    """`train.Report`, of the masks of a box, of one and of three clicks."""
+    """`train.Report`, of the masks of boxes, of one and of three clicks."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -273,19 +273,16 @@ class Report(train.Report):
         self.model.save(self.options.save, **{**self.model.facts, "prompts": facts})
 
     def scores(self, held_out: list) -> list[float]:
-        return [float(np.mean([figures["box"], *figures["clicks"][0::2]]))
-                for figures in measured(self.model, held_out, clicks_each=3, share=JITTER / 2)]
+        return [float(np.mean([row["box"], row["jittered"], *row["clicks"][0::2]]))
+                for row in measured(self.model, held_out, count=3)]
 
 
-def measured(model: VideoMatch, sources: list, clicks_each: int, share: float) -> list[dict]:
+def measured(model: VideoMatch, sources: list, count: int) -> list[dict]:
     """J of first frames of sequences and of stills; objects one by one.
 
-    Args:
-        share: by which sides of boxes are moved, of those of the box.
-
     Returns:
-        Of each object its name, and J: of the true "box", of the "jittered" one, and a list, of
-        the "clicks" from the first on.
+        Of each object its name, and J: of the true "box", of one whose sides are moved by up to
+        `JITTER` of its own ("jittered"), and a list, of one to `count` "clicks".
     """
     prompt, rows = looking.prompter(model), []
     for source in sources:
@@ -294,12 +291,12 @@ def measured(model: VideoMatch, sources: list, clicks_each: int, share: float) -
             truth = mask == object_id
             rng = np.random.default_rng(len(rows))
             box = clicks.box_of(truth)
-            moved = clicks.jittered(box, share, truth.shape, rng)
+            moved = clicks.jittered(box, JITTER, truth.shape, rng)
             rows.append({"name": f"{source.name}_{object_id}", **{
                 name: metrics.jaccard(prompt(image, Prompts([shown])), truth)
                 for name, shown in (("box", box), ("jittered", moved))}, "clicks": [
                 metrics.jaccard(found, truth)
-                for found in clicks.clicking(prompt, image, truth, clicks_each, rng)]})
+                for found in clicks.clicking(prompt, image, truth, count, rng)]})
     return rows
 
 

@@ -112,7 +112,10 @@ class VideoMatch(nn.Module):
     def add_prompts(self) -> PromptDecoder:
         """The part that is shown objects by boxes and clicks, new where there was none."""
         if self.prompts is None:
-            self.prompts = PromptDecoder(tuple(self.encoder.spec.levels.values())).to(self.device)
+            channels = tuple(self.encoder.spec.levels.values())
+            # NHWC, as in the encoder
+            self.prompts = PromptDecoder(channels).to(self.device,
+                                                      memory_format=torch.channels_last)
         return self.prompts
 
     @property

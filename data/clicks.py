@@ -14,7 +14,7 @@ WELL = 0.5  # of the greatest depth: what is deeper is well inside
 
 
 def depth(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (H, W) float32, pixels to the nearest one outside; beyond the frame is outside."""
+    """(H, W) bool -> (H, W) float32, pixels to the nearest one outside, or beyond the frame."""
     padded = np.pad(mask.astype(np.uint8), 1)
     return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
 
@@ -71,7 +71,7 @@ def jittered(box: tuple[int, int, int, int], share: float, shape: tuple[int, int
 
 def clicked(prompts: Prompts, found: np.ndarray, truth: np.ndarray,
             keep: bool = True) -> Prompts | None:
-    """The prompts with one click more, in the middle of the largest error; None where there is none.
+    """The prompts with a click more, in the middle of the largest error; None where there is none.
 
     Args:
         keep: the mask so far is shown too.

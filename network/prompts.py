@@ -92,12 +92,12 @@ def _depths(boxes, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
     across, down = [], []
     for left, top, width, height in boxes:
         # a box of no width would divide by 0
-        across.append((torch.minimum(x - left, left + width - x) / max(width, 1.0)).clamp(min=-1))
-        down.append((torch.minimum(y - top, top + height - y) / max(height, 1.0)).clamp(min=-1))
+        across.append(torch.minimum(x - left, left + width - x) / max(width, 1.0))
+        down.append(torch.minimum(y - top, top + height - y) / max(height, 1.0))
     depths = torch.stack([torch.stack([a.expand(shape), d[:, None].expand(shape)])
                           for a, d in zip(across, down)])  # (boxes, 2, h, w)
     least, which = depths.amin(1).max(0)
-    chosen = depths.gather(0, which.expand(1, 2, *shape))[0]
+    chosen = depths.gather(0, which.expand(1, 2, *shape))[0].clamp(min=-1)
     return [x.new_ones(shape), (least >= 0).float(), *chosen]
 
 
