@@ -102,8 +102,9 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         ValueError: `options.resume`, and the state is that of a run with other options.
     """
     torch.manual_seed(options.seed)
-    dataset = Clips if model.method == "memory" else Pairs
-    clips = dataset(training, preprocess.Augment(options.shape, options.augment))
+    augment = preprocess.Augment(options.shape, options.augment)
+    clips = (Clips(training, augment, objects=1) if model.method == "memory" else
+             Pairs(training, augment))
     optimizer, schedule = optimizer_of(model, options)
     report = Report(model, optimizer, schedule, training, held_out, options)
     done = report.resume() if options.resume else None
