@@ -6,6 +6,7 @@ Run by itself it downloads them:
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from data import download
 from media import images
+from media.video import FOLDER_FPS, Clip
 
 HOME = "https://davischallenge.org"
 YEARS = ("2016", "2017", "all")
@@ -20,8 +22,8 @@ SETS = ("train", "val", "trainval")
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """One video: its frames in order, with a mask for each.
+class Sequence(Clip):
+    """A clip whose truth is known: its frames in order, with a mask for each.
 
     Args:
         name: such as "bear".
@@ -34,8 +36,23 @@ class Sequence:
     masks: tuple[Path, ...]
     single_object: bool = True
 
+    fps = FOLDER_FPS
+
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    def frames(self, start: int = 0) -> Iterator[np.ndarray]:
+        return map(self.image, range(start, len(self)))
+
+    def backwards(self, start: int) -> Iterator[np.ndarray]:
+        return map(self.image, reversed(range(start)))
+
+    def frame_name(self, frame: int) -> str:
+        return self.images[frame].stem
 
     def image(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB."""

@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 import distributed
 import metrics
-import preprocess
 import report
+import segment
 from davis import SETS, YEARS, Davis, Sequence
 from manifest import Manifest
-from media import drawing, images, writer
-from media.background import Background, ahead
+from media import drawing, images
 from media.files import whole
 from videomatch import VideoMatch
 
@@ -37,24 +36,16 @@ log = logging.getLogger(__name__)
 Scores = dict[str, metrics.SequenceScore]  # by the sequence's name
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
 
-READERS = 2  # threads that read and score
-
 
 @dataclass
-class Options:
+class Options(segment.Options):
     """What `evaluate` needs to know beside model and data; the flags of `main.py`."""
 
     results: Path | None = None  # folder for masks, videos and tables; None keeps nothing
     set_name: str = "val"  # which the tables are named after
     videos: bool = False
-    input_shape: tuple[int, int] | None = None  # (H, W) for the network; None: the frame's
-    segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
-    threshold: float = 0.5
-    remove_outliers: bool = True
     facts: dict[str, str] = field(default_factory=dict)  # what makes the results: flags, weights
     overwrite: bool = False  # segment again what `results` holds already
-    # fits a copy of the model to a sequence, given the reference frame and its mask
-    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
 
 @torch.no_grad()
@@ -62,7 +53,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     """Segment every sequence from its first mask; write and print the table.
 
     Sequences that an earlier call with the same facts finished in `options.results` are not
-    segmented again.
+    segmented again, and one that it left unfinished is gone on with.
 
     Returns:
         A row of `metrics.MEASURES` for each sequence (for each object where there are many).
@@ -74,28 +65,32 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     with distributed.first_alone():  # which may overwrite
         manifest = Manifest(options.results, options.facts,
                             options.overwrite and distributed.rank() == 0)
-    todo = [s for s in sequences if not manifest.finished(s, options.videos)]
+    todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
     todo = distributed.gather(todo)[0]  # before any process finishes one
     if len(todo) < len(sequences):
         log.info("%d sequences were finished before", len(sequences) - len(todo))
-    scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo}
+    scores: Scores = {s.name: _score(manifest, s) for s in sequences if s not in todo}
     todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
                              else todo)
     with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame",
               disable=True if distributed.rank() else None) as bar:
+        if todo:
+            manifest.begin()
         for sequence in todo:
             bar.set_description(sequence.name)
             start = time.monotonic()
             score = segment_sequence(model, sequence, options, bar.update)
-            manifest.finish(sequence, score, time.monotonic() - start)
+            manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
+                                            "f": score.f})
             scores[sequence.name] = score
             bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
     manifest.share()
-    scores = {sequence.name: manifest.score(sequence) for sequence in sequences}
+    scores = {sequence.name: _score(manifest, sequence) for sequence in sequences}
     found = table(scores)
     if distributed.rank():
         return found
-    seconds, frames = manifest.seconds(sequences), sum(len(s) - 1 for s in sequences)
+    seconds = sum(manifest.entries[sequence.name]["seconds"] for sequence in sequences)
+    frames = sum(len(s) - 1 for s in sequences)
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
@@ -109,82 +104,60 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     return found
 
 
-def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     progress: Callable[[], None] = lambda: None) -> metrics.SequenceScore:
-    """Segment a sequence; threads read the next frames, write and score those before.
+def _finished(manifest: Manifest, sequence: Sequence, video: bool) -> bool:
+    """Whether the scores are known, and every mask is there, and the video if wanted."""
+    return (sequence.name in manifest.entries
+            and all((manifest.folder / sequence.name / mask.name).is_file()
+                    for mask in sequence.masks)
+            and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
 
-    They call nothing of torch: its parallel loops in several threads at once would hold each
-    other up on a CPU, and the network with them.
+
+def _score(manifest: Manifest, sequence: Sequence) -> metrics.SequenceScore:
+    entry, score = manifest.entries[sequence.name], metrics.SequenceScore([])
+    score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
+    return score
+
+
+def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
+                     progress: Callable[[], object] = lambda: None) -> metrics.SequenceScore:
+    """Segment a sequence; masks are written and scored in the background.
+
+    What runs there calls nothing of torch: its parallel loops in several threads at once would
+    hold each other up on a CPU, and the network with them.
 
     Args:
-        progress: called after each frame.
+        progress: called after each frame that was looked for.
     """
     reference = sequence.mask(0)
     if not reference.any():
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
-    scores = []
-    with Writer(sequence, options) as writer, ThreadPoolExecutor(READERS) as pool:
-        for frame, image in enumerate(ahead(pool, sequence.image, range(len(sequence)))):
-            tensor = preprocess.to_tensor(image, options.input_shape, model.device)
-            if frame == 0:
-                if options.adapt:
-                    model = options.adapt(model, image, reference)
-                model.set_reference(tensor, reference)
-                mask = reference
-            else:
-                mask = segment(model, tensor, image.shape[:2], options)
-                progress()
-            writer.write(frame, image, mask)
-            if 0 < frame < len(sequence) - 1:
-                scores.append(pool.submit(_score_mask, mask, sequence, frame, model.object_ids))
-    score = metrics.SequenceScore(model.object_ids)
-    for future in scores:
-        score.add(future.result())
-    return score
+    scores = Score(sequence, [int(i) for i in np.unique(reference) if i])
+    sinks: list[segment.Sink] = [scores]
+    kept = None
+    if options.results:
+        kept = segment.Progress(options.results / sequence.name, sequence)
+        kept = kept.load(model)
+        sinks.append(segment.Masks(options.results / sequence.name, sequence))
+        if options.videos:
+            sinks.append(segment.Film(options.results / f"{sequence.name}.mp4", sequence,
+                                      drawing.overlay))
+    frames = segment.track(model, sequence, {0: reference}, options, kept)
+    segment.drain(frames, sinks, kept, lambda frame: frame.index and progress())
+    return scores.found
 
 
-def _score_mask(mask: np.ndarray, sequence: Sequence, frame: int,
-                object_ids: list[int]) -> list[tuple[float, float]]:
-    return metrics.score_frame(mask, sequence.mask(frame), object_ids)
+class Score(segment.Sink):
+    """J and F of every frame but the first and the last, as the DAVIS protocol has it."""
 
+    def __init__(self, sequence: Sequence, object_ids: list[int]):
+        self.sequence, self.object_ids = sequence, object_ids
+        self.found = metrics.SequenceScore(object_ids)
 
-def segment(model: VideoMatch, tensor: torch.Tensor, shape: tuple[int, int],
-            options: Options) -> np.ndarray:
-    """(3, H, W) frame for the network -> (H, W) uint8 mask of `shape`, the frame's own."""
-    mask = model.segment(tensor, options.segmentation_shape or shape, options.threshold,
-                         options.remove_outliers)
-    return images.resize_mask(mask, shape)
-
-
-class Writer:
-    """Masks named as the frames are, and an overlay video, of one sequence, in the background."""
-
-    def __init__(self, sequence: Sequence, options: Options):
-        self.sequence, self.results = sequence, options.results
-        self.video, self.write = None, Background(self._write)
-        if self.results:
-            self.folder = self.results / sequence.name
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if options.videos:
-                self.video = writer.VideoWriter(self.results / f"{sequence.name}.mp4")
-
-    def _write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
-        if self.results:
-            name = self.sequence.images[frame].with_suffix(".png").name
-            images.write_mask(self.folder / name, mask)
-        if self.video:
-            self.video.write(drawing.overlay(image, mask))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        try:
-            self.write.__exit__(*exception)
-        finally:
-            if self.video:
-                self.video.__exit__(*exception)
+    def write(self, frame: segment.Frame) -> None:
+        if 0 < frame.index < len(self.sequence) - 1:
+            truth = self.sequence.mask(frame.index)
+            self.found.add(metrics.score_frame(frame.mask, truth, self.object_ids))
 
 
 def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Scores:

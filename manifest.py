@@ -1,7 +1,7 @@
-"""What a results folder holds: what made it, and the scores of the sequences that are finished.
+"""What a results folder holds: what made it, and what is known of each video that is finished.
 
-`manifest.json` tells what made it. The scores of a sequence lie in `NAME.scores.json`, so that
-several processes may work into one folder.
+`manifest.json` tells what made it. What is known of a finished video lies in `NAME.finished.json`,
+so that several processes may work into one folder. What it is that is known, it doesn't know.
 """
 
 import json
@@ -9,20 +9,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import distributed
-from davis import Sequence
 from media import files
-from metrics import SequenceScore
 
-SCORES = ".scores.json"
+FINISHED = ".finished.json"
 
 
 class Manifest:
-    """The record of a results folder, kept up to date after each sequence.
+    """The record of a results folder, kept up to date after each video.
 
     Args:
         folder: None keeps nothing on disk.
         made_by: flags, versions and weights, all that changes the results.
         overwrite: forget what was finished before.
+
+    Attributes:
+        entries: what is known of the finished videos, by their names.
 
     Raises:
         ValueError: the folder's results were made by something else.
@@ -30,17 +31,17 @@ class Manifest:
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
         self.folder, self.made_by = folder, made_by
-        self.sequences: dict[str, dict] = {}
+        self.entries: dict[str, dict] = {}
         if folder is None:
             return
         path = folder / "manifest.json"
         if overwrite:
-            for old in (*folder.glob(f"*{SCORES}"), path):
+            for old in (*folder.glob(f"*{FINISHED}"), *folder.glob(".*.progress"), path):
                 old.unlink(missing_ok=True)
         elif path.is_file():
             self._compare(_read(path), made_by)
-            self.sequences = {old.name.removesuffix(SCORES): _read(old)
-                              for old in folder.glob(f"*{SCORES}")}
+            self.entries = {old.name.removesuffix(FINISHED): _read(old)
+                            for old in folder.glob(f"*{FINISHED}")}
 
     def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
         for name in sorted({*before, *now}):
@@ -49,34 +50,21 @@ class Manifest:
                 raise ValueError(f"{self.folder}: holds results of other {name} ({old!r}, now "
                                  f"{new!r}): name another folder, or start over (--overwrite)")
 
-    def finished(self, sequence: Sequence, video: bool) -> bool:
-        """Whether the scores are known, and every mask is there, and the video if wanted."""
-        return (sequence.name in self.sequences
-                and all((self.folder / sequence.name / mask.name).is_file()
-                        for mask in sequence.masks)
-                and (not video or (self.folder / f"{sequence.name}.mp4").is_file()))
-
-    def finish(self, sequence: Sequence, score: SequenceScore, seconds: float) -> None:
-        entry = {"seconds": seconds, "j": score.j, "f": score.f}
-        self.sequences[sequence.name] = entry
-        if self.folder:
+    def begin(self) -> None:
+        """Say what makes the results that are about to be written."""
+        if self.folder and distributed.rank() == 0:
             files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
-            files.write(self.folder / f"{sequence.name}{SCORES}", json.dumps(entry))
+
+    def finish(self, name: str, entry: dict) -> None:
+        """Keep what is known of a video now that all of its files are there."""
+        self.entries[name] = entry
+        if self.folder:
+            files.write(self.folder / f"{name}{FINISHED}", json.dumps(entry))
 
     def share(self) -> None:
         """Learn what the other processes of the job finished."""
-        for sequences in distributed.gather(self.sequences):
-            self.sequences |= sequences
-
-    def score(self, sequence: Sequence) -> SequenceScore:
-        entry = self.sequences[sequence.name]
-        score = SequenceScore([])
-        score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
-        return score
-
-    def seconds(self, sequences: list[Sequence]) -> float:
-        """How long these sequences took."""
-        return sum(self.sequences[sequence.name]["seconds"] for sequence in sequences)
+        for entries in distributed.gather(self.entries):
+            self.entries |= entries
 
 
 def _read(path: Path) -> dict:

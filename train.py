@@ -22,7 +22,8 @@ import preprocess
 from data.samples import Clips, Pairs, PairSampler
 from davis import Sequence
 from media import figures, files
-from videomatch import VideoMatch
+from tracker import Tracker
+from videomatch import VideoMatch, save
 
 log = logging.getLogger(__name__)
 
@@ -171,16 +172,19 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     """
     model.train()
     images, masks = batch
-    model.set_reference(images[:, 0], masks[:, 0], object_ids=[1])
+    memories = [model.memory([1]) for _ in images]
+    model.refer(images[:, 0], masks[:, 0], memories)
     loss = 0
     for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
-        probabilities = model.predict(image)  # (B, 2, H, W)
-        target = truth.to(probabilities)
-        loss = loss + sum(LOSSES[name](probabilities[:, 1], target) for name in losses)
+        frames, target = model.encode(image), truth.to(model.device).float()
+        scores = model.match(frames, memories)
         if model.method == "memory":
-            matched = model.matched(target.shape[1:])[:, 1]
-            loss = loss + MATCHING_WEIGHT * sum(LOSSES[name](matched, target) for name in losses)
-            model.remember(probabilities)
+            found = model.enlarged(model.refine(frames, memories, scores), frames.size)
+            loss = loss + loss_of(found, target, losses)
+            model.remember(frames, memories, found)
+        matched = model.enlarged(scores / model.temperature, frames.size)  # (B, 2, H, W)
+        weight = MATCHING_WEIGHT if model.method == "memory" else 1
+        loss = loss + weight * loss_of(matched, target, losses)
     loss = loss / (images.shape[1] - 1)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -189,6 +193,11 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
+
+
+def loss_of(probabilities: torch.Tensor, target: torch.Tensor, names: tuple[str, ...]):
+    """The sum of some losses of (B, 2, H, W) probabilities, given (B, H, W) 0 or 1."""
+    return sum(LOSSES[name](probabilities[:, 1], target) for name in names)
 
 
 def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
@@ -222,14 +231,14 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
     model.eval()
     scores = []
     for sequence in sequences:
-        mask = sequence.mask(0)
-        model.set_reference(preprocess.to_tensor(sequence.image(0), shape), mask)
+        tracker, mask = Tracker(model, outlier_removal=False), sequence.mask(0)
+        tracker.step(preprocess.to_tensor(sequence.image(0), shape), mask)
         for frame in range(2, len(sequence), 2):
             image = preprocess.to_tensor(sequence.image(frame), shape)
-            result = model.segment(image, mask.shape, remove_outliers=False)
+            result = tracker.step(image, shape=mask.shape).mask
             truth = sequence.mask(frame)
             scores.append(float(np.mean([metrics.jaccard(result == i, truth == i)
-                                         for i in model.object_ids])))
+                                         for i in tracker.object_ids])))
     return scores
 
 
@@ -305,7 +314,7 @@ class Report:
                             held_out=[s.name for s in self.held_out])
         if self.options.plot and len(self.history) > 1:
             figures.curves(self.options.save.with_suffix(".png"), self.history)
-        files.save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
+        save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
             "run": self.run, "history": self.history, "best": self.best, "stale": self.stale})
 
 
