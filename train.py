@@ -28,41 +28,53 @@ from videomatch import VideoMatch, save
 log = logging.getLogger(__name__)
 
 DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
-MATCHING_WEIGHT = 0.3  # of the loss of the matching alone, beside that of the decoder
+KEY_RATE = 3  # likewise of what compares cells, which starts well
+KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
+FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
+# with still images: first these, then videos too, then longer clips. Each until what share of the
+# iterations, with what share of clips made of stills, of how many frames
+PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
-def dice(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - (2 * intersection + 1) / (sum of both + 1) of each frame, averaged over the batch.
+def dice(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """1 - (2 * intersection + 1) / (sum of both + 1) of each object, averaged over the objects.
 
     Args:
-        probability: (B, H, W) of the object, in [0, 1].
-        target: (B, H, W), 0 or 1.
+        probabilities: (N+1, H, W), which sum to 1, the background's first.
+        truth: (H, W) integers, 0 background, else 1 to N.
     """
+    probability, target = probabilities[1:], _one_hot(truth, len(probabilities))[1:]
     intersection = (probability * target).sum((1, 2))
     total = probability.sum((1, 2)) + target.sum((1, 2))
     return (1 - (2 * intersection + 1) / (total + 1)).mean()
 
 
-def bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of probabilities, averaged over all pixels; shapes as for `dice`."""
-    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target)
+def cross_entropy(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Of all pixels, averaged; with one object the binary one. Arguments as for `dice`."""
+    return F.nll_loss(probabilities.clamp(1e-6, 1 - 1e-6).log()[None], truth[None])
 
 
-def balanced_bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy in which object and background weigh alike in each frame.
+def balanced(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in which object and background weigh alike.
 
     Foreground pixels are weighted by the share of background, background pixels by the share
-    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2).
+    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2), and of
+    several objects' each by the share of all that is not of the object.
     """
-    foreground = target.mean((1, 2), keepdim=True)
-    weight = torch.where(target > 0, 1 - foreground, foreground)
-    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target, weight=weight)
+    weight = 1 - _one_hot(truth, len(probabilities)).mean((1, 2))
+    return (weight[truth] * F.nll_loss(probabilities.clamp(1e-6, 1 - 1e-6).log()[None],
+                                       truth[None], reduction="none")[0]).mean()
 
 
-LOSSES = {"dice": dice, "bce": bce, "balancedbce": balanced_bce}
+def _one_hot(truth: torch.Tensor, count: int) -> torch.Tensor:
+    """(H, W) -> (count, H, W) float32."""
+    return F.one_hot(truth, count).permute(2, 0, 1).float()
+
+
+LOSSES = {"dice": dice, "bce": cross_entropy, "balancedbce": balanced}
 
 
 @dataclass
@@ -147,15 +159,18 @@ def optimizer_of(model: VideoMatch, options: Options):
     Its first momentum goes the other way, from 0.95 to 0.85 and back (Smith and Topin:
     Super-convergence, 2017), as PyTorch has it.
     """
-    rates = {model.encoder: options.learning_rate}
-    if model.recent:
-        rates[model.decoder] = DECODER_RATE * options.learning_rate
-    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
-              for part, rate in rates.items()]
+    parts = [(list(model.encoder.parameters()), 1)]
+    if model.refined:
+        keys = model.reader.comparing()
+        others = [p for part in (model.reader, model.decoder) for p in part.parameters()
+                  if all(p is not key for key in keys)]
+        parts += [(keys, KEY_RATE), (others, DECODER_RATE)]
+    groups = [{"params": [p for p in parameters if p.requires_grad],
+               "lr": times * options.learning_rate} for parameters, times in parts]
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     steps = options.iterations + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(rates.values()), total_steps=steps,
+        optimizer, [group["lr"] for group in groups], total_steps=steps,
         pct_start=max(WARM_UP, 1.5 / steps))  # PyTorch divides by zero where one step is all
     return optimizer, schedule
 
@@ -164,28 +179,13 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
          shared: bool = True) -> float:
     """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
 
-    The first frame is the reference. Each of the others is segmented with what the model itself
-    found in those before.
-
     Args:
         shared: the processes of a job take the same step, each on its own batch.
     """
     model.train()
-    images, masks = batch
-    memories = [model.memory([1]) for _ in images]
-    model.refer(images[:, 0], masks[:, 0], memories)
-    loss = 0
-    for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
-        frames, target = model.encode(image), truth.to(model.device).float()
-        scores = model.match(frames, memories)
-        if model.method == "memory":
-            found = model.enlarged(model.refine(frames, memories, scores), frames.size)
-            loss = loss + loss_of(found, target, losses)
-            model.remember(frames, memories, found)
-        matched = model.enlarged(scores / model.temperature, frames.size)  # (B, 2, H, W)
-        weight = MATCHING_WEIGHT if model.method == "memory" else 1
-        loss = loss + weight * loss_of(matched, target, losses)
-    loss = loss / (images.shape[1] - 1)
+    clips = [loss_of(model, images.to(model.device), masks.to(model.device).long(), losses)
+             for images, masks in zip(*batch)]
+    loss = sum(clips) / len(clips)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if shared:
@@ -195,9 +195,29 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     return loss.item()
 
 
-def loss_of(probabilities: torch.Tensor, target: torch.Tensor, names: tuple[str, ...]):
-    """The sum of some losses of (B, 2, H, W) probabilities, given (B, H, W) 0 or 1."""
-    return sum(LOSSES[name](probabilities[:, 1], target) for name in names)
+def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
+            losses: tuple[str, ...]) -> torch.Tensor:
+    """The loss of a clip, (T, 3, H, W) and (T, H, W) ids 0 to N.
+
+    The first frame is the reference. Each of the others is segmented with what the model itself
+    found in those before, all objects at once.
+    """
+    frames, memories = model.encode(images), [model.memory(list(range(1, int(masks[0].max()) + 1)))]
+    model.refer(images[:1], masks[:1], memories, frames[:1])
+    size, total = masks.shape[1:], 0
+    for t in range(1, len(images)):
+        frame = frames[t:t + 1]
+        outputs = [(model.match(frame, memories) / model.temperature, FEATURE_WEIGHT)]
+        if model.method == "memory":
+            logits, scores = model.refine(frame, memories)
+            outputs = [(logits, 1), (scores / model.temperature, KEY_WEIGHT), *outputs]
+            model.remember(frame, memories, logits.softmax(1))
+        else:
+            outputs = [(outputs[0][0], 1)]
+        for output, weight in outputs:
+            found = model.enlarged(output, size)[0]
+            total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
+    return total / (len(images) - 1)
 
 
 def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
