@@ -106,6 +106,10 @@ def model(add) -> Callable:
         help="matching: with the reference frame only; paper: with its online update too; memory: "
              "with recent frames and a learned refinement (default: memory where the checkpoint "
              "holds what it needs, as the one in models/ does, and for training; else matching)")
+    add("--precision", choices=PRECISIONS,
+        help="of the network and its products; fp32 where a result must repeat exactly on another "
+             "machine (default: fp16 on a CUDA device, but for training; bf16 for --method memory "
+             "on a CPU that multiplies it itself; else fp32)")
     add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
         help="size at which the network sees frames: smaller for speed and memory (default: "
              "as --size says for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
@@ -115,6 +119,8 @@ def model(add) -> Callable:
         at_least(1, args, "top_k")
         at_least(0, args, "dilation")
         shape(args, "input_image_shape")
+        expect(args.mode != "train" or args.precision != "fp16", "--precision",
+               "fp32 or bf16 to train with", args.precision)
 
     return check
 
@@ -139,6 +145,9 @@ def training(add) -> Callable:
     add("--model_save", "-s", metavar="PATH", type=Path,
         help="where the best weights go, with the log (.jsonl) beside them "
              "(default: runs/vm_ENCODER.pth)")
+    add("--stills", metavar="DIR", type=Path, nargs="+", default=[],
+        help="folders with images/ and masks/ of still images to make clips of; without -d or "
+             "--demo beside it, of them alone")
     add("--workers", metavar="N", type=int, default=2,
         help="processes that read and augment pairs; more when the GPU waits for data, "
              "0 to debug (default: 2)")
@@ -223,9 +232,6 @@ def results(add) -> Callable:
     add("--finetune", metavar="N", type=int, default=0,
         help="fit the model to each video by N steps on its first frame (at --learning_rate): for "
              "objects unlike any of the training set; on DAVIS it gains nothing (default: 0)")
-    add("--precision", choices=PRECISIONS,
-        help="of the features and their products; fp32 where a result must repeat exactly "
-             "(default: fp16 on a CUDA device, else fp32)")
     add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
         help="probability from which a pixel is foreground: higher for fewer false positives "
              "(default: 0.5)")
@@ -297,6 +303,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name in given and args.mode != "train" and not args.finetune:
             raise ValueError(f"--{name}: without --finetune nothing is fitted with "
                              f"-m {args.mode}, expected both or none")
+    if args.stills and not given & {"dataset", "demo"}:
+        args.dataset = None
     for check in checks:
         check(args)
     return args

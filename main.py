@@ -25,6 +25,7 @@ import flags
 import segment
 import train
 from data import demo
+from data.stills import Stills
 from davis import Davis, split
 from manifest import Manifest
 from media import annotate, images
@@ -36,7 +37,6 @@ log = logging.getLogger("videomatch")
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
-RECENT = 3  # frames
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
@@ -128,9 +128,9 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     else:
         with distributed.first_alone():  # which may download them
             encoder.load_imagenet(args.encoder_weights)
-    recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
+    refined = args.method in (None, "memory") and args.mode == "train"
     spec = encoder.spec
-    return configure(VideoMatch(encoder, spec.factor, spec.top_k, recent=recent, zoom=spec.zoom),
+    return configure(VideoMatch(encoder, spec.factor, spec.top_k, refined=refined, zoom=spec.zoom),
                      args)
 
 
@@ -153,7 +153,7 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     for name in ("upsample_factor", "top_k", "temperature", "dilation"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
-    if args.method == "memory" and not model.recent:
+    if args.method == "memory" and not model.refined:
         raise ValueError("--method memory: expected a checkpoint that was trained for it")
     model.method = args.method or model.method
     device = device_of(args.cuda_device)
@@ -176,22 +176,36 @@ def set_name(args: argparse.Namespace) -> str:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    stills = [still for folder in args.stills for still in Stills(folder)]
+    if args.dataset or args.demo:
+        training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    else:
+        log.info("still images only: none are held out, the last weights are kept")
+        training, held_out = [], []
     torch.manual_seed(args.seed)
     model = build_model(args)
-    frames = sum(len(sequence) for sequence in training)
+    if stills and model.method != "memory":
+        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
+    if model.refined and args.model_load is None:
+        train.start(model, training or stills, options_shape(args))
+    model.precision = PRECISIONS[args.precision or usual_precision(model, training=True)]
+    frames = sum(len(source) for source in (*training, *stills))
     each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
-    log.info("%d sequences to train on, held out: %s", len(training),
-             ", ".join(sequence.name for sequence in held_out) or "none")
-    train.train(model, training, held_out, options_of_training(args, model, iterations))
+    log.info("%d sequences and %d still images to train on, held out: %s", len(training),
+             len(stills), ", ".join(sequence.name for sequence in held_out) or "none")
+    train.train(model, training, held_out, options_of_training(args, model, iterations), stills)
+
+
+def options_shape(args: argparse.Namespace) -> tuple[int, int]:
+    return tuple(args.input_image_shape or flags.TRAINING_SHAPE)
 
 
 def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=tuple(args.input_image_shape or flags.TRAINING_SHAPE), iterations=iterations,
+        shape=options_shape(args), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
@@ -226,9 +240,18 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     model = build_model(args)
     model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[args.precision or
-                                 ("fp16" if model.device.type == "cuda" else "fp32")]
+    model.precision = PRECISIONS[args.precision or usual_precision(model)]
     return model
+
+
+def usual_precision(model: VideoMatch, training: bool = False) -> str:
+    """What is fastest there, of what changes masks next to nothing (docs/performance.md)."""
+    if model.device.type == "cuda":
+        return "fp32" if training else "fp16"
+    # asked, since others only imitate it; older versions of torch can't tell
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    native = model.device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return "bf16" if native and model.method == "memory" else "fp32"
 
 
 def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:

@@ -1,4 +1,7 @@
-"""Training on pairs of frames, or on clips, of one sequence, with whole sequences held out."""
+"""Training on pairs of frames, or on clips of videos and of still images.
+
+Whole sequences are held out. It knows neither flags nor how samples are drawn.
+"""
 
 import copy
 import json
@@ -6,6 +9,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ import distributed
 import metrics
 import preprocess
 from data.samples import Clips, Pairs, PairSampler
+from data.stills import Still
 from davis import Sequence
 from media import figures, files
 from tracker import Tracker
@@ -33,6 +38,8 @@ KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decod
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
+CLIP = 4  # frames of a clip without still images
+START = 16  # images of which the first keys are made
 # with still images: first these, then videos too, then longer clips. Each until what share of the
 # iterations, with what share of clips made of stills, of how many frames
 PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
@@ -99,7 +106,7 @@ class Options:
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
-          options: Options) -> float:
+          options: Options, stills: list[Still] | None = None) -> float:
     """Fit the model; keep the weights with the best IoU on the held-out sequences.
 
     Where none are held out, those of the last iteration.
@@ -108,6 +115,9 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     report all that it takes to go on is kept beside the weights (.state); nothing random is, as a
     clip depends on its index alone.
 
+    Args:
+        stills: still images to make clips of, beside sequences or instead of them.
+
     Returns:
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
@@ -115,23 +125,17 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         ValueError: `options.resume`, and the state is that of a run with other options.
     """
     torch.manual_seed(options.seed)
-    augment = preprocess.Augment(options.shape, options.augment)
-    clips = (Clips(training, augment, objects=1) if model.method == "memory" else
-             Pairs(training, augment))
+    stills = stills or []
     optimizer, schedule = optimizer_of(model, options)
-    report = Report(model, optimizer, schedule, training, held_out, options)
+    report = Report(model, optimizer, schedule, training, held_out, options, stills)
     done = report.resume() if options.resume else None
     if done is None:
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
-    step_size = options.batch_size * distributed.count()
-    sampler = PairSampler(len(clips), total * step_size, options.shuffle, options.seed,
-                          skip=done * step_size, rank=distributed.rank(),
-                          ranks=distributed.count())
-    loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
+    batches = _batches(model.method, training, stills, options, range(done, total))
     with _interruptible() as interrupted:
-        bar = tqdm(loader, desc="training", disable=True if distributed.rank() else None,
+        bar = tqdm(batches, desc="training", disable=True if distributed.rank() else None,
                    initial=done, total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
@@ -151,6 +155,41 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         log.info("best held-out IoU %.4f", report.best)
     log.info("saved in %s", options.save)
     return report.best
+
+
+def _batches(method: str, training: list[Sequence], stills: list[Still], options: Options,
+             steps: range) -> Iterator:
+    """What `step` takes, for these of the iterations."""
+    augment = preprocess.Augment(options.shape, options.augment)
+    each = options.batch_size * distributed.count()
+    start = 0
+    for until, share, frames in PHASES if stills else PHASES[-1:]:
+        end = round(until * options.iterations)
+        drawn = range(max(start, steps.start), min(end, steps.stop))
+        start = end
+        if not drawn:
+            continue
+        if method == "memory":
+            clips = Clips(training, augment, frames if stills else CLIP, stills=stills)
+            parts = clips.parts if training and stills else len(clips)
+        else:
+            clips = Pairs(training, augment)
+            parts = len(clips)
+        sampler = PairSampler(parts, drawn.stop * each, options.shuffle, options.seed,
+                              skip=drawn.start * each, rank=distributed.rank(),
+                              ranks=distributed.count(),
+                              shares=[1 - share, share] if isinstance(parts, list) else None)
+        yield from DataLoader(clips, options.batch_size, sampler=sampler,
+                              num_workers=options.workers)
+
+
+def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
+    """Give a new reader keys that keep what features of some images differ in."""
+    chosen = sources[::max(1, len(sources) // START)]
+    with torch.no_grad():
+        images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
+        features = [model.encoder(image[None])[0].flatten(1).T for image in images]
+    model.reader.start(torch.cat(features))
 
 
 def optimizer_of(model: VideoMatch, options: Options):
@@ -272,14 +311,15 @@ class Report:
     FREE = ("save", "workers", "plot", "resume")
 
     def __init__(self, model: VideoMatch, optimizer, schedule, training: list[Sequence],
-                 held_out: list[Sequence], options: Options):
+                 held_out: list[Sequence], options: Options, stills: list[Still]):
         self.model, self.held_out, self.options = model, held_out, options
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         self.run = {name: repr(value) for name, value in vars(options).items()
                     if name not in self.FREE}
         self.run |= {"processes": str(distributed.count()), "model": repr(model.configuration()),
                      "training sequences": " ".join(s.name for s in training),
-                     "held-out sequences": " ".join(s.name for s in held_out)}
+                     "held-out sequences": " ".join(s.name for s in held_out),
+                     "still images": " ".join(s.name for s in stills)}
         self.losses: list[float] = []  # since the last report
         self.history: list[dict] = []
         self.best, self.stale = -1.0, 0

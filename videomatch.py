@@ -130,9 +130,11 @@ class VideoMatch(nn.Module):
                                   align_corners=False, antialias=scale < 1)
         with self._in_precision():
             features, levels = self.encoder.pyramid(image)
-        look = self.method == "memory"
-        return Frames(features, levels, size,
-                      [self.reader.look(x, self.precision) for x in features if look])
+        cells = []
+        if self.method == "memory":
+            precision = torch.float32 if self.training else self.precision
+            cells = [self.reader.look(x, precision) for x in features]
+        return Frames(features, levels, size, cells)
 
     def _in_precision(self):
         return torch.autocast(self.device.type, self.precision,
@@ -165,11 +167,15 @@ class VideoMatch(nn.Module):
                 if not self.training:
                     views += self._closer(x, y, memory.object_ids)
                 self.reader.refer(memory.bank, views)
-        else:
+        if self.method != "memory" or self.training:
             for memory, features, y in zip(memories, frames.features, mask):
-                grid = Grid(features, self.upsample_factor)
+                grid = self._grid(features)
                 memory.refer([(grid, sets_of(y, grid.shape, memory.object_ids))])
         return frames
+
+    def _grid(self, features: torch.Tensor) -> Grid:
+        """(C, h, w), to match with all features; beside keys, in training, on the small grid."""
+        return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
     def _view(self, cells: Cells, mask: torch.Tensor, object_ids):
         """What `Reader.refer` takes, of cells and a (H, W) mask of object ids."""
@@ -233,8 +239,7 @@ class VideoMatch(nn.Module):
         """(B, N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
         if any(memory.sets is None for memory in memories):
             raise RuntimeError("nothing to match with: refer to a reference frame first")
-        return torch.stack([soft_match(Grid(features, self.upsample_factor), memory.sets.reference,
-                                       self.top_k)
+        return torch.stack([soft_match(self._grid(features), memory.sets.reference, self.top_k)
                             for features, memory in zip(frames.features, memories)])
 
     def refine(self, frames: Frames,
@@ -276,7 +281,7 @@ class VideoMatch(nn.Module):
         Args:
             before, after: (N+1, H, W) probabilities, of outlier removal.
         """
-        grid = Grid(frames.features[0], self.upsample_factor)
+        grid = self._grid(frames.features[0])
         before, after = (F.interpolate(p[None], size=grid.shape, mode="bilinear",
                                        align_corners=False, antialias=True)[0]
                          for p in (before, after))

@@ -38,15 +38,13 @@ class Entry:
     """What is kept of a frame.
 
     Args:
-        cells: those whose keys and values are kept, row by row; None keeps all.
-        key: (m, KEY), of those.
+        key: (h*w, KEY), of its cells.
         near: (h, w, NEAR), or None where it is not needed.
         shared: (1, WIDTH, h, w), what values are made of beside `found`.
         found: (N+1, H, W) probabilities.
-        values: (m, N * (VALUE + 1)), of each object values, and its share of the cell.
+        values: (h*w, N * (VALUE + 1)), of each object values, and its share of the cell.
     """
 
-    cells: torch.Tensor | None
     key: torch.Tensor
     near: torch.Tensor | None
     shared: torch.Tensor
@@ -66,7 +64,9 @@ class Bank:
     def __init__(self, every: int = 5, later: int = 4, recent: int = 2):
         self.every, self.count = every, 0
         self.given: list[Entry] = []  # of reference frames, which never leave
-        self.labels: list[torch.Tensor] = []  # of each of those (m,) the set of each cell
+        self.labels: list[torch.Tensor] = []  # of each of those (h*w,) the set of each cell
+        # of each set the (m, KEY) keys and (m, ...) values of its cells there, maybe none
+        self.sets: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.later: deque[Entry] = deque(maxlen=later)
         self.recent: deque[Entry] = deque(maxlen=recent)
         # for linear labels: (C, C) features times features, (C, N+1) times labels
@@ -80,12 +80,17 @@ class Bank:
         return tuple(self.recent[-1].near.shape[:2]) if self.recent else None
 
     def refer(self, views: list[tuple[Entry, torch.Tensor]], sums) -> None:
-        """Keep a reference frame, as it is and as it looks from nearer, with sets of its cells."""
+        """Keep a reference frame, as it is and as it looks from nearer, with the sets of cells."""
         self.given += [replace(entry, near=None) for entry, _ in views]
         self.labels += [labels for _, labels in views]
         self.given_sums = [*self.given_sums, sums]
         self.recent.append(views[0][0])
         self.count += 1
+        keys, values = (torch.cat([getattr(entry, name) for entry in self.given])
+                        for name in ("key", "values"))
+        labels = torch.cat(self.labels)
+        self.sets = [(keys[labels == i], values[labels == i])
+                     for i in range(len(views[0][0].found))]
 
     def add(self, entry: Entry) -> bool:
         """Keep a frame among the recent ones; True where it is kept for longer, too."""
@@ -100,13 +105,6 @@ class Bank:
         """Count a later frame in: the newer the more."""
         before = self.later_sums or sums
         self.later_sums = tuple(torch.lerp(old, new, LATER) for old, new in zip(before, sums))
-
-    def sets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each set the reference frames' (m, KEY) keys and (m, ...) values, maybe none."""
-        keys, values = (torch.cat([getattr(entry, name) for entry in self.given])
-                        for name in ("key", "values"))
-        labels = torch.cat(self.labels)
-        return [(keys[labels == i], values[labels == i]) for i in range(len(self.given[0].found))]
 
     def widen(self, objects: int) -> None:
         """There are more objects now, which no frame so far shows; values are still to be made."""

@@ -93,22 +93,16 @@ class Reader(nn.Module):
                 as for `remember`, and (h*w,) the set of each cell, -1 for what is in none.
         """
         bank.change(self._caught_up)
-        kept = []
-        for cells, found, labels in views:
-            chosen = (labels >= 0).nonzero()[:, 0]
-            kept.append((self._entry(cells, found, chosen), labels[chosen]))
-        bank.refer(kept, self._sums(*views[0][:2]))
+        bank.refer([(self._entry(cells, found), labels) for cells, found, labels in views],
+                   self._sums(*views[0][:2]))
         self._fit(bank)
 
-    def _entry(self, cells: Cells, found: torch.Tensor,
-               chosen: torch.Tensor | None = None) -> Entry:
+    def _entry(self, cells: Cells, found: torch.Tensor) -> Entry:
         shared = self.shared(cells.unit.T.unflatten(1, cells.shape)[None])
-        key = cells.key if chosen is None else cells.key[chosen]
-        return Entry(chosen, key, cells.near, shared, found, self._values(shared, found, chosen))
+        return Entry(cells.key, cells.near, shared, found, self._values(shared, found))
 
-    def _values(self, shared: torch.Tensor, found: torch.Tensor,
-                chosen: torch.Tensor | None) -> torch.Tensor:
-        """(m, N * (VALUE + 1)) of the chosen cells: of each object values, and its share."""
+    def _values(self, shared: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """(h*w, N * (VALUE + 1)): of each object values, and its share of the cell."""
         own = F.pixel_unshuffle(found[1:, None], self.side)  # (N, side * side, h, w)
         share = own.mean(1, keepdim=True)
         own = 2 * torch.cat([own, share, best_other(share)], 1) - 1
@@ -117,13 +111,13 @@ class Reader(nn.Module):
             x = shared + self.own(part)
             values.append(self.value(F.relu(x + self.layers(x))))
         values = torch.cat([torch.cat(values), share], 1).flatten(2).flatten(0, 1).T
-        return values.contiguous() if chosen is None else values[chosen]
+        return values.contiguous()
 
     def _caught_up(self, entry: Entry) -> Entry:
         """With values of the objects, too, that nobody looked for when the frame was kept."""
         if entry.values.shape[1] == (len(entry.found) - 1) * (VALUE + 1):
             return entry
-        return replace(entry, values=self._values(entry.shared, entry.found, entry.cells))
+        return replace(entry, values=self._values(entry.shared, entry.found))
 
     def _sums(self, cells: Cells, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(C, C) and (C, N+1): features times features, and times labels; objects weigh alike."""
@@ -162,10 +156,10 @@ class Reader(nn.Module):
     def _far(self, bank: Bank, cells: Cells, temperature):
         """(N+1, h*w) scores of sets, (h*w, ...) values read, (h*w,) the largest similarity."""
         scores, found, values, start = [], [], [], 0
-        for number, (keys, kept) in enumerate([*bank.sets(), *((e.key, e.values)
-                                                               for e in bank.later)]):
+        for number, (keys, kept) in enumerate([*bank.sets, *((e.key, e.values)
+                                                            for e in bank.later)]):
             best, positions = nearest(cells.key, keys, K)
-            if number < len(bank.given[0].found):
+            if number < len(bank.sets):
                 mean = best.topk(min(K_SET, best.shape[1]), dim=1).values.mean(1)
                 scores.append(mean if len(keys) else torch.zeros_like(cells.unit[:, 0]))
             found.append((best, positions + start))
