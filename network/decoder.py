@@ -72,15 +72,16 @@ class Decoder(nn.Module):
         Returns:
             (N, H, W).
         """
-        evidence, previous, *levels = (x.contiguous(memory_format=torch.channels_last)
-                                       for x in (evidence, previous, *levels))
+        evidence, previous, *levels = (
+            x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
+            for x in (evidence, previous, *levels))
         levels = [*levels, F.avg_pool2d(levels[-1], 2, ceil_mode=True)]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
         shared = [block.project_shared(level) for block, level in zip(self.blocks, levels)]
-        # one by one: five at once take longer, since caches are small
-        return torch.cat([self._decode(e[None], p[None], shared)
-                          for e, p in zip(evidence, previous)])
+        # one by one: five at once take longer, since caches are small. `split` keeps them NHWC
+        return torch.cat([self._decode(*own, shared)
+                          for own in zip(evidence.split(1), previous.split(1))])
 
     def _decode(self, evidence, previous, shared):
         x = None

@@ -97,8 +97,8 @@ def _windows(h: int, w: int, radius: int, frames: int,
     y, x = torch.broadcast_tensors(y[:, None, :, None], x[None, :, None])
     exists = ((y >= 0) & (y < h) & (x >= 0) & (x < w)).flatten(2).flatten(0, 1)
     cells = (y * w + x).clamp(0, h * w - 1).flatten(2).flatten(0, 1)
-    down, along = ((torch.arange(step + side) - torch.arange(step)[:, None] - radius).abs() <= radius
-                   for step in TILE)
+    down, along = ((torch.arange(step + side) - torch.arange(step)[:, None] - radius).abs()
+                   <= radius for step in TILE)
     near = (down[:, None, :, None] & along[None, :, None]).flatten(2).flatten(0, 1)
     mask = torch.where(near & exists[:, None], 0.0, NOTHING).repeat(1, 1, frames)
     cells = torch.cat([cells + i * h * w for i in range(frames)], 1)

@@ -1,4 +1,4 @@
-"""What a memory says of each object, against dense float64 formulas; what is kept, and for how long."""
+"""What a memory says of each object, against dense float64 formulas; what it keeps."""
 
 import pytest
 import torch
