@@ -55,6 +55,9 @@ def general(add) -> Callable:
         help="id of a CUDA device, or cpu, or mps (default: the best there is)")
     add("--seed", type=int, default=0, metavar="N",
         help="change it to see how much a result owes to chance (default: 0)")
+    add("--overwrite", action="store_true",
+        help="start over where --results_dir or --model_save holds an earlier run; without it an "
+             "interrupted evaluation or clip goes on where it stopped, and a training is refused")
 
     def check(args) -> None:
         at_least(0, args, "seed")
@@ -220,9 +223,6 @@ def results(add) -> Callable:
     add("--results_dir", "-j", metavar="DIR", type=Path,
         help="write masks and tables there (default: for a clip results/NAME, for the demo "
              "results/demo, else only print the table)")
-    add("--overwrite", action="store_true",
-        help="segment again what --results_dir holds already; without it a run that was "
-             "interrupted goes on where it stopped")
     add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
         help="size at which pixels are decided, before masks get the frame's size: smaller "
              "for speed with large frames (default: the frame's own)")

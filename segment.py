@@ -21,7 +21,7 @@ import torch
 
 import preprocess
 from media import drawing, images
-from media.background import Background, ahead
+from media.background import Background, ahead, interruptible
 from media.video import Clip
 from media.writer import VideoWriter
 from network.outliers import decide
@@ -240,6 +240,9 @@ class Sink:
     def write(self, frame: Frame) -> None:
         raise NotImplementedError
 
+    def keep(self) -> None:
+        """What was written so far is what a later run goes on from."""
+
     def __enter__(self):
         return self
 
@@ -257,23 +260,31 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
 
     Returns:
         How many frames there were.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C; after the frame under way, which a later run need not repeat.
     """
     def write(frame: Frame, state: dict | None) -> None:
         for sink in sinks:
             sink.write(frame)
         if state is not None:
+            for sink in sinks:
+                sink.keep()
             progress.keep(frame, state)
 
     count = 0
-    with ExitStack() as stack:
+    with interruptible() as interrupted, ExitStack() as stack:
         for sink in sinks:
             stack.enter_context(sink)
         background = stack.enter_context(Background(write))
         for frame in frames:
-            due = progress is not None and frame.step is not None and progress.due()
-            background(frame, frame.tracker.state() if due else None)
+            stop = interrupted()
+            keep = progress is not None and frame.step is not None and (progress.due() or stop)
+            background(frame, frame.tracker.state() if keep else None)
             count += 1
             after(frame)
+            if stop:
+                raise KeyboardInterrupt
     if progress:
         progress.end()
     return count
