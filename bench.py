@@ -1,6 +1,7 @@
-"""Benchmark of the matching: this toolkit against one dense similarity matrix, on equal inputs.
+"""Benchmarks, each on equal inputs: by default of the matching against a dense matrix.
 
     python bench.py [--json FILE]
+    python bench.py --video [--json FILE]
     python bench.py --scorer RESULTS -d DAVIS [--json FILE]
 
 For each encoder and upsample factor it prints seconds a frame (median, and the range of the
@@ -9,17 +10,17 @@ faster it is than the dense matrix, and how many times slower than the floor: th
 two small feature grids at the measured rate of matrix products, or its data at the measured rate
 of copies, whichever takes longer.
 
-With --scorer it measures J and F instead, of the masks in RESULTS, against the package
+With --video it measures the whole road of a frame instead, from its file to its mask, with the
+shipped weights: seconds by part, of one object and of five, in frames of 360, 480 and 720 rows.
+
+With --scorer it measures J and F, of the masks in RESULTS, against the package
 vos-benchmark with as many processes.
-
-    python bench.py --prompts -d DAVIS [-o CHECKPOINT] [--json FILE]
-
-shows the objects of the first frames of val sequences by boxes and by clicks, as a person would
-who sees the mask before each next click, and prints the J of the masks.
 """
 
 import argparse
+import copy
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -33,26 +34,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import evaluate
 import preprocess
-import prompts
-import train_prompts
 from data import demo
 from davis import YEARS, Davis, Sequence
-from main import device_of
+from main import PRECISIONS, device_of, usual_precision
 from media import images
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
-from network.prompts import Prompts
-from videomatch import SHIPPED, VideoMatch, cell_labels
+from network.views import cell_labels
+from tracker import Tracker
+from videomatch import SHIPPED, VideoMatch
 
 FACTORS = (1.0, 1.8, 4.0)
-CLICKS = 8  # of a simulated person
-SHOWN = (1, 3, 8)  # clicks after which J is printed
+WARM = 20  # frames of a clip before those that are measured, until its memory is full
 DENSE_LIMIT = 6e9  # bytes; a larger dense matrix (there are two of them) is left out
 
 
@@ -160,6 +160,93 @@ def measure(name: str, factor: float, frames, repeats: int, device, floor_rates)
     return row
 
 
+class Parts:
+    """Seconds of the calls of some functions, which are wrapped for as long as this lives."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.taken = device, {}
+
+    def of(self, part: str, owner, name: str) -> None:
+        """Count the seconds of `owner.name` for a part of the road."""
+        run = getattr(owner, name)
+
+        def timed(*arguments, **keywords):
+            result = []
+            taken = seconds(lambda: result.append(run(*arguments, **keywords)), self.device)
+            self.taken[part] = self.taken.get(part, 0.0) + taken
+            return result[0]
+
+        setattr(owner, name, timed)
+
+
+def road(model: VideoMatch, rows: int, objects: int, frames: int) -> dict:
+    """Seconds a frame by part: the median over the frames, and the memory at its peak.
+
+    The clip is one of the demo data, enlarged; its object is cut into upright strips.
+    """
+    model, device = copy.deepcopy(model), model.device
+    shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
+    drawn = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames + WARM + 1))
+    mask = _strips(images.resize_mask(drawn[0][1], shape), objects)
+    parts, lines = Parts(device), []
+    for part, owner, name in (("encoder", model, "encode"), ("matching", model.reader, "read"),
+                              ("decoder", model.decoder, "forward"),
+                              ("keeping", model.reader, "remember")):
+        parts.of(part, owner, name)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{i:05d}.jpg") for i in range(len(drawn))]
+        for path, (image, _) in zip(paths, drawn):
+            images.write_image(path, cv2.resize(image, shape[::-1]))
+
+        def clip():
+            tracker = Tracker(model)
+            for i, path in enumerate(paths):
+                parts.taken, start = {}, time.perf_counter()
+                image = preprocess.to_tensor(images.read_image(path), device=device)
+                read = time.perf_counter() - start
+                tracker.step(image, mask if i == 0 else None)
+                whole = time.perf_counter() - start
+                rest = whole - read - sum(parts.taken.values())
+                lines.append({"reading": read, **parts.taken, "deciding": rest, "frame": whole})
+
+        peak = peak_memory(clip, device)
+    found = {part: statistics.median(line[part] for line in lines[WARM + 1:])
+             for part in lines[-1]}
+    return {"rows": rows, "objects": objects, **found, "peak_bytes": peak,
+            "times_the_encoder": found["frame"] / found["encoder"]}
+
+
+def _strips(mask: np.ndarray, count: int) -> np.ndarray:
+    """(H, W) with one object -> the same pixels, as many objects side by side."""
+    columns = np.flatnonzero(mask.any(0))
+    bounds = np.linspace(columns[0], columns[-1] + 1, count + 1)[1:-1]
+    strips = 1 + np.digitize(np.arange(mask.shape[1]), bounds)
+    return np.where(mask > 0, strips, 0).astype(np.uint8)
+
+
+def bench_video(args: argparse.Namespace) -> dict:
+    device = device_of(args.cuda_device)
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
+    model.encoder.fold_batchnorm()
+    model.precision = PRECISIONS[usual_precision(model)]
+    names = ("reading", "encoder", "matching", "decoder", "keeping", "deciding", "frame")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+          f"{model.precision}; seconds a frame, median of {args.frames}")
+    print(f"{'rows':>5} {'objects':>8} " + " ".join(f"{name:>9}" for name in names)
+          + f" {'peak MB':>8} {'encoders':>8}")
+    found = []
+    for rows in args.rows:
+        for objects in (1, 5):
+            row = road(model, rows, objects, args.frames)
+            peak = row["peak_bytes"]
+            print(f"{rows:5} {objects:8} " + " ".join(f"{row[name]:9.4f}" for name in names)
+                  + f" {'?' if peak is None else round(peak / 2**20):>8}"
+                  + f" {row['times_the_encoder']:8.2f}", flush=True)
+            found.append(row)
+    return {"torch": torch.__version__, "device": str(device), "precision": str(model.precision),
+            "threads": torch.get_num_threads(), "rows": found}
+
+
 def line(row: dict) -> str:
     def cell(which: str) -> str:
         if which not in row:
@@ -260,40 +347,9 @@ def bench_matching(args: argparse.Namespace) -> dict:
             "threads": torch.get_num_threads(), "rows": rows}
 
 
-def bench_prompts(args: argparse.Namespace) -> dict:
-    """J of boxes and of clicks, on first frames of val sequences: a person is simulated."""
-    model = VideoMatch.load(args.model_load).to(device_of(args.cuda_device))
-    rows = train_prompts.measured(model, Davis(args.dataset, args.year, "val").sequences, CLICKS)
-    head = ("true box", "moved box", *(f"{i} clicks" for i in SHOWN))
-    figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in SHOWN)]
-               for row in rows]
-    print(f"{'':24}" + "".join(f"{name:>10}" for name in head))
-    for row, values in zip(rows, figures):
-        print(f"{row['name']:24}" + "".join(f"{value:10.3f}" for value in values))
-    means = np.mean(figures, 0)
-    print(f"{'mean J':24}" + "".join(f"{value:10.3f}" for value in means))
-    seconds = prompt_seconds(model, args.repeats)
-    print(f"{seconds:.4f} s a prompt after the encoder, {torch.get_num_threads()} threads")
-    return {"rows": rows, "mean": dict(zip(head, means.tolist())), "seconds": seconds}
-
-
-def prompt_seconds(model: VideoMatch, repeats: int) -> float:
-    """The least of what a box takes after the encoder, at the size that the network sees."""
-    shape = prompts.seen_size((320, 480))
-    image = torch.zeros(1, 3, *shape, device=model.device)
-    seen = model.prompts.look(image, *model.encoder.pyramid(image))
-    times = []
-    for _ in range(10 * repeats):
-        start = time.perf_counter()
-        model.prompts(seen, Prompts([(100, 60, 200, 150)])).cpu()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 @torch.no_grad()
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Benchmark of the matching, of J and F, or of "
-                                                 "masks from boxes and clicks.")
+    parser = argparse.ArgumentParser(description="Benchmark of the matching, or of J and F.")
     add = parser.add_argument
     add("--encoder", "-en", choices=BACKBONES, nargs="+", default=list(BACKBONES),
         help="default: all; their weights are random, which no time here depends on")
@@ -304,19 +360,20 @@ def main() -> int:
     add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
     add("--cuda_device", "-c", metavar="DEVICE", help="id of a CUDA device, or cpu, or mps")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    add("--video", action="store_true", help="measure the whole road of a frame instead")
+    add("--rows", type=int, nargs="+", default=(360, 480, 720), metavar="H",
+        help="of its frames (default: 360 480 720)")
+    add("--frames", type=int, default=12, metavar="N",
+        help="of a clip that are measured (default: 12)")
     add("--scorer", type=Path, metavar="RESULTS",
         help="measure the scoring of these masks (SEQUENCE/FRAME.png) instead of the matching")
-    add("--prompts", action="store_true",
-        help="measure masks from simulated boxes and clicks on the first frames of val sequences")
-    add("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"], metavar="PATH",
-        help="checkpoint whose masks these are (default: the one in models/)")
     add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
         help="the DAVIS folder that they belong to (default: ./DAVIS)")
     add("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
     args = parser.parse_args()
     try:
-        figures = (bench_prompts(args) if args.prompts else bench_scorers(args) if args.scorer
-                   else bench_matching(args))
+        figures = (bench_scorers(args) if args.scorer else
+                   bench_video(args) if args.video else bench_matching(args))
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     if args.json:

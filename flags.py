@@ -55,6 +55,9 @@ def general(add) -> Callable:
         help="id of a CUDA device, or cpu, or mps (default: the best there is)")
     add("--seed", type=int, default=0, metavar="N",
         help="change it to see how much a result owes to chance (default: 0)")
+    add("--overwrite", action="store_true",
+        help="start over where --results_dir or --model_save holds an earlier run; without it an "
+             "interrupted evaluation or clip goes on where it stopped, and a training is refused")
 
     def check(args) -> None:
         at_least(0, args, "seed")
@@ -106,15 +109,21 @@ def model(add) -> Callable:
         help="matching: with the reference frame only; paper: with its online update too; memory: "
              "with recent frames and a learned refinement (default: memory where the checkpoint "
              "holds what it needs, as the one in models/ does, and for training; else matching)")
+    add("--precision", choices=PRECISIONS,
+        help="of the network and its products; fp32 where a result must repeat exactly on another "
+             "machine (default: fp16 on a CUDA device, but for training; bf16 for --method memory "
+             "on a CPU that multiplies it itself; else fp32)")
     add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
         help="size at which the network sees frames: smaller for speed and memory (default: "
-             "the frame's own size for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
+             "as --size says for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
 
     def check(args) -> None:
         positive(args, "upsample_factor", "temperature")
         at_least(1, args, "top_k")
         at_least(0, args, "dilation")
         shape(args, "input_image_shape")
+        expect(args.mode != "train" or args.precision != "fp16", "--precision",
+               "fp32 or bf16 to train with", args.precision)
 
     return check
 
@@ -143,7 +152,8 @@ def training(add) -> Callable:
         help="train the part that is shown objects by boxes and clicks (-m segment --box, --point) "
              "and leave the rest of the checkpoint as it is")
     add("--stills", metavar="DIR", type=Path, nargs="+", default=[],
-        help="folders with images/ and masks/ of still images to train on too (with --prompts)")
+        help="folders with images/ and masks/ of still images to make clips of; without -d or "
+             "--demo beside it, of them alone")
     add("--workers", metavar="N", type=int, default=2,
         help="processes that read and augment pairs; more when the GPU waits for data, "
              "0 to debug (default: 2)")
@@ -168,7 +178,6 @@ def training(add) -> Callable:
         help="write the curves of loss and held-out IoU beside the weights (.png)")
 
     def check(args) -> None:
-        expect(args.prompts or not args.stills, "--stills", "--prompts beside it", "none")
         at_least(1, args, "batch_size", "epochs", "patience")
         at_least(0, args, "workers")
         for name in ("iters", "val_report"):
@@ -219,12 +228,13 @@ def clip(add) -> Callable:
 
 
 def results(add) -> Callable:
+    add("--size", metavar="PIXELS", type=int, default=480,
+        help="larger frames are reduced to this short side for the network, and masks get the "
+             "frame's size back: higher for small objects in large frames, at a cost in time; 0: "
+             "the frame's own (default: 480)")
     add("--results_dir", "-j", metavar="DIR", type=Path,
         help="write masks and tables there (default: for a clip results/NAME, for the demo "
              "results/demo, else only print the table)")
-    add("--overwrite", action="store_true",
-        help="segment again what --results_dir holds already; without it a run that was "
-             "interrupted goes on where it stopped")
     add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
         help="size at which pixels are decided, before masks get the frame's size: smaller "
              "for speed with large frames (default: the frame's own)")
@@ -234,9 +244,6 @@ def results(add) -> Callable:
     add("--finetune", metavar="N", type=int, default=0,
         help="fit the model to each video by N steps on its first frame (at --learning_rate): for "
              "objects unlike any of the training set; on DAVIS it gains nothing (default: 0)")
-    add("--precision", choices=PRECISIONS,
-        help="of the features and their products; fp32 where a result must repeat exactly "
-             "(default: fp16 on a CUDA device, else fp32)")
     add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
         help="probability from which a pixel is foreground: higher for fewer false positives "
              "(default: 0.5)")
@@ -244,6 +251,7 @@ def results(add) -> Callable:
     def check(args) -> None:
         shape(args, "segmentation_shape")
         at_least(0, args, "finetune")
+        expect(args.size == 0 or args.size >= 16, "--size", "0 or at least 16", args.size)
         expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
 
     return check
@@ -315,6 +323,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name in given and args.mode != "train" and not args.finetune:
             raise ValueError(f"--{name}: without --finetune nothing is fitted with "
                              f"-m {args.mode}, expected both or none")
+    if args.stills and not given & {"dataset", "demo"}:
+        args.dataset = None
     for check in checks:
         check(args)
     return args

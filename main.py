@@ -7,10 +7,12 @@
 """
 
 import argparse
+import io
 import itertools
 import logging
 import os
 import platform
+import shutil
 import sys
 import zlib
 from functools import partial
@@ -18,20 +20,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import distributed
 import evaluate
 import flags
 import prompts
+import report
 import segment
 import train
 import train_prompts
+from confidence import Confidence, unsure
 from data import demo
 from data.stills import Stills
 from davis import Davis, split
-from manifest import Manifest
+from manifest import Manifest, keep_apart, made_from, stamp
 from media import images
+from media.background import progress
 from media.video import open_clip
 from network.encoder import Encoder
 from network.prompts import Prompts
@@ -41,7 +45,6 @@ log = logging.getLogger("videomatch")
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
-RECENT = 3  # frames
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
@@ -50,10 +53,15 @@ LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "vis
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
+# in those of PyTorch's loader and of the system
+SHARED_MEMORY = ("DataLoader worker", "shared memory", "/dev/shm", "Shared memory")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a code page may lack what a file's name has
+            stream.reconfigure(errors="replace")
     try:
         args = flags.parse(argv)
         logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
@@ -62,21 +70,36 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
         {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
         distributed.end()
+    except BrokenPipeError:  # nobody reads what is printed; every file was written before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         log.debug("where the error came from:", exc_info=True)
-        if is_out_of_memory(error):
-            message = ("out of memory, which a smaller --input_image_shape and --upsample_factor "
-                       "need less of, in training a smaller --batch_size too")
-        elif isinstance(error, OSError | ValueError):
-            message = one_line(error)
-        else:
+        message = explained(error)
+        if message is None:
             raise
         print(f"main.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on (a training with --resume)", file=sys.stderr)
         return 130
     return 0
+
+
+def explained(error: Exception) -> str | None:
+    """One line for what a user can mend; None for an error of ours."""
+    if is_out_of_memory(error):
+        return ("out of memory, which a smaller --size or --input_image_shape, and "
+                "--upsample_factor need less of, in training a smaller --batch_size too")
+    if isinstance(error, OSError | ValueError):
+        return one_line(error)
+    text = one_line(error)
+    if any(words in str(error) for words in SHARED_MEMORY):
+        return (f"too little shared memory for the processes that read ({text}): --workers 0, or "
+                "for Docker --shm-size 1g")
+    if isinstance(error, NotImplementedError):
+        return (f"the device lacks an operation ({text}): -c cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1 "
+                "in the environment")
+    return None
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -103,7 +126,12 @@ def device_of(name: str | None) -> torch.device:
     """
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if rank >= count:
+                raise ValueError(f"--nproc_per_node: process {rank} finds no CUDA device of its "
+                                 f"own, this machine has {count}: expected at most as many "
+                                 "processes, or -c cpu")
+            return torch.device("cuda", rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
@@ -133,9 +161,9 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     else:
         with distributed.first_alone():  # which may download them
             encoder.load_imagenet(args.encoder_weights)
-    recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
+    refined = args.method in (None, "memory") and args.mode == "train"
     spec = encoder.spec
-    return configure(VideoMatch(encoder, spec.factor, spec.top_k, recent=recent, zoom=spec.zoom),
+    return configure(VideoMatch(encoder, spec.factor, spec.top_k, refined=refined, zoom=spec.zoom),
                      args)
 
 
@@ -158,7 +186,7 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     for name in ("upsample_factor", "top_k", "temperature", "dilation"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
-    if args.method == "memory" and not model.recent:
+    if args.method == "memory" and not model.refined:
         raise ValueError("--method memory: expected a checkpoint that was trained for it")
     model.method = args.method or model.method
     device = device_of(args.cuda_device)
@@ -181,23 +209,36 @@ def set_name(args: argparse.Namespace) -> str:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    stills = [still for folder in args.stills for still in Stills(folder)]
+    if args.dataset or args.demo:
+        training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    else:
+        log.info("still images only: none are held out, the last weights are kept")
+        training, held_out = [], []
     if args.prompts:
-        return run_train_prompts(args, training, held_out)
+        return run_train_prompts(args, training, held_out, stills)
     torch.manual_seed(args.seed)
     model = build_model(args)
-    frames = sum(len(sequence) for sequence in training)
+    if stills and model.method != "memory":
+        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
+    if model.refined and args.model_load is None:
+        train.start(model, training or stills, options_shape(args))
+    model.precision = PRECISIONS[args.precision or usual_precision(model, training=True)]
+    frames = sum(len(source) for source in (*training, *stills))
     each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
-    log.info("%d sequences to train on, held out: %s", len(training),
-             ", ".join(sequence.name for sequence in held_out) or "none")
-    train.train(model, training, held_out, options_of_training(args, model, iterations))
+    log.info("%d sequences and %d still images to train on, held out: %s", len(training),
+             len(stills), ", ".join(sequence.name for sequence in held_out) or "none")
+    train.train(model, training, held_out, options_of_training(args, model, iterations), stills)
 
 
-def run_train_prompts(args: argparse.Namespace, training: list, held_out: list) -> None:
-    stills, apart = train_prompts.split_stills(
-        [still for folder in args.stills for still in Stills(folder)], args.validation_size,
-        args.seed)
+def options_shape(args: argparse.Namespace) -> tuple[int, int]:
+    return tuple(args.input_image_shape or flags.TRAINING_SHAPE)
+
+
+def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
+                      stills: list) -> None:
+    stills, apart = train_prompts.split_stills(stills, args.validation_size, args.seed)
     torch.manual_seed(args.seed)
     model = build_model(args)
     iterations = args.epochs * (sum(map(len, training)) + len(stills) if args.iters == -1
@@ -213,12 +254,12 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=tuple(args.input_image_shape or flags.TRAINING_SHAPE), iterations=iterations,
+        shape=options_shape(args), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
         patience=args.patience, workers=args.workers, seed=args.seed,
-        plot=args.loss_visualization, resume=args.resume)
+        plot=args.loss_visualization, overwrite=args.overwrite, resume=args.resume)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -227,10 +268,8 @@ def run_eval(args: argparse.Namespace) -> None:
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
         facts=facts(args, model, {"data": "demo" if args.demo else str(args.dataset.resolve())}),
-        overwrite=args.overwrite or args.demo, adapt=adaptation(args, model)))
+        overwrite=args.overwrite or args.demo, **of_the_road(args, model)))
 
 
 def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> dict[str, str]:
@@ -250,44 +289,77 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     model = build_model(args)
     model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[args.precision or
-                                 ("fp16" if model.device.type == "cuda" else "fp32")]
+    model.precision = PRECISIONS[args.precision or usual_precision(model)]
     return model
 
 
-def adaptation(args: argparse.Namespace, model: VideoMatch):
-    """What --finetune asks for."""
-    if not args.finetune:
-        return None
-    return partial(train.finetune, options=options_of_training(args, model, args.finetune))
+def usual_precision(model: VideoMatch, training: bool = False) -> str:
+    """What is fastest there, of what changes masks next to nothing (docs/performance.md)."""
+    if model.device.type == "cuda":
+        return "fp32" if training else "fp16"
+    # asked, since others only imitate it; older versions of torch can't tell
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    native = model.device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return "bf16" if native and model.method == "memory" else "fp32"
+
+
+def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:
+    """What `segment.Options` takes, which those of an evaluation share."""
+    adapt = None
+    if args.finetune:
+        adapt = partial(train.finetune, options=options_of_training(args, model, args.finetune))
+    return {"size": args.size, "input_shape": args.input_image_shape,
+            "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
+            "remove_outliers": not args.leave_outliers, "adapt": adapt}
 
 
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
-    results = args.results_dir or Path("results") / args.video.stem
+    source = args.video.resolve()
+    sources = sorted(source.iterdir()) if source.is_dir() else [source]
+    data = f"{source} ({stamp(path for path in sources if path.is_file())})"
+    results = args.results_dir or _free_folder(source.stem, data)
+    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
+               [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
     model = model_in_use(args)
     masks = given_masks(args, clip, results, model)
-    manifest = Manifest(results, facts(args, model, {
-        "data": str(args.video.resolve()),
-        "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
-                           for frame, mask in sorted(masks.items()))}), args.overwrite)
-    before = manifest.entries.get(CLIP, {"drawn": []})
-    if args.cutout in before["drawn"]:
-        print(f"{before['frames']} frames were finished before, in {results} (--overwrite starts "
-              "over)")
-        return
-    manifest.begin()
-    kept = segment.Progress(results / "masks", clip)
-    kept = kept.all() if before["drawn"] else kept.load(model)
-    options = segment.Options(
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        adapt=adaptation(args, model))
-    frames = segment.track(model, clip, masks, options, kept)
-    bar = tqdm(frames, desc="frames", total=clip.count or None, disable=None, unit="frame")
-    count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept)
-    manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
-    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
+    with Manifest(results, facts(args, model, {
+            "data": data,
+            "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
+                               for frame, mask in sorted(masks.items()))}),
+            args.overwrite) as manifest:
+        before = manifest.entries.get(CLIP, {"drawn": []})
+        if args.cutout in before["drawn"]:
+            print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
+                  "starts over)")
+            return
+        if args.overwrite:
+            for name in ("masks", "cutout"):
+                shutil.rmtree(results / name, ignore_errors=True)
+            (results / "confidence.csv").unlink(missing_ok=True)
+        manifest.begin([results / "masks", results / "cutout"])
+        kept = segment.Progress(results / "masks", clip)
+        kept = kept.all() if before["drawn"] else kept.load(model)
+        options = segment.Options(**of_the_road(args, model))
+        frames = segment.track(model, clip, masks, options, kept)
+        bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
+        sure = Confidence(results / "confidence.csv")
+        count = segment.drain(bar, [*segment.sinks(results, clip, args.cutout), sure], kept)
+        report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
+        manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
+    drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {drawn} in {results}, to look at: report.html")
+    if looks := unsure(sure.measures):
+        first = min(masks)
+        print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
+              f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
+
+
+def _free_folder(name: str, data: str) -> Path:
+    """results/NAME, or with a number behind it where that holds the results of another clip."""
+    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
+               for number in itertools.count(1))
+    return next(folder for folder in folders if made_from(folder) in (None, data))
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,

@@ -67,7 +67,8 @@ class Augment:
     ZOOM = 0.12  # logarithm of the largest change of scale from a frame of a clip to the next
 
     def __init__(self, shape: tuple[int, int], random: bool = True):
-        self.shape, self.random = tuple(shape), random
+        self.shape: tuple[int, int] = (shape[0], shape[1])
+        self.random = random
         ratio = shape[1] / shape[0]
         self.ratio = (ratio * 0.8, ratio * 1.25)
         self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
@@ -141,7 +142,7 @@ def preview(args: argparse.Namespace) -> None:
         new_image, new_mask = augment(image, mask)
         picture = drawing.overlay(to_image(new_image), new_mask.numpy())
         panels.append((f"augmented {i + 1}", picture))
-    figures.show_or_save(figures.grid(panels, columns=3), args.save, Path("augmentation.png"))
+    figures.show_or_save(panels, 3, args.save, Path("augmentation.png"))
 
 
 if __name__ == "__main__":

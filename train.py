@@ -1,12 +1,14 @@
-"""Training on pairs of frames, or on clips, of one sequence, with whole sequences held out."""
+"""Training on pairs of frames, or on clips of videos and of still images.
+
+Whole sequences are held out. It knows neither flags nor how samples are drawn.
+"""
 
 import copy
 import json
 import logging
 import math
-import signal
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,55 +16,70 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import distributed
 import metrics
 import preprocess
 from data.samples import Clips, Pairs, PairSampler
+from data.stills import Still
 from davis import Sequence
 from media import figures, files
+from media.background import interruptible, progress
 from tracker import Tracker
 from videomatch import VideoMatch, save
 
 log = logging.getLogger(__name__)
 
 DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
-MATCHING_WEIGHT = 0.3  # of the loss of the matching alone, beside that of the decoder
+KEY_RATE = 3  # likewise of what compares cells, which starts well
+KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
+FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
+CLIP = 4  # frames of a clip without still images
+START = 16  # images of which the first keys are made
+# with still images: first these, then videos too, then longer clips. Each until what share of the
+# iterations, with what share of clips made of stills, of how many frames
+PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
-def dice(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - (2 * intersection + 1) / (sum of both + 1) of each frame, averaged over the batch.
+def dice(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """1 - (2 * intersection + 1) / (sum of both + 1) of each object, averaged over the objects.
 
     Args:
-        probability: (B, H, W) of the object, in [0, 1].
-        target: (B, H, W), 0 or 1.
+        probabilities: (N+1, H, W), which sum to 1, the background's first.
+        truth: (H, W) integers, 0 background, else 1 to N.
     """
+    probability, target = probabilities[1:], _one_hot(truth, len(probabilities))[1:]
     intersection = (probability * target).sum((1, 2))
     total = probability.sum((1, 2)) + target.sum((1, 2))
     return (1 - (2 * intersection + 1) / (total + 1)).mean()
 
 
-def bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of probabilities, averaged over all pixels; shapes as for `dice`."""
-    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target)
+def cross_entropy(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Of all pixels, averaged; with one object the binary one. Arguments as for `dice`."""
+    return F.nll_loss(probabilities.clamp(1e-6, 1 - 1e-6).log()[None], truth[None])
 
 
-def balanced_bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy in which object and background weigh alike in each frame.
+def balanced(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in which object and background weigh alike.
 
     Foreground pixels are weighted by the share of background, background pixels by the share
-    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2).
+    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2), and of
+    several objects' each by the share of all that is not of the object.
     """
-    foreground = target.mean((1, 2), keepdim=True)
-    weight = torch.where(target > 0, 1 - foreground, foreground)
-    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target, weight=weight)
+    weight = 1 - _one_hot(truth, len(probabilities)).mean((1, 2))
+    return (weight[truth] * F.nll_loss(probabilities.clamp(1e-6, 1 - 1e-6).log()[None],
+                                       truth[None], reduction="none")[0]).mean()
 
 
-LOSSES = {"dice": dice, "bce": bce, "balancedbce": balanced_bce}
+def _one_hot(truth: torch.Tensor, count: int) -> torch.Tensor:
+    """(H, W) -> (count, H, W) float32."""
+    return F.one_hot(truth, count).permute(2, 0, 1).float()
+
+
+LOSSES = {"dice": dice, "bce": cross_entropy, "balancedbce": balanced}
 
 
 @dataclass
@@ -83,11 +100,12 @@ class Options:
     workers: int = 2
     seed: int = 0
     plot: bool = False
+    overwrite: bool = False  # what an earlier run left at `save`
     resume: bool = False  # go on from the last report of an earlier run, if there was one
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
-          options: Options) -> float:
+          options: Options, stills: list[Still] | None = None) -> float:
     """Fit the model; keep the weights with the best IoU on the held-out sequences.
 
     Where none are held out, those of the last iteration.
@@ -96,30 +114,32 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     report all that it takes to go on is kept beside the weights (.state); nothing random is, as a
     clip depends on its index alone.
 
+    Args:
+        stills: still images to make clips of, beside sequences or instead of them.
+
     Returns:
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
-        ValueError: `options.resume`, and the state is that of a run with other options.
+        ValueError: `options.resume`, and the state is that of a run with other options; or there
+            is an earlier run at `options.save` that is neither to be resumed nor overwritten; or
+            the loss or the weights are no numbers any more.
     """
     torch.manual_seed(options.seed)
-    dataset = Clips if model.method == "memory" else Pairs
-    clips = dataset(training, preprocess.Augment(options.shape, options.augment))
+    stills = stills or []
     optimizer, schedule = optimizer_of(model, options)
-    report = Report(model, optimizer, schedule, training, held_out, options)
+    report = Report(model, optimizer, schedule, training, held_out, options, stills)
     done = report.resume() if options.resume else None
     if done is None:
+        if not options.overwrite:
+            report.check_free()
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
-    step_size = options.batch_size * distributed.count()
-    sampler = PairSampler(len(clips), total * step_size, options.shuffle, options.seed,
-                          skip=done * step_size, rank=distributed.rank(),
-                          ranks=distributed.count())
-    loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
+    batches = _batches(model.method, training, stills, options, range(done, total))
     with interruptible() as interrupted:
-        bar = tqdm(loader, desc="training", disable=True if distributed.rank() else None,
-                   initial=done, total=total)
+        bar = progress(batches, desc="training", disable=distributed.rank() > 0, initial=done,
+                       total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
             schedule.step()
@@ -140,21 +160,59 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     return report.best
 
 
+def _batches(method: str, training: list[Sequence], stills: list[Still], options: Options,
+             steps: range) -> Iterator:
+    """What `step` takes, for these of the iterations."""
+    augment = preprocess.Augment(options.shape, options.augment)
+    each = options.batch_size * distributed.count()
+    start = 0
+    for until, share, frames in PHASES if stills else PHASES[-1:]:
+        end = round(until * options.iterations)
+        drawn = range(max(start, steps.start), min(end, steps.stop))
+        start = end
+        if not drawn:
+            continue
+        if method == "memory":
+            clips = Clips(training, augment, frames if stills else CLIP, stills=stills)
+            parts = clips.parts if training and stills else len(clips)
+        else:
+            clips = Pairs(training, augment)
+            parts = len(clips)
+        sampler = PairSampler(parts, drawn.stop * each, options.shuffle, options.seed,
+                              skip=drawn.start * each, rank=distributed.rank(),
+                              ranks=distributed.count(),
+                              shares=[1 - share, share] if isinstance(parts, list) else None)
+        yield from DataLoader(clips, options.batch_size, sampler=sampler,
+                              num_workers=options.workers)
+
+
+def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
+    """Give a new reader keys that keep what features of some images differ in."""
+    chosen = sources[::max(1, len(sources) // START)]
+    with torch.no_grad():
+        images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
+        features = [model.encoder(image[None])[0].flatten(1).T for image in images]
+    model.reader.start(torch.cat(features))
+
+
 def optimizer_of(model: VideoMatch, options: Options):
     """AdamW, and the schedule of its learning rates: a short rise, then a cosine down to 0.
 
     Its first momentum goes the other way, from 0.95 to 0.85 and back (Smith and Topin:
     Super-convergence, 2017), as PyTorch has it.
     """
-    rates = {model.encoder: options.learning_rate}
-    if model.recent:
-        rates[model.decoder] = DECODER_RATE * options.learning_rate
-    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
-              for part, rate in rates.items()]
+    parts = [(list(model.encoder.parameters()), 1)]
+    if model.refined:
+        keys = model.reader.comparing()
+        others = [p for part in (model.reader, model.decoder) for p in part.parameters()
+                  if all(p is not key for key in keys)]
+        parts += [(keys, KEY_RATE), (others, DECODER_RATE)]
+    groups = [{"params": [p for p in parameters if p.requires_grad],
+               "lr": times * options.learning_rate} for parameters, times in parts]
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     steps = options.iterations + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(rates.values()), total_steps=steps,
+        optimizer, [group["lr"] for group in groups], total_steps=steps,
         pct_start=max(WARM_UP, 1.5 / steps))  # PyTorch divides by zero where one step is all
     return optimizer, schedule
 
@@ -163,28 +221,16 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
          shared: bool = True) -> float:
     """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
 
-    The first frame is the reference. Each of the others is segmented with what the model itself
-    found in those before.
-
     Args:
         shared: the processes of a job take the same step, each on its own batch.
     """
     model.train()
-    images, masks = batch
-    memories = [model.memory([1]) for _ in images]
-    model.refer(images[:, 0], masks[:, 0], memories)
-    loss = 0
-    for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
-        frames, target = model.encode(image), truth.to(model.device).float()
-        scores = model.match(frames, memories)
-        if model.method == "memory":
-            found = model.enlarged(model.refine(frames, memories, scores), frames.size)
-            loss = loss + loss_of(found, target, losses)
-            model.remember(frames, memories, found)
-        matched = model.enlarged(scores / model.temperature, frames.size)  # (B, 2, H, W)
-        weight = MATCHING_WEIGHT if model.method == "memory" else 1
-        loss = loss + weight * loss_of(matched, target, losses)
-    loss = loss / (images.shape[1] - 1)
+    clips = [loss_of(model, images.to(model.device), masks.to(model.device).long(), losses)
+             for images, masks in zip(*batch)]
+    loss = sum(clips) / len(clips)
+    if not loss.isfinite():
+        raise ValueError("the loss is no number any more: a lower --learning_rate (-l) helps; "
+                         "the best weights so far are kept")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if shared:
@@ -194,9 +240,29 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     return loss.item()
 
 
-def loss_of(probabilities: torch.Tensor, target: torch.Tensor, names: tuple[str, ...]):
-    """The sum of some losses of (B, 2, H, W) probabilities, given (B, H, W) 0 or 1."""
-    return sum(LOSSES[name](probabilities[:, 1], target) for name in names)
+def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
+            losses: tuple[str, ...]) -> torch.Tensor:
+    """The loss of a clip, (T, 3, H, W) and (T, H, W) ids 0 to N.
+
+    The first frame is the reference. Each of the others is segmented with what the model itself
+    found in those before, all objects at once.
+    """
+    frames, memories = model.encode(images), [model.memory(list(range(1, int(masks[0].max()) + 1)))]
+    model.refer(images[:1], masks[:1], memories, frames[:1])
+    size, total = masks.shape[1:], 0
+    for t in range(1, len(images)):
+        frame = frames[t:t + 1]
+        outputs = [(model.match(frame, memories) / model.temperature, FEATURE_WEIGHT)]
+        if model.method == "memory":
+            logits, scores = model.refine(frame, memories)
+            outputs = [(logits, 1), (scores / model.temperature, KEY_WEIGHT), *outputs]
+            model.remember(frame, memories, logits.softmax(1))
+        else:
+            outputs = [(outputs[0][0], 1)]
+        for output, weight in outputs:
+            found = model.enlarged(output, size)[0]
+            total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
+    return total / (len(images) - 1)
 
 
 def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
@@ -248,17 +314,18 @@ class Report:
     """
 
     # what may differ between a run and its continuation
-    FREE = ("save", "workers", "plot", "resume")
+    FREE = ("save", "workers", "plot", "overwrite", "resume")
 
     def __init__(self, model: VideoMatch, optimizer, schedule, training: list[Sequence],
-                 held_out: list[Sequence], options: Options):
+                 held_out: list[Sequence], options: Options, stills: list[Still]):
         self.model, self.held_out, self.options = model, held_out, options
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         self.run = {name: repr(value) for name, value in vars(options).items()
                     if name not in self.FREE}
         self.run |= {"processes": str(distributed.count()), "model": repr(model.configuration()),
                      "training sequences": " ".join(s.name for s in training),
-                     "held-out sequences": " ".join(s.name for s in held_out)}
+                     "held-out sequences": " ".join(s.name for s in held_out),
+                     "still images": " ".join(s.name for s in stills)}
         self.losses: list[float] = []  # since the last report
         self.history: list[dict] = []
         self.best, self.stale = -1.0, 0
@@ -295,7 +362,18 @@ class Report:
         """What decides which weights are best, by its mean."""
         return validate(self.model, held_out, self.options.shape)
 
+    def check_free(self) -> None:
+        """Refuse to write over what an earlier run left."""
+        left = [path for path in (self.options.save, self.state) if path.is_file()]
+        if left and distributed.rank() == 0:
+            raise ValueError(f"{left[0]}: holds an earlier training: --resume goes on with it if "
+                             "the flags are the same, --overwrite starts over, or name another "
+                             "file with --model_save")
+
     def __call__(self, iteration: int) -> None:
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            raise ValueError("the weights are no numbers any more: a lower --learning_rate (-l) "
+                             "helps; the best weights so far are kept")
         scores = sum(distributed.gather(self.scores(distributed.share(self.held_out))), [])
         # exact, in whatever order they come
         iou = math.fsum(scores) / len(scores) if scores else math.nan
@@ -317,18 +395,11 @@ class Report:
         if better:
             self.keep(iteration, **({"held_out_iou": iou} if scores else {}),
                       held_out=[s.name for s in self.held_out])
-        if self.options.plot and len(self.history) > 1:
-            figures.curves(self.options.save.with_suffix(".png"), self.history)
         save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
             "run": self.run, "history": self.history, "best": self.best, "stale": self.stale})
-
-
-@contextmanager
-def interruptible():
-    """Turn Ctrl+C into a flag for as long as the context lasts."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
-    try:
-        yield lambda: bool(caught)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        if self.options.plot and len(self.history) > 1:
+            try:
+                figures.curves(self.options.save.with_suffix(".png"), self.history)
+            except Exception as error:  # whatever a plot lacks, it is no reason to end a training
+                log.warning("%s: no curves this time (%s)",
+                            self.options.save.with_suffix(".png"), error)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import distributed
 import metrics
@@ -24,6 +23,7 @@ import train
 from data import clicks
 from data.stills import Still
 from davis import Sequence
+from media.background import progress
 from network.prompts import Prompts, Seen
 from videomatch import VideoMatch
 
@@ -165,14 +165,16 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE * options.learning_rate, total_steps=steps,
         pct_start=max(WARM_UP, 1.5 / steps))
-    report = Report(model, optimizer, schedule, [*sequences, *stills], held_out, options)
+    report = Report(model, optimizer, schedule, sequences, held_out, options, stills)
     done = report.resume() if options.resume else None
     if done is None:
+        if not options.overwrite:
+            report.check_free()
         done = 0
         report(done)
     with train.interruptible() as interrupted:
-        bar = tqdm(total=options.iterations, initial=done, desc="training",
-                   disable=True if distributed.rank() else None)
+        bar = progress(total=options.iterations, initial=done, desc="training",
+                       disable=distributed.rank() > 0)
         while done < options.iterations and report.stale < options.patience:
             every = options.report if options.report > 0 else options.iterations
             last = min(options.iterations, (done // every + 1) * every)
@@ -243,9 +245,10 @@ def step(model: VideoMatch, optimizer, scenes: list[Scene]) -> float:
 def loss_of(logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor:
     """Cross-entropy and dice of (h, w) logits, given the (H, W) bool mask."""
     target = torch.from_numpy(truth.astype(np.float32)).to(logits.device)[None, None]
-    target = F.adaptive_avg_pool2d(target, logits.shape)[0]
-    return (F.binary_cross_entropy_with_logits(logits[None], target)
-            + train.dice(logits[None].sigmoid(), target))
+    target = F.adaptive_avg_pool2d(target, logits.shape)[0, 0]
+    found = logits.sigmoid()
+    dice = 1 - (2 * (found * target).sum() + 1) / (found.sum() + target.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, target) + dice
 
 
 def mend(scene: Scene, logits: torch.Tensor) -> None:

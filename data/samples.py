@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Iterator
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from data import motion, scenes
+from data.motion import Layer
 from davis import Sequence
-from preprocess import Augment
+from preprocess import Augment, to_tensor
 
 
 class Pairs(Dataset):
@@ -55,44 +56,127 @@ class Pairs(Dataset):
 class Clips(Pairs):
     """Clips for the use with recent frames: a reference frame and the frames to segment after it.
 
-    The reference frame is that before the others, or any of the sequence, augmented by itself.
-    Into some clips another sequence's object is pasted, which moves on its own: to be found, or
-    to be told from the object.
+    A sequence's frames follow each other as in the video; the reference frame is that before the
+    others, or any of the sequence, augmented by itself. A still image (a sequence of one frame)
+    becomes a clip by motion: background and objects go their own ways. Into some clips objects of
+    others are pasted, which move on their own, and doubles of the clip's own.
 
-    Items are (T, 3, H, W) images and (T, H, W) masks; the reference frame is the first.
+    Items are (T, 3, H, W) images and (T, H, W) uint8 masks; the reference frame is the first. The
+    ids are 1 to N, N <= `objects`, in any order, each in the reference frame's mask; what can't be
+    known from that is background, and so are some objects that are to be told from the others.
 
     Args:
+        stills: images to make clips of, beside the sequences.
         frames: T.
         gap: at most so many frames from one to the next.
-        paste: share of the clips with another object.
+        paste: share of the clips with objects of others.
+        objects: at most so many are followed.
     """
 
     DOUBLES = 0.3  # of the pasted objects
+    MORE = 0.45  # chance of a second pasted object, and of another one
+    OTHERS = 0.2  # of the objects beside the first are not followed
+    SWAPS = 0.3  # of the stills' objects are seen before another background
+    LEAST = 0.0005  # share of the reference frame that an object fills at least
+    TRIES = 10  # at a clip whose reference frame holds an object
 
-    def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4,
-                 gap: int = 5, paste: float = 0.6):
-        super().__init__(sequences, augment)
-        self.sequences = sequences
-        self.length, self.gap, self.paste = frames, gap, paste
+    def __init__(self, sequences: list, augment: Augment, frames: int = 4, gap: int = 5,
+                 paste: float = 0.75, objects: int = 4, stills: list | None = None):
+        super().__init__([*sequences, *(stills or [])], augment)
+        self.sequences, self.stills = list(sequences), list(stills or [])
+        self.parts = [len(self.frames) - len(self.stills), len(self.stills)]
+        self.length, self.gap, self.paste, self.objects = frames, gap, paste, objects
 
     def __getitem__(self, index: tuple[int, int]):
         frame, seed = index
-        sequence, start = self.frames[frame]
+        source, start = self.frames[frame]
         rng = np.random.default_rng(seed)
-        reference, mask, object_id = self._reference(sequence, rng)
-        step = int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
-        chosen = self._walk(sequence, start, step)
-        far = rng.random() < 0.5 or not (sequence.mask(chosen[0]) == object_id).any()
-        if far:
-            chosen[0] = reference
-        frames = self._frames(sequence, chosen, object_id)
-        if rng.random() < self.paste:
-            frames = self._pasted(frames, sequence, step, far, rng)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            first = [self.augment(*frames[0])] if far else []
-            clip = self.augment.clip(frames[1:] if far else frames)
+            for _ in range(self.TRIES):
+                if len(source) == 1:
+                    images, masks = self._still(source, rng)
+                else:
+                    images, masks = self._video(source, start, rng)
+                masks = self._followed(masks, rng)
+                if masks.any():
+                    return images, masks
+        raise ValueError(f"{source.masks[start]}: no object large enough to make a clip of")
+
+    def _followed(self, masks: torch.Tensor, rng) -> torch.Tensor:
+        """(T, H, W) ids, whatever they are -> 1 to N, of some objects of the reference frame.
+
+        One of them is to be seen in another frame too, else there are none.
+        """
+        areas = np.array([np.bincount(m.flatten(), minlength=256) for m in masks.numpy()])
+        seen = areas > self.LEAST * masks[0].numel()
+        known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
+        again = [i for i in known if seen[1:, i].any()]
+        others = [i for i in known if i not in again[:1] and rng.random() >= self.OTHERS]
+        chosen = (again[:1] and again[:1] + others)[:self.objects]
+        new = np.zeros(256, np.uint8)
+        new[chosen] = 1 + rng.permutation(len(chosen))
+        return torch.from_numpy(new[masks.numpy()])
+
+    def _video(self, sequence: Sequence, start: int, rng) -> tuple[torch.Tensor, torch.Tensor]:
+        """A clip of a sequence: images and masks, with all ids."""
+        reference, _, _ = self._reference(sequence, rng)
+        step = self._step(rng)
+        chosen = self._walk(sequence, start, step)
+        far = bool(rng.random() < 0.5 or not sequence.mask(chosen[0]).any())
+        if far:
+            chosen[0] = reference
+        frames = [(sequence.image(i), sequence.mask(i)) for i in chosen]
+        free = 1 + max(int(mask.max()) for _, mask in frames)
+        layers = self._pasted(sequence, free, None, frames[0][1].shape, step, far, rng)
+        for t, frame in enumerate(frames):
+            for layer in layers:
+                layer.paste(t, *frame)
+        first = [self.augment(*frames[0])] if far else []
+        clip = self.augment.clip(frames[1:] if far else frames)
         return tuple(torch.stack(parts) for parts in zip(*first, *clip))
+
+    def _still(self, still, rng) -> tuple[torch.Tensor, torch.Tensor]:
+        """A clip of a still image: images and masks, with all ids."""
+        image, ids = still.image(0), still.mask(0)
+        shape, far = self.augment.shape, bool(rng.random() < 0.5)
+        whole = motion.cut_out(image, ids)
+        swap = rng.random() < self.SWAPS
+        if swap:
+            other = self._other(still, rng)
+            back = other.image(int(rng.integers(len(other))))
+            focus = rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
+        else:
+            back = motion.fill(image, ids)
+            focus = whole.center if whole else rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
+        poses = scenes.camera(rng, self.length, far, back.shape[:2], shape, focus)
+        layers = []
+        for group in scenes.groups(ids):
+            part = np.where(np.isin(ids, group), ids, 0).astype(np.uint8)
+            if swap:
+                cutouts = [motion.cut_out(image, part)] * self.length
+                layers.append(scenes.pasted(rng, cutouts, poses, shape, far))
+            else:
+                layers.append(scenes.own(rng, image, part, poses, shape, far))
+        layers += self._pasted(still, int(ids.max()) + 1, poses, shape, self._step(rng), far, rng)
+        layers = [layers[i] for i in rng.permutation(len(layers))]
+        bends = motion.smooth(rng, self.length, 0.004 * max(back.shape), far,
+                              (motion.MESH, motion.MESH, 2)).astype(np.float32)
+        images, masks = [], []
+        for t in range(self.length):
+            frame = motion.background(back, poses[t], bends[t], shape)
+            mask = np.zeros(shape, np.uint8)
+            for layer in layers:
+                layer.paste(t, frame, mask)
+            images.append(frame)
+            masks.append(mask)
+        if self.augment.random:
+            images = scenes.lit(rng, images, far)
+        return (torch.stack([to_tensor(x) for x in images]),
+                torch.stack([torch.from_numpy(x) for x in masks]))
+
+    def _step(self, rng) -> int:
+        return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
 
     def _walk(self, sequence: Sequence, start: int, step: int) -> list[int]:
         """Frames of a clip, mirrored at both ends of the sequence."""
@@ -100,67 +184,71 @@ class Clips(Pairs):
         chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
         return [min(max(i, 0), last) for i in chosen]
 
-    @staticmethod
-    def _frames(sequence: Sequence, chosen: list[int], object_id: int) -> list:
-        """Images of the chosen frames, each with the binary mask of one object."""
-        return [(sequence.image(i), (sequence.mask(i) == object_id).astype(np.uint8))
-                for i in chosen]
+    def _other(self, own, rng):
+        """Another still or sequence, of both kinds alike; `own` where there is none."""
+        kinds = [kind for kind in (self.sequences, self.stills) if any(s is not own for s in kind)]
+        if not kinds:
+            return own
+        kind = kinds[rng.integers(len(kinds))]
+        while True:
+            other = kind[rng.integers(len(kind))]
+            if other is not own:
+                return other
 
-    def _pasted(self, frames: list, own: Sequence, step: int, far: bool, rng) -> list:
-        """The frames with another object in front, which may be the one to find.
+    def _pasted(self, own, free: int, poses: np.ndarray | None, shape: tuple[int, int],
+                step: int, far: bool, rng) -> list[Layer]:
+        """Layers of other objects in front of a clip, which may be among those to find.
 
-        It is of another sequence, or, where its place tells it from the first, the double of one
-        of this sequence. It moves as it did there, and on a way of its own besides.
+        They are of other sequences or stills, or, where their place tells them from the first,
+        doubles of one of the clip's own. They move as they did there, and on ways of their own.
+
+        Args:
+            free: the first id that the clip doesn't use.
+            poses, shape: see `scenes.pasted`.
         """
-        others = [s for s in self.sequences if s != own]
-        if far and not others:
-            return frames
-        double = not far and (not others or rng.random() < self.DOUBLES)
-        other = own if double else others[rng.integers(len(others))]
-        start, _, object_id = self._reference(other, rng)
-        chosen = self._walk(other, start, step)
-        if far:
-            chosen[0], _, _ = self._reference(other, rng, object_id)
-        height, width = frames[0][1].shape
-        scale = rng.uniform(0.4, 1.1)
-        place = rng.uniform(0.1, 0.9, 2) * (width, height)
-        motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.06)
-        wanted = rng.random() < 0.5
-        result = []
-        pasted = self._frames(other, chosen, object_id)
-        for i, ((frame, truth), (image, mask)) in enumerate(zip(frames, pasted)):
-            if mask.any() and (i == 0 or far and i == 1):
-                y, x = np.nonzero(mask)
-                center = np.array([(x.min() + x.max()) / 2, (y.min() + y.max()) / 2])
-            if far and i == 1:
-                place = rng.uniform(0.1, 0.9, 2) * (width, height)
-            matrix = cv2.getRotationMatrix2D(center.tolist(), turn * i, scale * grow ** i)
-            matrix[:, 2] += place + motion * i - center
-            moved, front = (cv2.warpAffine(x, matrix, (width, height), flags=cv2.INTER_LINEAR)
-                            for x in (image, mask * 255))
-            alpha = (cv2.GaussianBlur(front, (3, 3), 0) / 255)[..., None]
-            frame = (frame * (1 - alpha) + moved * alpha).astype(np.uint8)
-            front = (front > 127).astype(np.uint8)
-            result.append((frame, front if wanted else truth * (1 - front)))
-        hidden = not result[0][1].any()  # then nobody could know what to look for
-        return frames if hidden else result
+        count = 1 + int((rng.random(2) < self.MORE).sum()) if rng.random() < self.paste else 0
+        layers = []
+        for label in range(free, free + count):
+            other = self._other(own, rng)
+            double = other is own or not far and rng.random() < self.DOUBLES
+            if double and far:
+                continue
+            cutouts = self._cutouts(own if double else other, step, far, label, rng)
+            layers.append(scenes.pasted(rng, cutouts, poses, shape, far, double))
+        return layers
+
+    def _cutouts(self, source, step: int, far: bool, label: int, rng) -> list:
+        """An object of a sequence or still as it moves there, with a new id."""
+        start, _, object_id = self._reference(source, rng)
+        chosen = self._walk(source, start, step)
+        if far and len(source) > 1:
+            chosen[0], _, _ = self._reference(source, rng, object_id)
+        found = {i: motion.cut_out(source.image(i),
+                                   np.where(source.mask(i) == object_id, label, 0).astype(np.uint8))
+                 for i in set(chosen)}
+        return [found[i] for i in chosen]
 
 
 class PairSampler(Sampler):
     """Indices for `Pairs`: every frame once before any comes again.
 
     Args:
-        frames: how many there are.
+        frames: how many there are; or how many of each part, one after the other.
         count: how many pairs to draw.
         shuffle: False keeps the order of the sequences.
         seed: fixes order and pairs.
         skip: leave out so many of the first, which were drawn before.
         rank, ranks: take one of so many, from the one of this rank on.
+        shares: how much of what is drawn is of each part; None draws each frame as often.
     """
 
-    def __init__(self, frames: int, count: int, shuffle: bool = True, seed: int = 0,
-                 skip: int = 0, rank: int = 0, ranks: int = 1):
-        self.frames, self.count, self.shuffle, self.seed = frames, count, shuffle, seed
+    def __init__(self, frames: int | list[int], count: int, shuffle: bool = True, seed: int = 0,
+                 skip: int = 0, rank: int = 0, ranks: int = 1,
+                 shares: list[float] | None = None):
+        parts = [frames] if isinstance(frames, int) else list(frames)
+        self.parts = parts if shares else [sum(parts)]
+        self.shares = np.array(shares or [1.0]) / sum(shares or [1.0])
+        self.count, self.shuffle, self.seed = count, shuffle, seed
         self.taken = range(skip + rank, count, ranks)
 
     def __len__(self) -> int:
@@ -171,7 +259,13 @@ class PairSampler(Sampler):
 
     def _all(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng(self.seed)
-        for start in range(0, self.count, self.frames):
-            order = rng.permutation(self.frames) if self.shuffle else np.arange(self.frames)
-            for frame in order[:self.count - start]:
-                yield int(frame), int(rng.integers(2**31))
+        starts = np.cumsum([0, *self.parts])
+        passes = [self._passes(rng, frames) for frames in self.parts]
+        for _ in range(self.count):
+            part = int(rng.choice(len(passes), p=self.shares)) if len(passes) > 1 else 0
+            yield int(starts[part] + next(passes[part])), int(rng.integers(2**31))
+
+    def _passes(self, rng, frames: int) -> Iterator[int]:
+        """Frames of one part without end, each once before any again."""
+        while True:
+            yield from rng.permutation(frames) if self.shuffle else range(frames)

@@ -5,10 +5,11 @@ It doesn't know what is in a memory, and writes no file.
 
 from collections import deque
 
+from network.bank import Bank, Entry
 from network.matching import Grid, Reference
-from network.memory import Memory, Past, Recent, Sets
+from network.memory import Memory, Sets
 
-KINDS = {kind.__name__: kind for kind in (Memory, Sets, Recent, Past, Grid, Reference)}
+KINDS = {kind.__name__: kind for kind in (Memory, Sets, Bank, Entry, Grid, Reference)}
 
 
 def plain(value):

@@ -31,7 +31,7 @@ MASKS = arrays(bool, (7, 9))
 @pytest.fixture
 def shown() -> VideoMatch:
     torch.manual_seed(0)
-    return VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, recent=2, prompts=True).eval()
+    return VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, refined=True, prompts=True).eval()
 
 
 def seen(model, seed=0, size=(64, 96)):
@@ -343,7 +343,7 @@ def stills_dir(tmp_path):
 def checkpoint(tmp_path):
     torch.manual_seed(1)
     path = tmp_path / "before.pth"
-    VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, recent=2).save(path, held_out_iou=0.7)
+    VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, refined=True).save(path, held_out_iou=0.7)
     return path
 
 
