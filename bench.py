@@ -11,11 +11,6 @@ of copies, whichever takes longer.
 
 With --scorer it measures J and F instead, of the masks in RESULTS, against the package
 vos-benchmark with as many processes.
-
-    python bench.py --prompts -d DAVIS [-o CHECKPOINT] [--json FILE]
-
-shows the objects of the first frames of val sequences by boxes and by clicks, as a person would
-who sees the mask before each next click, and prints the J of the masks.
 """
 
 import argparse
@@ -33,26 +28,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import evaluate
 import preprocess
-import prompts
-import train_prompts
 from data import demo
 from davis import YEARS, Davis, Sequence
 from main import device_of
 from media import images
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
-from network.prompts import Prompts
-from videomatch import SHIPPED, VideoMatch, cell_labels
+from videomatch import cell_labels
 
 FACTORS = (1.0, 1.8, 4.0)
-CLICKS = 8  # of a simulated person
-SHOWN = (1, 3, 8)  # clicks after which J is printed
 DENSE_LIMIT = 6e9  # bytes; a larger dense matrix (there are two of them) is left out
 
 
@@ -260,40 +249,9 @@ def bench_matching(args: argparse.Namespace) -> dict:
             "threads": torch.get_num_threads(), "rows": rows}
 
 
-def bench_prompts(args: argparse.Namespace) -> dict:
-    """J of boxes and of clicks, on first frames of val sequences: a person is simulated."""
-    model = VideoMatch.load(args.model_load).to(device_of(args.cuda_device))
-    rows = train_prompts.measured(model, Davis(args.dataset, args.year, "val").sequences, CLICKS)
-    head = ("true box", "moved box", *(f"{i} clicks" for i in SHOWN))
-    figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in SHOWN)]
-               for row in rows]
-    print(f"{'':24}" + "".join(f"{name:>10}" for name in head))
-    for row, values in zip(rows, figures):
-        print(f"{row['name']:24}" + "".join(f"{value:10.3f}" for value in values))
-    means = np.mean(figures, 0)
-    print(f"{'mean J':24}" + "".join(f"{value:10.3f}" for value in means))
-    seconds = prompt_seconds(model, args.repeats)
-    print(f"{seconds:.4f} s a prompt after the encoder, {torch.get_num_threads()} threads")
-    return {"rows": rows, "mean": dict(zip(head, means.tolist())), "seconds": seconds}
-
-
-def prompt_seconds(model: VideoMatch, repeats: int) -> float:
-    """The least of what a box takes after the encoder, at the size that the network sees."""
-    shape = prompts.seen_size((320, 480))
-    image = torch.zeros(1, 3, *shape, device=model.device)
-    seen = model.prompts.look(image, *model.encoder.pyramid(image))
-    times = []
-    for _ in range(10 * repeats):
-        start = time.perf_counter()
-        model.prompts(seen, Prompts([(100, 60, 200, 150)])).cpu()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 @torch.no_grad()
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Benchmark of the matching, of J and F, or of "
-                                                 "masks from boxes and clicks.")
+    parser = argparse.ArgumentParser(description="Benchmark of the matching, or of J and F.")
     add = parser.add_argument
     add("--encoder", "-en", choices=BACKBONES, nargs="+", default=list(BACKBONES),
         help="default: all; their weights are random, which no time here depends on")
@@ -306,17 +264,12 @@ def main() -> int:
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--scorer", type=Path, metavar="RESULTS",
         help="measure the scoring of these masks (SEQUENCE/FRAME.png) instead of the matching")
-    add("--prompts", action="store_true",
-        help="measure masks from simulated boxes and clicks on the first frames of val sequences")
-    add("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"], metavar="PATH",
-        help="checkpoint whose masks these are (default: the one in models/)")
     add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
         help="the DAVIS folder that they belong to (default: ./DAVIS)")
     add("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
     args = parser.parse_args()
     try:
-        figures = (bench_prompts(args) if args.prompts else bench_scorers(args) if args.scorer
-                   else bench_matching(args))
+        figures = bench_scorers(args) if args.scorer else bench_matching(args)
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     if args.json:

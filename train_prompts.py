@@ -243,9 +243,10 @@ def step(model: VideoMatch, optimizer, scenes: list[Scene]) -> float:
 def loss_of(logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor:
     """Cross-entropy and dice of (h, w) logits, given the (H, W) bool mask."""
     target = torch.from_numpy(truth.astype(np.float32)).to(logits.device)[None, None]
-    target = F.adaptive_avg_pool2d(target, logits.shape)[0]
-    return (F.binary_cross_entropy_with_logits(logits[None], target)
-            + train.dice(logits[None].sigmoid(), target))
+    target = F.adaptive_avg_pool2d(target, logits.shape)[0, 0]
+    found = logits.sigmoid()
+    dice = 1 - (2 * (found * target).sum() + 1) / (found.sum() + target.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, target) + dice
 
 
 def mend(scene: Scene, logits: torch.Tensor) -> None:
