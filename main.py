@@ -38,7 +38,6 @@ from media import images
 from media.background import progress
 from media.video import open_clip
 from network.encoder import Encoder
-from network.prompts import Prompts
 from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
@@ -378,22 +377,13 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
     image = next(iter(clip.frames(args.mask_frame)), None)
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
-    mask = prompts.masks_of(model, image, shown(args))
+    mask = prompts.masks_of(model, image, prompts.in_order(
+        args.box, args.point, args.not_point))
     path = results / f"mask_{args.mask_frame:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
     images.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}
-
-
-def shown(args: argparse.Namespace) -> list[Prompts]:
-    """What the n-th --box, --point and --not_point show, of the n-th object."""
-    return [Prompts([] if box is None else [tuple(box)],
-                    list(zip(on[::2], on[1::2])),
-                    list(zip(off[::2], off[1::2])))
-            for box, on, off in (
-                (box, on or [], off or [])
-                for box, on, off in itertools.zip_longest(args.box, args.point, args.not_point))]
 
 
 if __name__ == "__main__":

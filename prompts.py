@@ -8,6 +8,7 @@ becomes of the mask, is not known here.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 
 import cv2
 import numpy as np
@@ -182,3 +183,10 @@ def masks_of(model: VideoMatch, image: np.ndarray, objects: list[Prompts]) -> np
             raise ValueError(f"--box, --point: nothing was found of object {i}; show more of it, "
                              "or bring its mask with --mask")
     return mask
+
+
+def in_order(boxes: list, points: list, not_points: list) -> list[Prompts]:
+    """Of the n-th object the n-th box, points and not-points, each x y after x y in one list."""
+    return [Prompts([] if box is None else [tuple(box)],
+                    *(list(zip(values[::2], values[1::2])) for values in (on or [], off or [])))
+            for box, on, off in zip_longest(boxes, points, not_points)]

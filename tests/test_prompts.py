@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+import bench_prompts
 import main
 import preprocess
 import prompts
@@ -420,6 +421,32 @@ def test_held_out_stills_are_apart():
     stills = [object() for _ in range(10)]
     training, apart = train_prompts.split_stills(stills, 0.3, 0)
     assert len(apart) == 3 and {*training, *apart} == {*stills} and len(training) == 7
+
+
+def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_path, monkeypatch,
+                                                    capsys):
+    model = VideoMatch.load(checkpoint)
+    model.add_prompts()
+    model.save(tmp_path / "shown.pth")
+    truths = [draw_frame(0, (1, 2))[1] == i for i in (1, 2)]
+
+    def prompt(model, image, shown_prompts):  # the object, but for a part that clicks bring back
+        wanted = truths[1 if max(y for _, y in [*shown_prompts.points, (0, 0)]) > 24
+                        or any(y > 20 for _, y, _, _ in shown_prompts.boxes) else 0].copy()
+        if len(shown_prompts.points) < 3:
+            wanted[:, 20:] = False
+        return wanted
+
+    monkeypatch.setattr(prompts, "prompt", prompt)
+    monkeypatch.setattr("sys.argv", ["bench_prompts.py", "-d", str(davis_2017), "-y", "2017", "-o",
+                                     str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu",
+                                     "--json", str(tmp_path / "b.json")])
+    assert bench_prompts.main() == 0
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert [row["name"] for row in figures["rows"]] == ["dog_1", "dog_2"]
+    assert figures["mean"] == pytest.approx({"true box": 0.6, "moved box": 0.6, "1 clicks": 0.6,
+                                             "3 clicks": 1, "8 clicks": 1})
+    assert "mean J" in capsys.readouterr().out and figures["seconds"] > 0
 
 
 # command line
