@@ -59,7 +59,7 @@ class Scenes(Dataset):
         self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
     def __getitem__(self, index: int):
-        """((3, H, W) float32 normalised, (H, W) bool, prompts in its pixels, rounds)."""
+        """(3, H, W) normalised float32, (H, W) bool, prompts in its pixels, rounds: see `Scene`."""
         rng = np.random.default_rng((self.seed, index))
         image, truth = self._object(rng)
         if self.augment and rng.random() < 0.5:
@@ -73,7 +73,7 @@ class Scenes(Dataset):
                 torch.manual_seed(int(rng.integers(2**31)))
                 patch = self.colour(torch.from_numpy(patch).permute(2, 0, 1)).permute(1, 2, 0)
             patch = np.ascontiguousarray(patch.numpy())
-        return preprocess.to_tensor(patch), truth, shown, rounds
+        return preprocess.to_tensor(patch), truth, shown, (rng.random(rounds) < KEPT).tolist()
 
     def _object(self, rng) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 and (H, W) bool of any object that is large enough to be shown."""
@@ -136,12 +136,17 @@ def spoilt(truth: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray
 
 @dataclass
 class Scene:
-    """One that is being mended; `prompts` are what is shown next."""
+    """One that is being mended.
+
+    Args:
+        prompts: what is shown next.
+        rounds: as many as are left, and whether the mask so far is shown after each.
+    """
 
     seen: Seen
     truth: np.ndarray
     prompts: Prompts
-    rounds: int
+    rounds: list[bool]
 
 
 def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Still],
@@ -212,7 +217,7 @@ def rounds(model: VideoMatch, optimizer, sequences, stills, options: train.Optio
         while len(running) < options.batch_size:
             running.append(begin(model, *next(loader)))
         yield step(model, optimizer, running)
-        running = [scene for scene in running if scene.rounds > 0]
+        running = [scene for scene in running if scene.rounds]
 
 
 def _same(item):
@@ -221,9 +226,9 @@ def _same(item):
 
 @torch.no_grad()
 def begin(model: VideoMatch, image: torch.Tensor, truth: np.ndarray, prompts: Prompts,
-          count: int) -> Scene:
+          left: list[bool]) -> Scene:
     image = image[None].to(model.device)
-    return Scene(model.prompts.look(image, *model.encoder.pyramid(image)), truth, prompts, count)
+    return Scene(model.prompts.look(image, *model.encoder.pyramid(image)), truth, prompts, left)
 
 
 def step(model: VideoMatch, optimizer, scenes: list[Scene]) -> float:
@@ -255,12 +260,9 @@ def mend(scene: Scene, logits: torch.Tensor) -> None:
     """The person's next click; a scene without an error left is at its end."""
     found = F.interpolate(logits[None, None], size=scene.truth.shape, mode="bilinear",
                           align_corners=False)[0, 0].cpu().numpy() > 0
-    # what is random here depends on the scene alone
-    keep = (len(scene.prompts.points) * 7 + int(found.sum())) % 100 < 100 * KEPT
+    keep, *left = scene.rounds
     more = clicks.clicked(scene.prompts, found, scene.truth, keep)
-    scene.rounds = 0 if more is None else scene.rounds - 1
-    if more is not None:
-        scene.prompts = more
+    scene.prompts, scene.rounds = (scene.prompts, []) if more is None else (more, left)
 
 
 class Report(train.Report):

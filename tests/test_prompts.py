@@ -134,11 +134,11 @@ def test_one_scene_is_learnt_and_only_the_decoder_changes(shown):
     truth = np.kron(mask, np.ones((2, 2))) > 0
     picture = preprocess.to_tensor(np.kron(image, np.ones((2, 2, 1), np.uint8)))
     before = {name: value.clone() for name, value in shown.state_dict().items()}
-    scene = train_prompts.begin(shown, picture, truth, Prompts([clicks.box_of(truth)]), 1)
+    scene = train_prompts.begin(shown, picture, truth, Prompts([clicks.box_of(truth)]), [True])
     optimizer = torch.optim.AdamW(shown.prompts.parameters(), 3e-3)
     losses = []
     for _ in range(40):
-        scene.prompts, scene.rounds = Prompts([clicks.box_of(truth)]), 1
+        scene.prompts, scene.rounds = Prompts([clicks.box_of(truth)]), [True]
         losses.append(train_prompts.step(shown, optimizer, [scene]))
     assert losses[-1] < 0.15 < 1 < losses[0]
     for name, value in shown.state_dict().items():
@@ -406,7 +406,7 @@ def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
         assert torch.equal(image, first[i][0]) and (truth == first[i][1]).all()
         assert shown_prompts.boxes == first[i][2].boxes
         assert shown_prompts.points == first[i][2].points
-        assert image.shape[1:] == truth.shape and 1 <= rounds <= 8
+        assert image.shape[1:] == truth.shape and 1 <= len(rounds) <= 8 and rounds == first[i][3]
         size = truth.shape
         for x, y in (*shown_prompts.points, *shown_prompts.not_points):
             assert -0.5 <= x < size[1] and -0.5 <= y < size[0]
