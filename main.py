@@ -35,6 +35,7 @@ from manifest import Manifest, keep_apart, made_from, stamp
 from media import annotate, images
 from media.background import progress
 from media.video import open_clip
+from network import precision
 from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
 
@@ -52,7 +53,6 @@ OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
 # in those of PyTorch's loader and of the system
 SHARED_MEMORY = ("DataLoader worker", "shared memory", "/dev/shm", "Shared memory")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,8 +217,8 @@ def run_train(args: argparse.Namespace) -> None:
     if stills and model.method != "memory":
         raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
     if model.refined and args.model_load is None:
-        train.start(model, training or stills, options_shape(args))
-    model.precision = PRECISIONS[args.precision or usual_precision(model, training=True)]
+        train.start(model, training or stills, training_shape(args))
+    model.precision = precision.of(args.precision, model.device, model.method, training=True)
     frames = sum(len(source) for source in (*training, *stills))
     each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
@@ -227,7 +227,7 @@ def run_train(args: argparse.Namespace) -> None:
     train.train(model, training, held_out, options_of_training(args, model, iterations), stills)
 
 
-def options_shape(args: argparse.Namespace) -> tuple[int, int]:
+def training_shape(args: argparse.Namespace) -> tuple[int, int]:
     return tuple(args.input_image_shape or flags.TRAINING_SHAPE)
 
 
@@ -235,7 +235,7 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=options_shape(args), iterations=iterations,
+        shape=training_shape(args), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
@@ -270,18 +270,8 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     model = build_model(args)
     model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[args.precision or usual_precision(model)]
+    model.precision = precision.of(args.precision, model.device, model.method)
     return model
-
-
-def usual_precision(model: VideoMatch, training: bool = False) -> str:
-    """What is fastest there, of what changes masks next to nothing (docs/performance.md)."""
-    if model.device.type == "cuda":
-        return "fp32" if training else "fp16"
-    # asked, since others only imitate it; older versions of torch can't tell
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    native = model.device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
-    return "bf16" if native and model.method == "memory" else "fp32"
 
 
 def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:

@@ -12,7 +12,7 @@ from conftest import ROOT
 # that have no line of their own.
 RANKS = [
     {"bench"},
-    {"main"},
+    {"main", "road"},
     {"flags"},
     {"evaluate"},
     {"train"},
