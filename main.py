@@ -8,11 +8,9 @@
 
 import argparse
 import io
-import itertools
 import logging
 import os
 import platform
-import shutil
 import sys
 import zlib
 from functools import partial
@@ -21,17 +19,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import annotations
 import distributed
 import evaluate
 import flags
 import report
 import segment
+import sinks
 import train
+from annotations import FORMATS
 from confidence import Confidence, unsure
 from data import demo
 from data.stills import Stills
 from davis import Davis, split
-from manifest import Manifest, keep_apart, made_from, stamp
+from manifest import Manifest, free_folder, keep_apart, stamp
 from media import annotate, images
 from media.background import progress
 from media.video import open_clip
@@ -46,7 +47,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout",
+            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout", "export",
             "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
@@ -289,48 +290,51 @@ def run_segment(args: argparse.Namespace) -> None:
     source = args.video.resolve()
     sources = sorted(source.iterdir()) if source.is_dir() else [source]
     data = f"{source} ({stamp(path for path in sources if path.is_file())})"
-    results = args.results_dir or _free_folder(source.stem, data)
+    results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
-               [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
+               [args.video])
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
+    ours = (results / "manifest.json").is_file()
     with Manifest(results, facts(args, model, {
             "data": data,
             "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
                                for frame, mask in sorted(masks.items()))}),
             args.overwrite) as manifest:
-        before = manifest.entries.get(CLIP, {"drawn": []})
-        if args.cutout in before["drawn"]:
+        if args.overwrite and ours:
+            sinks.clear(results, {Path(name).resolve() for text in args.mask
+                                  for name in (text, text.partition(":")[2])})
+        kept = segment.Progress(results / "masks", clip)
+        before = manifest.entries.get(CLIP)
+        if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+            before = None
+        drawn = before["drawn"] if before else {}
+        wanted = {"overlay.mp4": None, **{name: None for name in args.export}}
+        if args.cutout:
+            wanted[sinks.cutout_name(args.cutout)] = args.cutout
+        there = all(drawn.get(name, "") == how and ((results / name).exists() or name in FORMATS)
+                    for name, how in wanted.items())
+        if before and there:
             print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
                   "starts over)")
             return
-        if args.overwrite:
-            for name in ("masks", "cutout"):
-                shutil.rmtree(results / name, ignore_errors=True)
-            (results / "confidence.csv").unlink(missing_ok=True)
-        manifest.begin([results / "masks", results / "cutout"])
-        kept = segment.Progress(results / "masks", clip)
-        kept = kept.all() if before["drawn"] else kept.load(model)
-        options = segment.Options(**of_the_road(args, model))
-        frames = segment.track(model, clip, masks, options, kept)
+        kept = kept.all() if before else kept.load(model)
+        frames = segment.track(model, clip, masks, segment.Options(**of_the_road(args, model)),
+                               kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
-        sure = Confidence(results / "confidence.csv")
-        count = segment.drain(bar, [*segment.sinks(results, clip, args.cutout), sure], kept)
+        sure = Confidence(results / "confidence.csv", kept.index is not None)
+        count = segment.drain(bar, [
+            *sinks.of_a_clip(results, clip, args.cutout), sure,
+            *annotations.of_a_clip(results, clip, args.export)], kept,
+            lambda _: manifest.begin([results / "masks", results / "cutout"]))
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
-        manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
-    drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
-    print(f"{count} frames: {drawn} in {results}, to look at: report.html")
+        manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
+    outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {outputs} in {results}, to look at: report.html")
     if looks := unsure(sure.measures):
         first = min(masks)
         print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
               f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
-
-
-def _free_folder(name: str, data: str) -> Path:
-    """results/NAME, or with a number behind it where that holds the results of another clip."""
-    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
-               for number in itertools.count(1))
-    return next(folder for folder in folders if made_from(folder) in (None, data))
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
