@@ -155,9 +155,10 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
                                                 for m in (masks == i).byte().numpy()])) > 0
             # frames of one sequence are darker than those of the other
             foreign = (images[inside].float().mean(1) > 100) != bool(seed % 12 // 6)
-            assert not foreign.any() or foreign.all()
             if len(foreign):
-                own[int(foreign.any())] += 1
+                share = foreign.float().mean()
+                assert share < 0.1 or share > 0.9  # edges are mixed
+                own[int(share > 0.5)] += 1
         counts[tuple(own)] += 1
     # own alone before a pasted one that isn't followed, the pasted one alone, both, three
     assert min(counts[1, 0], counts[0, 1], counts[1, 1], counts[1, 2]) > 3
