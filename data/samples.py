@@ -71,7 +71,7 @@ class Clips(Pairs):
 
     Args:
         stills: images to make clips of, beside the sequences.
-        frames: T.
+        frames: T, at least 2.
         gap: at most so many frames from one to the next.
         paste: share of the clips with objects of others.
         objects: at most so many are followed.
@@ -81,11 +81,14 @@ class Clips(Pairs):
     MORE = 0.45  # chance of a second pasted object, and of another one
     OTHERS = 0.2  # of the objects beside the first are not followed
     SWAPS = 0.3  # of the stills' objects are seen before another background
+    TOGETHER = 0.6  # of the stills' objects that touch each other move as one
     LEAST = 0.0005  # share of the reference frame that an object fills at least
     TRIES = 10  # at a clip whose reference frame holds an object
 
     def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4, gap: int = 5,
                  paste: float = 0.75, objects: int = 4, stills: list[Still] | None = None):
+        if frames < 2:
+            raise ValueError(f"a clip has at least two frames, got {frames}")
         super().__init__([*sequences, *(stills or [])], augment)
         self.sequences, self.stills = list(sequences), list(stills or [])
         self.parts = [len(self.frames) - len(self.stills), len(self.stills)]
@@ -156,7 +159,8 @@ class Clips(Pairs):
             focus = whole.center if whole else rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
         poses = scenes.camera(rng, self.length, far, back.shape[:2], shape, focus)
         layers = []
-        for group in scenes.groups(ids):
+        together = rng.random() < self.TOGETHER
+        for group in scenes.groups(ids) if together else [[i] for i in np.unique(ids[ids > 0])]:
             part = np.where(np.isin(ids, group), ids, 0).astype(np.uint8)
             if swap:
                 cutouts = [motion.cut_out(image, part)] * self.length
@@ -249,12 +253,19 @@ class PairSampler(Sampler):
         skip: leave out so many of the first, which were drawn before.
         rank, ranks: take one of so many, from the one of this rank on.
         shares: how much of what is drawn is of each part; None draws each frame as often.
+
+    Raises:
+        ValueError: shares that aren't one of each part, or a share of a part without frames.
     """
 
     def __init__(self, frames: int | list[int], count: int, shuffle: bool = True, seed: int = 0,
                  skip: int = 0, rank: int = 0, ranks: int = 1,
                  shares: list[float] | None = None):
         parts = [frames] if isinstance(frames, int) else list(frames)
+        if shares and (len(shares) != len(parts) or min(shares) < 0 or not any(shares)
+                       or any(share and not part for share, part in zip(shares, parts))):
+            raise ValueError(f"shares {shares} of parts of {parts} frames: expected a share of "
+                             "each, at least 0, and 0 of nothing")
         self.parts = parts if shares else [sum(parts)]
         self.shares = np.array(shares or [1.0]) / sum(shares or [1.0])
         self.count, self.shuffle, self.seed = count, shuffle, seed

@@ -28,9 +28,9 @@ def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int,
     """
     whole, frame = np.array(size[::-1]), np.array(shape[::-1])  # x and y
     cover, contain = (frame / whole).max(), (frame / whole).min()
-    shots = [1, frames - 1] if far else [frames]
     poses = []
-    for count in shots:
+    for shot in _shots(frames, far):
+        count = len(shot)
         zoom = np.exp(rng.uniform(*np.log((max(contain, 0.6 * cover), 1.8 * cover))))
         mirror = rng.choice((-1, 1))
         crop = frame / zoom
@@ -43,6 +43,11 @@ def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int,
         place = frame / 2 + smooth(rng, count, 0.015 * frame[0], size=(2,))
         poses.append(posed(linear, center, place))
     return np.concatenate(poses)
+
+
+def _shots(frames: int, far: bool) -> list[range]:
+    """Frames that follow each other: all, or all but the first, which is far."""
+    return [range(1), range(1, frames)] if far else [range(frames)]
 
 
 def groups(ids: np.ndarray) -> list[list[int]]:
@@ -90,24 +95,16 @@ def pasted(rng, cutouts: list[Cutout | None], poses: np.ndarray | None, shape: t
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
         scale = min(np.exp(rng.uniform(*np.log(SIZE))) / root, LARGEST, 1.2 / longest)
-    shots = [1, frames - 1] if far else [frames]
     linears, places = [], []
-    start = 0
-    for count in shots:
-        here = slice(start, start + count)
-        start += count
+    for shot in _shots(frames, far):
         place = rng.uniform(0.1, 0.9, 2) * (width, height)
-        tilt = rng.normal(0, motion.TURN)
-        linear = np.repeat(turned(np.array([tilt]), np.array([scale]), np.zeros(1)), count, 0)
+        linear = turned(rng.normal(0, motion.TURN, 1), np.array([scale]), np.zeros(1))
         linear[..., 0] *= rng.choice((-1, 1))
-        place = np.repeat(place[None], count, 0)
-        if poses is not None:
-            along = poses[here, :, :2] @ np.linalg.inv(poses[start - count, :, :2])
-            place = np.einsum("tij,tj->ti", along, place - poses[start - count, :, 2]) \
-                + poses[here, :, 2]
-            linear = along @ linear
-        linears.append(linear)
-        places.append(place)
+        along = np.eye(2, 3)[None] if poses is None else poses[shot]
+        change = along[:, :, :2] @ np.linalg.inv(along[0, :, :2])  # of the background
+        place = change @ (place - along[0, :, 2]) + along[:, :, 2]
+        linears.append(np.broadcast_to(change @ linear, (len(shot), 2, 2)))
+        places.append(np.broadcast_to(place, (len(shot), 2)))
     return moving(rng, cutouts, np.concatenate(linears), np.concatenate(places), shape, far,
                   leaves=0 if double else LEAVES)
 

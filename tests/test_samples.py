@@ -164,6 +164,27 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     assert min(counts[1, 0], counts[0, 1], counts[1, 1], counts[1, 2]) > 3
 
 
+def test_all_objects_of_a_sequence_are_followed_under_any_id(davis_2017):
+    (dog,) = Davis(davis_2017, "2017", "val")
+    clips, found = Clips([dog], AsIs(), frames=3, paste=0), set()
+    for seed in range(30):
+        images, masks = clips[seed % 6, seed]
+        for i in masks.unique().tolist()[1:]:
+            colours = images[masks == i].float()
+            assert colours.std(0).max() < 12  # in the fixture each object has one
+            found.add((int(masks.max()), i, bool(colours[:, 1].mean() > 140)))
+    # the first or the second object alone, or both, either way round
+    assert found == {(n, i, first) for n in (1, 2) for i in range(1, n + 1)
+                     for first in (False, True)}
+    alone = Clips([dog], AsIs(), frames=3, paste=0, objects=1)
+    assert {int(alone[seed % 6, seed][1].max()) for seed in range(10)} == {1}
+
+
+def test_a_clip_of_one_frame_is_refused():
+    with pytest.raises(ValueError, match="two frames"):
+        Clips([], AsIs(), frames=1)
+
+
 def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
