@@ -113,8 +113,8 @@ class Clips(Pairs):
 
         None of them is `hidden`, and one is to be seen in another frame too, else there are none.
         """
-        areas = np.array([np.bincount(m.flatten(), minlength=256) for m in masks.numpy()])
-        seen = areas > self.LEAST * masks[0].numel()
+        least = self.LEAST * masks[0].numel()
+        seen = np.array([motion.areas(mask) for mask in masks.numpy()]) > least
         seen[0, hidden] = False
         known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
         again = [i for i in known if seen[1:, i].any()]
@@ -217,9 +217,9 @@ class Clips(Pairs):
             poses, shape: see `scenes.pasted`.
         """
         count = 1 + int((rng.random(2) < self.MORE).sum()) if rng.random() < self.paste else 0
-        taken = np.unique(np.concatenate([np.unique(mask) for mask in masks])).tolist()
+        free = np.flatnonzero(sum(motion.areas(mask) for mask in masks) == 0)
         layers = []
-        for label in [i for i in range(1, 256) if i not in taken][:count]:
+        for label in free[free > 0][:count].tolist():
             other = self._other(own, rng)
             double = other is own or not far and rng.random() < self.DOUBLES
             source = own if double else other

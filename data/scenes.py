@@ -197,13 +197,13 @@ def hidden(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[i
     Args:
         before, after: (H, W) ids of the first frame, without and with the layers in front.
     """
-    whole = np.bincount(before.ravel(), minlength=256).astype(float)
+    whole = motion.areas(before).astype(float)
     for layer in layers:
         cutout = layer.cutouts[0]
         if cutout:
             scale = np.abs(np.linalg.det(layer.poses[0, :, :2]))
-            whole += scale * np.bincount(cutout.ids.ravel(), minlength=256)
-    left = np.bincount(after.ravel(), minlength=256)
+            whole += scale * motion.areas(np.ascontiguousarray(cutout.ids))
+    left = motion.areas(after)
     return [i for i in range(1, 256) if left[i] < SEEN * whole[i]]
 
 
