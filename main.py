@@ -159,8 +159,7 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     else:
         with distributed.first_alone():  # which may download them
             encoder.load_imagenet(args.encoder_weights)
-    refined = args.method in (None, "memory") and args.mode == "train"
-    spec = encoder.spec
+    refined, spec = args.method in (None, "memory") and args.mode == "train", encoder.spec
     return configure(VideoMatch(encoder, spec.factor, spec.top_k, refined=refined, zoom=spec.zoom),
                      args)
 
@@ -208,35 +207,23 @@ def set_name(args: argparse.Namespace) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     stills = [still for folder in args.stills for still in Stills(folder)]
-    if args.dataset or args.demo:
-        training, held_out = split(data(args).sequences, args.validation_size, args.seed)
-    else:
-        log.info("still images only: none are held out, the last weights are kept")
-        training, held_out = [], []
+    training, held_out = (split(data(args).sequences, args.validation_size, args.seed)
+                          if args.dataset or args.demo else ([], []))
     torch.manual_seed(args.seed)
     model = build_model(args)
-    if stills and model.method != "memory":
-        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
-    if model.refined and args.model_load is None:
-        train.start(model, training or stills, training_shape(args))
     model.precision = precision.of(args.precision, model.device, model.method, training=True)
-    frames = sum(len(source) for source in (*training, *stills))
-    each = args.batch_size * distributed.count()
+    frames, each = sum(map(len, (*training, *stills))), args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s", len(training),
-             len(stills), ", ".join(sequence.name for sequence in held_out) or "none")
+             len(stills), ", ".join(s.name for s in held_out) or "none")
     train.train(model, training, held_out, options_of_training(args, model, iterations), stills)
-
-
-def training_shape(args: argparse.Namespace) -> tuple[int, int]:
-    return tuple(args.input_image_shape or flags.TRAINING_SHAPE)
 
 
 def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=training_shape(args), iterations=iterations,
+        shape=tuple(args.input_image_shape or flags.TRAINING_SHAPE), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,

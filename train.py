@@ -8,18 +8,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import distributed
 import metrics
 import preprocess
-from data.samples import Clips, Pairs, PairSampler
+from data.samples import Clips, Pairs, batches
 from data.stills import Still
 from davis import Sequence
 from media import figures, files
@@ -36,11 +34,7 @@ KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decod
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
-CLIP = 4  # frames of a clip without still images
 START = 16  # images of which the first keys are made
-# with still images: first these, then videos too, then longer clips. Each until what share of the
-# iterations, with what share of clips made of stills, of how many frames
-PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
@@ -83,12 +77,17 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
-        ValueError: `options.resume`, and the state is that of a run with other options; or there
-            is an earlier run at `options.save` that is neither to be resumed nor overwritten; or
+        ValueError: stills for another method than "memory"; `options.resume`, and the state is
+            that of a run with other options; or there is an earlier run at `options.save` that is
+            neither to be resumed nor overwritten; or
             the loss or the weights are no numbers any more.
     """
     torch.manual_seed(options.seed)
     stills = stills or []
+    if stills and model.method != "memory":
+        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
+    if model.refined and not model.facts:  # not loaded from anywhere
+        start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
     report = Report(model, optimizer, schedule, training, held_out, options, stills)
     done = report.resume() if options.resume else None
@@ -98,9 +97,11 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
-    batches = _batches(model.method, training, stills, options, range(done, total))
+    augment = preprocess.Augment(options.shape, options.augment)
+    drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
+                    options, range(done, total))
     with interruptible() as interrupted:
-        bar = progress(batches, desc="training", disable=distributed.rank() > 0, initial=done,
+        bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
                        total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
@@ -120,32 +121,6 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         log.info("best held-out IoU %.4f", report.best)
     log.info("saved in %s", options.save)
     return report.best
-
-
-def _batches(method: str, training: list[Sequence], stills: list[Still], options: Options,
-             steps: range) -> Iterator:
-    """What `step` takes, for these of the iterations."""
-    augment = preprocess.Augment(options.shape, options.augment)
-    each = options.batch_size * distributed.count()
-    start = 0
-    for until, share, frames in PHASES if stills else PHASES[-1:]:
-        end = round(until * options.iterations)
-        drawn = range(max(start, steps.start), min(end, steps.stop))
-        start = end
-        if not drawn:
-            continue
-        if method == "memory":
-            clips = Clips(training, augment, frames if stills else CLIP, stills=stills)
-            parts = clips.parts if training and stills else len(clips)
-        else:
-            clips = Pairs(training, augment)
-            parts = len(clips)
-        sampler = PairSampler(parts, drawn.stop * each, options.shuffle, options.seed,
-                              skip=drawn.start * each, rank=distributed.rank(),
-                              ranks=distributed.count(),
-                              shares=[1 - share, share] if isinstance(parts, list) else None)
-        yield from DataLoader(clips, options.batch_size, sampler=sampler,
-                              num_workers=options.workers)
 
 
 def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:

@@ -307,7 +307,7 @@ class VideoMatch(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a checkpoint of this toolkit.
+            ValueError: not a checkpoint of this toolkit, or one that it can't read any more.
         """
         path = Path(path)
         if not path.is_file():
@@ -318,6 +318,9 @@ class VideoMatch(nn.Module):
             config = dict(checkpoint["config"])
             encoder = Encoder(config.pop("encoder"))
             layer = config.pop("layer")
+            if config.pop("recent", 0):
+                raise ValueError("of an earlier version's --method memory: train again, or take "
+                                 "the one in models/")
             if layer != encoder.spec.layer:
                 raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
             model = cls(encoder, **config)

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+import distributed
 from data import motion, scenes
 from data.motion import Layer
 from data.stills import Still
@@ -14,6 +15,11 @@ from davis import Sequence
 from preprocess import Augment, to_tensor
 
 Source = Sequence | Still
+
+CLIP = 4  # frames of a clip where there are no still images
+# Where there are: first these, then videos too, then longer clips. Each until what share of the
+# steps, with what share of clips made of stills, of how many frames.
+PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 
 
 class Pairs(Dataset):
@@ -289,3 +295,28 @@ class PairSampler(Sampler):
         """Frames of one part without end, each once before any again."""
         while True:
             yield from rng.permutation(frames) if self.shuffle else range(frames)
+
+
+def batches(kind: type[Pairs], sequences: list[Sequence], stills: list, augment: Augment, options,
+            steps: range) -> Iterator:
+    """The batches of these of the steps of a training, those of this process.
+
+    Args:
+        kind: `Pairs`, or `Clips`, for which stills go through `PHASES`.
+        options: `train.Options`.
+    """
+    each, start = options.batch_size * distributed.count(), 0
+    for until, share, frames in PHASES if stills else [(1.0, 0.0, CLIP)]:
+        end = round(until * options.iterations)
+        drawn, start = range(max(start, steps.start), min(end, steps.stop)), end
+        if not drawn:
+            continue
+        more = {"frames": frames, "stills": stills} if kind is Clips else {}
+        samples, parts = kind(sequences, augment, **more), {}
+        if sequences and stills:
+            parts = {"frames": samples.parts, "shares": [1 - share, share]}
+        sampler = PairSampler(**{"frames": len(samples), **parts}, count=drawn.stop * each,
+                              shuffle=options.shuffle, seed=options.seed, skip=drawn.start * each,
+                              rank=distributed.rank(), ranks=distributed.count())
+        yield from DataLoader(samples, options.batch_size, sampler=sampler,
+                              num_workers=options.workers)
