@@ -18,9 +18,7 @@ vos-benchmark with as many processes.
 """
 
 import argparse
-import copy
 import ctypes
-import itertools
 import json
 import os
 import platform
@@ -28,14 +26,11 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -43,16 +38,16 @@ import evaluate
 import preprocess
 from data import demo
 from davis import YEARS, Davis, Sequence
-from main import PRECISIONS, device_of, usual_precision
+from main import device_of
 from media import images
+from network import precision
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
 from network.views import cell_labels
-from tracker import Tracker
+from road import road, seconds
 from videomatch import SHIPPED, VideoMatch
 
 FACTORS = (1.0, 1.8, 4.0)
-WARM = 20  # frames of a clip before those that are measured, until its memory is full
 DENSE_LIMIT = 6e9  # bytes; a larger dense matrix (there are two of them) is left out
 
 
@@ -69,20 +64,6 @@ def dense_match(query: torch.Tensor, reference: torch.Tensor, labels: torch.Tens
         masked = similarity.masked_fill(~members, -1)
         scores.append(masked.topk(min(k, int(members.sum())), dim=1).values.mean(dim=1))
     return torch.stack(scores).view(2, *shape)
-
-
-def seconds(run: Callable, device: torch.device) -> float:
-    """Of one call; on a GPU between two events."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    run()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1000
 
 
 def peak_memory(run: Callable, device: torch.device) -> float | None:
@@ -158,93 +139,6 @@ def measure(name: str, factor: float, frames, repeats: int, device, floor_rates)
         row["times_faster"] = row["dense"]["seconds"] / row["toolkit"]["seconds"]
         row["largest_difference"] = (runs["dense"]() - runs["toolkit"]()).abs().max().item()
     return row
-
-
-class Parts:
-    """Seconds of the calls of some functions, which are wrapped for as long as this lives."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.taken = device, {}
-
-    def of(self, part: str, owner, name: str) -> None:
-        """Count the seconds of `owner.name` for a part of the road."""
-        run = getattr(owner, name)
-
-        def timed(*arguments, **keywords):
-            result = []
-            taken = seconds(lambda: result.append(run(*arguments, **keywords)), self.device)
-            self.taken[part] = self.taken.get(part, 0.0) + taken
-            return result[0]
-
-        setattr(owner, name, timed)
-
-
-def road(model: VideoMatch, rows: int, objects: int, frames: int) -> dict:
-    """Seconds a frame by part: the median over the frames, and the memory at its peak.
-
-    The clip is one of the demo data, enlarged; its object is cut into upright strips.
-    """
-    model, device = copy.deepcopy(model), model.device
-    shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
-    drawn = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames + WARM + 1))
-    mask = _strips(images.resize_mask(drawn[0][1], shape), objects)
-    parts, lines = Parts(device), []
-    for part, owner, name in (("encoder", model, "encode"), ("matching", model.reader, "read"),
-                              ("decoder", model.decoder, "forward"),
-                              ("keeping", model.reader, "remember")):
-        parts.of(part, owner, name)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{i:05d}.jpg") for i in range(len(drawn))]
-        for path, (image, _) in zip(paths, drawn):
-            images.write_image(path, cv2.resize(image, shape[::-1]))
-
-        def clip():
-            tracker = Tracker(model)
-            for i, path in enumerate(paths):
-                parts.taken, start = {}, time.perf_counter()
-                image = preprocess.to_tensor(images.read_image(path), device=device)
-                read = time.perf_counter() - start
-                tracker.step(image, mask if i == 0 else None)
-                whole = time.perf_counter() - start
-                rest = whole - read - sum(parts.taken.values())
-                lines.append({"reading": read, **parts.taken, "deciding": rest, "frame": whole})
-
-        peak = peak_memory(clip, device)
-    found = {part: statistics.median(line[part] for line in lines[WARM + 1:])
-             for part in lines[-1]}
-    return {"rows": rows, "objects": objects, **found, "peak_bytes": peak,
-            "times_the_encoder": found["frame"] / found["encoder"]}
-
-
-def _strips(mask: np.ndarray, count: int) -> np.ndarray:
-    """(H, W) with one object -> the same pixels, as many objects side by side."""
-    columns = np.flatnonzero(mask.any(0))
-    bounds = np.linspace(columns[0], columns[-1] + 1, count + 1)[1:-1]
-    strips = 1 + np.digitize(np.arange(mask.shape[1]), bounds)
-    return np.where(mask > 0, strips, 0).astype(np.uint8)
-
-
-def bench_video(args: argparse.Namespace) -> dict:
-    device = device_of(args.cuda_device)
-    model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
-    model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[usual_precision(model)]
-    names = ("reading", "encoder", "matching", "decoder", "keeping", "deciding", "frame")
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
-          f"{model.precision}; seconds a frame, median of {args.frames}")
-    print(f"{'rows':>5} {'objects':>8} " + " ".join(f"{name:>9}" for name in names)
-          + f" {'peak MB':>8} {'encoders':>8}")
-    found = []
-    for rows in args.rows:
-        for objects in (1, 5):
-            row = road(model, rows, objects, args.frames)
-            peak = row["peak_bytes"]
-            print(f"{rows:5} {objects:8} " + " ".join(f"{row[name]:9.4f}" for name in names)
-                  + f" {'?' if peak is None else round(peak / 2**20):>8}"
-                  + f" {row['times_the_encoder']:8.2f}", flush=True)
-            found.append(row)
-    return {"torch": torch.__version__, "device": str(device), "precision": str(model.precision),
-            "threads": torch.get_num_threads(), "rows": found}
 
 
 def line(row: dict) -> str:
@@ -327,6 +221,29 @@ def bench_scorers(args: argparse.Namespace) -> dict:
     print(f"{row['times_faster']:.2f} times faster, largest difference of a J or F "
           f"{row['largest_difference']:.1e}")
     return row
+
+
+def bench_video(args: argparse.Namespace) -> dict:
+    device = device_of(args.cuda_device)
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
+    model.encoder.fold_batchnorm()
+    model.precision = precision.of(None, device, model.method)
+    names = ("reading", "encoder", "matching", "decoder", "keeping", "deciding", "frame")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+          f"{model.precision}; seconds a frame, median of {args.frames}")
+    print(f"{'rows':>5} {'objects':>8} " + " ".join(f"{name:>9}" for name in names)
+          + f" {'peak MB':>8} {'encoders':>8}")
+    found = []
+    for rows in args.rows:
+        for objects in (1, 5):
+            row = road(model, rows, objects, args.frames, peak_memory)
+            peak = row["peak_bytes"]
+            print(f"{rows:5} {objects:8} " + " ".join(f"{row[name]:9.4f}" for name in names)
+                  + f" {'?' if peak is None else round(peak / 2**20):>8}"
+                  + f" {row['times_the_encoder']:8.2f}", flush=True)
+            found.append(row)
+    return {"torch": torch.__version__, "device": str(device), "precision": str(model.precision),
+            "threads": torch.get_num_threads(), "rows": found}
 
 
 def bench_matching(args: argparse.Namespace) -> dict:

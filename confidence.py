@@ -31,7 +31,6 @@ class Measures:
         doubt: pixels in doubt around it, as a share of those of its mask; 1 at most.
         area: share of the frame.
         change: its area over that in the frame before, the smaller over the larger, in [0, 1].
-        similarity: the mean cosine of its cells with what is remembered of it; NaN where unknown.
         confidence: all of these in one number, in [0, 1].
     """
 
@@ -42,7 +41,6 @@ class Measures:
     doubt: float
     area: float
     change: float
-    similarity: float
     confidence: float
 
 
@@ -61,8 +59,7 @@ def measure(frame: int, step: Step, before: dict[int, float]) -> list[Measures]:
         area = round(count / inside.size, DIGITS)
         small, large = sorted((area, before.get(object_id, area)))
         change = small / large if large else 1.0
-        values = (mean, doubt, area, change, step.similarity(object_id),
-                  combined(mean, doubt, change))
+        values = (mean, doubt, area, change, combined(mean, doubt, change))
         found.append(Measures(frame, object_id, bool(count), *(round(v, DIGITS) for v in values)))
     return found
 
@@ -76,13 +73,13 @@ class Confidence(Sink):
     """Collects the measures of all frames that are segmented, and writes them.
 
     Args:
-        path: of the CSV file, in which those of an interrupted run are looked for; None: they
-            are only kept.
+        path: of the CSV file; None: they are only kept.
+        goes_on: with those that an earlier run left there.
     """
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, goes_on: bool = False):
         self.path = path
-        self.found = {(m.frame, m.object_id): m for m in (read(path) if path else ())}
+        self.found = {(m.frame, m.object_id): m for m in (read(path) if goes_on else ())}
 
     @property
     def measures(self) -> list[Measures]:
@@ -99,7 +96,7 @@ class Confidence(Sink):
             self.found[one.frame, one.object_id] = one
 
     def keep(self) -> None:
-        if self.path:
+        if self.path and self.found:
             write(self.path, self.measures)
 
     def __exit__(self, *exception):

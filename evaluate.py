@@ -25,6 +25,7 @@ import distributed
 import metrics
 import report
 import segment
+import sinks
 from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
 from manifest import Manifest, keep_apart, stamp
@@ -107,14 +108,17 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
     scores: Scores = {name: _score(manifest, name) for name in manifest.entries}
     todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
                              else todo)
-    if todo:
-        manifest.begin(options.results / s.name for s in todo if options.results)
+    folders = [options.results / s.name for s in todo] if options.results else []
     with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
                   disable=distributed.rank() > 0) as bar:
+        def seen(frame: segment.Frame) -> None:
+            manifest.begin(folders)  # not before: nothing is left where a first frame is refused
+            bar.update(frame.index > 0)
+
         for sequence in todo:
             bar.set_description(sequence.name)
             start = time.monotonic()
-            score = segment_sequence(model, sequence, options, bar.update)
+            score = segment_sequence(model, sequence, options, seen)
             manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
                                             "f": score.f, "data": _data(sequence)})
             scores[sequence.name] = score
@@ -144,32 +148,35 @@ def _score(manifest: Manifest, name: str) -> metrics.SequenceScore:
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     seen: Callable[[], object] = lambda: None) -> metrics.SequenceScore:
+                     seen: Callable[[segment.Frame], object] = lambda _: None
+                     ) -> metrics.SequenceScore:
     """Segment a sequence; masks are written and scored in the background.
 
     What runs there calls nothing of torch: its parallel loops in several threads at once would
     hold each other up on a CPU, and the network with them.
 
     Args:
-        seen: called after each frame that was looked for.
+        seen: called with each frame.
     """
     reference = sequence.mask(0)
     if not reference.any():
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
     scores = Score(sequence, [int(i) for i in np.unique(reference) if i])
-    sinks: list[segment.Sink] = [scores]
+    outputs: list[segment.Sink] = [scores]
     kept = None
     if options.results:
         kept = segment.Progress(options.results / sequence.name, sequence)
         kept = kept.load(model)
-        sinks += [segment.Masks(options.results / sequence.name, sequence),
-                  Confidence(_confidence_of(options.results, sequence))]
+        film = options.results / f"{sequence.name}.mp4"
+        outputs += [sinks.Masks(options.results / sequence.name, sequence),
+                    Confidence(_confidence_of(options.results, sequence), kept.index is not None)]
         if options.videos:
-            sinks.append(segment.Film(options.results / f"{sequence.name}.mp4", sequence,
-                                      drawing.overlay))
+            outputs.append(sinks.Film(film, sequence, drawing.overlay))
+        elif options.overwrite:
+            film.unlink(missing_ok=True)  # of other masks
     frames = segment.track(model, sequence, {0: reference}, options, kept)
-    segment.drain(frames, sinks, kept, lambda frame: frame.index and seen())
+    segment.drain(frames, outputs, kept, seen)
     return scores.found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import annotations
 import train
 from davis import SETS, YEARS
 from network.encoder import BACKBONES
@@ -208,6 +209,10 @@ def clip(add) -> Callable:
     add("--cutout", metavar="HOW",
         help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
              "colour such as #00ff00 (mp4)")
+
+    add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
+        help="also write the masks as other tools read them: coco (annotations.json, run "
+             "lengths), yolo (labels/, polygons), both with track ids")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")

@@ -8,11 +8,9 @@
 
 import argparse
 import io
-import itertools
 import logging
 import os
 import platform
-import shutil
 import sys
 import zlib
 from functools import partial
@@ -21,22 +19,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import annotations
 import distributed
 import evaluate
 import flags
 import prompts
 import report
 import segment
+import sinks
 import train
 import train_prompts
+from annotations import FORMATS
 from confidence import Confidence, unsure
 from data import demo
 from data.stills import Stills
 from davis import Davis, split
-from manifest import Manifest, keep_apart, made_from, stamp
+from manifest import Manifest, free_folder, keep_apart, stamp
 from media import images
 from media.background import progress
 from media.video import open_clip
+from network import precision
 from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
 
@@ -48,13 +50,12 @@ CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
             "overwrite", "video", "mask", "mask_frame", "box", "point", "not_point",
-            "cutout", "dataset", "model_load", "cuda_device", "precision"}
+            "cutout", "export", "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
 # in those of PyTorch's loader and of the system
 SHARED_MEMORY = ("DataLoader worker", "shared memory", "/dev/shm", "Shared memory")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,8 +161,7 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     else:
         with distributed.first_alone():  # which may download them
             encoder.load_imagenet(args.encoder_weights)
-    refined = args.method in (None, "memory") and args.mode == "train"
-    spec = encoder.spec
+    refined, spec = args.method in (None, "memory") and args.mode == "train", encoder.spec
     return configure(VideoMatch(encoder, spec.factor, spec.top_k, refined=refined, zoom=spec.zoom),
                      args)
 
@@ -209,30 +209,18 @@ def set_name(args: argparse.Namespace) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     stills = [still for folder in args.stills for still in Stills(folder)]
-    if args.dataset or args.demo:
-        training, held_out = split(data(args).sequences, args.validation_size, args.seed)
-    else:
-        log.info("still images only: none are held out, the last weights are kept")
-        training, held_out = [], []
+    training, held_out = (split(data(args).sequences, args.validation_size, args.seed)
+                          if args.dataset or args.demo else ([], []))
     if args.prompts:
         return run_train_prompts(args, training, held_out, stills)
     torch.manual_seed(args.seed)
     model = build_model(args)
-    if stills and model.method != "memory":
-        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
-    if model.refined and args.model_load is None:
-        train.start(model, training or stills, options_shape(args))
-    model.precision = PRECISIONS[args.precision or usual_precision(model, training=True)]
-    frames = sum(len(source) for source in (*training, *stills))
-    each = args.batch_size * distributed.count()
+    model.precision = precision.of(args.precision, model.device, model.method, training=True)
+    frames, each = sum(map(len, (*training, *stills))), args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s", len(training),
-             len(stills), ", ".join(sequence.name for sequence in held_out) or "none")
+             len(stills), ", ".join(s.name for s in held_out) or "none")
     train.train(model, training, held_out, options_of_training(args, model, iterations), stills)
-
-
-def options_shape(args: argparse.Namespace) -> tuple[int, int]:
-    return tuple(args.input_image_shape or flags.TRAINING_SHAPE)
 
 
 def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
@@ -253,7 +241,7 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=options_shape(args), iterations=iterations,
+        shape=tuple(args.input_image_shape or flags.TRAINING_SHAPE), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
@@ -288,18 +276,8 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     model = build_model(args)
     model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[args.precision or usual_precision(model)]
+    model.precision = precision.of(args.precision, model.device, model.method)
     return model
-
-
-def usual_precision(model: VideoMatch, training: bool = False) -> str:
-    """What is fastest there, of what changes masks next to nothing (docs/performance.md)."""
-    if model.device.type == "cuda":
-        return "fp32" if training else "fp16"
-    # asked, since others only imitate it; older versions of torch can't tell
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    native = model.device.type == "cpu" and (able.get("avx512_bf16") or able.get("amx_bf16"))
-    return "bf16" if native and model.method == "memory" else "fp32"
 
 
 def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:
@@ -317,48 +295,51 @@ def run_segment(args: argparse.Namespace) -> None:
     source = args.video.resolve()
     sources = sorted(source.iterdir()) if source.is_dir() else [source]
     data = f"{source} ({stamp(path for path in sources if path.is_file())})"
-    results = args.results_dir or _free_folder(source.stem, data)
+    results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
-               [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
+               [args.video])
     model = model_in_use(args)
     masks = given_masks(args, clip, results, model)
+    ours = (results / "manifest.json").is_file()
     with Manifest(results, facts(args, model, {
             "data": data,
             "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
                                for frame, mask in sorted(masks.items()))}),
             args.overwrite) as manifest:
-        before = manifest.entries.get(CLIP, {"drawn": []})
-        if args.cutout in before["drawn"]:
+        if args.overwrite and ours:
+            sinks.clear(results, {Path(name).resolve() for text in args.mask
+                                  for name in (text, text.partition(":")[2])})
+        kept = segment.Progress(results / "masks", clip)
+        before = manifest.entries.get(CLIP)
+        if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+            before = None
+        drawn = before["drawn"] if before else {}
+        wanted = {"overlay.mp4": None, **{name: None for name in args.export}}
+        if args.cutout:
+            wanted[sinks.cutout_name(args.cutout)] = args.cutout
+        there = all(drawn.get(name, "") == how and ((results / name).exists() or name in FORMATS)
+                    for name, how in wanted.items())
+        if before and there:
             print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
                   "starts over)")
             return
-        if args.overwrite:
-            for name in ("masks", "cutout"):
-                shutil.rmtree(results / name, ignore_errors=True)
-            (results / "confidence.csv").unlink(missing_ok=True)
-        manifest.begin([results / "masks", results / "cutout"])
-        kept = segment.Progress(results / "masks", clip)
-        kept = kept.all() if before["drawn"] else kept.load(model)
-        options = segment.Options(**of_the_road(args, model))
-        frames = segment.track(model, clip, masks, options, kept)
+        kept = kept.all() if before else kept.load(model)
+        frames = segment.track(model, clip, masks, segment.Options(**of_the_road(args, model)),
+                               kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
-        sure = Confidence(results / "confidence.csv")
-        count = segment.drain(bar, [*segment.sinks(results, clip, args.cutout), sure], kept)
+        sure = Confidence(results / "confidence.csv", kept.index is not None)
+        count = segment.drain(bar, [
+            *sinks.of_a_clip(results, clip, args.cutout), sure,
+            *annotations.of_a_clip(results, clip, args.export)], kept,
+            lambda _: manifest.begin([results / "masks", results / "cutout"]))
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
-        manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
-    drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
-    print(f"{count} frames: {drawn} in {results}, to look at: report.html")
+        manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
+    outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {outputs} in {results}, to look at: report.html")
     if looks := unsure(sure.measures):
         first = min(masks)
         print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
               f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
-
-
-def _free_folder(name: str, data: str) -> Path:
-    """results/NAME, or with a number behind it where that holds the results of another clip."""
-    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
-               for number in itertools.count(1))
-    return next(folder for folder in folders if made_from(folder) in (None, data))
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,

@@ -4,6 +4,7 @@
 so that several processes may work into one folder. What it is that is known, it doesn't know.
 """
 
+import itertools
 import json
 import zlib
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ class Manifest:
         self.folder, self.made_by = folder, made_by
         self.lock: BaseFileLock | None = None
         self.entries: dict[str, dict] = {}
+        self.begun = False
         if folder is None:
             return
         path = folder / "manifest.json"
@@ -57,7 +59,9 @@ class Manifest:
                                  f"{new!r}): name another folder, or start over (--overwrite)")
 
     def begin(self, folders: Iterable[Path] = ()) -> None:
-        """Say what makes the results that are about to be written, and keep other runs away.
+        """Say what makes the results, before the first of them is written; once is enough.
+
+        From then on other runs are kept away.
 
         Args:
             folders: where they go.
@@ -66,8 +70,9 @@ class Manifest:
             ValueError: another run is writing there, or something else than this toolkit wrote
                 there before.
         """
-        if self.folder is None or distributed.rank():
+        if self.folder is None or distributed.rank() or self.begun:
             return
+        self.begun = True
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock")
         try:
@@ -118,6 +123,13 @@ def made_from(folder: Path) -> str | None:
     """The data that a folder's results were made from; None where no manifest tells."""
     path = folder / "manifest.json"
     return _read(path).get("data") if path.is_file() else None
+
+
+def free_folder(name: str, data: str) -> Path:
+    """results/NAME, or with a number behind it where that holds the results of other data."""
+    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
+               for number in itertools.count(1))
+    return next(folder for folder in folders if made_from(folder) in (None, data))
 
 
 def stamp(paths: Iterable[Path]) -> str:

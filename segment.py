@@ -1,12 +1,12 @@
-"""The one road from a clip to masks: a tracker driven through its frames, and sinks behind it.
+"""The one road from a clip to masks: a tracker driven through its frames, sinks behind it.
 
 A clip of one's own and a sequence of a data set take it alike: to evaluate is to segment a clip
-whose truth is known, with one sink more. What a tracker does with a frame is not known here.
+whose truth is known, with one sink more. What a tracker does with a frame is not known here, nor
+what becomes of the masks (`sinks.py`).
 """
 
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 import preprocess
-from media import drawing, images
+from media import images
 from media.background import Background, ahead, interruptible
 from media.video import Clip
-from media.writer import VideoWriter
 from network.outliers import decide
 from tracker import Step, Tracker
 from videomatch import VideoMatch, save
@@ -55,7 +54,8 @@ class Frame:
             found the mask.
         forwards: the way on which it was met.
         tracker: at this frame; a sink that wants to go back to it takes a copy in time.
-        known: (H, W) uint8 mask that was given, or found by an earlier run.
+        known: (H, W) uint8 mask, where it isn't to be decided from enlarged probabilities: given,
+            found by an earlier run, or decided at a size of its own.
     """
 
     index: int
@@ -115,13 +115,19 @@ class Progress:
         self.forwards, self.index = True, math.inf
         return self
 
-    def mask(self, index: int, forwards: bool) -> np.ndarray | None:
-        """That of a frame which an earlier run met on this way; None where it didn't."""
+    def met(self, index: int, forwards: bool) -> bool:
+        """Whether an earlier run met the frame on this way, so that its mask is known."""
         if self.index is None or forwards > self.forwards:
-            return None
-        if forwards == self.forwards and (index > self.index) == forwards and index != self.index:
-            return None
-        return images.read_mask(self.folder / f"{self.clip.frame_name(index)}.png")
+            return False
+        return (forwards < self.forwards or index == self.index
+                or (index > self.index) != forwards)
+
+    def mask(self, index: int) -> np.ndarray:
+        return images.read_mask(self.path_of(index))
+
+    def path_of(self, index: int) -> Path:
+        """Of a frame's mask."""
+        return self.folder / f"{self.clip.frame_name(index)}.png"
 
     def due(self) -> bool:
         """Whether it is time to keep a state; says so once."""
@@ -135,7 +141,9 @@ class Progress:
         save(self.path, {"forwards": frame.forwards, "index": frame.index, "state": state})
 
     def end(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """There is nothing left to go on with, nor what a kill left of a file half written."""
+        for path in (self.path, *self.path.parent.glob(f".{self.path.stem}.part*")):
+            path.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -202,8 +210,9 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
     """One tracker through frames, each with what the network sees, in the order they come in."""
     tracker = Tracker(model, options.threshold, options.remove_outliers)
     for index, image, small in frames:
-        mask = progress.mask(index, forwards) if progress else None
-        if mask is not None:
+        if progress and progress.met(index, forwards):
+            # that of the first frame is written on the way forwards only
+            mask = masks[index] if index in masks else progress.mask(index)
             yield Frame(index, image, None, forwards, tracker, mask)
             continue
         if progress and progress.state is not None and progress.forwards == forwards:
@@ -215,7 +224,10 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
                                     given.shape)
         tensor = preprocess.to_tensor(small, options.input_shape, model.device)
         shape = options.segmentation_shape or min(small.shape[:2], image.shape[:2])
-        yield Frame(index, image, tracker.step(tensor, given, shape), forwards, tracker, given)
+        step, known = tracker.step(tensor, given, shape), given
+        if options.segmentation_shape and given is None:
+            known = images.resize_mask(step.mask, image.shape[:2])
+        yield Frame(index, image, step, forwards, tracker, known)
 
 
 def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
@@ -251,12 +263,12 @@ class Sink:
 
 
 def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None = None,
-          after: Callable[[Frame], object] = lambda _: None) -> int:
+          seen: Callable[[Frame], object] = lambda _: None) -> int:
     """Hand every frame to every sink, one frame after the other, in a thread of its own.
 
     Args:
         progress: kept up to date.
-        after: called with each frame.
+        seen: called with each frame, before any sink.
 
     Returns:
         How many frames there were.
@@ -278,90 +290,13 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
             stack.enter_context(sink)
         background = stack.enter_context(Background(write))
         for frame in frames:
+            seen(frame)
             stop = interrupted()
             keep = progress is not None and frame.step is not None and (progress.due() or stop)
             background(frame, frame.tracker.state() if keep else None)
             count += 1
-            after(frame)
             if stop:
                 raise KeyboardInterrupt
     if progress:
         progress.end()
     return count
-
-
-class Masks(Sink):
-    """A palette PNG for each frame, named as the clip names it."""
-
-    def __init__(self, folder: Path, clip: Clip):
-        self.folder, self.clip = folder, clip
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self, frame: Frame) -> None:
-        if frame.step is not None:
-            images.write_mask(self.folder / f"{self.clip.frame_name(frame.index)}.png", frame.mask)
-
-
-class Pictures(Sink):
-    """An image file for each frame, of what `draw` makes of it and its mask."""
-
-    def __init__(self, folder: Path, clip: Clip, draw: Callable):
-        self.folder, self.clip, self.draw = folder, clip, draw
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self, frame: Frame) -> None:
-        images.write_image(self.folder / f"{self.clip.frame_name(frame.index)}.png",
-                           self.draw(frame.image, frame.mask))
-
-
-class Film(Sink):
-    """A video of what `draw` makes of each frame and its mask.
-
-    Frames before the first mask come last to first, and a video is written first to last. So what
-    was drawn of them waits in a file, as JPEG, which the video's own loss hides.
-    """
-
-    QUALITY = 97
-
-    def __init__(self, path: Path, clip: Clip, draw: Callable):
-        self.draw, self.video = draw, VideoWriter(path, clip.fps)
-        self.waiting: list[tuple[int, int]] = []  # where in the file, and how long
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115
-
-    def write(self, frame: Frame) -> None:
-        picture = self.draw(frame.image, frame.mask)
-        if frame.forwards:
-            self._flush()
-            self.video.write(picture)
-            return
-        _, data = cv2.imencode(".jpg", picture[..., ::-1],
-                               [cv2.IMWRITE_JPEG_QUALITY, self.QUALITY])
-        self.waiting.append((self.file.tell(), len(data)))
-        self.file.write(data.tobytes())
-
-    def _flush(self) -> None:
-        while self.waiting:
-            place, length = self.waiting.pop()
-            self.file.seek(place)
-            data = np.frombuffer(self.file.read(length), np.uint8)
-            self.video.write(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
-
-    def __exit__(self, *exception):
-        self.file.close()
-        self.video.__exit__(*exception)
-
-
-def sinks(folder: Path, clip: Clip, cutout: str | None = None) -> list[Sink]:
-    """What `-m segment` writes into a results folder.
-
-    Args:
-        cutout: "transparent", "blur" or "#rrggbb"; None: no cut-out.
-    """
-    found: list[Sink] = [Masks(folder / "masks", clip),
-                         Film(folder / "overlay.mp4", clip, drawing.overlay)]
-    if cutout == "transparent":
-        found.append(Pictures(folder / "cutout", clip, drawing.transparent))
-    elif cutout:
-        found.append(Film(folder / "cutout.mp4", clip, lambda image, mask:
-                          drawing.replace_background(image, mask, cutout)))
-    return found

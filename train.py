@@ -8,23 +8,21 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import distributed
 import metrics
 import preprocess
-from data.samples import Clips, Pairs, PairSampler
+from data.samples import Clips, Pairs, batches
 from data.stills import Still
 from davis import Sequence
 from media import figures, files
 from media.background import interruptible, progress
+from network.losses import LOSSES
 from tracker import Tracker
 from videomatch import VideoMatch, save
 
@@ -36,50 +34,8 @@ KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decod
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
-CLIP = 4  # frames of a clip without still images
 START = 16  # images of which the first keys are made
-# with still images: first these, then videos too, then longer clips. Each until what share of the
-# iterations, with what share of clips made of stills, of how many frames
-PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
-
-
-def dice(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """1 - (2 * intersection + 1) / (sum of both + 1) of each object, averaged over the objects.
-
-    Args:
-        probabilities: (N+1, H, W), which sum to 1, the background's first.
-        truth: (H, W) integers, 0 background, else 1 to N.
-    """
-    probability, target = probabilities[1:], _one_hot(truth, len(probabilities))[1:]
-    intersection = (probability * target).sum((1, 2))
-    total = probability.sum((1, 2)) + target.sum((1, 2))
-    return (1 - (2 * intersection + 1) / (total + 1)).mean()
-
-
-def cross_entropy(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Of all pixels, averaged; with one object the binary one. Arguments as for `dice`."""
-    return F.nll_loss(probabilities.clamp(1e-6, 1 - 1e-6).log()[None], truth[None])
-
-
-def balanced(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in which object and background weigh alike.
-
-    Foreground pixels are weighted by the share of background, background pixels by the share
-    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2), and of
-    several objects' each by the share of all that is not of the object.
-    """
-    weight = 1 - _one_hot(truth, len(probabilities)).mean((1, 2))
-    return (weight[truth] * F.nll_loss(probabilities.clamp(1e-6, 1 - 1e-6).log()[None],
-                                       truth[None], reduction="none")[0]).mean()
-
-
-def _one_hot(truth: torch.Tensor, count: int) -> torch.Tensor:
-    """(H, W) -> (count, H, W) float32."""
-    return F.one_hot(truth, count).permute(2, 0, 1).float()
-
-
-LOSSES = {"dice": dice, "bce": cross_entropy, "balancedbce": balanced}
 
 
 @dataclass
@@ -121,12 +77,17 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
-        ValueError: `options.resume`, and the state is that of a run with other options; or there
-            is an earlier run at `options.save` that is neither to be resumed nor overwritten; or
+        ValueError: stills for another method than "memory"; `options.resume`, and the state is
+            that of a run with other options; or there is an earlier run at `options.save` that is
+            neither to be resumed nor overwritten; or
             the loss or the weights are no numbers any more.
     """
     torch.manual_seed(options.seed)
     stills = stills or []
+    if stills and model.method != "memory":
+        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
+    if model.refined and not model.facts:  # not loaded from anywhere
+        start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
     report = Report(model, optimizer, schedule, training, held_out, options, stills)
     done = report.resume() if options.resume else None
@@ -136,9 +97,11 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
-    batches = _batches(model.method, training, stills, options, range(done, total))
+    augment = preprocess.Augment(options.shape, options.augment)
+    drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
+                    options, range(done, total))
     with interruptible() as interrupted:
-        bar = progress(batches, desc="training", disable=distributed.rank() > 0, initial=done,
+        bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
                        total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
@@ -158,32 +121,6 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         log.info("best held-out IoU %.4f", report.best)
     log.info("saved in %s", options.save)
     return report.best
-
-
-def _batches(method: str, training: list[Sequence], stills: list[Still], options: Options,
-             steps: range) -> Iterator:
-    """What `step` takes, for these of the iterations."""
-    augment = preprocess.Augment(options.shape, options.augment)
-    each = options.batch_size * distributed.count()
-    start = 0
-    for until, share, frames in PHASES if stills else PHASES[-1:]:
-        end = round(until * options.iterations)
-        drawn = range(max(start, steps.start), min(end, steps.stop))
-        start = end
-        if not drawn:
-            continue
-        if method == "memory":
-            clips = Clips(training, augment, frames if stills else CLIP, stills=stills)
-            parts = clips.parts if training and stills else len(clips)
-        else:
-            clips = Pairs(training, augment)
-            parts = len(clips)
-        sampler = PairSampler(parts, drawn.stop * each, options.shuffle, options.seed,
-                              skip=drawn.start * each, rank=distributed.rank(),
-                              ranks=distributed.count(),
-                              shares=[1 - share, share] if isinstance(parts, list) else None)
-        yield from DataLoader(clips, options.batch_size, sampler=sampler,
-                              num_workers=options.workers)
 
 
 def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:

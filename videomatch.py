@@ -28,8 +28,8 @@ from network.matching import Grid, soft_match
 from network.memory import Memory
 from network.outliers import decide
 from network.prompts import PromptDecoder
-from network.reader import EVIDENCE, Reader, best_other
-from network.views import CLOSER, around, near, sets_of, thinned
+from network.reader import EVIDENCE, Reader, View, best_other
+from network.views import CLOSER, around, cell_labels, near, sets_of, thinned
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -177,10 +177,10 @@ class VideoMatch(nn.Module):
         frames = frames or self.encode(image)
         if self.method == "memory":
             for memory, cells, x, y in zip(memories, frames.cells, image, mask):
-                views = [self._view(cells, y, memory.object_ids)]
+                views = [View(cells, y)]
                 if not self.training:
                     views += self._closer(x, y, memory.object_ids)
-                self.reader.refer(memory.bank, views)
+                self.reader.refer(memory.bank, views, memory.object_ids)
         if self.method != "memory" or self.training:
             for memory, features, y in zip(memories, frames.features, mask):
                 grid = self._grid(features)
@@ -191,17 +191,7 @@ class VideoMatch(nn.Module):
         """(C, h, w), to match with all features; beside keys, in training, on the small grid."""
         return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
-    def _view(self, cells: Cells, mask: torch.Tensor, object_ids):
-        """What `Reader.refer` takes, of cells and a (H, W) mask of object ids."""
-        found = torch.stack([mask == i for i in (0, *object_ids)]).float()
-        return cells, self._pixels(found, cells), sets_of(mask, cells.shape, object_ids).flatten()
-
-    def _pixels(self, found: torch.Tensor, cells: Cells) -> torch.Tensor:
-        """(N+1, H, W) probabilities of any size -> of the size that the reader takes."""
-        size = tuple(side * self.reader.side for side in cells.shape)
-        return _resized(found[None], size, antialias=True)[0]
-
-    def _closer(self, image: torch.Tensor, mask: torch.Tensor, object_ids) -> Iterator[tuple]:
+    def _closer(self, image: torch.Tensor, mask: torch.Tensor, object_ids) -> Iterator[View]:
         """(3, H, W) and (H, W): how each object and what is around it would look from nearer.
 
         An object that comes closer is found by these. Those of all objects together are no more
@@ -213,10 +203,9 @@ class VideoMatch(nn.Module):
             for scale in CLOSER:
                 part = around(mask == object_id, scale)
                 cells = self.encode(image[None, :, *part], scale).cells[0]
-                cells, found, sets = self._view(cells, mask[part], object_ids)
-                kept = near(sets == object_ids.index(object_id) + 1, cells.shape)
-                kept = thinned(kept, len(sets) // (len(CLOSER) * len(object_ids)))
-                yield cells, found, torch.where(kept, sets, -1)
+                kept = near(cell_labels(mask[None][:, *part], cells.shape)[0] == object_id)
+                yield View(cells, mask[part], thinned(kept, kept.numel() // (
+                    len(CLOSER) * len(object_ids))))
 
     def remember(self, frames: Frames, memories: list[Memory], probabilities: torch.Tensor) -> None:
         """Keep frames for those to come.
@@ -225,7 +214,7 @@ class VideoMatch(nn.Module):
             probabilities: (B, N+1, H, W) what was found in them.
         """
         for memory, cells, found in zip(memories, frames.cells, probabilities):
-            self.reader.remember(memory.bank, cells, self._pixels(found, cells))
+            self.reader.remember(memory.bank, cells, found)
 
     def predict(self, frames: Frames, memories: list[Memory],
                 shape: tuple[int, int] | None = None) -> torch.Tensor:
@@ -334,7 +323,7 @@ class VideoMatch(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a checkpoint of this toolkit.
+            ValueError: not a checkpoint of this toolkit, or one that it can't read any more.
         """
         path = Path(path)
         if not path.is_file():
@@ -345,6 +334,9 @@ class VideoMatch(nn.Module):
             config = dict(checkpoint["config"])
             encoder = Encoder(config.pop("encoder"))
             layer = config.pop("layer")
+            if config.pop("recent", 0):
+                raise ValueError("of an earlier version's --method memory: train again, or take "
+                                 "the one in models/")
             if layer != encoder.spec.layer:
                 raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
             model = cls(encoder, **config)

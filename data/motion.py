@@ -57,6 +57,11 @@ def cut_out(image: np.ndarray, ids: np.ndarray, margin: int = 3) -> Cutout | Non
     return Cutout(image[box], ids[box], (int(left), int(top)), tuple(map(bool, cut)))
 
 
+def areas(ids: np.ndarray) -> np.ndarray:
+    """(256,) how many pixels of a mask (H, W) have which id; much quicker than `np.bincount`."""
+    return cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel().astype(int)
+
+
 def smooth(rng, frames: int, step: float, far: bool = False, size: tuple = ()) -> np.ndarray:
     """(frames, *size) values on a smooth way from 0, about `step` from one to the next.
 
@@ -91,13 +96,13 @@ class Layer:
         cutouts: T, None where there is nothing to see.
         poses: (T, 2, 3) from pixels of the cut-out's image to those of the frame.
         bends: (T, MESH, MESH, 2) float32, pixels of the image, a mesh over the cut-out.
-        streaks: whether fast motion blurs it.
+        speed: (T, 2) pixels to the next frame, which blur it; None: it is sharp.
     """
 
     cutouts: list[Cutout | None]
     poses: np.ndarray
     bends: np.ndarray
-    streaks: bool = False
+    speed: np.ndarray | None = None
 
     def paste(self, t: int, frame: np.ndarray, mask: np.ndarray) -> None:
         """Put it in front of a frame (H, W, 3) and its mask (H, W), in place."""
@@ -116,8 +121,8 @@ class Layer:
         solid = np.where(cutout.ids > 0, np.float32(1), np.float32(0))
         alpha = cv2.remap(solid, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
         alpha = cv2.blur(alpha, (3, 3))
-        if self.streaks and len(self.poses) > 1:
-            kernel = self._streak(t, mask.shape[1] / 100)
+        if self.speed is not None:
+            kernel = _streak(self.speed[t], min(5, mask.shape[1] / 100))
             part, alpha = (cv2.filter2D(x, -1, kernel) for x in (part, alpha))
         box = slice(low[1], high[1]), slice(low[0], high[0])
         frame[box] = cv2.blendLinear(part, frame[box], alpha, 1 - alpha)
@@ -126,22 +131,21 @@ class Layer:
             ids = np.maximum(ids, cv2.dilate(ids, np.ones((5, 5), np.uint8)) * (ids == 0))
         np.copyto(mask[box], ids, where=inside)
 
-    def _streak(self, t: int, limit: float) -> np.ndarray:
-        """A line along a third of the way to the next frame, as the kernel of a blur.
 
-        Args:
-            limit: at most this far to both sides, pixels.
-        """
-        center = self.cutouts[t].center
-        i = min(t, len(self.poses) - 2)
-        way = np.subtract(*(self.poses[j][:, :2] @ center + self.poses[j][:, 2]
-                            for j in (i + 1, i))) / 6
-        way *= min(1, limit / max(np.linalg.norm(way), 1e-6))
-        middle = math.ceil(limit)
-        kernel = np.zeros((2 * middle + 1,) * 2, np.float32)
-        ends = [tuple(int(round(v)) for v in middle + sign * way) for sign in (-1, 1)]
-        cv2.line(kernel, *ends, 1)
-        return kernel / kernel.sum()
+def _streak(speed: np.ndarray, limit: float) -> np.ndarray:
+    """A line along a third of the way to the next frame, as the kernel of a blur.
+
+    Args:
+        speed: (2,) x and y, pixels.
+        limit: at most this far to both sides, pixels; up to 5 OpenCV multiplies only along the
+            line, beyond it takes a Fourier transform.
+    """
+    way = speed / 6
+    way = way * min(1, limit / max(np.linalg.norm(way), 1e-6))
+    middle = math.ceil(limit)
+    kernel = np.zeros((2 * middle + 1,) * 2, np.float32)
+    cv2.line(kernel, *[tuple(int(round(middle + sign * v)) for v in way) for sign in (-1, 1)], 1)
+    return kernel / kernel.sum()
 
 
 def warp_maps(pose, bend, cutout, low, high) -> tuple[np.ndarray, np.ndarray]:
@@ -172,36 +176,47 @@ def background(image: np.ndarray, pose: np.ndarray, bend: np.ndarray,
 
 
 def fill(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 with a hole (H, W) filled: smoothly from around it, and with texture.
+    """(H, W, 3) uint8 with a hole (H, W) filled by what lies beside it in the same rows.
 
-    What surrounds it flows in through a pyramid (Gortler et al.: The lumigraph, SIGGRAPH 1996,
-    "pull-push"); the fine detail is that of the image mirrored or moved.
+    It is the image mirrored or moved sideways, plus what it lacks to fit around the hole (after
+    Perez et al.: Poisson image editing, SIGGRAPH 2003, with `spread` in place of the equation).
     """
     hole = cv2.dilate((hole > 0).astype(np.uint8), np.ones((7, 7), np.uint8))
-    known = (1 - hole).astype(np.float32)[..., None]
-    levels = [np.concatenate([image * known, known], 2)]
-    while min(levels[-1].shape[:2]) > 2:
-        levels.append(cv2.pyrDown(levels[-1]))
-    filled = levels[-1]
-    for level in levels[-2::-1]:
-        filled = cv2.pyrUp(filled, dstsize=level.shape[1::-1])
-        filled = filled / np.maximum(filled[..., 3:], 1e-4)
-        filled = level + (1 - level[..., 3:]) * filled
-    filled = filled[..., :3] + _detail(image, hole)
+    width = hole.shape[1]
+    moves = [lambda x: x[:, ::-1], *(lambda x, by=by: np.roll(x, by, 1)
+                                     for by in (width // 2, width // 3, -width // 3))]
+    original, filled = image.astype(np.float32), image.astype(np.float32)
+    usable = cv2.dilate(hole, np.ones((5, 5), np.uint8)) == 0
+    usable[:, :4] = usable[:, -4:] = False  # there is a seam when it is moved
+    left = hole > 0
+    for _ in range(3):
+        move = max(moves, key=lambda move: np.count_nonzero(move(usable) & left))
+        known, moved = move(usable), move(original)
+        part = left & known
+        if part.any():
+            lack = spread(original - moved, known & (hole == 0))
+            np.copyto(filled, moved + lack, where=part[..., None])
+            left &= ~known
+    if left.any():
+        np.copyto(filled, spread(filled, ~left), where=left[..., None])
     soft = cv2.blur(hole.astype(np.float32), (5, 5))
     return cv2.blendLinear(filled.clip(0, 255).astype(np.uint8), image, soft, 1 - soft)
 
 
-def _detail(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """(H, W, 3) float32, the texture of the image elsewhere: the place that has the most of it."""
-    height, width = hole.shape
-    moves = (lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: np.roll(x, width // 2, 1),
-             lambda x: np.roll(x, height // 2, 0))
-    move = min(moves, key=lambda move: np.count_nonzero(hole & move(hole)))
-    known = 1 - cv2.erode(move(hole), np.ones((3, 3), np.uint8)).astype(np.float32)
-    elsewhere = np.ascontiguousarray(move(image), dtype=np.float32)
-    known = cv2.blur(known, (9, 9)) * (move(hole) == 0)
-    return (elsewhere - cv2.GaussianBlur(elsewhere, (0, 0), 6)) * known[..., None]
+def spread(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(H, W, 3) float32, smooth, near the values where they are known (H, W), and between them.
+
+    They flow through a pyramid (Gortler et al.: The lumigraph, SIGGRAPH 1996, "pull-push").
+    """
+    weight = known.astype(np.float32)[..., None]
+    levels = [cv2.pyrDown(np.concatenate([values * weight, weight], 2))]
+    while min(levels[-1].shape[:2]) > 2:
+        levels.append(cv2.pyrDown(levels[-1]))
+    result = levels[-1][..., :3] / np.maximum(levels[-1][..., 3:], 1e-3)
+    for level in levels[-2::-1]:
+        result = cv2.pyrUp(result, dstsize=level.shape[1::-1])
+        result = level[..., :3] + (1 - level[..., 3:]) * result
+    return cv2.pyrUp(result, dstsize=values.shape[1::-1])
 
 
 def recoloured(image: np.ndarray, light: float, contrast: float, saturation: float,

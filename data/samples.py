@@ -1,16 +1,25 @@
 """Samples to train on: pairs and clips of frames, drawn from sequences by an index alone."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+import distributed
 from data import motion, scenes
 from data.motion import Layer
+from data.stills import Still
 from davis import Sequence
 from preprocess import Augment, to_tensor
+
+Source = Sequence | Still
+
+CLIP = 4  # frames of a clip where there are no still images
+# Where there are: first these, then videos too, then longer clips. Each until what share of the
+# steps, with what share of clips made of stills, of how many frames.
+PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 
 
 class Pairs(Dataset):
@@ -23,8 +32,9 @@ class Pairs(Dataset):
     Items are (2, 3, H, W) images and (2, H, W) masks, those of the reference frame first.
     """
 
-    def __init__(self, sequences: list[Sequence], augment: Augment):
-        self.frames = [(sequence, i) for sequence in sequences for i in range(len(sequence))]
+    def __init__(self, sequences: Iterable[Source], augment: Augment):
+        self.frames: list[tuple[Source, int]] = [(sequence, i) for sequence in sequences
+                                                 for i in range(len(sequence))]
         self.augment = augment
 
     def __len__(self) -> int:
@@ -42,7 +52,7 @@ class Pairs(Dataset):
                     for image, mask in pair]
         return tuple(torch.stack(tensors) for tensors in zip(*pair))
 
-    def _reference(self, sequence: Sequence, rng,
+    def _reference(self, sequence: Source, rng,
                    wanted: int | None = None) -> tuple[int, np.ndarray, int]:
         """A random frame with an object (`wanted`, or any), its mask, and one of its objects."""
         for frame in rng.permutation(len(sequence)).tolist():
@@ -67,7 +77,7 @@ class Clips(Pairs):
 
     Args:
         stills: images to make clips of, beside the sequences.
-        frames: T.
+        frames: T, at least 2.
         gap: at most so many frames from one to the next.
         paste: share of the clips with objects of others.
         objects: at most so many are followed.
@@ -77,11 +87,14 @@ class Clips(Pairs):
     MORE = 0.45  # chance of a second pasted object, and of another one
     OTHERS = 0.2  # of the objects beside the first are not followed
     SWAPS = 0.3  # of the stills' objects are seen before another background
+    TOGETHER = 0.6  # of the stills' objects that touch each other move as one
     LEAST = 0.0005  # share of the reference frame that an object fills at least
     TRIES = 10  # at a clip whose reference frame holds an object
 
-    def __init__(self, sequences: list, augment: Augment, frames: int = 4, gap: int = 5,
-                 paste: float = 0.75, objects: int = 4, stills: list | None = None):
+    def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4, gap: int = 5,
+                 paste: float = 0.75, objects: int = 4, stills: list[Still] | None = None):
+        if frames < 2:
+            raise ValueError(f"a clip has at least two frames, got {frames}")
         super().__init__([*sequences, *(stills or [])], augment)
         self.sequences, self.stills = list(sequences), list(stills or [])
         self.parts = [len(self.frames) - len(self.stills), len(self.stills)]
@@ -94,22 +107,21 @@ class Clips(Pairs):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for _ in range(self.TRIES):
-                if len(source) == 1:
-                    images, masks = self._still(source, rng)
-                else:
-                    images, masks = self._video(source, start, rng)
-                masks = self._followed(masks, rng)
+                images, masks, hidden = (self._still(source, rng) if len(source) == 1 else
+                                         self._video(source, start, rng))
+                masks = self._followed(masks, hidden, rng)
                 if masks.any():
                     return images, masks
         raise ValueError(f"{source.masks[start]}: no object large enough to make a clip of")
 
-    def _followed(self, masks: torch.Tensor, rng) -> torch.Tensor:
+    def _followed(self, masks: torch.Tensor, hidden: list[int], rng) -> torch.Tensor:
         """(T, H, W) ids, whatever they are -> 1 to N, of some objects of the reference frame.
 
-        One of them is to be seen in another frame too, else there are none.
+        None of them is `hidden`, and one is to be seen in another frame too, else there are none.
         """
-        areas = np.array([np.bincount(m.flatten(), minlength=256) for m in masks.numpy()])
-        seen = areas > self.LEAST * masks[0].numel()
+        least = self.LEAST * masks[0].numel()
+        seen = np.array([motion.areas(mask) for mask in masks.numpy()]) > least
+        seen[0, hidden] = False
         known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
         again = [i for i in known if seen[1:, i].any()]
         others = [i for i in known if i not in again[:1] and rng.random() >= self.OTHERS]
@@ -118,8 +130,8 @@ class Clips(Pairs):
         new[chosen] = 1 + rng.permutation(len(chosen))
         return torch.from_numpy(new[masks.numpy()])
 
-    def _video(self, sequence: Sequence, start: int, rng) -> tuple[torch.Tensor, torch.Tensor]:
-        """A clip of a sequence: images and masks, with all ids."""
+    def _video(self, sequence: Source, start: int, rng) -> tuple:
+        """A clip of a sequence: images, masks with all ids, ids that are hidden in the first."""
         reference, _, _ = self._reference(sequence, rng)
         step = self._step(rng)
         chosen = self._walk(sequence, start, step)
@@ -127,17 +139,19 @@ class Clips(Pairs):
         if far:
             chosen[0] = reference
         frames = [(sequence.image(i), sequence.mask(i)) for i in chosen]
-        free = 1 + max(int(mask.max()) for _, mask in frames)
-        layers = self._pasted(sequence, free, None, frames[0][1].shape, step, far, rng)
+        masks = [mask for _, mask in frames]
+        layers = self._pasted(sequence, masks, None, masks[0].shape, step, far, rng)
+        before = masks[0].copy()
         for t, frame in enumerate(frames):
             for layer in layers:
                 layer.paste(t, *frame)
         first = [self.augment(*frames[0])] if far else []
         clip = self.augment.clip(frames[1:] if far else frames)
-        return tuple(torch.stack(parts) for parts in zip(*first, *clip))
+        return *(torch.stack(parts) for parts in zip(*first, *clip)), \
+            scenes.hidden(layers, before, masks[0])
 
-    def _still(self, still, rng) -> tuple[torch.Tensor, torch.Tensor]:
-        """A clip of a still image: images and masks, with all ids."""
+    def _still(self, still: Source, rng) -> tuple:
+        """A clip of a still image: images, masks with all ids, ids hidden in the first."""
         image, ids = still.image(0), still.mask(0)
         shape, far = self.augment.shape, bool(rng.random() < 0.5)
         whole = motion.cut_out(image, ids)
@@ -151,14 +165,15 @@ class Clips(Pairs):
             focus = whole.center if whole else rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
         poses = scenes.camera(rng, self.length, far, back.shape[:2], shape, focus)
         layers = []
-        for group in scenes.groups(ids):
+        together = rng.random() < self.TOGETHER
+        for group in scenes.groups(ids) if together else [[i] for i in np.unique(ids[ids > 0])]:
             part = np.where(np.isin(ids, group), ids, 0).astype(np.uint8)
             if swap:
                 cutouts = [motion.cut_out(image, part)] * self.length
                 layers.append(scenes.pasted(rng, cutouts, poses, shape, far))
             else:
                 layers.append(scenes.own(rng, image, part, poses, shape, far))
-        layers += self._pasted(still, int(ids.max()) + 1, poses, shape, self._step(rng), far, rng)
+        layers += self._pasted(still, [ids], poses, shape, self._step(rng), far, rng)
         layers = [layers[i] for i in rng.permutation(len(layers))]
         bends = motion.smooth(rng, self.length, 0.004 * max(back.shape), far,
                               (motion.MESH, motion.MESH, 2)).astype(np.float32)
@@ -172,21 +187,22 @@ class Clips(Pairs):
             masks.append(mask)
         if self.augment.random:
             images = scenes.lit(rng, images, far)
-        return (torch.stack([to_tensor(x) for x in images]),
-                torch.stack([torch.from_numpy(x) for x in masks]))
+        return (torch.stack([to_tensor(x) for x in images]), torch.from_numpy(np.array(masks)),
+                scenes.hidden(layers, np.zeros(shape, np.uint8), masks[0]))
 
     def _step(self, rng) -> int:
         return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
 
-    def _walk(self, sequence: Sequence, start: int, step: int) -> list[int]:
+    def _walk(self, sequence: Source, start: int, step: int) -> list[int]:
         """Frames of a clip, mirrored at both ends of the sequence."""
         last = len(sequence) - 1
         chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
         return [min(max(i, 0), last) for i in chosen]
 
-    def _other(self, own, rng):
+    def _other(self, own: Source, rng) -> Source:
         """Another still or sequence, of both kinds alike; `own` where there is none."""
-        kinds = [kind for kind in (self.sequences, self.stills) if any(s is not own for s in kind)]
+        kinds: list = [kind for kind in (self.sequences, self.stills)
+                       if any(source is not own for source in kind)]
         if not kinds:
             return own
         kind = kinds[rng.integers(len(kinds))]
@@ -195,29 +211,32 @@ class Clips(Pairs):
             if other is not own:
                 return other
 
-    def _pasted(self, own, free: int, poses: np.ndarray | None, shape: tuple[int, int],
-                step: int, far: bool, rng) -> list[Layer]:
+    def _pasted(self, own: Source, masks: list[np.ndarray], poses: np.ndarray | None,
+                shape: tuple[int, int], step: int, far: bool, rng) -> list[Layer]:
         """Layers of other objects in front of a clip, which may be among those to find.
 
         They are of other sequences or stills, or, where their place tells them from the first,
         doubles of one of the clip's own. They move as they did there, and on ways of their own.
 
         Args:
-            free: the first id that the clip doesn't use.
+            masks: (H, W) each, of the clip: what is pasted gets ids that they don't hold.
             poses, shape: see `scenes.pasted`.
         """
         count = 1 + int((rng.random(2) < self.MORE).sum()) if rng.random() < self.paste else 0
+        free = np.flatnonzero(sum(motion.areas(mask) for mask in masks) == 0)
         layers = []
-        for label in range(free, free + count):
+        for label in free[free > 0][:count].tolist():
             other = self._other(own, rng)
             double = other is own or not far and rng.random() < self.DOUBLES
-            if double and far:
+            source = own if double else other
+            empty = len(source) == 1 and not source.mask(0).any()
+            if empty or double and far:
                 continue
-            cutouts = self._cutouts(own if double else other, step, far, label, rng)
+            cutouts = self._cutouts(source, step, far, label, rng)
             layers.append(scenes.pasted(rng, cutouts, poses, shape, far, double))
         return layers
 
-    def _cutouts(self, source, step: int, far: bool, label: int, rng) -> list:
+    def _cutouts(self, source: Source, step: int, far: bool, label: int, rng) -> list:
         """An object of a sequence or still as it moves there, with a new id."""
         start, _, object_id = self._reference(source, rng)
         chosen = self._walk(source, start, step)
@@ -240,12 +259,19 @@ class PairSampler(Sampler):
         skip: leave out so many of the first, which were drawn before.
         rank, ranks: take one of so many, from the one of this rank on.
         shares: how much of what is drawn is of each part; None draws each frame as often.
+
+    Raises:
+        ValueError: shares that aren't one of each part, or a share of a part without frames.
     """
 
     def __init__(self, frames: int | list[int], count: int, shuffle: bool = True, seed: int = 0,
                  skip: int = 0, rank: int = 0, ranks: int = 1,
                  shares: list[float] | None = None):
         parts = [frames] if isinstance(frames, int) else list(frames)
+        if shares and (len(shares) != len(parts) or min(shares) < 0 or not any(shares)
+                       or any(share and not part for share, part in zip(shares, parts))):
+            raise ValueError(f"shares {shares} of parts of {parts} frames: expected a share of "
+                             "each, at least 0, and 0 of nothing")
         self.parts = parts if shares else [sum(parts)]
         self.shares = np.array(shares or [1.0]) / sum(shares or [1.0])
         self.count, self.shuffle, self.seed = count, shuffle, seed
@@ -269,3 +295,28 @@ class PairSampler(Sampler):
         """Frames of one part without end, each once before any again."""
         while True:
             yield from rng.permutation(frames) if self.shuffle else range(frames)
+
+
+def batches(kind: type[Pairs], sequences: list[Sequence], stills: list, augment: Augment, options,
+            steps: range) -> Iterator:
+    """The batches of these of the steps of a training, those of this process.
+
+    Args:
+        kind: `Pairs`, or `Clips`, for which stills go through `PHASES`.
+        options: `train.Options`.
+    """
+    each, start = options.batch_size * distributed.count(), 0
+    for until, share, frames in PHASES if stills else [(1.0, 0.0, CLIP)]:
+        end = round(until * options.iterations)
+        drawn, start = range(max(start, steps.start), min(end, steps.stop)), end
+        if not drawn:
+            continue
+        more = {"frames": frames, "stills": stills} if kind is Clips else {}
+        samples, parts = kind(sequences, augment, **more), {}
+        if sequences and stills:
+            parts = {"frames": samples.parts, "shares": [1 - share, share]}
+        sampler = PairSampler(**{"frames": len(samples), **parts}, count=drawn.stop * each,
+                              shuffle=options.shuffle, seed=options.seed, skip=drawn.start * each,
+                              rank=distributed.rank(), ranks=distributed.count())
+        yield from DataLoader(samples, options.batch_size, sampler=sampler,
+                              num_workers=options.workers)

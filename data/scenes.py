@@ -11,9 +11,11 @@ from data import motion
 from data.motion import Cutout, Layer, posed, smooth, turned
 
 LEAVES = 0.12  # share of the objects that leave the frame once
+STREAKS = 0.3  # and of those that their motion blurs
 SIZE = (0.1, 0.5)  # of a pasted object: the root of its share of the frame
 LARGEST = 1.6  # enlargement of what is pasted
 TOUCH = 9  # pixels between objects that move as one
+SEEN = 0.15  # of an object, in the reference frame, if it is to be known
 
 
 def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int, int],
@@ -26,9 +28,9 @@ def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int,
     """
     whole, frame = np.array(size[::-1]), np.array(shape[::-1])  # x and y
     cover, contain = (frame / whole).max(), (frame / whole).min()
-    shots = [1, frames - 1] if far else [frames]
     poses = []
-    for count in shots:
+    for shot in _shots(frames, far):
+        count = len(shot)
         zoom = np.exp(rng.uniform(*np.log((max(contain, 0.6 * cover), 1.8 * cover))))
         mirror = rng.choice((-1, 1))
         crop = frame / zoom
@@ -41,6 +43,11 @@ def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int,
         place = frame / 2 + smooth(rng, count, 0.015 * frame[0], size=(2,))
         poses.append(posed(linear, center, place))
     return np.concatenate(poses)
+
+
+def _shots(frames: int, far: bool) -> list[range]:
+    """Frames that follow each other: all, or all but the first, which is far."""
+    return [range(1), range(1, frames)] if far else [range(frames)]
 
 
 def groups(ids: np.ndarray) -> list[list[int]]:
@@ -88,26 +95,18 @@ def pasted(rng, cutouts: list[Cutout | None], poses: np.ndarray | None, shape: t
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
         scale = min(np.exp(rng.uniform(*np.log(SIZE))) / root, LARGEST, 1.2 / longest)
-    shots = [1, frames - 1] if far else [frames]
     linears, places = [], []
-    start = 0
-    for count in shots:
-        here = slice(start, start + count)
-        start += count
+    for shot in _shots(frames, far):
         place = rng.uniform(0.1, 0.9, 2) * (width, height)
-        tilt = rng.normal(0, motion.TURN)
-        linear = np.repeat(turned(np.array([tilt]), np.array([scale]), np.zeros(1)), count, 0)
+        linear = turned(rng.normal(0, motion.TURN, 1), np.array([scale]), np.zeros(1))
         linear[..., 0] *= rng.choice((-1, 1))
-        place = np.repeat(place[None], count, 0)
-        if poses is not None:
-            along = poses[here, :, :2] @ np.linalg.inv(poses[start - count, :, :2])
-            place = np.einsum("tij,tj->ti", along, place - poses[start - count, :, 2]) \
-                + poses[here, :, 2]
-            linear = along @ linear
-        # its own way in its video
-        linears.append(linear)
-        places.append(place)
-    return moving(rng, cutouts, np.concatenate(linears), np.concatenate(places), shape, far)
+        along = np.eye(2, 3)[None] if poses is None else poses[shot]
+        change = along[:, :, :2] @ np.linalg.inv(along[0, :, :2])  # of the background
+        place = change @ (place - along[0, :, 2]) + along[:, :, 2]
+        linears.append(np.broadcast_to(change @ linear, (len(shot), 2, 2)))
+        places.append(np.broadcast_to(place, (len(shot), 2)))
+    return moving(rng, cutouts, np.concatenate(linears), np.concatenate(places), shape, far,
+                  leaves=0 if double else LEAVES)
 
 
 def moving(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndarray,
@@ -121,7 +120,7 @@ def moving(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndar
         natural: in this frame they are just there.
     """
     frames, (height, width) = len(cutouts), shape
-    haste = np.exp(rng.normal(-0.3, 0.6))
+    haste = min(np.exp(rng.normal(-0.3, 0.6)), 2)
     ways = [smooth(rng, frames, haste * step, far, size) for step, size in
             ((motion.TURN, ()), (motion.GROWTH, ()), (motion.STRETCH, ()),
              (motion.SHIFT * width, (2,)))]
@@ -129,18 +128,27 @@ def moving(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndar
     if natural is not None:
         ways = [way - way[natural] for way in ways]
     turn, growth, stretch, shift = ways
-    growth = growth.clip(-0.5, 0.5)
     first = next(c for c in cutouts if c)
-    bends = (bends.clip(-0.06, 0.06) * max(first.ids.shape)).astype(np.float32)
-    linear = turned(turn, np.exp(growth), stretch) @ linear
-    place = (place + shift).clip(0, (width, height))
+    bends = (bends.clip(-0.06, 0.06) * np.sqrt(first.ids.size)).astype(np.float32)
+    linear = turned(turn, np.exp(growth.clip(-0.4, 0.4)), stretch.clip(-0.15, 0.15)) @ linear
+    place = _kept_in(place + shift, np.array([width, height]))
     if frames > 2 and rng.random() < leaves:
         place = place + _leave(rng, frames, place, first, linear, width)
     poses = posed(linear, anchors(cutouts, far), place)
     for t, cutout in enumerate(cutouts):
         if cutout:
             poses[t, :, 2] += _beyond(cutout, poses[t], bends[t], shape)
-    return Layer(cutouts, poses, bends, streaks=rng.random() < 0.3)
+    speed = np.diff(place, axis=0, append=place[-1:])
+    if frames > 1:
+        speed[-1] = speed[-2]
+    if far:
+        speed[0] = speed[1]
+    return Layer(cutouts, poses, bends, speed if rng.random() < STREAKS else None)
+
+
+def _kept_in(place: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """(T, 2) places that turn back at the borders of (W, H)."""
+    return size - np.abs(size - place % (2 * size))
 
 
 def anchors(cutouts: list[Cutout | None], far: bool) -> np.ndarray:
@@ -181,6 +189,22 @@ def _beyond(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
         else:
             shift[axis] = max(0, shape[1 - axis] + slack - side.min())
     return shift
+
+
+def hidden(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[int]:
+    """Ids of which too little is left to be known by, behind others or beyond the frame.
+
+    Args:
+        before, after: (H, W) ids of the first frame, without and with the layers in front.
+    """
+    whole = motion.areas(before).astype(float)
+    for layer in layers:
+        cutout = layer.cutouts[0]
+        if cutout:
+            scale = np.abs(np.linalg.det(layer.poses[0, :, :2]))
+            whole += scale * motion.areas(np.ascontiguousarray(cutout.ids))
+    left = motion.areas(after)
+    return [i for i in range(1, 256) if left[i] < SEEN * whole[i]]
 
 
 def lit(rng, images: list[np.ndarray], far: bool) -> list[np.ndarray]:

@@ -37,13 +37,13 @@ class Sets:
         """Another reference frame; there may be more sets now than before."""
         self.sets = sets
         self.given += views
-        self._gather()
+        self.gather()
 
     def update(self, grid: Grid, labels: torch.Tensor) -> None:
         """Add features of a later frame; `labels` as above, -1 for what nobody is sure of."""
         if (labels >= 0).any():
             self.later.append((grid, labels))
-            self._gather()
+            self.gather()
 
     def copy(self) -> "Sets":
         """Others of the same features, which go their own way from here."""
@@ -51,7 +51,8 @@ class Sets:
         other.given, other.later = copy.copy(self.given), copy.copy(self.later)
         return other
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
+        """Make `reference`, what is matched with, of the frames that are kept."""
         grids, labels = zip(*self.given, *self.later)
         self.reference = Reference(list(grids), labels, self.sets)
 

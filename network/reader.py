@@ -7,6 +7,7 @@ It has weights and nothing of a video.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 
 from network.bank import Bank, Cells, Entry
 from network.search import nearest, windows
+from network.views import sets_of
 
 KEY, NEAR = 64, 32  # channels that are compared everywhere, and near a cell
 VALUE = 24  # channels that say of a cell what it is to an object, beside the object's share of it
@@ -27,6 +29,19 @@ SCALARS = 15
 EVIDENCE = SCALARS + 2 * VALUE  # channels of what is known of an object at a cell
 GIVEN = 0.6  # weight of the reference frames in the linear labels, later ones have the rest
 LEAST = 0.02  # share of a frame below which an object weighs less there
+
+
+class View(NamedTuple):
+    """A frame whose mask is known, or a part of it seen from nearer.
+
+    Args:
+        mask: (H, W) object ids, of any size.
+        chosen: (h, w) bool, the cells that are kept; None keeps all.
+    """
+
+    cells: Cells
+    mask: torch.Tensor
+    chosen: torch.Tensor | None = None
 
 
 class Reader(nn.Module):
@@ -79,23 +94,33 @@ class Reader(nn.Module):
         """Keep a frame.
 
         Args:
-            found: (N+1, H, W) probabilities, `side` pixels on each side of a cell.
+            found: (N+1, H, W) probabilities, of any size.
         """
+        found = self._pixels(found, cells)
         if bank.add(self._entry(cells, found)):
             bank.sum_up(self._sums(cells, found))
             self._fit(bank)
 
-    def refer(self, bank: Bank, views: list[tuple[Cells, torch.Tensor, torch.Tensor]]) -> None:
-        """Keep a frame whose mask is known.
-
-        Args:
-            views: of the frame as it is, then as it looks from nearer: cells, (N+1, H, W) masks
-                as for `remember`, and (h*w,) the set of each cell, -1 for what is in none.
-        """
+    def refer(self, bank: Bank, views: list[View], object_ids: list[int]) -> None:
+        """Keep a frame whose mask is known, as it is, and maybe as it looks from nearer."""
         bank.change(self._caught_up)
-        bank.refer([(self._entry(cells, found), labels) for cells, found, labels in views],
-                   self._sums(*views[0][:2]))
+        kept = []
+        for cells, mask, chosen in views:
+            found = torch.stack([mask == i for i in (0, *object_ids)]).float()
+            sets = sets_of(mask, cells.shape, object_ids)
+            if chosen is not None:
+                sets = torch.where(chosen, sets, -1)
+            kept.append((self._entry(cells, self._pixels(found, cells)), sets.flatten()))
+        bank.refer(kept, self._sums(views[0].cells, kept[0][0].found))
         self._fit(bank)
+
+    def _pixels(self, found: torch.Tensor, cells: Cells) -> torch.Tensor:
+        """(N+1, H, W) of any size -> `side` pixels on each side of a cell."""
+        size = tuple(self.side * side for side in cells.shape)
+        if found.shape[1:] == size:
+            return found
+        return F.interpolate(found[None], size=size, mode="bilinear", align_corners=False,
+                             antialias=True)[0]
 
     def _entry(self, cells: Cells, found: torch.Tensor) -> Entry:
         shared = self.shared(cells.unit.T.unflatten(1, cells.shape)[None])

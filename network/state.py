@@ -6,10 +6,12 @@ It doesn't know what is in a memory, and writes no file.
 from collections import deque
 
 from network.bank import Bank, Entry
-from network.matching import Grid, Reference
+from network.matching import Grid
 from network.memory import Memory, Sets
 
-KINDS = {kind.__name__: kind for kind in (Memory, Sets, Bank, Entry, Grid, Reference)}
+KINDS = {kind.__name__: kind for kind in (Memory, Sets, Bank, Entry, Grid)}
+
+GATHERED = "reference"  # of `Sets`, made of its other fields: larger than they are together
 
 
 def plain(value):
@@ -19,8 +21,8 @@ def plain(value):
     if isinstance(value, deque):
         return {"kind": "deque", "items": plain(list(value)), "maxlen": value.maxlen}
     if type(value).__name__ in KINDS:
-        return {"kind": type(value).__name__, "fields": [(k, plain(v)) for k, v in
-                                                         vars(value).items()]}
+        return {"kind": type(value).__name__,
+                "fields": [(k, plain(v)) for k, v in vars(value).items() if k != GATHERED]}
     return value
 
 
@@ -39,4 +41,6 @@ def restored(value):
     kind = KINDS[value["kind"]]
     found = kind.__new__(kind)
     vars(found).update((name, restored(field)) for name, field in value["fields"])
+    if kind is Sets:
+        found.gather()
     return found

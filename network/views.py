@@ -32,17 +32,19 @@ def sets_of(mask: torch.Tensor, shape: tuple[int, int], object_ids) -> torch.Ten
     return sets
 
 
-def near(cells: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """(h*w,) bool: those that are at most `MARGIN` cells from one of `cells`."""
-    return F.max_pool2d(cells.float().view(1, *shape), 2 * MARGIN + 1, 1, MARGIN).flatten() > 0
+def near(cells: torch.Tensor) -> torch.Tensor:
+    """(h, w) bool: those that are at most `MARGIN` cells from one of `cells`."""
+    return F.max_pool2d(cells[None].float(), 2 * MARGIN + 1, 1, MARGIN)[0] > 0
 
 
 def thinned(chosen: torch.Tensor, most: int) -> torch.Tensor:
-    """(n,) bool: at most so many of them, evenly spread."""
-    places = chosen.nonzero()[:, 0]
+    """(h, w) bool: at most so many of them, evenly spread."""
+    places = chosen.flatten().nonzero()[:, 0]
     if len(places) > most:
         places = places[torch.linspace(0, len(places) - 1, most, device=places.device).long()]
-    return torch.zeros_like(chosen).scatter(0, places, True)
+    kept = torch.zeros_like(chosen)
+    kept.view(-1)[places] = True
+    return kept
 
 
 def around(mask: torch.Tensor, scale: float) -> tuple[slice, slice]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, write_list, write_sequence
 
+import flags
 import main
 from data.samples import PairSampler
 from davis import Davis
@@ -45,7 +46,7 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
     one, two = ({path.relative_to(tmp_path / name): path.read_bytes()
                  for pattern in ("*/*.png", "*.csv") for path in (tmp_path / name).glob(pattern)}
                 for name in ("one", "two"))
-    assert one == two and len(one) == 19
+    assert one == two and len(one) == 22
 
 
 def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
@@ -62,13 +63,13 @@ def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
 
 @pytest.mark.parametrize("processes, batch_size, steps", [(1, 2, 9), (2, 2, 5), (4, 1, 5)])
 def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_size, steps,
-                                                             davis_2016, monkeypatch):
+                                                             model, davis_2016, monkeypatch):
     seen = []
     monkeypatch.setattr(main, "data", lambda _: Davis(davis_2016))
-    monkeypatch.setattr(main, "build_model", lambda _: None)
+    monkeypatch.setattr(main, "build_model", lambda _: model)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
-    monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[-1]))
-    main.run_train(main.parse_args(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
+    monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[3]))
+    main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
     assert seen[0].iterations == steps  # of 18 frames
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from network import reader as module
 from network.bank import Bank
 from network.decoder import Decoder
-from network.reader import EVIDENCE, VALUE, Reader, best_other
+from network.reader import EVIDENCE, VALUE, Reader, View, best_other
 from network.state import plain, restored
 
 H, W, C, SIDE = 5, 7, 20, 2
@@ -30,16 +30,28 @@ def masks(seed, objects):
     return torch.randn(objects + 1, H * SIDE, W * SIDE, generator=generator).mul(3).softmax(0)
 
 
-def sets(seed, objects):
+def ids(seed, objects):
+    """(2 * H, 2 * W) object ids, as mixed as can be."""
     generator = torch.Generator().manual_seed(200 + seed)
-    return torch.randint(-1, objects + 1, (H * W,), generator=generator)
+    return torch.randint(0, objects + 1, (H * SIDE, W * SIDE), generator=generator)
+
+
+def one_hot(mask, objects):
+    return F.one_hot(mask, objects + 1).permute(2, 0, 1).float()
+
+
+def refer(reader, bank, seed, objects, chosen=None):
+    views = [View(reader.look(features(seed)), ids(seed, objects))]
+    if chosen is not None:
+        views.append(View(reader.look(features(seed + 50)), ids(seed + 50, objects), chosen))
+    reader.refer(bank, views, list(range(1, objects + 1)))
 
 
 def filled(reader, objects, frames=(1, 2, 3), every=2, **kept):
     """A bank after a reference frame, a closer view of it, and some frames."""
     bank = Bank(every=every, **kept)
-    reader.refer(bank, [(reader.look(features(i)), masks(i, objects), sets(i, objects))
-                        for i in (0, 50)])
+    chosen = torch.rand(H, W, generator=torch.Generator().manual_seed(3)) > 0.5
+    refer(reader, bank, 0, objects, chosen)
     for i in frames:
         reader.remember(bank, reader.look(features(i)), masks(i, objects))
     return bank
@@ -107,7 +119,7 @@ def test_linear_labels_are_those_of_the_ridge_regression(reader):
     with torch.no_grad():
         evidence, _ = reader.read(bank, query)
     x = reader.look(features(0)).unit.double().detach()
-    labels = F.avg_pool2d(masks(0, 2)[None], SIDE)[0].flatten(1).T.double()
+    labels = F.avg_pool2d(one_hot(ids(0, 2), 2)[None], SIDE)[0].flatten(1).T.double()
     weights = (labels / (labels.mean(0) + module.LEAST)).sum(1)
     root = (weights / weights.sum()).sqrt()[:, None]
     # as rows beside the data
@@ -120,18 +132,13 @@ def test_linear_labels_are_those_of_the_ridge_regression(reader):
 
 def test_an_object_is_what_it_is_whatever_its_number(reader):
     order = [2, 0, 1]  # the object that is first, second and third now
-    bank, other = Bank(every=1), Bank(every=1)
     renamed = torch.tensor([0, *(1 + order.index(i) for i in range(3))])
-    for i in (0, 1):
-        cells, found, labels = reader.look(features(i)), masks(i, 3), sets(0, 3)
-        permuted = found[[0, *(1 + j for j in order)]]
-        if i == 0:
-            reader.refer(bank, [(cells, found, labels)])
-            reader.refer(other, [(cells, permuted, torch.where(labels < 0, labels,
-                                                               renamed[labels.clamp(min=0)]))])
-        else:
-            reader.remember(bank, cells, found)
-            reader.remember(other, cells, permuted)
+    bank, other = Bank(every=1), Bank(every=1)
+    cells, later = reader.look(features(0)), reader.look(features(1))
+    reader.refer(bank, [View(cells, ids(0, 3))], [1, 2, 3])
+    reader.refer(other, [View(cells, renamed[ids(0, 3)])], [1, 2, 3])
+    reader.remember(bank, later, masks(1, 3))
+    reader.remember(other, later, masks(1, 3)[[0, *(1 + i for i in order)]])
     with torch.no_grad():
         first, second = (reader.read(b, reader.look(features(9)))[0] for b in (bank, other))
     torch.testing.assert_close(second, first[order], atol=1e-4, rtol=1e-4)
@@ -143,18 +150,18 @@ def test_only_so_many_frames_are_kept(reader):
     # the reference frame counts as the first
     for entry, frame in zip((*bank.later, *bank.recent), (26, 29, 28, 29)):
         torch.testing.assert_close(entry.found, masks(frame, 1))
-    torch.testing.assert_close(bank.given[0].found, masks(0, 1))
+    torch.testing.assert_close(bank.given[0].found, one_hot(ids(0, 1), 1))
 
 
 def test_an_object_that_comes_later_was_nowhere_before(reader):
     bank = filled(reader, 1)
     bank.widen(2)
-    reader.refer(bank, [(reader.look(features(7)), masks(7, 2), sets(7, 2))])
+    refer(reader, bank, 7, 2)
     before = [*bank.given[:2], *bank.later, bank.recent[0]]
     for entry in before:
         assert entry.values.shape[1] == 2 * (VALUE + 1)
         assert not entry.found[2].any() and not entry.values[:, -1].any()
-    absent = torch.cat([masks(0, 1), torch.zeros(1, H * SIDE, W * SIDE)])
+    absent = torch.cat([one_hot(ids(0, 1), 1), torch.zeros(1, H * SIDE, W * SIDE)])
     expected = reader._entry(reader.look(features(0)), absent).values
     torch.testing.assert_close(bank.given[0].values, expected)
     evidence, scores = reader.read(bank, reader.look(features(9)))
@@ -167,7 +174,7 @@ def test_a_copy_goes_its_own_way(reader):
     before = [p.clone() for p in reader.read(bank, reader.look(features(9)))]
     reader.remember(other, reader.look(features(4)), masks(4, 1))
     other.widen(2)
-    reader.refer(other, [(reader.look(features(7)), masks(7, 2), sets(7, 2))])
+    refer(reader, other, 7, 2)
     for now, then in zip(reader.read(bank, reader.look(features(9))), before):
         torch.testing.assert_close(now, then, rtol=0, atol=0)
 
@@ -183,7 +190,7 @@ def test_a_bank_comes_back_from_its_plain_parts(reader):
 
 def test_gradients_reach_all_weights_and_what_was_found_before(reader):
     bank = Bank(every=1)
-    reader.refer(bank, [(reader.look(features(0)), masks(0, 2), sets(0, 2))])
+    refer(reader, bank, 0, 2)
     found = masks(1, 2).requires_grad_()
     seen = features(1).requires_grad_()
     reader.remember(bank, reader.look(seen), found)
