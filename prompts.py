@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import preprocess
-from network.prompts import Prompts
+from network.prompts import PromptDecoder, Prompts
 from videomatch import VideoMatch
 
 AREA = 320 * 480  # pixels that the network sees, about
@@ -28,6 +28,13 @@ LEAST = 0.2  # of the frame's shorter side is seen at least
 NARROWEST = 0.6  # the shorter side of what is seen is so much of the longer one, if the frame's is
 
 Prompter = Callable[[np.ndarray, Prompts], np.ndarray]
+
+
+def add(model: VideoMatch) -> PromptDecoder:
+    """The part of a model that is shown objects; a new one, untrained, where there is none."""
+    if model.prompts is None:
+        model.prompts = PromptDecoder(tuple(model.encoder.spec.levels.values())).to(model.device)
+    return model.prompts
 
 
 def prompter(model: VideoMatch) -> Prompter:

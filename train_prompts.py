@@ -164,7 +164,7 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
         ValueError: `options.resume`, and the state is that of a run with other options.
     """
     torch.manual_seed(options.seed)
-    decoder = model.add_prompts()
+    decoder = looking.add(model)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
     steps = options.iterations + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(

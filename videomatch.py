@@ -108,20 +108,10 @@ class VideoMatch(nn.Module):
             # NHWC, as in the encoder
             self.decoder = Decoder(EVIDENCE, tuple(spec.levels.values()), finer).to(
                 memory_format=torch.channels_last)
-        self.prompts: PromptDecoder | None = None
-        if prompts:
-            self.add_prompts()
+        channels = tuple(encoder.spec.levels.values())
+        self.prompts = PromptDecoder(channels) if prompts else None
         self.precision = torch.float32
         self.facts: dict = {}
-
-    def add_prompts(self) -> PromptDecoder:
-        """The part that is shown objects by boxes and clicks, new where there was none."""
-        if self.prompts is None:
-            channels = tuple(self.encoder.spec.levels.values())
-            # NHWC, as in the encoder
-            self.prompts = PromptDecoder(channels).to(self.device,
-                                                      memory_format=torch.channels_last)
-        return self.prompts
 
     @property
     def device(self) -> torch.device:

@@ -142,6 +142,7 @@ class PromptDecoder(nn.Module):
         self.narrow = nn.Conv2d(widths[0], FINE, 1)
         self.fine = nn.Conv2d(STEM + FINE, FINE, 3, padding=1)
         self.score = nn.Conv2d(FINE, 1, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # NHWC, as the encoder
 
     @staticmethod
     def look(image: torch.Tensor, features: torch.Tensor, levels: list[torch.Tensor]) -> Seen:

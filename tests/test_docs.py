@@ -61,7 +61,7 @@ def folder(tmp_path, monkeypatch):
         {"name": "object", "box": 0.5, "jittered": 0.5, "clicks": [0.5] * count}])
     (tmp_path / "models").mkdir()
     shown = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth")
-    shown.add_prompts()
+    prompts.add(shown)
     shown.save(tmp_path / "models/my.pth")
     name = Path(models.MobileNet_V2_Weights.IMAGENET1K_V1.url).name
     weights = tmp_path / "hub/checkpoints" / name
