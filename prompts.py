@@ -23,6 +23,7 @@ AREA = 320 * 480  # pixels that the network sees, about
 STEP = 32  # pixels, which the sides of what it sees are multiples of
 MARGIN = 0.4  # seen on each side of what is shown, as a share of its longer side
 LOOKS = 3  # at most, each at another part
+BESIDE = 0.1  # of a box's sides: what lies farther outside isn't of its object
 SAME = 0.6  # intersection over union from which two parts are as good as the same
 LEAST = 0.2  # of the frame's shorter side is seen at least
 NARROWEST = 0.6  # the shorter side of what is seen is so much of the longer one, if the frame's is
@@ -70,14 +71,43 @@ def logits(model: VideoMatch, image: np.ndarray, prompts: Prompts) -> np.ndarray
         ValueError: nothing is shown, or it doesn't lie in the frame.
     """
     check(prompts, image.shape[:2])
-    part = around(prompts, image.shape[:2])
+    shown, part = prompts, around(prompts, image.shape[:2])
     for _ in range(LOOKS):
-        found = _look(model, image, prompts, part)
-        prompts = Prompts(prompts.boxes, prompts.points, prompts.not_points, found > 0)
-        before, part = part, around(prompts, image.shape[:2])
-        if not prompts.mask.any() or overlap(before, part) > SAME:
+        found = _look(model, image, shown, part)
+        mask = meant(found > 0, prompts)
+        shown = Prompts(prompts.boxes, prompts.points, prompts.not_points, mask)
+        before, part = part, around(shown, image.shape[:2])
+        if not mask.any() or overlap(before, part) > SAME:
             break
-    return found
+    return np.where(mask | (found <= 0), found, -np.inf)
+
+
+def meant(found: np.ndarray, prompts: Prompts) -> np.ndarray:
+    """What a person can have meant of an (H, W) bool mask that answers prompts.
+
+    Nothing far beside their boxes; and if they clicked on the object, of the parts that don't hang
+    together only those with a click or with most of it in the mask so far. So a person who
+    wants one part more clicks on it, and look-alikes elsewhere need no click each.
+    """
+    if prompts.boxes:
+        inside = np.zeros_like(found)
+        for x, y, w, h in prompts.boxes:
+            left, top = max(0, math.floor(x - BESIDE * w)), max(0, math.floor(y - BESIDE * h))
+            inside[top:max(0, math.ceil(y + h + BESIDE * h)),
+                   left:max(0, math.ceil(x + w + BESIDE * w))] = True
+        found = found & inside
+    if not prompts.points:
+        return found
+    count, labels = cv2.connectedComponents(found.astype(np.uint8))
+    kept = np.zeros(count, bool)
+    if prompts.mask is not None:
+        before = np.bincount(labels[prompts.mask], minlength=count)
+        kept = before > 0.5 * np.bincount(labels.ravel(), minlength=count)
+    height, width = found.shape
+    for x, y in prompts.points:
+        kept[labels[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)]] = True
+    kept[0] = False
+    return kept[labels] if kept.any() else found
 
 
 def overlap(one: tuple[slice, slice], other: tuple[slice, slice]) -> float:

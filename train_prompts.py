@@ -66,8 +66,10 @@ class Scenes(Dataset):
             image, truth = image[:, ::-1].copy(), truth[:, ::-1].copy()
         shown, part, rounds = shows(truth, rng)
         patch, shown = looking.part_of(image, shown, part)
-        truth = cv2.resize(truth[part].astype(np.uint8), patch.shape[1::-1],
-                           interpolation=cv2.INTER_NEAREST_EXACT) > 0
+        truth, before = (None if mask is None else cv2.resize(
+            mask.astype(np.uint8), patch.shape[1::-1],
+            interpolation=cv2.INTER_NEAREST_EXACT) > 0 for mask in (truth[part], shown.mask))
+        shown = Prompts(shown.boxes, shown.points, shown.not_points, before)
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(rng.integers(2**31)))
@@ -260,6 +262,7 @@ def mend(scene: Scene, logits: torch.Tensor) -> None:
     """The person's next click; a scene without an error left is at its end."""
     found = F.interpolate(logits[None, None], size=scene.truth.shape, mode="bilinear",
                           align_corners=False)[0, 0].cpu().numpy() > 0
+    found = looking.meant(found, scene.prompts)
     keep, *left = scene.rounds
     more = clicks.clicked(scene.prompts, found, scene.truth, keep)
     scene.prompts, scene.rounds = (scene.prompts, []) if more is None else (more, left)

@@ -199,6 +199,29 @@ def test_overlap_of_parts():
     assert prompts.overlap((slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))) == 0
 
 
+def test_what_is_meant_of_several_parts():
+    found = np.zeros((40, 60), bool)
+    parts = np.zeros((3, 40, 60), bool)
+    for i, (x, w) in enumerate(((2, 10), (20, 20), (45, 10))):
+        parts[i, 5:25, x:x + w] = True
+    found = parts.any(0)
+
+    def kept(**shown_prompts):
+        mask = prompts.meant(found, Prompts(**shown_prompts))
+        assert not (mask & ~found).any()
+        return [float((mask & part).sum() / part.sum()) for part in parts]
+
+    assert kept(points=[(5, 10)]) == [1, 0, 0]
+    assert kept(points=[(5, 10), (50, 10)]) == [1, 0, 1]
+    assert kept(points=[(5, 10)], mask=parts[1]) == [1, 1, 0]
+    assert kept(points=[(5, 10)], mask=parts[1] & (np.arange(60) < 28)) == [1, 0, 0]
+    assert kept(points=[(1, 1)]) == [1, 1, 1]  # nothing was found there
+    assert kept(boxes=[(20, 5, 20, 20)]) == [0, 1, 0]
+    assert kept(boxes=[(10, 5, 20, 20)]) == pytest.approx([0.4, 0.6, 0])
+    assert kept(boxes=[(10, 5, 20, 20)], points=[(25, 10)]) == pytest.approx([0, 0.6, 0])
+    assert kept(boxes=[(0, 0, 15, 30), (44, 0, 15, 30)]) == [1, 0, 1]
+
+
 @pytest.mark.parametrize("wrong, message", [
     (Prompts(), "expected something of the object"),
     (Prompts(not_points=[(1, 1)]), "expected something of the object"),
