@@ -207,6 +207,8 @@ def masks_of(model: VideoMatch, image: np.ndarray, objects: list[Prompts]) -> np
     Raises:
         ValueError: see `logits`; or nothing was found of an object.
     """
+    for shown in objects:
+        check(shown, image.shape[:2])
     prompter(model)
     found = []
     for i, shown in enumerate(objects):
