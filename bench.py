@@ -1,6 +1,7 @@
-"""Benchmark of the matching: this toolkit against one dense similarity matrix, on equal inputs.
+"""Benchmarks, each on equal inputs: by default of the matching against a dense matrix.
 
     python bench.py [--json FILE]
+    python bench.py --video [--json FILE]
     python bench.py --scorer RESULTS -d DAVIS [--json FILE]
 
 For each encoder and upsample factor it prints seconds a frame (median, and the range of the
@@ -9,7 +10,10 @@ faster it is than the dense matrix, and how many times slower than the floor: th
 two small feature grids at the measured rate of matrix products, or its data at the measured rate
 of copies, whichever takes longer.
 
-With --scorer it measures J and F instead, of the masks in RESULTS, against the package
+With --video it measures the whole road of a frame instead, from its file to its mask, with the
+shipped weights: seconds by part, of one object and of five, in frames of 360, 480 and 720 rows.
+
+With --scorer it measures J and F, of the masks in RESULTS, against the package
 vos-benchmark with as many processes.
 """
 
@@ -22,7 +26,6 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +40,12 @@ from build import device_of
 from data import demo
 from davis import YEARS, Davis, Sequence
 from media import images
+from network import precision
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
-from videomatch import cell_labels
+from network.views import cell_labels
+from road import road, seconds
+from videomatch import SHIPPED, VideoMatch
 
 FACTORS = (1.0, 1.8, 4.0)
 DENSE_LIMIT = 6e9  # bytes; a larger dense matrix (there are two of them) is left out
@@ -58,20 +64,6 @@ def dense_match(query: torch.Tensor, reference: torch.Tensor, labels: torch.Tens
         masked = similarity.masked_fill(~members, -1)
         scores.append(masked.topk(min(k, int(members.sum())), dim=1).values.mean(dim=1))
     return torch.stack(scores).view(2, *shape)
-
-
-def seconds(run: Callable, device: torch.device) -> float:
-    """Of one call; on a GPU between two events."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    run()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1000
 
 
 def peak_memory(run: Callable, device: torch.device) -> float | None:
@@ -231,6 +223,29 @@ def bench_scorers(args: argparse.Namespace) -> dict:
     return row
 
 
+def bench_video(args: argparse.Namespace) -> dict:
+    device = device_of(args.cuda_device)
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
+    model.encoder.fold_batchnorm()
+    model.precision = precision.of(None, device, model.method)
+    names = ("reading", "encoder", "matching", "decoder", "keeping", "deciding", "frame")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+          f"{model.precision}; seconds a frame, median of {args.frames}")
+    print(f"{'rows':>5} {'objects':>8} " + " ".join(f"{name:>9}" for name in names)
+          + f" {'peak MB':>8} {'encoders':>8}")
+    found = []
+    for rows in args.rows:
+        for objects in (1, 5):
+            row = road(model, rows, objects, args.frames, peak_memory)
+            peak = row["peak_bytes"]
+            print(f"{rows:5} {objects:8} " + " ".join(f"{row[name]:9.4f}" for name in names)
+                  + f" {'?' if peak is None else round(peak / 2**20):>8}"
+                  + f" {row['times_the_encoder']:8.2f}", flush=True)
+            found.append(row)
+    return {"torch": torch.__version__, "device": str(device), "precision": str(model.precision),
+            "threads": torch.get_num_threads(), "rows": found}
+
+
 def bench_matching(args: argparse.Namespace) -> dict:
     device = device_of(args.cuda_device)
     floor_rates = rates(device)
@@ -262,6 +277,11 @@ def main() -> int:
     add("--repeats", type=int, default=3, help="of each measurement (default: 3)")
     add("--cuda_device", "-c", metavar="DEVICE", help="id of a CUDA device, or cpu, or mps")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    add("--video", action="store_true", help="measure the whole road of a frame instead")
+    add("--rows", type=int, nargs="+", default=(360, 480, 720), metavar="H",
+        help="of its frames (default: 360 480 720)")
+    add("--frames", type=int, default=12, metavar="N",
+        help="of a clip that are measured (default: 12)")
     add("--scorer", type=Path, metavar="RESULTS",
         help="measure the scoring of these masks (SEQUENCE/FRAME.png) instead of the matching")
     add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
@@ -269,7 +289,8 @@ def main() -> int:
     add("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
     args = parser.parse_args()
     try:
-        figures = bench_scorers(args) if args.scorer else bench_matching(args)
+        figures = (bench_scorers(args) if args.scorer else
+                   bench_video(args) if args.video else bench_matching(args))
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     if args.json:

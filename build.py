@@ -11,20 +11,20 @@ import torch
 
 import distributed
 import flags
+import groups
 import train
 from data import demo
 from davis import Davis
+from network import precision
 from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
 
-RECENT = 3  # frames
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout", "export",
-            "dataset", "model_load", "cuda_device", "precision"}
+            "overwrite", "video", "mask", "mask_frame", "box", "point", "not_point",
+            "cutout", "export", "dataset", "model_load", "cuda_device", "precision"}
 
 
 def device_of(name: str | None) -> torch.device:
@@ -70,9 +70,8 @@ def model_of(args: argparse.Namespace) -> VideoMatch:
     else:
         with distributed.first_alone():  # which may download them
             encoder.load_imagenet(args.encoder_weights)
-    recent = RECENT if args.method in (None, "memory") and args.mode == "train" else 0
-    spec = encoder.spec
-    return configure(VideoMatch(encoder, spec.factor, spec.top_k, recent=recent, zoom=spec.zoom),
+    refined, spec = args.method in (None, "memory") and args.mode == "train", encoder.spec
+    return configure(VideoMatch(encoder, spec.factor, spec.top_k, refined=refined, zoom=spec.zoom),
                      args)
 
 
@@ -95,7 +94,7 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     for name in ("upsample_factor", "top_k", "temperature", "dilation"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
-    if args.method == "memory" and not model.recent:
+    if args.method == "memory" and not model.refined:
         raise ValueError("--method memory: expected a checkpoint that was trained for it")
     model.method = args.method or model.method
     device = device_of(args.cuda_device)
@@ -123,8 +122,7 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     model = model_of(args)
     model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
-    model.precision = PRECISIONS[args.precision or
-                                 ("fp16" if model.device.type == "cuda" else "fp32")]
+    model.precision = precision.of(args.precision, model.device, model.method)
     return model
 
 
@@ -142,7 +140,7 @@ def training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=tuple(args.input_image_shape or flags.TRAINING_SHAPE), iterations=iterations,
+        shape=tuple(args.input_image_shape or groups.TRAINING_SHAPE), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,

@@ -21,7 +21,10 @@ import evaluate
 import flags
 import own_video
 import train
+import train_prompts
+from data.stills import Stills
 from davis import split
+from network import precision
 
 log = logging.getLogger("videomatch")
 
@@ -95,15 +98,33 @@ def one_line(error: Exception) -> str:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    training, held_out = split(build.data(args).sequences, args.validation_size, args.seed)
+    stills = [still for folder in args.stills for still in Stills(folder)]
+    training, held_out = (split(build.data(args).sequences, args.validation_size, args.seed)
+                          if args.dataset or args.demo else ([], []))
+    if args.prompts:
+        return run_train_prompts(args, training, held_out, stills)
     torch.manual_seed(args.seed)
     model = build.model_of(args)
-    frames = sum(len(sequence) for sequence in training)
-    each = args.batch_size * distributed.count()
+    model.precision = precision.of(args.precision, model.device, model.method, training=True)
+    frames, each = sum(map(len, (*training, *stills))), args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
-    log.info("%d sequences to train on, held out: %s", len(training),
-             ", ".join(sequence.name for sequence in held_out) or "none")
-    train.train(model, training, held_out, build.training(args, model, iterations))
+    log.info("%d sequences and %d still images to train on, held out: %s", len(training),
+             len(stills), ", ".join(s.name for s in held_out) or "none")
+    train.train(model, training, held_out, build.training(args, model, iterations), stills)
+
+
+def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
+                      stills: list) -> None:
+    stills, apart = train_prompts.split_stills(stills, args.validation_size, args.seed)
+    torch.manual_seed(args.seed)
+    model = build.model_of(args)
+    iterations = args.epochs * (sum(map(len, training)) + len(stills) if args.iters == -1
+                                else args.iters)
+    log.info("%d sequences and %d still images to train on, held out: %s, and %d still images",
+             len(training), len(stills),
+             ", ".join(sequence.name for sequence in held_out) or "none", len(apart))
+    train_prompts.train_prompts(model, training, stills, [*held_out, *apart],
+                                build.training(args, model, iterations))
 
 
 def run_eval(args: argparse.Namespace) -> None:

@@ -8,15 +8,17 @@ import numpy as np
 
 import annotations
 import build
+import prompts
 import report
 import segment
 import sinks
 from annotations import FORMATS
 from confidence import Confidence, unsure
 from manifest import Manifest, free_folder, keep_apart, stamp
-from media import annotate, images
+from media import images
 from media.background import progress
 from media.video import open_clip
+from videomatch import VideoMatch
 
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 
@@ -29,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
                [args.video])
-    masks = given_masks(args, clip, results)
     model = build.model_in_use(args)
+    masks = given_masks(args, clip, results, model)
     ours = (results / "manifest.json").is_file()
     with Manifest(results, build.facts(args, model, {
             "data": data,
@@ -73,8 +75,9 @@ def run(args: argparse.Namespace) -> None:
               f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
 
 
-def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
-    """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
+def given_masks(args: argparse.Namespace, clip, results: Path,
+                model: VideoMatch) -> dict[int, np.ndarray]:
+    """The masks that --mask names, or the one that --box and --point make, kept as a file."""
     default = clip.number(0) if args.mask_frame is None else args.mask_frame
     masks = {}
     for text in args.mask:
@@ -89,8 +92,8 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
     image = next(clip.frames(frame), None)
     if image is None:
         raise ValueError(f"--mask_frame {default}: the clip ends before it")
-    mask = (annotate.mask_from_box(image, tuple(args.box)) if args.box
-            else annotate.Annotator(image).run())
+    mask = prompts.masks_of(model, image, prompts.in_order(
+        args.box, args.point, args.not_point))
     path = results / f"mask_{default:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
     images.write_mask(path, mask)

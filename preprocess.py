@@ -15,6 +15,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from data.motion import recoloured
 from media import drawing, figures, images
 
 log = logging.getLogger(__name__)
@@ -67,10 +68,10 @@ class Augment:
     ZOOM = 0.12  # logarithm of the largest change of scale from a frame of a clip to the next
 
     def __init__(self, shape: tuple[int, int], random: bool = True):
-        self.shape, self.random = tuple(shape), random
+        self.shape: tuple[int, int] = (shape[0], shape[1])
+        self.random = random
         ratio = shape[1] / shape[0]
         self.ratio = (ratio * 0.8, ratio * 1.25)
-        self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W, 3) uint8 and (H, W) uint8 -> (3, *shape) normalised float32, (*shape) uint8."""
@@ -98,6 +99,15 @@ class Augment:
         if self.random and torch.rand(()) < 0.5:
             images, masks = images.flip(-1), masks.flip(-1)
         return list(zip(_normalize(images), masks))
+
+    @staticmethod
+    def colour(images: torch.Tensor) -> torch.Tensor:
+        """(T, 3, H, W) uint8 with one random change of light, contrast, saturation and hue."""
+        change = (torch.rand(4) * 2 - 1) * torch.tensor([0.3, 0.3, 0.3, 0.05 * 2 * math.pi])
+        light, contrast, saturation, hue = change.tolist()
+        frames = [recoloured(frame, 1 + light, 1 + contrast, 1 + saturation, hue)
+                  for frame in images.permute(0, 2, 3, 1).contiguous().numpy()]
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
     def _crop(self, image: np.ndarray, mask: np.ndarray,
               box: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

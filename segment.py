@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 import preprocess
+from checkpoint import save
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
 from network.outliers import decide
 from tracker import Step, Tracker
-from videomatch import VideoMatch, save
+from videomatch import VideoMatch
 
 KEPT_EVERY = 20.0  # seconds from one state that a run can go on from to the next
 

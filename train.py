@@ -1,4 +1,7 @@
-"""Training on pairs of frames, or on clips, of one sequence, with whole sequences held out."""
+"""Training on pairs of frames, or on clips of videos and of still images.
+
+Whole sequences are held out. It knows neither flags nor how samples are drawn.
+"""
 
 import copy
 import json
@@ -10,57 +13,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import distributed
 import metrics
 import preprocess
-from data.samples import Clips, Pairs, PairSampler
+from checkpoint import save
+from data.samples import Clips, Pairs, batches
+from data.stills import Still
 from davis import Sequence
 from media import figures, files
 from media.background import interruptible, progress
+from network.losses import LOSSES
 from tracker import Tracker
-from videomatch import VideoMatch, save
+from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
 DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
-MATCHING_WEIGHT = 0.3  # of the loss of the matching alone, beside that of the decoder
+KEY_RATE = 3  # likewise of what compares cells, which starts well
+KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
+FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 GRADIENT = 5.0  # the largest norm of a gradient
+START = 16  # images of which the first keys are made
 FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
-
-
-def dice(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - (2 * intersection + 1) / (sum of both + 1) of each frame, averaged over the batch.
-
-    Args:
-        probability: (B, H, W) of the object, in [0, 1].
-        target: (B, H, W), 0 or 1.
-    """
-    intersection = (probability * target).sum((1, 2))
-    total = probability.sum((1, 2)) + target.sum((1, 2))
-    return (1 - (2 * intersection + 1) / (total + 1)).mean()
-
-
-def bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of probabilities, averaged over all pixels; shapes as for `dice`."""
-    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target)
-
-
-def balanced_bce(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy in which object and background weigh alike in each frame.
-
-    Foreground pixels are weighted by the share of background, background pixels by the share
-    of foreground (Xie and Tu: Holistically-nested edge detection, ICCV 2015, equation 2).
-    """
-    foreground = target.mean((1, 2), keepdim=True)
-    weight = torch.where(target > 0, 1 - foreground, foreground)
-    return F.binary_cross_entropy(probability.clamp(1e-6, 1 - 1e-6), target, weight=weight)
-
-
-LOSSES = {"dice": dice, "bce": bce, "balancedbce": balanced_bce}
 
 
 @dataclass
@@ -86,7 +62,7 @@ class Options:
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
-          options: Options) -> float:
+          options: Options, stills: list[Still] | None = None) -> float:
     """Fit the model; keep the weights with the best IoU on the held-out sequences.
 
     Where none are held out, those of the last iteration.
@@ -95,19 +71,26 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     report all that it takes to go on is kept beside the weights (.state); nothing random is, as a
     clip depends on its index alone.
 
+    Args:
+        stills: still images to make clips of, beside sequences or instead of them.
+
     Returns:
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
-        ValueError: `options.resume`, and the state is that of a run with other options; or there
-            is an earlier run at `options.save` that is neither to be resumed nor overwritten; or
+        ValueError: stills for another method than "memory"; `options.resume`, and the state is
+            that of a run with other options; or there is an earlier run at `options.save` that is
+            neither to be resumed nor overwritten; or
             the loss or the weights are no numbers any more.
     """
     torch.manual_seed(options.seed)
-    dataset = Clips if model.method == "memory" else Pairs
-    clips = dataset(training, preprocess.Augment(options.shape, options.augment))
+    stills = stills or []
+    if stills and model.method != "memory":
+        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
+    if model.refined and not model.facts:  # not loaded from anywhere
+        start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
-    report = Report(model, optimizer, schedule, training, held_out, options)
+    report = Report(model, optimizer, schedule, training, held_out, options, stills)
     done = report.resume() if options.resume else None
     if done is None:
         if not options.overwrite:
@@ -115,13 +98,11 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
-    step_size = options.batch_size * distributed.count()
-    sampler = PairSampler(len(clips), total * step_size, options.shuffle, options.seed,
-                          skip=done * step_size, rank=distributed.rank(),
-                          ranks=distributed.count())
-    loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
+    augment = preprocess.Augment(options.shape, options.augment)
+    drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
+                    options, range(done, total))
     with interruptible() as interrupted:
-        bar = progress(loader, desc="training", disable=distributed.rank() > 0, initial=done,
+        bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
                        total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
@@ -143,21 +124,33 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     return report.best
 
 
+def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
+    """Give a new reader keys that keep what features of some images differ in."""
+    chosen = sources[::max(1, len(sources) // START)]
+    with torch.no_grad():
+        images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
+        features = [model.encoder(image[None])[0].flatten(1).T for image in images]
+    model.reader.start(torch.cat(features))
+
+
 def optimizer_of(model: VideoMatch, options: Options):
     """AdamW, and the schedule of its learning rates: a short rise, then a cosine down to 0.
 
     Its first momentum goes the other way, from 0.95 to 0.85 and back (Smith and Topin:
     Super-convergence, 2017), as PyTorch has it.
     """
-    rates = {model.encoder: options.learning_rate}
-    if model.recent:
-        rates[model.decoder] = DECODER_RATE * options.learning_rate
-    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rate}
-              for part, rate in rates.items()]
+    parts = [(list(model.encoder.parameters()), 1)]
+    if model.refined:
+        keys = model.reader.comparing()
+        others = [p for part in (model.reader, model.decoder) for p in part.parameters()
+                  if all(p is not key for key in keys)]
+        parts += [(keys, KEY_RATE), (others, DECODER_RATE)]
+    groups = [{"params": [p for p in parameters if p.requires_grad],
+               "lr": times * options.learning_rate} for parameters, times in parts]
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
     steps = options.iterations + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, list(rates.values()), total_steps=steps,
+        optimizer, [group["lr"] for group in groups], total_steps=steps,
         pct_start=max(WARM_UP, 1.5 / steps))  # PyTorch divides by zero where one step is all
     return optimizer, schedule
 
@@ -166,29 +159,13 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
          shared: bool = True) -> float:
     """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
 
-    The first frame is the reference. Each of the others is segmented with what the model itself
-    found in those before.
-
     Args:
         shared: the processes of a job take the same step, each on its own batch.
     """
     model.train()
-    images, masks = batch
-    memories = [model.memory([1]) for _ in images]
-    model.refer(images[:, 0], masks[:, 0], memories)
-    loss = 0
-    for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
-        frames, target = model.encode(image), truth.to(model.device).float()
-        scores = model.match(frames, memories)
-        matched = scores / model.temperature
-        found = model.enlarged(model.refine(frames, memories, scores) if model.method == "memory"
-                               else matched, frames.size)  # (B, 2, H, W)
-        loss = loss + sum(LOSSES[name](found[:, 1], target) for name in losses)
-        if model.method == "memory":
-            alone = model.enlarged(matched, frames.size)[:, 1]
-            loss = loss + MATCHING_WEIGHT * sum(LOSSES[name](alone, target) for name in losses)
-            model.remember(frames, memories, found)
-    loss = loss / (images.shape[1] - 1)
+    clips = [loss_of(model, images.to(model.device), masks.to(model.device).long(), losses)
+             for images, masks in zip(*batch)]
+    loss = sum(clips) / len(clips)
     if not loss.isfinite():
         raise ValueError("the loss is no number any more: a lower --learning_rate (-l) helps; "
                          "the best weights so far are kept")
@@ -199,6 +176,31 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
+
+
+def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
+            losses: tuple[str, ...]) -> torch.Tensor:
+    """The loss of a clip, (T, 3, H, W) and (T, H, W) ids 0 to N.
+
+    The first frame is the reference. Each of the others is segmented with what the model itself
+    found in those before, all objects at once.
+    """
+    frames, memories = model.encode(images), [model.memory(list(range(1, int(masks[0].max()) + 1)))]
+    model.refer(images[:1], masks[:1], memories, frames[:1])
+    size, total = masks.shape[1:], 0
+    for t in range(1, len(images)):
+        frame = frames[t:t + 1]
+        outputs = [(model.match(frame, memories) / model.temperature, FEATURE_WEIGHT)]
+        if model.method == "memory":
+            logits, scores = model.refine(frame, memories)
+            outputs = [(logits, 1), (scores / model.temperature, KEY_WEIGHT), *outputs]
+            model.remember(frame, memories, logits.softmax(1))
+        else:
+            outputs = [(outputs[0][0], 1)]
+        for output, weight in outputs:
+            found = model.enlarged(output, size)[0]
+            total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
+    return total / (len(images) - 1)
 
 
 def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
@@ -253,14 +255,15 @@ class Report:
     FREE = ("save", "workers", "plot", "overwrite", "resume")
 
     def __init__(self, model: VideoMatch, optimizer, schedule, training: list[Sequence],
-                 held_out: list[Sequence], options: Options):
+                 held_out: list[Sequence], options: Options, stills: list[Still]):
         self.model, self.held_out, self.options = model, held_out, options
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         self.run = {name: repr(value) for name, value in vars(options).items()
                     if name not in self.FREE}
         self.run |= {"processes": str(distributed.count()), "model": repr(model.configuration()),
                      "training sequences": " ".join(s.name for s in training),
-                     "held-out sequences": " ".join(s.name for s in held_out)}
+                     "held-out sequences": " ".join(s.name for s in held_out),
+                     "still images": " ".join(s.name for s in stills)}
         self.losses: list[float] = []  # since the last report
         self.history: list[dict] = []
         self.best, self.stale = -1.0, 0
@@ -289,6 +292,14 @@ class Report:
         log.info("going on after iteration %d", self.history[-1]["iteration"])
         return self.history[-1]["iteration"]
 
+    def keep(self, iteration: int, **held_out) -> None:
+        """Write the weights, which are the best so far."""
+        self.model.save(self.options.save, iteration=iteration, **held_out)
+
+    def scores(self, held_out: list[Sequence]) -> list[float]:
+        """What decides which weights are best, by its mean."""
+        return validate(self.model, held_out, self.options.shape)
+
     def check_free(self) -> None:
         """Refuse to write over what an earlier run left."""
         left = [path for path in (self.options.save, self.state) if path.is_file()]
@@ -301,8 +312,7 @@ class Report:
         if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
             raise ValueError("the weights are no numbers any more: a lower --learning_rate (-l) "
                              "helps; the best weights so far are kept")
-        part = validate(self.model, distributed.share(self.held_out), self.options.shape)
-        scores = sum(distributed.gather(part), [])
+        scores = sum(distributed.gather(self.scores(distributed.share(self.held_out))), [])
         # exact, in whatever order they come
         iou = math.fsum(scores) / len(scores) if scores else math.nan
         losses = sum(distributed.gather(self.losses), [])
@@ -321,9 +331,8 @@ class Report:
         files.write(self.options.save.with_suffix(".jsonl"),
                     "".join(json.dumps(line) + "\n" for line in self.history))
         if better:
-            held_out = {"held_out_iou": iou} if scores else {}
-            self.model.save(self.options.save, iteration=iteration, **held_out,
-                            held_out=[s.name for s in self.held_out])
+            self.keep(iteration, **({"held_out_iou": iou} if scores else {}),
+                      held_out=[s.name for s in self.held_out])
         save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
             "run": self.run, "history": self.history, "best": self.best, "stale": self.stale})
         if self.options.plot and len(self.history) > 1:

@@ -8,8 +8,6 @@ is handed in; a `Tracker` drives both. Run by itself it shows the probabilities:
 """
 
 import argparse
-import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import preprocess
-from media import drawing, figures, files, images
+from checkpoint import Checkpointed
+from media import drawing, figures, images
+from network.bank import Cells
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
-from network.memory import Memory, View
+from network.memory import Memory
 from network.outliers import decide
+from network.prompts import PromptDecoder
+from network.reader import EVIDENCE, Reader, View, best_other
+from network.views import CLOSER, around, cell_labels, near, sets_of, thinned
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
-CLOSER = (2.0, 4.0)  # how many times nearer the reference frame is looked at too
 
 
 @dataclass
@@ -37,22 +38,23 @@ class Frames:
     """B frames as the network sees them.
 
     Args:
-        grids: the features of each that are matched, on an enlarged grid.
+        features: (B, C, h, w), those that are matched.
         levels: (B, C, h, w) features of each level of the backbone, finest first.
         size: (H, W) of the images.
+        cells: what the reader sees of each; none where there is no reader.
     """
 
-    grids: list[Grid]
+    features: torch.Tensor
     levels: list[torch.Tensor]
     size: tuple[int, int]
+    cells: list[Cells]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(h, w) of the enlarged grids."""
-        return self.grids[0].shape
+    def __getitem__(self, part: slice) -> "Frames":
+        return Frames(self.features[part], [level[part] for level in self.levels], self.size,
+                      self.cells[part])
 
 
-class VideoMatch(nn.Module):
+class VideoMatch(Checkpointed):
     """Encode frames, match them with memories of their videos, refine.
 
     Nothing here changes while a video is segmented, so any number of videos, and threads, may
@@ -66,24 +68,23 @@ class VideoMatch(nn.Module):
             without it no probability could leave [0.12, 0.88].
         dilation: outlier removal keeps what lies within this many pixels of the object's
             previous mask (the paper: 100).
-        recent: how many of the last frames are matched as well; above 0 there is a `Decoder`.
+        refined: there are a `Reader` and a `Decoder`.
         zoom: in use, not in training, frames are enlarged by this before the encoder, > 0.
+        prompts: there is a `PromptDecoder`, for which no part of a video's road has any use.
 
     Attributes:
         method: "matching": the scores of the reference frame decide. "paper": its sets grow with
-            the video, by the paper's online update. "memory", the default where `recent` is
-            above 0: scores, what the recent frames say, and the frame's finer features go
-            through the decoder.
+            the video, by the paper's online update. "memory", the default where it is
+            `refined`: what the reader finds in earlier frames, and the frame's finer features,
+            go through the decoder.
         confidence: c, the probability from which the online update believes in an object (the
             paper: 0.95).
         precision: of the encoder and of products; sums are float32.
     """
 
-    EVIDENCE = 7  # channels, see `_evidence`
-
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
-                 temperature: float = 0.05, dilation: int = 100, recent: int = 0,
-                 zoom: float = 1.0):
+                 temperature: float = 0.05, dilation: int = 100, refined: bool = False,
+                 zoom: float = 1.0, prompts: bool = False):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -97,12 +98,17 @@ class VideoMatch(nn.Module):
             raise ValueError(f"dilation must not be negative, got {dilation}")
         self.encoder, self.upsample_factor = encoder, float(upsample_factor)
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
-        self.recent, self.zoom = recent, zoom
-        self.method, self.confidence = "memory" if recent else "matching", 0.95
-        if recent:
-            self.decoder = Decoder(self.EVIDENCE, tuple(encoder.spec.levels.values()))
+        self.refined, self.zoom = refined, zoom
+        self.method, self.confidence = "memory" if refined else "matching", 0.95
+        if refined:
+            spec, finer = encoder.spec, encoder.spec.finer
+            self.reader = Reader(spec.channels, spec.finest, 2 ** finer)
+            # NHWC, as in the encoder
+            self.decoder = Decoder(EVIDENCE, tuple(spec.levels.values()), finer).to(
+                memory_format=torch.channels_last)
+        channels = tuple(encoder.spec.levels.values())
+        self.prompts = PromptDecoder(channels) if prompts else None
         self.precision = torch.float32
-        self.facts: dict = {}
 
     @property
     def device(self) -> torch.device:
@@ -116,21 +122,32 @@ class VideoMatch(nn.Module):
         """
         image, size = image.to(self.device), tuple(image.shape[-2:])
         scale = 1.0 if self.training else self.zoom * scale
-        if scale != 1:
+        if self.method == "memory":  # whole cells, of which the finest level divides each
+            stride = self.encoder.spec.stride
+            image = _resized(image, [max(1, round(side * scale / stride)) * stride
+                                     for side in size], antialias=scale < 1)
+        elif scale != 1:
             image = F.interpolate(image, scale_factor=scale, mode="bilinear",
                                   align_corners=False, antialias=scale < 1)
-        with torch.autocast(self.device.type, self.precision,
-                            enabled=self.precision != torch.float32):
+        with self._in_precision():
             features, levels = self.encoder.pyramid(image)
-        return Frames([Grid(frame, self.upsample_factor) for frame in features], levels, size)
+        cells = []
+        if self.method == "memory":
+            precision = torch.float32 if self.training else self.precision
+            cells = [self.reader.look(x, precision) for x in features]
+        return Frames(features, levels, size, cells)
+
+    def _in_precision(self):
+        return torch.autocast(self.device.type, self.precision,
+                              enabled=self.precision != torch.float32)
 
     def memory(self, object_ids: list[int]) -> Memory:
         """That of a video of which nothing is known yet."""
         # the frames of a clip to train on lie apart already
-        return Memory(object_ids, self.recent, every=1 if self.training else 5)
+        return Memory(object_ids, every=1 if self.training else 5)
 
-    def refer(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray,
-              memories: list[Memory]) -> Frames:
+    def refer(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray, memories: list[Memory],
+              frames: Frames | None = None) -> Frames:
         """Add frames whose masks are known, the reference frames, to the memories of their videos.
 
         Args:
@@ -138,68 +155,60 @@ class VideoMatch(nn.Module):
             mask: (B, H, W) integers, 0 background, else object ids; its size may differ from the
                 image's. What none of the memories' objects is is in no set.
             memories: B, with as many objects each.
+            frames: the images encoded, if they are already.
 
         Returns:
             The encoded frames.
         """
         image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
-        frames = self.encode(image)
-        for memory, grid, x, y in zip(memories, frames.grids, image, mask):
-            views = [(grid, self._sets_of(y, grid.shape, memory.object_ids))]
-            if self.method == "memory" and not self.training:
-                views += self._closer(x, y, memory.object_ids)
-            memory.refer(views)
+        frames = frames or self.encode(image)
         if self.method == "memory":
-            found = torch.stack([mask == i for i in (0, *memories[0].object_ids)], 1).float()
-            self.remember(frames, memories, found, given=True)
+            for memory, cells, x, y in zip(memories, frames.cells, image, mask):
+                views = [View(cells, y)]
+                if not self.training:
+                    views += self._closer(x, y, memory.object_ids)
+                self.reader.refer(memory.bank, views, memory.object_ids)
+        if self.method != "memory" or self.training:
+            for memory, features, y in zip(memories, frames.features, mask):
+                grid = self._grid(features)
+                memory.refer([(grid, sets_of(y, grid.shape, memory.object_ids))])
         return frames
 
-    @staticmethod
-    def _sets_of(mask: torch.Tensor, shape: tuple[int, int], object_ids) -> torch.Tensor:
-        """(H, W) object ids -> (h, w) the set of each feature cell."""
-        labels = cell_labels(mask[None], shape)[0]
-        sets = torch.full_like(labels, -1)
-        for i, object_id in enumerate((0, *object_ids)):
-            sets[labels == object_id] = i
-        return sets
+    def _grid(self, features: torch.Tensor) -> Grid:
+        """(C, h, w), to match with all features; beside keys, in training, on the small grid."""
+        return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
     def _closer(self, image: torch.Tensor, mask: torch.Tensor, object_ids) -> Iterator[View]:
         """(3, H, W) and (H, W): how each object and what is around it would look from nearer.
 
-        An object that comes closer is matched with these.
+        An object that comes closer is found by these. Those of all objects together are no more
+        cells than a frame has.
         """
         mask = F.interpolate(mask[None, None].float(), size=image.shape[1:],
                              mode="nearest-exact")[0, 0].long()
         for object_id in set(object_ids) & set(mask.unique().tolist()):
             for scale in CLOSER:
                 part = around(mask == object_id, scale)
-                grid = self.encode(image[None, :, *part], scale).grids[0]
-                yield grid, self._sets_of(mask[part], grid.shape, object_ids)
+                cells = self.encode(image[None, :, *part], scale).cells[0]
+                kept = near(cell_labels(mask[None][:, *part], cells.shape)[0] == object_id)
+                yield View(cells, mask[part], thinned(kept, kept.numel() // (
+                    len(CLOSER) * len(object_ids))))
 
-    def _finest(self, grid: Grid) -> Grid:
-        """The layer that knows best where things are, for matching near a position."""
-        return Grid(grid.features[:self.encoder.spec.finest], grid.factor)
-
-    def remember(self, frames: Frames, memories: list[Memory], probabilities: torch.Tensor,
-                 given: bool = False) -> None:
+    def remember(self, frames: Frames, memories: list[Memory], probabilities: torch.Tensor) -> None:
         """Keep frames for those to come.
 
         Args:
             probabilities: (B, N+1, H, W) what was found in them.
-            given: they are reference frames.
         """
-        cells = F.interpolate(probabilities, size=frames.shape, mode="bilinear",
-                              align_corners=False, antialias=True)
-        for memory, grid, labels in zip(memories, frames.grids, cells):
-            memory.recent.add(self._finest(grid), labels)
-            memory.past.add(grid.features, labels, given)
+        for memory, cells, found in zip(memories, frames.cells, probabilities):
+            self.reader.remember(memory.bank, cells, found)
 
     def predict(self, frames: Frames, memories: list[Memory],
                 shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.
 
         Args:
-            memories: that of the video of each frame.
+            memories: that of the video of each frame, with as many objects each.
             shape: (H, W) of the result; None takes the images'.
 
         Returns:
@@ -210,45 +219,46 @@ class VideoMatch(nn.Module):
             RuntimeError: there is no reference frame yet.
             ValueError: the method is "memory", and the frames' size isn't that of the reference.
         """
-        scores = self.match(frames, memories)
-        logits = (self.refine(frames, memories, scores) if self.method == "memory"
-                  else scores / self.temperature)
+        if self.method == "memory":
+            logits, _ = self.refine(frames, memories)
+        else:
+            logits = self.match(frames, memories) / self.temperature
         return self.enlarged(logits, shape or frames.size)
 
     def match(self, frames: Frames, memories: list[Memory]) -> torch.Tensor:
         """(B, N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
         if any(memory.sets is None for memory in memories):
             raise RuntimeError("nothing to match with: refer to a reference frame first")
-        return torch.stack([soft_match(grid, memory.sets.reference, self.top_k)
-                            for grid, memory in zip(frames.grids, memories)])
+        return torch.stack([soft_match(self._grid(features), memory.sets.reference, self.top_k)
+                            for features, memory in zip(frames.features, memories)])
 
-    def refine(self, frames: Frames, memories: list[Memory],
-               scores: torch.Tensor) -> torch.Tensor:
-        """(B, N+1, h, w) scores -> (B, N+1, H/4, W/4) logits; that of the background is 0."""
-        if frames.shape != memories[0].recent.shape:
-            raise ValueError(f"expected a frame of the reference frame's size, got {frames.size}")
-        evidence = torch.stack([self._evidence(*parts)
-                                for parts in zip(scores, frames.grids, memories)])
-        logits = self.decoder(evidence, [level.float() for level in frames.levels])
-        return F.pad(logits, (0, 0, 0, 0, 1, 0))
+    def refine(self, frames: Frames,
+               memories: list[Memory]) -> tuple[torch.Tensor, torch.Tensor]:
+        """By method "memory": logits, and the scores of the keys alone.
+
+        Returns:
+            (B, N+1, H/4, W/4) logits, those of the background 0; (B, N+1, h, w) scores, cosines.
+        """
+        if any(memory.bank.shape is None for memory in memories):
+            raise RuntimeError("nothing to match with: refer to a reference frame first")
+        found = []
+        for i, (memory, cells) in enumerate(zip(memories, frames.cells)):
+            if cells.shape != memory.bank.shape:
+                raise ValueError("expected a frame of the reference frame's size, got "
+                                 f"{frames.size}")
+            evidence, scores = self.reader.read(memory.bank, cells)
+            before = memory.bank.recent[-1].found[1:]
+            with self._in_precision():
+                logits = self.decoder(evidence, torch.stack([before, best_other(before)], 1),
+                                      [level[i:i + 1] for level in frames.levels])
+            found.append((F.pad(logits.float()[None], (0, 0, 0, 0, 1, 0))[0], scores))
+        return tuple(torch.stack(parts) for parts in zip(*found))
 
     @staticmethod
     def enlarged(logits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         """(B, N+1, h, w) logits -> (B, N+1, *shape) probabilities."""
         logits = F.interpolate(logits, size=tuple(shape), mode="bilinear", align_corners=False)
         return logits.softmax(1)
-
-    def _evidence(self, scores: torch.Tensor, grid: Grid, memory: Memory) -> torch.Tensor:
-        """(N, EVIDENCE, h, w): what speaks for each object of a frame and against it."""
-        labels, similarity = memory.recent.propagate(self._finest(grid))  # (N+1, h, w), (h, w)
-        far = F.interpolate(memory.past.propagate(grid.features)[None], size=grid.shape,
-                            mode="bilinear", align_corners=False)[0]
-        before, objects = memory.recent.labels[-1], []
-        for i in range(1, len(scores)):
-            others = torch.cat([scores[:i], scores[i + 1:]]).amax(0)
-            objects.append(torch.stack([10 * (scores[i] - others), scores[i], others,
-                                        labels[i], before[i], similarity, far[i]]))
-        return torch.stack(objects)
 
     def update_online(self, frames: Frames, memory: Memory, before: torch.Tensor,
                       after: torch.Tensor) -> None:
@@ -261,7 +271,7 @@ class VideoMatch(nn.Module):
         Args:
             before, after: (N+1, H, W) probabilities, of outlier removal.
         """
-        grid = frames.grids[0]
+        grid = self._grid(frames.features[0])
         before, after = (F.interpolate(p[None], size=grid.shape, mode="bilinear",
                                        align_corners=False, antialias=True)[0]
                          for p in (before, after))
@@ -270,93 +280,31 @@ class VideoMatch(nn.Module):
         labels[(before[0] < 0.5) & (after[0] > self.confidence)] = 0
         memory.sets.update(grid, labels)
 
-    def save(self, path: str | Path, **facts) -> None:
-        """Write a checkpoint that needs no flags to be loaded: weights and configuration.
-
-        Args:
-            facts: numbers and texts kept beside it, such as `held_out_iou`.
-        """
-        save(path, {"config": self.configuration(), "facts": facts, "model": self.state_dict()})
-
-    def digest(self) -> str:
-        """SHA-256 of weights and configuration, in hexadecimal: equal for equal models only."""
-        found = hashlib.sha256(repr(self.configuration()).encode())
-        for name, tensor in self.state_dict().items():
-            found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
-
     def configuration(self) -> dict:
-        """What it takes, beside the weights, to build the model again."""
+        # unless it is there nothing is said of it: older models keep their digest
+        shown = {} if self.prompts is None else {"prompts": True}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
-                "recent": self.recent, "zoom": self.zoom}
+                "refined": self.refined, "zoom": self.zoom, **shown}
 
     @classmethod
-    def load(cls, path: str | Path) -> "VideoMatch":
-        """Build the model that `save` wrote, on the CPU. `facts` holds what was kept beside it.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a checkpoint of this toolkit.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, expected a checkpoint written by "
-                                    "--model_save")
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(checkpoint["config"])
-            encoder = Encoder(config.pop("encoder"))
-            layer = config.pop("layer")
-            if layer != encoder.spec.layer:
-                raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
-            model = cls(encoder, **config)
-            model.load_state_dict(checkpoint["model"])
-            model.facts = dict(checkpoint["facts"])
-            for name, tensor in model.state_dict().items():
-                if not tensor.isfinite().all():
-                    raise ValueError(f"{name} holds values that are not finite")
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"{path}: not a checkpoint of this toolkit ({reason})") from error
-        return model
+    def configured(cls, config: dict) -> "VideoMatch":
+        config = dict(config)
+        encoder, layer = Encoder(config.pop("encoder")), config.pop("layer")
+        if config.pop("recent", 0):
+            raise ValueError("of an earlier version's --method memory: train again, or take "
+                             "the one in models/")
+        if layer != encoder.spec.layer:
+            raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
+        return cls(encoder, **config)
 
 
-def save(path: str | Path, content: dict) -> None:
-    """Write what `torch.save` writes, whole or not at all; raises an OSError as `files.write`."""
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError
-    torch.save(content, buffer)
-    files.write(path, buffer.getvalue())
-
-
-def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """(B, H, W) object ids -> (B, h, w) object ids of the feature cells, by nearest neighbour.
-
-    An object too small to be met by any cell's centre gets the cell that holds most of it.
-    """
-    cells = F.interpolate(mask[:, None].float(), size=shape, mode="nearest-exact")[:, 0].long()
-    for frame, grid in zip(mask, cells):
-        for object_id in set(frame.unique().tolist()) - set(grid.unique().tolist()) - {0}:
-            share = F.adaptive_avg_pool2d((frame == object_id)[None].float(), shape)[0]
-            grid.view(-1)[share.argmax()] = object_id
-    return cells
-
-
-def around(mask: torch.Tensor, scale: float) -> tuple[slice, slice]:
-    """Rows and columns of the part of a frame that shows an object `scale` times as near.
-
-    Args:
-        mask: (H, W) bool, somewhere true: the object, whose middle is that of the part, or as
-            close to it as the frame's edges allow.
-    """
-    part = []
-    for found, side in zip(mask.nonzero(as_tuple=True), mask.shape):
-        length = max(1, round(side / scale))
-        middle = (int(found.min()) + int(found.max()) + 1) / 2
-        first = min(max(0, round(middle - length / 2)), side - length)
-        part.append(slice(first, first + length))
-    return part[0], part[1]
+def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:
+    if list(image.shape[-2:]) == list(size):
+        return image
+    return F.interpolate(image, size=list(size), mode="bilinear", align_corners=False,
+                         antialias=antialias)
 
 
 def main():

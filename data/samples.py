@@ -1,15 +1,25 @@
 """Samples to train on: pairs and clips of frames, drawn from sequences by an index alone."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+import distributed
+from data import motion, scenes
+from data.motion import Layer
+from data.stills import Still
 from davis import Sequence
-from preprocess import Augment
+from preprocess import Augment, to_tensor
+
+Source = Sequence | Still
+
+CLIP = 4  # frames of a clip where there are no still images
+# Where there are: first these, then videos too, then longer clips. Each until what share of the
+# steps, with what share of clips made of stills, of how many frames.
+PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
 
 
 class Pairs(Dataset):
@@ -22,8 +32,9 @@ class Pairs(Dataset):
     Items are (2, 3, H, W) images and (2, H, W) masks, those of the reference frame first.
     """
 
-    def __init__(self, sequences: list[Sequence], augment: Augment):
-        self.frames = [(sequence, i) for sequence in sequences for i in range(len(sequence))]
+    def __init__(self, sequences: Iterable[Source], augment: Augment):
+        self.frames: list[tuple[Source, int]] = [(sequence, i) for sequence in sequences
+                                                 for i in range(len(sequence))]
         self.augment = augment
 
     def __len__(self) -> int:
@@ -41,7 +52,7 @@ class Pairs(Dataset):
                     for image, mask in pair]
         return tuple(torch.stack(tensors) for tensors in zip(*pair))
 
-    def _reference(self, sequence: Sequence, rng,
+    def _reference(self, sequence: Source, rng,
                    wanted: int | None = None) -> tuple[int, np.ndarray, int]:
         """A random frame with an object (`wanted`, or any), its mask, and one of its objects."""
         for frame in rng.permutation(len(sequence)).tolist():
@@ -55,112 +66,215 @@ class Pairs(Dataset):
 class Clips(Pairs):
     """Clips for the use with recent frames: a reference frame and the frames to segment after it.
 
-    The reference frame is that before the others, or any of the sequence, augmented by itself.
-    Into some clips another sequence's object is pasted, which moves on its own: to be found, or
-    to be told from the object.
+    A sequence's frames follow each other as in the video; the reference frame is that before the
+    others, or any of the sequence, augmented by itself. A still image (a sequence of one frame)
+    becomes a clip by motion: background and objects go their own ways. Into some clips objects of
+    others are pasted, which move on their own, and doubles of the clip's own.
 
-    Items are (T, 3, H, W) images and (T, H, W) masks; the reference frame is the first.
+    Items are (T, 3, H, W) images and (T, H, W) uint8 masks; the reference frame is the first. The
+    ids are 1 to N, N <= `objects`, in any order, each in the reference frame's mask; what can't be
+    known from that is background, and so are some objects that are to be told from the others.
 
     Args:
-        frames: T.
+        stills: images to make clips of, beside the sequences.
+        frames: T, at least 2.
         gap: at most so many frames from one to the next.
-        paste: share of the clips with another object.
+        paste: share of the clips with objects of others.
+        objects: at most so many are followed.
     """
 
     DOUBLES = 0.3  # of the pasted objects
+    MORE = 0.45  # chance of a second pasted object, and of another one
+    OTHERS = 0.2  # of the objects beside the first are not followed
+    SWAPS = 0.3  # of the stills' objects are seen before another background
+    TOGETHER = 0.6  # of the stills' objects that touch each other move as one
+    LEAST = 0.0005  # share of the reference frame that an object fills at least
+    TRIES = 10  # at a clip whose reference frame holds an object
 
-    def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4,
-                 gap: int = 5, paste: float = 0.6):
-        super().__init__(sequences, augment)
-        self.sequences = sequences
-        self.length, self.gap, self.paste = frames, gap, paste
+    def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4, gap: int = 5,
+                 paste: float = 0.75, objects: int = 4, stills: list[Still] | None = None):
+        if frames < 2:
+            raise ValueError(f"a clip has at least two frames, got {frames}")
+        super().__init__([*sequences, *(stills or [])], augment)
+        self.sequences, self.stills = list(sequences), list(stills or [])
+        self.parts = [len(self.frames) - len(self.stills), len(self.stills)]
+        self.length, self.gap, self.paste, self.objects = frames, gap, paste, objects
 
     def __getitem__(self, index: tuple[int, int]):
         frame, seed = index
-        sequence, start = self.frames[frame]
+        source, start = self.frames[frame]
         rng = np.random.default_rng(seed)
-        reference, mask, object_id = self._reference(sequence, rng)
-        step = int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
-        chosen = self._walk(sequence, start, step)
-        far = rng.random() < 0.5 or not (sequence.mask(chosen[0]) == object_id).any()
-        if far:
-            chosen[0] = reference
-        frames = self._frames(sequence, chosen, object_id)
-        if rng.random() < self.paste:
-            frames = self._pasted(frames, sequence, step, far, rng)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            first = [self.augment(*frames[0])] if far else []
-            clip = self.augment.clip(frames[1:] if far else frames)
-        return tuple(torch.stack(parts) for parts in zip(*first, *clip))
+            for _ in range(self.TRIES):
+                images, masks, hidden = (self._still(source, rng) if len(source) == 1 else
+                                         self._video(source, start, rng))
+                masks = self._followed(masks, hidden, rng)
+                if masks.any():
+                    return images, masks
+        raise ValueError(f"{source.masks[start]}: no object large enough to make a clip of")
 
-    def _walk(self, sequence: Sequence, start: int, step: int) -> list[int]:
+    def _followed(self, masks: torch.Tensor, hidden: list[int], rng) -> torch.Tensor:
+        """(T, H, W) ids, whatever they are -> 1 to N, of some objects of the reference frame.
+
+        None of them is `hidden`, and one is to be seen in another frame too, else there are none.
+        """
+        least = self.LEAST * masks[0].numel()
+        seen = np.array([motion.areas(mask) for mask in masks.numpy()]) > least
+        seen[0, hidden] = False
+        known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
+        again = [i for i in known if seen[1:, i].any()]
+        others = [i for i in known if i not in again[:1] and rng.random() >= self.OTHERS]
+        chosen = (again[:1] and again[:1] + others)[:self.objects]
+        new = np.zeros(256, np.uint8)
+        new[chosen] = 1 + rng.permutation(len(chosen))
+        return torch.from_numpy(new[masks.numpy()])
+
+    def _video(self, sequence: Source, start: int, rng) -> tuple:
+        """A clip of a sequence: images, masks with all ids, ids that are hidden in the first."""
+        reference, _, _ = self._reference(sequence, rng)
+        step = self._step(rng)
+        chosen = self._walk(sequence, start, step)
+        far = bool(rng.random() < 0.5 or not sequence.mask(chosen[0]).any())
+        if far:
+            chosen[0] = reference
+        frames = [(sequence.image(i), sequence.mask(i)) for i in chosen]
+        masks = [mask for _, mask in frames]
+        layers = self._pasted(sequence, masks, None, masks[0].shape, step, far, rng)
+        before = masks[0].copy()
+        for t, frame in enumerate(frames):
+            for layer in layers:
+                layer.paste(t, *frame)
+        first = [self.augment(*frames[0])] if far else []
+        clip = self.augment.clip(frames[1:] if far else frames)
+        return *(torch.stack(parts) for parts in zip(*first, *clip)), \
+            scenes.hidden(layers, before, masks[0])
+
+    def _still(self, still: Source, rng) -> tuple:
+        """A clip of a still image: images, masks with all ids, ids hidden in the first."""
+        image, ids = still.image(0), still.mask(0)
+        shape, far = self.augment.shape, bool(rng.random() < 0.5)
+        whole = motion.cut_out(image, ids)
+        swap = rng.random() < self.SWAPS
+        if swap:
+            other = self._other(still, rng)
+            back = other.image(int(rng.integers(len(other))))
+            focus = rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
+        else:
+            back = motion.fill(image, ids)
+            focus = whole.center if whole else rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
+        poses = scenes.camera(rng, self.length, far, back.shape[:2], shape, focus)
+        layers = []
+        together = rng.random() < self.TOGETHER
+        for group in scenes.groups(ids) if together else [[i] for i in np.unique(ids[ids > 0])]:
+            part = np.where(np.isin(ids, group), ids, 0).astype(np.uint8)
+            if swap:
+                cutouts = [motion.cut_out(image, part)] * self.length
+                layers.append(scenes.pasted(rng, cutouts, poses, shape, far))
+            else:
+                layers.append(scenes.own(rng, image, part, poses, shape, far))
+        layers += self._pasted(still, [ids], poses, shape, self._step(rng), far, rng)
+        layers = [layers[i] for i in rng.permutation(len(layers))]
+        bends = motion.smooth(rng, self.length, 0.004 * max(back.shape), far,
+                              (motion.MESH, motion.MESH, 2)).astype(np.float32)
+        images, masks = [], []
+        for t in range(self.length):
+            frame = motion.background(back, poses[t], bends[t], shape)
+            mask = np.zeros(shape, np.uint8)
+            for layer in layers:
+                layer.paste(t, frame, mask)
+            images.append(frame)
+            masks.append(mask)
+        if self.augment.random:
+            images = scenes.lit(rng, images, far)
+        return (torch.stack([to_tensor(x) for x in images]), torch.from_numpy(np.array(masks)),
+                scenes.hidden(layers, np.zeros(shape, np.uint8), masks[0]))
+
+    def _step(self, rng) -> int:
+        return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
+
+    def _walk(self, sequence: Source, start: int, step: int) -> list[int]:
         """Frames of a clip, mirrored at both ends of the sequence."""
         last = len(sequence) - 1
         chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
         return [min(max(i, 0), last) for i in chosen]
 
-    @staticmethod
-    def _frames(sequence: Sequence, chosen: list[int], object_id: int) -> list:
-        """Images of the chosen frames, each with the binary mask of one object."""
-        return [(sequence.image(i), (sequence.mask(i) == object_id).astype(np.uint8))
-                for i in chosen]
+    def _other(self, own: Source, rng) -> Source:
+        """Another still or sequence, of both kinds alike; `own` where there is none."""
+        kinds: list = [kind for kind in (self.sequences, self.stills)
+                       if any(source is not own for source in kind)]
+        if not kinds:
+            return own
+        kind = kinds[rng.integers(len(kinds))]
+        while True:
+            other = kind[rng.integers(len(kind))]
+            if other is not own:
+                return other
 
-    def _pasted(self, frames: list, own: Sequence, step: int, far: bool, rng) -> list:
-        """The frames with another object in front, which may be the one to find.
+    def _pasted(self, own: Source, masks: list[np.ndarray], poses: np.ndarray | None,
+                shape: tuple[int, int], step: int, far: bool, rng) -> list[Layer]:
+        """Layers of other objects in front of a clip, which may be among those to find.
 
-        It is of another sequence, or, where its place tells it from the first, the double of one
-        of this sequence. It moves as it did there, and on a way of its own besides.
+        They are of other sequences or stills, or, where their place tells them from the first,
+        doubles of one of the clip's own. They move as they did there, and on ways of their own.
+
+        Args:
+            masks: (H, W) each, of the clip: what is pasted gets ids that they don't hold.
+            poses, shape: see `scenes.pasted`.
         """
-        others = [s for s in self.sequences if s != own]
-        if far and not others:
-            return frames
-        double = not far and (not others or rng.random() < self.DOUBLES)
-        other = own if double else others[rng.integers(len(others))]
-        start, _, object_id = self._reference(other, rng)
-        chosen = self._walk(other, start, step)
-        if far:
-            chosen[0], _, _ = self._reference(other, rng, object_id)
-        height, width = frames[0][1].shape
-        scale = rng.uniform(0.4, 1.1)
-        place = rng.uniform(0.1, 0.9, 2) * (width, height)
-        motion, turn, grow = rng.normal(0, 12, 2), rng.normal(0, 4), rng.normal(1, 0.06)
-        wanted = rng.random() < 0.5
-        result = []
-        pasted = self._frames(other, chosen, object_id)
-        for i, ((frame, truth), (image, mask)) in enumerate(zip(frames, pasted)):
-            if mask.any() and (i == 0 or far and i == 1):
-                y, x = np.nonzero(mask)
-                center = np.array([(x.min() + x.max()) / 2, (y.min() + y.max()) / 2])
-            if far and i == 1:
-                place = rng.uniform(0.1, 0.9, 2) * (width, height)
-            matrix = cv2.getRotationMatrix2D(center.tolist(), turn * i, scale * grow ** i)
-            matrix[:, 2] += place + motion * i - center
-            moved, front = (cv2.warpAffine(x, matrix, (width, height), flags=cv2.INTER_LINEAR)
-                            for x in (image, mask * 255))
-            alpha = (cv2.GaussianBlur(front, (3, 3), 0) / 255)[..., None]
-            frame = (frame * (1 - alpha) + moved * alpha).astype(np.uint8)
-            front = (front > 127).astype(np.uint8)
-            result.append((frame, front if wanted else truth * (1 - front)))
-        hidden = not result[0][1].any()  # then nobody could know what to look for
-        return frames if hidden else result
+        count = 1 + int((rng.random(2) < self.MORE).sum()) if rng.random() < self.paste else 0
+        free = np.flatnonzero(sum(motion.areas(mask) for mask in masks) == 0)
+        layers = []
+        for label in free[free > 0][:count].tolist():
+            other = self._other(own, rng)
+            double = other is own or not far and rng.random() < self.DOUBLES
+            source = own if double else other
+            empty = len(source) == 1 and not source.mask(0).any()
+            if empty or double and far:
+                continue
+            cutouts = self._cutouts(source, step, far, label, rng)
+            layers.append(scenes.pasted(rng, cutouts, poses, shape, far, double))
+        return layers
+
+    def _cutouts(self, source: Source, step: int, far: bool, label: int, rng) -> list:
+        """An object of a sequence or still as it moves there, with a new id."""
+        start, _, object_id = self._reference(source, rng)
+        chosen = self._walk(source, start, step)
+        if far and len(source) > 1:
+            chosen[0], _, _ = self._reference(source, rng, object_id)
+        found = {i: motion.cut_out(source.image(i),
+                                   np.where(source.mask(i) == object_id, label, 0).astype(np.uint8))
+                 for i in set(chosen)}
+        return [found[i] for i in chosen]
 
 
 class PairSampler(Sampler):
     """Indices for `Pairs`: every frame once before any comes again.
 
     Args:
-        frames: how many there are.
+        frames: how many there are; or how many of each part, one after the other.
         count: how many pairs to draw.
         shuffle: False keeps the order of the sequences.
         seed: fixes order and pairs.
         skip: leave out so many of the first, which were drawn before.
         rank, ranks: take one of so many, from the one of this rank on.
+        shares: how much of what is drawn is of each part; None draws each frame as often.
+
+    Raises:
+        ValueError: shares that aren't one of each part, or a share of a part without frames.
     """
 
-    def __init__(self, frames: int, count: int, shuffle: bool = True, seed: int = 0,
-                 skip: int = 0, rank: int = 0, ranks: int = 1):
-        self.frames, self.count, self.shuffle, self.seed = frames, count, shuffle, seed
+    def __init__(self, frames: int | list[int], count: int, shuffle: bool = True, seed: int = 0,
+                 skip: int = 0, rank: int = 0, ranks: int = 1,
+                 shares: list[float] | None = None):
+        parts = [frames] if isinstance(frames, int) else list(frames)
+        if shares and (len(shares) != len(parts) or min(shares) < 0 or not any(shares)
+                       or any(share and not part for share, part in zip(shares, parts))):
+            raise ValueError(f"shares {shares} of parts of {parts} frames: expected a share of "
+                             "each, at least 0, and 0 of nothing")
+        self.parts = parts if shares else [sum(parts)]
+        self.shares = np.array(shares or [1.0]) / sum(shares or [1.0])
+        self.count, self.shuffle, self.seed = count, shuffle, seed
         self.taken = range(skip + rank, count, ranks)
 
     def __len__(self) -> int:
@@ -171,7 +285,38 @@ class PairSampler(Sampler):
 
     def _all(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng(self.seed)
-        for start in range(0, self.count, self.frames):
-            order = rng.permutation(self.frames) if self.shuffle else np.arange(self.frames)
-            for frame in order[:self.count - start]:
-                yield int(frame), int(rng.integers(2**31))
+        starts = np.cumsum([0, *self.parts])
+        passes = [self._passes(rng, frames) for frames in self.parts]
+        for _ in range(self.count):
+            part = int(rng.choice(len(passes), p=self.shares)) if len(passes) > 1 else 0
+            yield int(starts[part] + next(passes[part])), int(rng.integers(2**31))
+
+    def _passes(self, rng, frames: int) -> Iterator[int]:
+        """Frames of one part without end, each once before any again."""
+        while True:
+            yield from rng.permutation(frames) if self.shuffle else range(frames)
+
+
+def batches(kind: type[Pairs], sequences: list[Sequence], stills: list, augment: Augment, options,
+            steps: range) -> Iterator:
+    """The batches of these of the steps of a training, those of this process.
+
+    Args:
+        kind: `Pairs`, or `Clips`, for which stills go through `PHASES`.
+        options: `train.Options`.
+    """
+    each, start = options.batch_size * distributed.count(), 0
+    for until, share, frames in PHASES if stills else [(1.0, 0.0, CLIP)]:
+        end = round(until * options.iterations)
+        drawn, start = range(max(start, steps.start), min(end, steps.stop)), end
+        if not drawn:
+            continue
+        more = {"frames": frames, "stills": stills} if kind is Clips else {}
+        samples, parts = kind(sequences, augment, **more), {}
+        if sequences and stills:
+            parts = {"frames": samples.parts, "shares": [1 - share, share]}
+        sampler = PairSampler(**{"frames": len(samples), **parts}, count=drawn.stop * each,
+                              shuffle=options.shuffle, seed=options.seed, skip=drawn.start * each,
+                              rank=distributed.rank(), ranks=distributed.count())
+        yield from DataLoader(samples, options.batch_size, sampler=sampler,
+                              num_workers=options.workers)

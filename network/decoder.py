@@ -1,12 +1,13 @@
-"""Learned refinement: from what the matching says, and the frame's finer features, to a mask."""
+"""Learned refinement: from what a memory says, and the frame's finer features, to a mask."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-WIDTHS = (32, 48, 96, 96)  # channels of the decoder, finest level first
+WIDTHS = (16, 32, 96, 128)  # channels of the decoder, finest level first
 SURVEY = 64  # channels of one level more, half as fine as the coarsest features
 GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
+PREVIOUS = 2  # channels of what was found in the frame before: the object, the best other one
 
 
 class Block(nn.Module):
@@ -26,60 +27,76 @@ class Block(nn.Module):
             nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
 
     def project_shared(self, shared: torch.Tensor) -> torch.Tensor:
-        """(B, S, h, w) -> (B, width, h, w), what `forward` takes."""
+        """(1, S, h, w) -> (1, width, h, w), what `forward` takes."""
         return F.conv2d(shared, self.project.weight[:, :shared.shape[1]], self.project.bias)
 
     def forward(self, projected: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """(B, width, h, w) and (B, E, h, w) of one object in each frame -> (B, width, h, w)."""
+        """(1, width, h, w) and (1, E, h, w) of one object -> (1, width, h, w)."""
         x = projected + F.conv2d(own, self.project.weight[:, -own.shape[1]:])
         return x + self.layers(x)
 
 
 class Decoder(nn.Module):
-    """From the coarsest features to the finest, the evidence beside them at every level.
+    """From the coarsest features to the finest.
 
-    It begins at half the resolution of the coarsest: an object that fills the frame has parts that
-    resemble nothing known, and only what lies around them tells that they belong to it.
+    What the memory says enters at the levels that are no finer than it, what was found in the
+    frame before at those that are finer.
 
     Args:
-        evidence: channels of what is known of an object at a position.
+        evidence: channels of what is known of an object at a cell.
         channels: of the features, finest first; as many levels as `WIDTHS` has, or fewer.
+        finer: how many of the levels are finer than the evidence.
     """
 
-    def __init__(self, evidence: int, channels: tuple[int, ...]):
+    def __init__(self, evidence: int, channels: tuple[int, ...], finer: int):
         super().__init__()
+        self.finer = finer
         widths = (*WIDTHS[:len(channels)], SURVEY)
-        channels = (*channels, channels[-1])
+        self.detail = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels[:finer])
+        shared = (*(2 * c for c in channels[:finer]), *channels[finer:], channels[-1])
+        own = [PREVIOUS] * finer + [evidence] * (len(widths) - finer)
         below = (*widths[1:], 0)
-        self.blocks = nn.ModuleList(Block(c, evidence + b, w)
-                                    for c, b, w in zip(channels, below, widths))
+        self.blocks = nn.ModuleList(Block(s, o + b, w)
+                                    for s, o, b, w in zip(shared, own, below, widths))
         self.score = nn.Conv2d(widths[0], 1, 3, padding=1)
 
-    def forward(self, evidence: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-        """Logits of N objects in each of B frames, at the finest level.
+    def forward(self, evidence: torch.Tensor, previous: torch.Tensor,
+                levels: list[torch.Tensor]) -> torch.Tensor:
+        """Logits of N objects of a frame, at the finest level.
 
         Args:
-            evidence: (B, N, E, H, W).
-            features: (B, C, h, w) of each level.
+            evidence: (N, E, h, w).
+            previous: (N, PREVIOUS, H, W), at the finest level.
+            levels: (1, C, ., .) features, finest first.
 
         Returns:
-            (B, N, h, w).
+            (N, H, W).
         """
-        features = [*features, F.avg_pool2d(features[-1], 2, ceil_mode=True)]
-        projected = [block.project_shared(level) for block, level in zip(self.blocks, features)]
-        # one by one: five at once take eight times as long as one, since caches are small
-        return torch.stack([self._decode(own, projected) for own in evidence.unbind(1)], 1)
+        evidence, previous, *levels = (
+            x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
+            for x in (evidence, previous, *levels))
+        levels = [*levels, F.avg_pool2d(levels[-1], 2, ceil_mode=True)]
+        for i, layer in enumerate(self.detail):
+            levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
+        shared = [block.project_shared(level) for block, level in zip(self.blocks, levels)]
+        # one by one: five at once take longer, since caches are small. `split` keeps them NHWC
+        return torch.cat([self._decode(*own, shared)
+                          for own in zip(evidence.split(1), previous.split(1))])
 
-    def _decode(self, evidence: torch.Tensor, projected: list[torch.Tensor]) -> torch.Tensor:
-        """(B, E, H, W) of one object in each frame -> (B, h, w) logits."""
+    def _decode(self, evidence, previous, shared):
         x = None
-        for block, level in zip(reversed(self.blocks), reversed(projected)):
-            known = [evidence] if x is None else [evidence, x]
-            x = block(level, torch.cat([_resize(part, level.shape[-2:]) for part in known], 1))
+        for i in reversed(range(len(shared))):
+            own = [_resized(previous if i < self.finer else evidence, shared[i])]
+            if x is not None:
+                own.append(_resized(x, shared[i]))
+            x = self.blocks[i](shared[i], torch.cat(own, 1))
         return self.score(F.relu(x))[:, 0]
 
 
-def _resize(x: torch.Tensor, size) -> torch.Tensor:
-    if x.shape[-2] >= size[0]:
+def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    size = like.shape[-2:]
+    if x.shape[-2:] == size:
+        return x
+    if x.shape[-2] > size[0]:
         return F.adaptive_avg_pool2d(x, size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -59,6 +59,16 @@ class Backbone:
         """Channels of the first of the matched layers."""
         return self.levels[self.matched[0]]
 
+    @property
+    def channels(self) -> int:
+        """Of all matched layers."""
+        return sum(self.levels[layer] for layer in self.matched)
+
+    @property
+    def finer(self) -> int:
+        """How many levels are finer than what is matched, each half as fine as the one before."""
+        return list(self.levels).index(self.matched[0])
+
 
 BACKBONES = {
     "vgg": Backbone(_vgg19, "conv4_4", {17: 256, 26: 512}, (26,), 8, 5, "features.",

@@ -33,7 +33,6 @@ CHUNK = 9 << 18  # similarities held at a time: 9 MB in float32, a part of a CPU
 PRODUCT = 428  # cells of a query in one product of small features: four rows at stride 8, 480p
 TILE = (4, 8)  # positions of the enlarged grid that make a block
 BLOCK = TILE[0] * TILE[1]
-COLUMNS = 32  # of a query whose windows are looked into at once
 FIRST_BLOCKS = 8  # looked into first, and one more for every two of K
 NOTHING = -1e20  # the similarity of padding
 LOWEST_COSINE = -1.0  # the score of an empty set
@@ -189,52 +188,6 @@ def top_k(query: Grid, reference: Reference, k: int) -> list[tuple[torch.Tensor,
             for tensor, values in zip(whole, part):
                 tensor[positions] = values
     return best
-
-
-@torch.no_grad()
-def top_k_near(query: Grid, grids: list[Grid], k: int,
-               radius: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K best positions of other frames within a window around each position of a frame.
-
-    Args:
-        query, grids: of one shape (H, W); T frames to look into.
-        radius: of the square window, in positions of the enlarged grid; 0 is the same place.
-
-    Returns:
-        (H*W, K) cosine similarities, in no order, and (H*W, K) positions in the T frames,
-        counted through them; K = min(k, positions in the window of a corner).
-    """
-    (height, width), side, frames = query.shape, 2 * radius + 1, len(grids)
-    k = min(k, frames * min(radius + 1, height) * min(radius + 1, width))
-    features = query.enlarged().unflatten(0, query.shape)  # (H, W, C)
-    others = torch.stack([g.enlarged().unflatten(0, query.shape) for g in grids], 1)
-    others = F.pad(others, (0, 0, radius, radius))  # (H, T, W + 2 * radius, C)
-    outside = torch.ones(width + 2 * radius, dtype=torch.bool, device=others.device)
-    outside[radius:radius + width] = False
-    found = []
-    for y, row in enumerate(features):
-        top, bottom = max(0, y - radius), min(height, y + radius + 1)
-        near = others[top:bottom].flatten(0, 1)  # (L, W + 2 * radius, C), L lines of T frames
-        for x in range(0, width, COLUMNS):
-            some = row[x:x + COLUMNS]  # (n, C)
-            columns = slice(x, x + len(some) + 2 * radius)
-            similarity = torch.matmul(some, near[:, columns].transpose(1, 2)).float().contiguous()
-            if outside[columns].any():
-                similarity[..., outside[columns]] = NOTHING
-            # (L, n, n + 2 * radius), of the query's column i those from i on
-            lines, n, steps = similarity.shape
-            window = similarity.as_strided((n, lines, side), (steps + 1, n * steps, 1))
-            values, where = _largest(window.flatten(1), k)
-            line, shift = where // side, where % side - radius
-            column = torch.arange(x, x + n, device=where.device)[:, None] + shift
-            found.append((values, (line % frames * height + line // frames + top) * width + column))
-    return tuple(torch.cat(parts) for parts in zip(*found))
-
-
-def similarities(query: Grid, grids: list[Grid], positions: torch.Tensor) -> torch.Tensor:
-    """(H*W, K) cosine similarities to (H*W, K) `positions` that a search found. Differentiable."""
-    others = torch.cat([g.enlarged() for g in grids])
-    return (query.enlarged()[:, None] * others[positions]).sum(2)
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ It doesn't know what is in a memory, and writes no file.
 
 from collections import deque
 
+from network.bank import Bank, Entry
 from network.matching import Grid
-from network.memory import Memory, Past, Recent, Sets
+from network.memory import Memory, Sets
 
-KINDS = {kind.__name__: kind for kind in (Memory, Sets, Recent, Past, Grid)}
+KINDS = {kind.__name__: kind for kind in (Memory, Sets, Bank, Entry, Grid)}
 
 GATHERED = "reference"  # of `Sets`, made of its other fields: larger than they are together
 

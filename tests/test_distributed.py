@@ -63,12 +63,12 @@ def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
 
 @pytest.mark.parametrize("processes, batch_size, steps", [(1, 2, 9), (2, 2, 5), (4, 1, 5)])
 def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_size, steps,
-                                                             davis_2016, monkeypatch):
+                                                             model, davis_2016, monkeypatch):
     seen = []
     monkeypatch.setattr(main.build, "data", lambda _: Davis(davis_2016))
-    monkeypatch.setattr(main.build, "model_of", lambda _: None)
+    monkeypatch.setattr(main.build, "model_of", lambda _: model)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
-    monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[-1]))
+    monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[3]))
     main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
     assert seen[0].iterations == steps  # of 18 frames
 

@@ -7,7 +7,6 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import matplotlib.pyplot as plt
@@ -18,8 +17,10 @@ from conftest import ROOT, draw_frame, write_list, write_sequence
 from PIL import Image
 from torchvision import models
 
+import prompts
+import train_prompts
 from data import demo, download
-from media import annotate
+from videomatch import VideoMatch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({line.strip() for page in PAGES
@@ -52,8 +53,16 @@ def folder(tmp_path, monkeypatch):
             if not step:
                 Image.fromarray(mask).save(tmp_path / name)
     clip.release()
+    for kind in ("images", "masks"):
+        (tmp_path / "STILLS" / kind).mkdir(parents=True)
+    for i, part in enumerate(draw_frame(0)):
+        Image.fromarray(part).save(tmp_path / "STILLS" / ("images", "masks")[i] / "still.png")
+    monkeypatch.setattr(train_prompts, "measured", lambda model, sources, count: [
+        {"name": "object", "box": 0.5, "jittered": 0.5, "clicks": [0.5] * count}])
     (tmp_path / "models").mkdir()
-    shutil.copy(ROOT / "models/videomatch_mobilenet.pth", tmp_path / "models/my.pth")
+    shown = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth")
+    prompts.add(shown)
+    shown.save(tmp_path / "models/my.pth")
     name = Path(models.MobileNet_V2_Weights.IMAGENET1K_V1.url).name
     weights = tmp_path / "hub/checkpoints" / name
     weights.parent.mkdir(parents=True)
@@ -63,8 +72,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SCENES", {"train": first, "val": first})
     monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=3))
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
-    monkeypatch.setattr(annotate, "Annotator", lambda image: SimpleNamespace(
-        run=lambda: (image[..., 0] > 150).astype(np.uint8)))
+    # the checkpoint in models/ may be older than the part that is shown objects
+    monkeypatch.setattr(prompts, "masks_of", lambda model, image, objects: (
+        image[..., 0] > 150).astype(np.uint8))
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.chdir(tmp_path)

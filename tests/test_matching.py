@@ -170,30 +170,6 @@ def test_largest_finds_what_lies_at_the_end_and_in_one_group():
     assert columns.sort(dim=1).values.tolist() == expected
 
 
-@pytest.mark.parametrize("k, radius", [(1, 0), (3, 1), (5, 2), (20, 3), (7, 50)])
-@pytest.mark.parametrize("factor", [1, 1.8])
-def test_matching_within_a_window_equals_dense(k, radius, factor):
-    query, references, _ = draw(3, 12, 7, 9, factor, frames=2)
-    grids = [Grid(features, factor) for features in (query, *references)]
-    height, width = grids[0].shape
-    values, positions = matching.top_k_near(grids[0], grids[1:], k, radius)
-    every = enlarge(query, (height, width)) @ torch.cat(
-        [enlarge(r, (height, width)) for r in references]).T
-    y, x = (a.flatten() for a in torch.meshgrid(torch.arange(height), torch.arange(width),
-                                                indexing="ij"))
-    far = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs()) > radius
-    masked = every.masked_fill(far.repeat(1, 2), -2)
-    corner = 2 * min(radius + 1, height) * min(radius + 1, width)
-    assert values.shape == positions.shape == (height * width, min(k, corner))
-    expected = masked.sort(dim=1, descending=True).values[:, :values.shape[1]]
-    torch.testing.assert_close(values.double().sort(dim=1, descending=True).values, expected,
-                               atol=1e-5, rtol=0)
-    torch.testing.assert_close(masked.gather(1, positions), values.double(), atol=1e-5, rtol=0)
-    assert all(len(set(row)) == len(row) for row in positions.tolist())
-    torch.testing.assert_close(matching.similarities(grids[0], grids[1:], positions), values,
-                               atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("enlarge_first", [False, True])
 def test_half_precision_is_near_the_dense_scores(dtype, tolerance, enlarge_first):

@@ -11,7 +11,8 @@ from PIL import Image
 import main
 import segment
 import sinks
-from media import annotate, images, video
+from media import images, video
+from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
 
 FRAMES = 9
@@ -221,59 +222,18 @@ def test_colours_are_no_mask(tmp_path):
         images.read_own_mask(tmp_path / "frame.png")
 
 
-def test_a_box_becomes_a_mask_that_is_kept(clip_file, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main.main(["-m", "segment", "--video", str(clip_file), "--box", "8", "4", "60", "50",
-                      "-j", str(out), "-p", "192", "320"]) == 0
-    kept = images.read_mask(out / "mask_00000.png")
-    assert overlap(kept, truth(0)) > 0.8
-    assert f"--mask 0:{out / 'mask_00000.png'}" in capsys.readouterr().out
-    np.testing.assert_array_equal(masks_in(out)[0], kept)
-
-
-@pytest.mark.parametrize("box", [(-1, 0, 20, 20), (0, 0, 500, 20), (5, 5, 0, 9), (0, 0, 80, 48)])
-def test_a_box_must_lie_in_the_frame(box):
-    with pytest.raises(ValueError, match="--box"):
-        annotate.mask_from_box(draw_frame(0)[0], box)
-
-
-class Mouse:
-    """What matplotlib tells of a mouse."""
-
-    def __init__(self, annotator, x, y, button=1, key=None):
-        self.inaxes, self.xdata, self.ydata = annotator.axis, x, y
-        self.button, self.key = button, key
-
-
-def test_annotating_with_the_mouse(monkeypatch):
-    monkeypatch.setattr(annotate.figures, "has_display", lambda: True)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    image, mask = draw_frame(0)
-    window = annotate.Annotator(image)
-    window._press(Mouse(window, 4, 3))
-    window._release(Mouse(window, 32, 26))
-    assert overlap(window.mask, mask) > 0.8
-    window._press(Mouse(window, 70, 40, key="shift"))
-    window._move(Mouse(window, 72, 40, key="shift"))
-    window._release(Mouse(window, 72, 40, key="shift"))
-    assert window.mask[40, 70] == 1
-    window._press(Mouse(window, 70, 40, button=3))
-    window._release(Mouse(window, 70, 40, button=3))
-    assert window.mask[40, 70] == 0
-    annotate.figures.close(window.figure)
-
-
-def test_annotating_needs_a_display(monkeypatch):
-    monkeypatch.setattr(annotate.figures, "has_display", lambda: False)
-    with pytest.raises(ValueError, match="no display"):
-        annotate.Annotator(draw_frame(0)[0])
-
-
 @pytest.mark.parametrize("flags, message", [
     ([], "--video: expected a video"),
     (["--video", "nowhere.mp4", "--mask", "m.png"], "nowhere.mp4: no such file"),
-    (["--video", "CLIP"], "--mask, --box, --annotate: expected one of them"),
-    (["--video", "CLIP", "--mask", "m.png", "--box", "1", "1", "9", "9"], "expected one of them"),
+    (["--video", "CLIP"], "--mask, --box, --point: expected a mask, or something of the object"),
+    (["--video", "CLIP", "--mask", "m.png", "--box", "1", "1", "9", "9"], "got both"),
+    (["--video", "CLIP", "--point", "1", "1", "9"], "--point: expected pairs of numbers"),
+    (["--video", "CLIP", "--point", "1", "1", "--not_point", "9"], "--not_point: expected pairs"),
+    (["--video", "CLIP", "--not_point", "9", "9"], "--mask, --box, --point: expected"),
+    (["--video", "CLIP", "--box", "1", "1", "9", "9", "--not_point", "9", "9", "--not_point",
+      "1", "1"], "--not_point: expected a --box or --point of the same object"),
+    (["--video", "CLIP", "--mask", "MASK", "--not_point", "9", "9"], "--not_point: expected"),
+    (["--video", "CLIP", "-o", "BARE", "--box", "1", "1", "9", "9"], "-m train --prompts"),
     (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
     (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
     (["--video", "CLIP", "--mask", "MASK", "0:MASK"], "frame 0 has a mask already"),
@@ -287,7 +247,9 @@ def test_bad_input_is_one_line(flags, message, clip_file, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     files = {"CLIP": str(clip_file), "MASK": write(tmp_path / "mask.png", truth(0)),
              "SMALL": write(tmp_path / "small.png", draw_frame(0)[1]),
-             "EMPTY": write(tmp_path / "empty.png", 0 * truth(0))}
+             "EMPTY": write(tmp_path / "empty.png", 0 * truth(0)),
+             "BARE": str(tmp_path / "bare.pth")}
+    VideoMatch(Encoder("mobilenet")).save(files["BARE"])
     if flags[:2] == ["--video", "MASK"]:
         (tmp_path / "mask.txt").write_text("no video")
         flags = ["--video", "mask.txt", *flags[2:]]

@@ -13,40 +13,48 @@ import torch
 from PIL import Image
 
 import train
+from data import samples
 from data.samples import Clips, Pairs
 from davis import Davis, split
+from network import losses
 from preprocess import Augment
 from videomatch import SHIPPED, VideoMatch
 
-P = torch.tensor([[[0.9, 0.2], [0.4, 0.6]]])
-T = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+ONE = torch.tensor([[0.9, 0.2], [0.4, 0.6]])  # of an object
+P = torch.stack([1 - ONE, ONE])
+T = torch.tensor([[1, 0], [0, 1]])
 
 
 def test_dice_by_hand():
     intersection, total = 0.9 + 0.6, (0.9 + 0.2 + 0.4 + 0.6) + 2
-    assert train.dice(P, T).item() == pytest.approx(1 - (2 * intersection + 1) / (total + 1))
+    assert losses.dice(P, T).item() == pytest.approx(1 - (2 * intersection + 1) / (total + 1))
 
 
-def test_dice_is_averaged_over_the_batch():
-    both = train.dice(torch.cat([P, T]), torch.cat([T, T]))
-    assert both.item() == pytest.approx((train.dice(P, T).item() + 0) / 2)
+def test_dice_is_averaged_over_the_objects():
+    two = torch.cat([P, torch.zeros(1, 2, 2)])  # the second is neither there nor found
+    assert losses.dice(two, T).item() == pytest.approx(losses.dice(P, T).item() / 2)
 
 
-def test_bce_by_hand():
+def test_cross_entropy_by_hand():
     by_hand = -(math.log(0.9) + math.log(0.8) + math.log(0.6) + math.log(0.6)) / 4
-    assert train.bce(P, T).item() == pytest.approx(by_hand)
+    assert losses.cross_entropy(P, T).item() == pytest.approx(by_hand)
+    three = torch.tensor([0.2, 0.3, 0.5])[:, None, None].expand(3, 2, 2)
+    by_hand = -(math.log(0.2) + math.log(0.3) + 2 * math.log(0.5)) / 4
+    found = losses.cross_entropy(three, torch.tensor([[0, 1], [2, 2]]))
+    assert found.item() == pytest.approx(by_hand)
 
 
-def test_balanced_bce_by_hand():
-    target = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])  # a quarter is foreground
+def test_balanced_cross_entropy_by_hand():
+    target = torch.tensor([[1, 0], [0, 0]])  # a quarter is foreground
     by_hand = -(0.75 * math.log(0.9) + 0.25 * (math.log(0.8) + math.log(0.6) + math.log(0.4))) / 4
-    assert train.balanced_bce(P, target).item() == pytest.approx(by_hand)
+    assert losses.balanced(P, target).item() == pytest.approx(by_hand)
 
 
-@pytest.mark.parametrize("name", train.LOSSES)
+@pytest.mark.parametrize("name", losses.LOSSES)
 def test_losses_stay_finite_at_certainty(name):
-    probability = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], requires_grad=True)
-    loss = train.LOSSES[name](probability, T)
+    one = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    probability = torch.stack([1 - one, one]).requires_grad_()
+    loss = losses.LOSSES[name](probability, T)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(probability.grad).all()
 
@@ -73,26 +81,26 @@ def test_steps_lower_the_loss(batch_size, sequences):
     pairs = Pairs(sequences[0], Augment((96, 160), random=False))
     batch = [torch.stack(x) for x in zip(*(pairs[i, i] for i in range(batch_size)))]
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    losses = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(8)]
-    assert losses[-1] < 0.7 * losses[0]
+    found = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(8)]
+    assert found[-1] < 0.7 * found[0]
 
 
 def test_steps_on_clips_lower_the_loss(sequences):
     torch.manual_seed(0)
-    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, recent=2)
+    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
     clips = Clips(sequences[0], Augment((96, 160), random=False), frames=3, paste=0)
     batch = [torch.stack(x) for x in zip(*(clips[i, i] for i in range(2)))]
     optimizer, _ = train.optimizer_of(model, train.Options(Path("x"), (96, 160), 100))
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
-    losses = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(12)]
-    assert losses[-1] < 0.6 * losses[0]
+    found = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(12)]
+    assert found[-1] < 0.6 * found[0]
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
     torch.manual_seed(0)
-    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, recent=2)
+    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
     before = {name: p.clone() for name, p in model.named_parameters()}
     options.iterations, options.report = 2, -1
     best = train.train(model, *sequences, options)
@@ -101,7 +109,7 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
     assert kept == {name for name in before
                     if name.startswith(tuple(f"encoder.backbone.{i}." for i in range(4)))}
     loaded = VideoMatch.load(options.save)
-    assert (loaded.method, loaded.recent) == ("memory", 2)
+    assert (loaded.method, loaded.refined) == ("memory", True)
     if loaded.facts["iteration"] == 2:
         assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
 
@@ -224,3 +232,47 @@ def test_training_raises_the_held_out_iou(sequences, options):
     train.train(model, *sequences, options)
     before, after = (line["held_out_iou"] for line in reports(options))
     assert after > before + 0.05
+
+
+class Counted(Pairs):
+    """Tells of what it was asked for instead of making it."""
+
+    def __getitem__(self, index):
+        return torch.tensor([index[0], self.length])
+
+
+class CountedClips(Counted, Clips):
+    pass
+
+
+@pytest.mark.parametrize("first", [0, 9, 33])
+def test_stills_come_first_and_longer_clips_last(first, sequences, options, monkeypatch):
+    monkeypatch.setattr(samples, "Clips", CountedClips)
+    stills = [range(1)] * 7  # whatever they are, of one frame each
+    options.iterations, options.batch_size = 40, 25
+    every, drawn = ([batch for batch in samples.batches(
+        CountedClips, sequences[0], stills, None, options, range(start, 40))]
+        for start in (0, first))
+    assert all(torch.equal(a, b) for a, b in zip(every[first:], drawn, strict=True))
+    frames = sum(len(s) for s in sequences[0])
+    for part, share, length in ((every[:8], 0.8, 4), (every[8:30], 0.4, 4), (every[30:], 0.3, 6)):
+        indices, lengths = torch.cat(part).T
+        assert set(lengths.tolist()) == {length}
+        assert (indices >= frames).float().mean().item() == pytest.approx(share, abs=0.08)
+
+
+def test_stills_are_for_clips(model, sequences, options):
+    with pytest.raises(ValueError, match="--stills.*--method memory"):
+        train.train(model, *sequences, options, stills=sequences[0])
+
+
+def test_all_objects_of_a_clip_are_followed_at_once():
+    torch.manual_seed(0)
+    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True).train()
+    images, masks = torch.randn(3, 3, 64, 96), torch.zeros(3, 64, 96).long()
+    masks[:, 10:30, 10:40], masks[:, 35:60, 50:90] = 1, 2
+    loss = train.loss_of(model, images, masks, ("dice", "bce"))
+    swapped = torch.tensor([0, 2, 1])[masks]
+    torch.testing.assert_close(train.loss_of(model, images, swapped, ("dice", "bce")), loss,
+                               atol=1e-4, rtol=1e-4)
+    assert loss > train.loss_of(model, images, masks, ("dice",)) > 0

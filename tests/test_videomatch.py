@@ -12,6 +12,7 @@ from PIL import Image
 
 import preprocess
 import videomatch
+from network import reader
 from network.encoder import Encoder
 from videomatch import VideoMatch, around, cell_labels
 
@@ -109,6 +110,20 @@ def test_bad_checkpoints_are_named_and_never_run(content, tmp_path, monkeypatch)
     assert not (tmp_path / "ran_code").exists()
 
 
+def test_a_checkpoint_of_earlier_frames_matched_otherwise_is_refused(model, tmp_path):
+    path = tmp_path / "old.pth"
+    model.save(path)
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["refined"]
+    checkpoint["config"]["recent"] = 0  # it never had any
+    torch.save(checkpoint, path)
+    assert VideoMatch.load(path).method == "matching"
+    checkpoint["config"]["recent"] = 3
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"old\.pth.*earlier version.*train again"):
+        VideoMatch.load(path)
+
+
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         VideoMatch.load(tmp_path / "none.pth")
@@ -163,7 +178,7 @@ def test_zoom_enlarges_frames_in_use_only():
         torch.testing.assert_close(found, expected)
         model.train()
         seen = model.refer(images[:1], mask[None], [model.memory([1])])
-        assert seen.grids[0].features.shape[1:] == (4, 6)
+        assert seen.features.shape[2:] == (4, 6)
 
 
 @pytest.mark.parametrize("box", [(20, 40, 30, 60), (0, 3, 90, 96), (0, 64, 0, 96), (63, 64, 0, 1)])
@@ -181,22 +196,24 @@ def test_a_closer_part_has_the_object_in_its_middle(box, scale):
         assert abs(off) <= 1 or (off > 0 and part.start == 0) or (off < 0 and part.stop == side)
 
 
-def test_an_object_that_comes_closer_matches_the_closer_views():
+def test_an_object_that_comes_closer_matches_the_closer_views(monkeypatch):
     torch.manual_seed(0)
-    model = VideoMatch(Encoder("mobilenet"), 1.0, top_k=1, recent=1).eval()
+    model = VideoMatch(Encoder("mobilenet"), 1.0, refined=True).eval()
     image = torch.randn(3, 96, 128)
     image = F.interpolate(F.avg_pool2d(image, 8)[None], size=(96, 128), mode="bilinear")[0] * 5
     mask = torch.zeros(96, 128, dtype=torch.uint8)
     mask[40:60, 50:80] = 1
     middle = np.s_[26:74, 33:97]  # half the height and width, around the object
-    closer = F.interpolate(image[None, :, *middle], scale_factor=2, mode="bilinear")[0]
-    with torch.no_grad():
-        frames = model.encode(closer[None])
-        scores = model.match(frames, [reference(model, image, mask)])[0]
-        # each cell finds itself, in its own set
-        labels = cell_labels(torch.as_tensor(mask[None, *middle]), scores.shape[1:])
-        found = scores.gather(0, labels)[0]
-        torch.testing.assert_close(found, torch.ones_like(found), atol=1e-4, rtol=0)
-        model.method = "paper"
-        scores = model.match(frames, [reference(model, image, mask)])[0]
-        assert scores.gather(0, labels)[0].mean() < 0.99
+    closer = F.interpolate(image[None, :, *middle], size=(96, 128), mode="bilinear")[0]
+    labels = cell_labels(torch.as_tensor(mask[None, *middle]), (6, 8))[0]
+    monkeypatch.setattr(reader, "K_SET", 1)
+    found = []
+    for views in ((2.0,), ()):
+        monkeypatch.setattr(videomatch, "CLOSER", views)
+        with torch.no_grad():
+            memory = reference(model, image, mask)
+            scores = model.refine(model.encode(closer[None]), [memory])[1][0]
+        found.append(scores[1][labels == 1])
+    # the object's cells find themselves
+    torch.testing.assert_close(found[0], torch.ones_like(found[0]), atol=1e-4, rtol=0)
+    assert found[1].mean() < 0.99

@@ -1,0 +1,133 @@
+"""What `--method memory` keeps of a video: keys and values of the cells of some of its frames.
+
+It grows with reference frames, never with the video. What it holds is replaced, never changed in
+place, so that copies share it. How keys and values are made, and read, `reader` knows.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+LATER = 0.3  # weight of the newest frame in the sums over later frames
+
+
+@dataclass
+class Cells:
+    """A frame's cells (h, w), row by row.
+
+    Args:
+        unit: (h*w, C) unit features.
+        key: (h*w, KEY) unit vectors, to be compared with any cell's.
+        near: (h, w, NEAR) unit vectors, to be compared with those of cells near by.
+    """
+
+    unit: torch.Tensor
+    key: torch.Tensor
+    near: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.near.shape[:2])
+
+
+@dataclass
+class Entry:
+    """What is kept of a frame.
+
+    Args:
+        key: (h*w, KEY), of its cells.
+        near: (h, w, NEAR), or None where it is not needed.
+        shared: (1, WIDTH, h, w), what values are made of beside `found`.
+        found: (N+1, H, W) probabilities.
+        values: (h*w, N * (VALUE + 1)), of each object values, and its share of the cell.
+    """
+
+    key: torch.Tensor
+    near: torch.Tensor | None
+    shared: torch.Tensor
+    found: torch.Tensor
+    values: torch.Tensor
+
+
+class Bank:
+    """The cells of one video.
+
+    Args:
+        every: so many frames from one that is kept for long to the next.
+        later: at most this many of those are kept; the oldest leaves first.
+        recent: so many of the last frames are kept as well.
+    """
+
+    def __init__(self, every: int = 5, later: int = 4, recent: int = 2):
+        self.every, self.count = every, 0
+        self.given: list[Entry] = []  # of reference frames, which never leave
+        self.labels: list[torch.Tensor] = []  # of each of those (h*w,) the set of each cell
+        # of each set the (m, KEY) keys and (m, ...) values of its cells there, maybe none
+        self.sets: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.later: deque[Entry] = deque(maxlen=later)
+        self.recent: deque[Entry] = deque(maxlen=recent)
+        # for linear labels: (C, C) features times features, (C, N+1) times labels
+        self.given_sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.later_sums: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.linear: torch.Tensor | None = None  # (C, N+1) that makes labels of features
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(h, w) of the frames; None before the first."""
+        return tuple(self.recent[-1].near.shape[:2]) if self.recent else None
+
+    def refer(self, views: list[tuple[Entry, torch.Tensor]], sums) -> None:
+        """Keep a reference frame, as it is and as it looks from nearer, with the sets of cells."""
+        self.given += [replace(entry, near=None) for entry, _ in views]
+        self.labels += [labels for _, labels in views]
+        self.given_sums = [*self.given_sums, sums]
+        self.recent.append(views[0][0])
+        self.count += 1
+        keys, values = (torch.cat([getattr(entry, name) for entry in self.given])
+                        for name in ("key", "values"))
+        labels = torch.cat(self.labels)
+        self.sets = [(keys[labels == i], values[labels == i])
+                     for i in range(len(views[0][0].found))]
+
+    def add(self, entry: Entry) -> bool:
+        """Keep a frame among the recent ones; True where it is kept for longer, too."""
+        self.count += 1
+        self.recent.append(entry)
+        long = self.count % self.every == 0
+        if long:
+            self.later.append(replace(entry, near=None))
+        return long
+
+    def sum_up(self, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Count a later frame in: the newer the more."""
+        before = self.later_sums or sums
+        self.later_sums = tuple(torch.lerp(old, new, LATER) for old, new in zip(before, sums))
+
+    def widen(self, objects: int) -> None:
+        """There are more objects now, which no frame so far shows; values are still to be made."""
+        def wider(x, axis):
+            shape = list(x.shape)
+            shape[axis] = objects + 1 - shape[axis]
+            return torch.cat([x, x.new_zeros(shape)], axis)
+
+        self.change(lambda entry: replace(entry, found=wider(entry.found, 0)))
+        self.given_sums = [(a, wider(b, 1)) for a, b in self.given_sums]
+        if self.later_sums:
+            self.later_sums = self.later_sums[0], wider(self.later_sums[1], 1)
+
+    def change(self, change: Callable[[Entry], Entry]) -> None:
+        """Replace every entry."""
+        self.given = [change(entry) for entry in self.given]
+        for frames in (self.later, self.recent):
+            for i, entry in enumerate(frames):
+                frames[i] = change(entry)
+
+    def copy(self) -> "Bank":
+        """Another one of the same past, which goes its own way from here."""
+        other = copy.copy(self)
+        for name in ("given", "labels", "later", "recent"):
+            setattr(other, name, copy.copy(getattr(self, name)))
+        return other

@@ -1,0 +1,254 @@
+"""Masks from boxes and clicks: evidence, decoder, the simulated person, training, command line."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, draw_frame
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import preprocess
+import prompts
+import train_prompts
+from data import clicks
+from network.encoder import Encoder
+from network.prompts import EVIDENCE, FAR, NEAR, PromptDecoder, Prompts, evidence, likeness
+from videomatch import VideoMatch
+
+
+@pytest.fixture
+def shown() -> VideoMatch:
+    torch.manual_seed(0)
+    return VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, refined=True, prompts=True).eval()
+
+
+def seen(model, seed=0, size=(64, 96)):
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model.prompts.look(image, *model.encoder.pyramid(image))
+
+
+# evidence
+
+def test_boxes_become_depths():
+    size, shape = (32, 48), (8, 12)
+    boxes = [(8, 4, 16, 20), (30, 10, 12, 8)]
+    found = evidence(Prompts(boxes), size, shape).numpy()
+    for row in range(8):
+        for column in range(12):
+            x, y = 4 * column + 2, 4 * row + 2
+            depths = [(min(x - u, u + w - x) / w, min(y - v, v + h - y) / h)
+                      for u, v, w, h in boxes]
+            deepest = [max(-1, value) for value in max(depths, key=min)]
+            inside = any(u <= x <= u + w and v <= y <= v + h for u, v, w, h in boxes)
+            np.testing.assert_allclose(found[:4, row, column], [1, inside, *deepest], atol=1e-6)
+    assert not found[4:].any()
+
+
+def test_clicks_become_nearness():
+    points, off = [(3, 5), (40, 20)], [(20, 11)]
+    found = evidence(Prompts(points=points, not_points=off), (32, 48), (8, 12)).numpy()
+    for row in range(8):
+        for column in range(12):
+            for channel, given_points in ((4, points), (6, off)):
+                d = min(math.dist((4 * column + 2, 4 * row + 2), (x + 0.5, y + 0.5))
+                        for x, y in given_points)
+                np.testing.assert_allclose(
+                    found[channel:channel + 2, row, column],
+                    [math.exp(-d * d / 2 / NEAR ** 2), math.exp(-d / FAR)], rtol=1e-4, atol=1e-6)
+    assert not found[:4].any() and not found[8:].any()
+
+
+def test_a_mask_becomes_its_share_of_each_cell_and_its_absence_is_told():
+    mask = np.zeros((32, 48), bool)
+    mask[8:16, 16:32] = True
+    found = evidence(Prompts([(0, 0, 4, 4)], mask=mask), (32, 48), (8, 12)).numpy()
+    assert (found[8] == 1).all() and found[9, 2:4, 5:7].min() > 0.8
+    assert found[9].mean() == pytest.approx(mask.mean(), abs=0.01)
+    empty = evidence(Prompts([(0, 0, 4, 4)], mask=0 * mask), (32, 48), (8, 12)).numpy()
+    assert (empty[8] == 1).all() and not empty[9].any()
+
+
+def test_likeness_is_the_cosine_with_the_most_alike_click():
+    cells = torch.nn.functional.normalize(torch.randn(1, 5, 3, 4), dim=1)
+    found = likeness(cells, [(0, 0), (39.4, 29.4)], (30, 40))[0, 0]
+    flat = cells[0].flatten(1)
+    cosines = torch.stack([flat[:, 0] @ flat, flat[:, -1] @ flat]).amax(0).view(3, 4)
+    torch.testing.assert_close(found, cosines)
+    assert not likeness(cells, [], (30, 40)).any()
+
+
+def test_the_order_of_clicks_and_boxes_says_nothing(shown):
+    one = Prompts([(5, 5, 30, 20), (50, 10, 20, 30)], [(8, 9), (60, 20)], [(1, 1), (90, 60)])
+    other = Prompts(one.boxes[::-1], one.points[::-1], one.not_points[::-1])
+    with torch.no_grad():
+        torch.testing.assert_close(shown.prompts(seen(shown), one),
+                                   shown.prompts(seen(shown), other))
+
+
+# decoder
+
+@pytest.mark.parametrize("encoder", ["mobilenet", "vgg", "resnet"])
+def test_decoder_answers_at_half_the_size(encoder):
+    channels = tuple(Encoder(encoder).spec.levels.values())
+    sides = {"mobilenet": (4, 8, 16, 32)}.get(encoder, (4, 8))
+    decoder = PromptDecoder(channels)
+    image = torch.randn(1, 3, 64, 96)
+    levels = [torch.randn(1, c, 64 // s, 96 // s) for c, s in zip(channels, sides)]
+    logits = decoder(decoder.look(image, levels[-1], levels), Prompts(points=[(3, 4)]))
+    assert logits.shape == (32, 48)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def test_every_channel_of_evidence_counts(shown):
+    mask = np.zeros((64, 96), bool)
+    base = Prompts([(5, 5, 40, 30)], [(20, 20)], [(80, 50)], mask)
+    changed = [Prompts([(6, 5, 40, 30)], base.points, base.not_points, mask),
+               Prompts(base.boxes, [(22, 20)], base.not_points, mask),
+               Prompts(base.boxes, base.points, [(80, 40)], mask),
+               Prompts(base.boxes, base.points, base.not_points, ~mask),
+               Prompts(base.boxes, base.points, base.not_points)]
+    view = seen(shown)
+    assert shown.prompts._evidence(view, base).shape == (1, EVIDENCE, 16, 24)
+    with torch.no_grad():
+        answer = shown.prompts(view, base)
+        assert all((shown.prompts(view, other) - answer).abs().max() > 1e-6 for other in changed)
+
+
+def test_one_scene_is_learnt_and_only_the_decoder_changes(shown):
+    image, mask = draw_frame(0)
+    truth = np.kron(mask, np.ones((2, 2))) > 0
+    picture = preprocess.to_tensor(np.kron(image, np.ones((2, 2, 1), np.uint8)))
+    before = {name: value.clone() for name, value in shown.state_dict().items()}
+    scene = train_prompts.begin(shown, picture, truth, Prompts([clicks.box_of(truth)]), [True])
+    optimizer = torch.optim.AdamW(shown.prompts.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        scene.prompts, scene.rounds = Prompts([clicks.box_of(truth)]), [True]
+        losses.append(train_prompts.step(shown, optimizer, [scene]))
+    assert losses[-1] < 0.15 < 1 < losses[0]
+    for name, value in shown.state_dict().items():
+        if not name.startswith("prompts."):
+            assert torch.equal(value, before[name]), name
+
+
+# where to look
+
+def test_prompts_in_a_part_are_where_they_were():
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[40:60, 120:150] = 255
+    given_prompts = Prompts([(120, 40, 30, 20)], [(120, 40), (149, 59)], [(119, 39)],
+                            image[..., 0] > 0)
+    part = slice(20, 80), slice(100, 180)
+    patch, moved = prompts.part_of(image, given_prompts, part)
+    assert patch.shape[0] % 32 == patch.shape[1] % 32 == 0
+    assert patch.shape[0] * patch.shape[1] == pytest.approx(prompts.AREA, rel=0.15)
+    tall, wide = patch.shape[0] / 60, patch.shape[1] / 80
+    assert moved.boxes[0] == pytest.approx((20 * wide, 20 * tall, 30 * wide, 20 * tall))
+    for (x, y), value in zip((*moved.points, *moved.not_points), (255, 255, 0)):
+        assert abs(int(patch[round(y), round(x), 0]) - value) < 100  # borders are interpolated
+    assert moved.mask.sum() == 600
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 79), st.integers(0, 47), st.integers(1, 80), st.integers(1, 48),
+       st.floats(0, 1))
+def test_what_is_looked_at_holds_what_is_shown(x, y, w, h, margin):
+    w, h = min(w, 80 - x), min(h, 48 - y)
+    rows, columns = prompts.around(Prompts([(x, y, w, h)], [(1, 2)], [(70, 40)]), SHAPE, margin)
+    assert 0 <= rows.start <= min(y, 2) and max(y + h, 41) <= rows.stop <= 48
+    assert 0 <= columns.start <= min(x, 1) and max(x + w, 71) <= columns.stop <= 80
+
+
+def test_clicks_alone_look_at_the_whole_frame_first_then_at_what_was_found(shown, monkeypatch):
+    looks = []
+
+    def look(model, image, shown_prompts, part):
+        looks.append((part, shown_prompts.mask))
+        found = np.full(image.shape[:2], -1, np.float32)
+        found[10:20, 30:40] = 1
+        return found
+
+    monkeypatch.setattr(prompts, "_look", look)
+    image = np.zeros((200, 300, 3), np.uint8)
+    mask = prompts.prompter(shown)(image, Prompts(points=[(35, 15)]))
+    assert mask.sum() == 100 and len(looks) == 2
+    assert looks[0] == ((slice(0, 200), slice(0, 300)), None)
+    rows, columns = looks[1][0]
+    assert rows.stop - rows.start == columns.stop - columns.start == 40
+    assert (looks[1][1] == mask).all()
+
+
+def test_overlap_of_parts():
+    whole, half = (slice(0, 10), slice(0, 10)), (slice(0, 10), slice(5, 10))
+    assert prompts.overlap(whole, whole) == 1 and prompts.overlap(whole, half) == 0.5
+    assert prompts.overlap((slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))) == 0
+
+
+def test_what_is_meant_of_several_parts():
+    found = np.zeros((40, 60), bool)
+    parts = np.zeros((3, 40, 60), bool)
+    for i, (x, w) in enumerate(((2, 10), (20, 20), (45, 10))):
+        parts[i, 5:25, x:x + w] = True
+    found = parts.any(0)
+
+    def kept(**shown_prompts):
+        mask = prompts.meant(found, Prompts(**shown_prompts))
+        assert not (mask & ~found).any()
+        return [float((mask & part).sum() / part.sum()) for part in parts]
+
+    assert kept(points=[(5, 10)]) == [1, 0, 0]
+    assert kept(points=[(5, 10), (50, 10)]) == [1, 0, 1]
+    assert kept(points=[(5, 10)], mask=parts[1]) == [1, 1, 0]
+    assert kept(points=[(5, 10)], mask=parts[1] & (np.arange(60) < 28)) == [1, 0, 0]
+    assert kept(points=[(1, 1)]) == [1, 1, 1]  # nothing was found there
+    assert kept(boxes=[(20, 5, 20, 20)]) == [0, 1, 0]
+    assert kept(boxes=[(10, 5, 20, 20)]) == pytest.approx([0.4, 0.6, 0])
+    assert kept(boxes=[(10, 5, 20, 20)], points=[(25, 10)]) == pytest.approx([0, 0.6, 0])
+    assert kept(boxes=[(0, 0, 15, 30), (44, 0, 15, 30)]) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (Prompts(), "expected something of the object"),
+    (Prompts(not_points=[(1, 1)]), "expected something of the object"),
+    (Prompts([(-1, 0, 20, 20)]), "--box -1 0 20 20: expected a part of the frame of 80x48"),
+    (Prompts([(0, 0, 500, 20)]), "--box"), (Prompts([(5, 5, 0, 9)]), "--box"),
+    (Prompts(points=[(80, 0)]), "--point 80 0: expected a pixel of the frame of 80x48"),
+    (Prompts(points=[(1, 1)], not_points=[(0, -1)]), "--not_point 0 -1"),
+    (Prompts(mask=np.ones((4, 5), bool)), "expected a mask of 80x48 pixels, got 5x4"),
+])
+def test_what_is_shown_must_lie_in_the_frame(shown, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.prompter(shown)(draw_frame(0)[0], wrong)
+
+
+def test_a_model_without_the_part_says_how_to_get_it(model):
+    with pytest.raises(ValueError, match="-m train --prompts"):
+        prompts.prompter(model)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 400, 3), (48, 80, 3)])
+def test_frames_of_any_shape_get_a_mask_of_it(shown, shape):
+    found = prompts.prompter(shown)(np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
+    assert found.shape == shape[:2] and found.dtype == bool
+
+
+def test_the_surest_object_gets_a_pixel_and_others_points_are_not_its_own(shown, monkeypatch):
+    asked = []
+
+    def logits(model, image, shown_prompts):
+        asked.append(shown_prompts)
+        found = np.full((4, 6), -1.0, np.float32)
+        found[:, :4 if len(asked) == 1 else 6] = len(asked)
+        found[0] = -np.inf
+        found[3, :2] = 5 - len(asked)
+        return found
+
+    monkeypatch.setattr(prompts, "logits", logits)
+    mask = prompts.masks_of(shown, np.zeros((4, 6, 3), np.uint8),
+                            [Prompts(points=[(0, 3)]), Prompts([(2, 0, 4, 4)], [(5, 1)])])
+    np.testing.assert_array_equal(mask, [[0] * 6, [2] * 6, [2] * 6, [1, 1, 2, 2, 2, 2]])
+    assert asked[0].not_points == [(5, 1)] and asked[1].not_points == [(0, 3)]

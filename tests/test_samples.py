@@ -1,0 +1,251 @@
+"""Pairs and clips of frames, and the order in which they are drawn."""
+
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, write_list, write_sequence
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data.samples import Clips, Pairs, PairSampler
+from davis import Davis
+from preprocess import Augment
+
+
+def as_is(image, mask):
+    """In place of an augmentation."""
+    return torch.from_numpy(image), torch.from_numpy(mask)
+
+
+def all_equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_item_is_two_images_with_binary_masks(davis_2017):
+    pairs = Pairs(Davis(davis_2017, "2017").sequences, Augment((24, 56)))
+    assert len(pairs) == 12
+    for frame in range(12):
+        images, masks = pairs[frame, 5]
+        assert (images.shape, images.dtype) == ((2, 3, 24, 56), torch.float32)
+        assert (masks.shape, masks.dtype) == ((2, 24, 56), torch.uint8)
+        assert set(masks.unique().tolist()) <= {0, 1}
+
+
+def test_an_item_depends_on_its_index_alone(davis_2017):
+    pairs = Pairs(Davis(davis_2017, "2017").sequences, Augment((24, 40)))
+    index = list(PairSampler(len(pairs), 8, seed=2))
+    first = [pairs[i] for i in index]
+    torch.rand(7)
+    state = torch.get_rng_state()
+    again = [pairs[i] for i in reversed(index)][::-1]
+    assert torch.equal(state, torch.get_rng_state())  # nor does it disturb others' randomness
+    assert all(all_equal(a, b) for a, b in zip(first, again))
+    assert not all_equal(pairs[3, 0], pairs[3, 1])
+    loader = DataLoader(pairs, batch_size=2, sampler=index, num_workers=2)
+    batches = list(loader)
+    assert len(batches) == 4
+    for i, batch in enumerate(batches):
+        for row in range(2):
+            assert all_equal(first[2 * i + row], [tensor[row] for tensor in batch])
+
+
+def test_both_frames_are_of_one_sequence_and_the_index_is_the_test_frame(tmp_path):
+    for level, name in enumerate("abc"):
+        write_sequence(tmp_path, name, frames=4)
+        for i in range(4):  # a flat grey that tells sequence and frame
+            grey = Image.new("RGB", SHAPE[::-1], (80 * level + 16 * i + 8,) * 3)
+            grey.save(tmp_path / "JPEGImages" / "480p" / name / f"{i:05d}.jpg", quality=100)
+    write_list(tmp_path, "2016", "train", list("abc"))
+    pairs = Pairs(Davis(tmp_path).sequences, as_is)
+    references = set()
+    for frame in range(12):
+        for seed in range(10 * frame, 10 * frame + 10):
+            reference, test = pairs[frame, seed][0]
+            code, reference_code = (int(image.float().mean()) // 16 for image in (test, reference))
+            assert code == 5 * (frame // 4) + frame % 4
+            assert reference_code // 5 == frame // 4
+            references.add(reference_code)
+    assert len(references) == 12  # any frame can be a reference
+
+
+def test_both_masks_show_the_same_one_of_several_objects(davis_2017):
+    (dog,) = Davis(davis_2017, "2017", "val")
+    pairs = Pairs([dog], as_is)
+    drawn = []
+    for seed in range(12):
+        reference, test = pairs[seed % 6, seed][1]
+        masks = [set(np.flatnonzero(mask.numpy().any(1))) for mask in (reference, test)]
+        assert masks[0] == masks[1]  # the fixture's objects keep to their rows
+        drawn.append(min(masks[0]))
+    assert set(drawn) == {6, 26}
+
+
+def test_reference_always_holds_the_object_though_some_masks_are_empty(tmp_path):
+    write_sequence(tmp_path, "ant", frames=6)
+    for i in (0, 2, 3, 5):
+        Image.new("L", SHAPE[::-1]).save((tmp_path / "Annotations/480p/ant") / f"{i:05d}.png")
+    write_list(tmp_path, "2016", "train", ["ant"])
+    pairs = Pairs(Davis(tmp_path).sequences, Augment((24, 40)))
+    for seed in range(40):
+        reference, test = pairs[seed % 6, seed][1]
+        assert reference.any()
+        if seed % 6 in (0, 2, 3, 5):
+            assert not test.any()
+
+
+def test_sequence_without_any_object_is_named(tmp_path):
+    write_sequence(tmp_path, "ant", value=0)
+    write_list(tmp_path, "2016", "train", ["ant"])
+    with pytest.raises(ValueError, match="ant"):
+        Pairs(Davis(tmp_path).sequences, as_is)[0, 0]
+
+
+class AsIs:
+    """In place of an augmentation of clips."""
+
+    def __call__(self, image, mask):
+        return as_is(image, mask)
+
+    def clip(self, frames):
+        return [as_is(*frame) for frame in frames]
+
+
+def grey_sequences(root, names, frames):
+    """Sequences whose frames are of a flat grey that tells sequence and frame."""
+    for level, name in enumerate(names):
+        write_sequence(root, name, frames=frames)
+        for i in range(frames):
+            grey = Image.new("RGB", SHAPE[::-1], (120 * level + 8 * i + 4,) * 3)
+            grey.save(root / "JPEGImages" / "480p" / name / f"{i:05d}.jpg", quality=100)
+    write_list(root, "2016", "train", list(names))
+    return Davis(root).sequences
+
+
+def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
+    clips = Clips(grey_sequences(tmp_path, "ab", frames=12), AsIs(), frames=4, gap=2, paste=0)
+    steps, adjacent = set(), 0
+    for seed in range(80):
+        images, masks = clips[seed % 24, seed]
+        assert len(images) == len(masks) == 4 and masks[0].any()
+        codes = [int(image.float().mean()) // 8 for image in images]
+        assert {code // 15 for code in codes} == {seed % 24 // 12}
+        frames = [code % 15 for code in codes]
+        first, *others = (b - a for a, b in zip(frames, frames[1:]))
+        assert all(abs(step) <= 2 for step in others)
+        if others[0] == others[1]:  # not mirrored at an end
+            steps.add(others[0])
+            adjacent += first == others[0]
+    assert steps >= {-2, -1, 1, 2}
+    assert 20 < adjacent < 70  # about half, the others start anywhere
+
+
+def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
+    sequences = grey_sequences(tmp_path, "ab", frames=6)
+    clips = Clips(sequences, AsIs(), frames=3, paste=1)
+    counts = Counter()
+    for seed in range(60):
+        images, masks = clips[seed % 12, seed]
+        own = [0, 0]
+        assert set(masks.unique().tolist()) == set(masks[0].unique().tolist())
+        for i in range(1, int(masks.max()) + 1):
+            inside = torch.from_numpy(np.array([cv2.erode(m, np.ones((5, 5), np.uint8))
+                                                for m in (masks == i).byte().numpy()])) > 0
+            # frames of one sequence are darker than those of the other
+            foreign = (images[inside].float().mean(1) > 100) != bool(seed % 12 // 6)
+            if len(foreign):
+                share = foreign.float().mean()
+                assert share < 0.1 or share > 0.9  # edges are mixed
+                own[int(share > 0.5)] += 1
+        counts[tuple(own)] += 1
+    # own alone before a pasted one that isn't followed, the pasted one alone, both, three
+    assert min(counts[1, 0], counts[0, 1], counts[1, 1], counts[1, 2]) > 3
+
+
+def test_all_objects_of_a_sequence_are_followed_under_any_id(davis_2017):
+    (dog,) = Davis(davis_2017, "2017", "val")
+    clips, found = Clips([dog], AsIs(), frames=3, paste=0), set()
+    for seed in range(30):
+        images, masks = clips[seed % 6, seed]
+        for i in masks.unique().tolist()[1:]:
+            colours = images[masks == i].float()
+            assert colours[:, 1].std() < 12  # in the fixture each object has one green
+            found.add((int(masks.max()), i, bool(colours[:, 1].mean() > 140)))
+    # the first or the second object alone, or both, either way round
+    assert found == {(n, i, first) for n in (1, 2) for i in range(1, n + 1)
+                     for first in (False, True)}
+    alone = Clips([dog], AsIs(), frames=3, paste=0, objects=1)
+    assert {int(alone[seed % 6, seed][1].max()) for seed in range(10)} == {1}
+
+
+def test_a_clip_of_one_frame_is_refused():
+    with pytest.raises(ValueError, match="two frames"):
+        Clips([], AsIs(), frames=1)
+
+
+def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
+    write_sequence(tmp_path, "ant", frames=6)
+    write_list(tmp_path, "2016", "train", ["ant"])
+    clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
+    clips.DOUBLES = 1.0
+    double, pasted, in_far = 0, clips._pasted, []
+
+    def spy(own, free, poses, shape, step, far, rng):
+        found = pasted(own, free, poses, shape, step, far, rng)
+        in_far.extend([bool(found)] if far else [])
+        return found
+
+    clips._pasted = spy
+    for seed in range(40):
+        images, masks = clips[seed % 6, seed]
+        bright = [(image.max(2).values > 150) for image in images]
+        two = [int(b.sum() > 1.3 * (m == 1).sum() > 0) for b, m in zip(bright, masks)]
+        double += all(two)
+        # what is wanted looks like the object, whichever of the two it is
+        assert all(b[m > 0].float().mean() > 0.7 for b, m in zip(bright, masks) if m.sum() > 30)
+    assert double > 5
+    assert len(in_far) > 5 and not any(in_far)
+
+
+def test_a_clip_depends_on_its_index_alone(davis_2016):
+    clips = Clips(Davis(davis_2016).sequences, Augment((24, 40)), paste=0.5)
+    first = [clips[i, 7 * i] for i in range(6)]
+    torch.rand(7)
+    assert all(all_equal(clips[i, 7 * i], first[i]) for i in reversed(range(6)))
+
+
+@pytest.mark.parametrize("frames, count", [(7, 20), (7, 7), (7, 3), (1, 4), (5, 10)])
+def test_sampler_takes_every_frame_once_before_any_again(frames, count):
+    sampler = PairSampler(frames, count, seed=1)
+    drawn = [frame for frame, _ in sampler]
+    assert len(drawn) == len(sampler) == count
+    for start in range(0, count, frames):
+        one_pass = drawn[start:start + frames]
+        assert len(set(one_pass)) == len(one_pass)
+        assert set(one_pass) <= set(range(frames))
+
+
+def test_sampler_shuffles_each_pass_anew_unless_told():
+    frames = [frame for frame, _ in PairSampler(20, 40)]
+    assert frames[:20] != frames[20:] and frames[:20] != list(range(20))
+    in_order = list(PairSampler(3, 7, shuffle=False))
+    assert [frame for frame, _ in in_order] == [0, 1, 2, 0, 1, 2, 0]
+    assert len({seed for _, seed in in_order}) == 7  # a frame's pairs differ between passes
+
+
+def test_sampler_is_fixed_by_its_seed():
+    assert list(PairSampler(9, 30, seed=4)) == list(PairSampler(9, 30, seed=4))
+    assert list(PairSampler(9, 30, seed=4)) != list(PairSampler(9, 30, seed=5))
+    sampler = PairSampler(9, 30)
+    assert list(sampler) == list(sampler)
+
+
+def test_real_sequence_with_empty_masks_yields_references_with_the_object(davis_dir):
+    (bumps,) = (sequence for sequence in Davis(davis_dir) if sequence.name == "bmx-bumps")
+    assert not bumps.mask(65).any()
+    pairs = Pairs([bumps], as_is)
+    for seed in range(12):
+        reference, test = pairs[65, seed][1]
+        assert reference.any() and not test.any()
