@@ -185,16 +185,20 @@ def clip(add) -> Callable:
              "from it (default: 0)")
     add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
         help="no mask at hand: look for the object in this box")
-    add("--annotate", action="store_true",
-        help="no mask at hand: draw a box or paint the mask in a window")
+    add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
+        help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
+             "for a tunnel, see docs/own_video.md (default: where there is no mask and no box)")
     add("--cutout", metavar="HOW",
         help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
              "colour such as #00ff00 (mp4)")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")
-        sources = bool(args.mask) + bool(args.box) + args.annotate
-        expect(sources == 1, "--mask, --box, --annotate", "one of them", sources)
+        expect(not (args.mask and args.box), "--mask, --box", "one of them", "both")
+        expect(args.page is None or 0 <= args.page < 2**16, "--page", "a port below 65536",
+               args.page)
+        expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",
+               args.finetune)
         at_least(0, args, "mask_frame")
         expect(args.cutout in (None, "transparent", "blur")
                or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",

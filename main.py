@@ -4,6 +4,7 @@
     python main.py -m train -d DAVIS -s models/vm.pth
     python main.py -m eval -d DAVIS -t val -o models/vm.pth -j results
     python main.py -m segment --video CLIP.mp4 --mask FIRST.png -j results
+    python main.py -m segment --video CLIP.mp4 --page
 """
 
 import argparse
@@ -11,7 +12,9 @@ import logging
 import os
 import platform
 import sys
+import webbrowser
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +30,10 @@ import train
 from data import demo
 from davis import Davis, split
 from manifest import Manifest
-from media import annotate, images
+from media import annotate, figures, images
 from media.video import open_clip
 from network.encoder import Encoder
+from session import Session
 from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
@@ -40,7 +44,7 @@ RECENT = 3  # frames
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout",
+            "overwrite", "video", "mask", "mask_frame", "box", "page", "cutout",
             "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
@@ -243,6 +247,8 @@ def adaptation(args: argparse.Namespace, model: VideoMatch):
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
     results = args.results_dir or Path("results") / args.video.stem
+    if args.page is not None or not (args.mask or args.box):
+        return run_page(args, clip, results)
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
     manifest = Manifest(results, facts(args, model, {
@@ -257,10 +263,7 @@ def run_segment(args: argparse.Namespace) -> None:
     manifest.begin()
     kept = segment.Progress(results / "masks", clip)
     kept = kept.all() if before["drawn"] else kept.load(model)
-    options = segment.Options(
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        adapt=adaptation(args, model))
+    options = options_of_segmenting(args, model)
     frames = segment.track(model, clip, masks, options, kept)
     bar = tqdm(frames, desc="frames", total=clip.count or None, disable=None, unit="frame")
     count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept)
@@ -268,8 +271,58 @@ def run_segment(args: argparse.Namespace) -> None:
     print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
 
 
+def options_of_segmenting(args: argparse.Namespace, model: VideoMatch) -> segment.Options:
+    return segment.Options(
+        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
+        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
+        adapt=adaptation(args, model))
+
+
+def run_page(args: argparse.Namespace, clip, results: Path) -> None:
+    browse = can_browse()
+    if args.page is None and not browse:
+        raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
+                         "open a page in")
+    try:
+        from media import page
+    except ImportError as error:
+        raise ValueError(f"--page: expected the package {error.name}, pip install -r "
+                         "requirements.txt brings it") from error
+    masks = given_masks(args, clip, results) if args.mask or args.box else {}
+    model = model_in_use(args)
+    session = Session(model, clip, results, options_of_segmenting(args, model),
+                      annotate.mask_from_prompts,
+                      facts(args, model, {"data": str(args.video.resolve())}), again(args))
+    for frame, mask in masks.items():
+        session.give(frame, mask)
+    try:
+        page.serve(session, args.page or 0, browse)
+    finally:
+        session.close()
+    print(f"all that was given and found is in {results / 'page'}")
+
+
+def can_browse() -> bool:
+    """Whether a browser can be opened here."""
+    with suppress(webbrowser.Error):
+        return figures.has_display() and webbrowser.get() is not None
+    return False
+
+
+def again(args: argparse.Namespace) -> list[str]:
+    """The command line of this run, but for masks, cut-out and folder."""
+    default, words = flags.defaults(), ["python", "main.py", "-m", "segment"]
+    for name, value in vars(args).items():
+        if name in ("mode", "mask", "mask_frame", "box", "page", "cutout", "results_dir",
+                    "overwrite") or value == default[name]:
+            continue
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
-    """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
+    """The masks that --mask names, or the one that --box makes, kept as a file."""
     masks = {}
     for text in args.mask:
         number, colon, name = text.partition(":")
@@ -283,8 +336,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
     image = next(iter(clip.frames(args.mask_frame)), None)
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
-    mask = (annotate.mask_from_box(image, tuple(args.box)) if args.box
-            else annotate.Annotator(image).run())
+    mask = annotate.mask_from_box(image, tuple(args.box))
     path = results / f"mask_{args.mask_frame:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
     images.write_mask(path, mask)

@@ -187,13 +187,14 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray]],
         if progress and progress.state is not None and progress.forwards == forwards:
             tracker.load_state(progress.state)
             progress.state = None
-        step = _step(tracker, index, image, masks.get(index), options)
+        step = take_step(tracker, index, image, masks.get(index), options)
         yield Frame(index, image, images.resize_mask(step.mask, image.shape[:2]), step, forwards,
                     tracker)
 
 
-def _step(tracker: Tracker, index: int, image: np.ndarray, mask: np.ndarray | None,
-          options: Options) -> Step:
+def take_step(tracker: Tracker, index: int, image: np.ndarray, mask: np.ndarray | None,
+              options: Options) -> Step:
+    """A tracker's next frame, at the sizes that the options name; arguments as elsewhere."""
     if mask is not None:
         images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
                                 mask.shape)

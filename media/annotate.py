@@ -1,12 +1,29 @@
-"""A first mask where there is none: from a box, or drawn in a window."""
+"""A mask from what a person shows, by colour alone: OpenCV's GrabCut. It knows no network."""
+
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 
-from media import drawing, figures
-
 ITERATIONS = 5  # of GrabCut
-BRUSH = 0.02  # radius, as a share of the frame's height
+SIDE = 320  # pixels: longer sides make nobody wait
+DOT = 0.02  # radius of what a click surely shows, as a share of the frame's height
+
+
+@dataclass
+class Prompts:
+    """What a person showed of one object in one frame, in pixels.
+
+    Args:
+        boxes: around it, each x, y of the upper left corner, width, height.
+        points, not_points: x, y on the object, and not on it.
+        mask: (H, W) bool, the mask so far.
+    """
+
+    boxes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    points: list[tuple[int, int]] = field(default_factory=list)
+    not_points: list[tuple[int, int]] = field(default_factory=list)
+    mask: np.ndarray | None = None
 
 
 def mask_from_box(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
@@ -35,86 +52,44 @@ def mask_from_box(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarr
     mask = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.uint8)
     if not mask.any():
         raise ValueError(f"--box {x} {y} {w} {h}: nothing in it differs from what is around it; "
-                         "paint the mask with --annotate, or bring one with --mask")
+                         "paint the mask with --page, or bring one with --mask")
     return mask
 
 
-class Annotator:
-    """A window in which a box is drawn and the mask is mended.
+def mask_from_prompts(image: np.ndarray, prompts: Prompts) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W) bool, the object that the prompts show."""
+    height, width = image.shape[:2]
+    scale = min(1.0, SIDE / max(height, width))
+    size = max(2, round(width * scale)), max(2, round(height * scale))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    labels = _labels(size, scale, prompts)
+    sure = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+    if sure.any() and not sure.all():
+        models = np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.setRNGSeed(0)
+        cv2.grabCut(small[..., ::-1].copy(), labels, None, *models, ITERATIONS,
+                    cv2.GC_INIT_WITH_MASK)
+    found = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
+    return cv2.resize(found, (width, height), interpolation=cv2.INTER_LINEAR) >= 0.5
 
-    Drag with the left button: a box, whose object is looked for. With shift and the left button
-    paint, with the right button wipe. Enter, or closing the window, ends.
 
-    Raises:
-        ValueError: there is no display.
-    """
-
-    def __init__(self, image: np.ndarray):
-        if not figures.has_display():
-            raise ValueError("--annotate: there is no display for a window, give --box x y w h or "
-                             "--mask FILE instead")
-        self.image, self.mask = image, np.zeros(image.shape[:2], np.uint8)
-        self.start: tuple[int, int] | None = None
-        self.figure, self.axis = figures.canvas("drag a box · shift paints · right button wipes "
-                                                  "· Enter ends")
-        self.shown = self.axis.imshow(image)
-        for event, handler in (("button_press_event", self._press), ("key_press_event", self._key),
-                               ("motion_notify_event", self._move),
-                               ("button_release_event", self._release)):
-            self.figure.canvas.mpl_connect(event, handler)
-
-    def run(self) -> np.ndarray:
-        """Show the window until it is closed: (H, W) uint8, 1 on the object."""
-        figures.wait(self.figure)
-        if not self.mask.any():
-            raise ValueError("--annotate: the window was closed without a mask")
-        return self.mask
-
-    def _press(self, event) -> None:
-        if event.inaxes is self.axis:
-            self.start = self._pixel(event)
-            self._paint(event)
-
-    def _move(self, event) -> None:
-        if self.start is not None and event.inaxes is self.axis:
-            self._paint(event)
-
-    def _release(self, event) -> None:
-        if self.start is None:
-            return
-        if self._brush(event) is None and event.inaxes is self.axis:
-            (x, y), (u, v) = self.start, self._pixel(event)
-            if abs(u - x) > 2 and abs(v - y) > 2:
-                try:
-                    self.mask = mask_from_box(self.image, (min(x, u), min(y, v), abs(u - x),
-                                                           abs(v - y)))
-                except ValueError as error:
-                    self.axis.set_title(str(error), fontsize=8)
-                self._show()
-        self.start = None
-
-    def _key(self, event) -> None:
-        if event.key == "enter":
-            figures.close(self.figure)
-
-    @staticmethod
-    def _pixel(event) -> tuple[int, int]:
-        return round(event.xdata), round(event.ydata)
-
-    @staticmethod
-    def _brush(event) -> int | None:
-        """What the button paints: 1 the object, 0 the background, None draws a box."""
-        if event.button == 3:
-            return 0
-        return 1 if event.key == "shift" else None
-
-    def _paint(self, event) -> None:
-        value = self._brush(event)
-        if value is not None:
-            radius = max(1, round(BRUSH * len(self.mask)))
-            cv2.circle(self.mask, self._pixel(event), radius, value, cv2.FILLED)
-            self._show()
-
-    def _show(self) -> None:
-        self.shown.set_data(drawing.overlay(self.image, self.mask))
-        self.figure.canvas.draw_idle()
+def _labels(size: tuple[int, int], scale: float, prompts: Prompts) -> np.ndarray:
+    """What GrabCut starts from, on the small frame of (width, height) pixels."""
+    labels = np.full(size[::-1], cv2.GC_PR_BGD, np.uint8)
+    dot = max(1, round(DOT * size[1]))
+    if prompts.boxes:
+        labels[:] = cv2.GC_BGD
+    for x, y, w, h in prompts.boxes:
+        left, top = round(x * scale), round(y * scale)
+        labels[top:top + max(1, round(h * scale)),
+               left:left + max(1, round(w * scale))] = cv2.GC_PR_FGD
+    if prompts.mask is not None and prompts.mask.any():
+        mask = cv2.resize(prompts.mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        labels[:] = np.where(mask > 0, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+    for value, around, points in ((cv2.GC_FGD, cv2.GC_PR_FGD, prompts.points),
+                                  (cv2.GC_BGD, cv2.GC_PR_BGD, prompts.not_points)):
+        for x, y in points:
+            middle = round(x * scale), round(y * scale)
+            cv2.circle(labels, middle, 5 * dot, around, cv2.FILLED)
+            cv2.circle(labels, middle, dot, value, cv2.FILLED)
+    return labels

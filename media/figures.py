@@ -67,24 +67,6 @@ def show_or_save(figure, path: Path | None, default: Path) -> None:
     plt.close(figure)
 
 
-def canvas(title: str):
-    """An empty figure and its axis, for a window to draw in."""
-    figure, axis = _pyplot().subplots(layout="constrained", figsize=(12, 7))
-    axis.axis("off")
-    axis.set_title(title)
-    return figure, axis
-
-
-def wait(figure) -> None:
-    """Show a figure's window until it is closed."""
-    _pyplot().show()
-    close(figure)
-
-
-def close(figure) -> None:
-    _pyplot().close(figure)
-
-
 def has_display() -> bool:
     """Whether a window can be opened."""
     if os.environ.get("MPLBACKEND", "").lower() == "agg":

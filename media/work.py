@@ -1,0 +1,159 @@
+"""The folder of a session on one clip: masks that a person gave, masks that were found.
+
+    given/00057.png   palette masks that a person drew, mended or brought
+    found/00058.png   palette masks that a tracker found
+    found.jsonl       of each found mask how sure it is, and which given frame it comes from
+    session.json      objects, and the given frames that no pass has started from since
+
+Each file is whole at every moment, so a kill loses nothing. It knows no network, and of the clip
+only the size of its frames.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from media import files, images
+
+MOST_OBJECTS = 254  # 255 means "not labelled" in a mask
+
+
+@dataclass
+class Object:
+    """Something to be cut out; `id` is its value in masks and is never used twice."""
+
+    id: int
+    name: str
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a found mask beside the mask.
+
+    Args:
+        sure: of each object how sure its mask is, in [0, 1].
+        origin: the frame that the pass started from.
+    """
+
+    sure: dict[int, float]
+    origin: int
+
+
+class Work:
+    """What lies in the folder, and how it is changed.
+
+    Args:
+        folder: made if it isn't there.
+        shape: (H, W) of the clip's frames.
+
+    Attributes:
+        given: the frames whose mask a person gave.
+        found: what is known of those whose mask was found.
+        pending: given frames that were changed since a pass started from them.
+
+    Raises:
+        ValueError: the folder's masks are of another size, or a file of it can't be understood.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int]):
+        self.folder, self.shape = folder, tuple(shape)
+        for name in ("given", "found"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.given = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
+        self.found = self._read_found()
+        self.objects, self.next_id, self.pending = self._read_session()
+        for frame in sorted(self.given)[:1]:
+            images.check_same_shape("the clip", self.shape, self._path("given", frame),
+                                    images.image_shape(self._path("given", frame), "a mask"))
+
+    def mask(self, frame: int) -> np.ndarray | None:
+        """(H, W) uint8 of the objects that weren't deleted: given, else found, else None."""
+        kind = "given" if frame in self.given else "found" if frame in self.found else None
+        if kind is None:
+            return None
+        mask = images.read_mask(self._path(kind, frame))
+        known = np.zeros(256, np.uint8)
+        for thing in self.objects:
+            known[thing.id] = thing.id
+        # the only object may have any number, but a file with 255 alone reads as 1
+        return known[mask]
+
+    def give(self, frame: int, mask: np.ndarray | None) -> None:
+        """Keep a mask that a person gave, or forget it (None)."""
+        if mask is None:
+            self.given.discard(frame)
+            self.pending.discard(frame)
+            self._path("given", frame).unlink(missing_ok=True)
+        else:
+            images.write_mask(self._path("given", frame), mask)
+            self.given.add(frame)
+            self.pending.add(frame)
+        self.save()
+
+    def find(self, frame: int, mask: np.ndarray, found: Found) -> None:
+        """Keep a mask that a tracker found."""
+        images.write_mask(self._path("found", frame), mask)
+        line = json.dumps({"frame": frame, "origin": found.origin, "sure": found.sure})
+        with open(self.folder / "found.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.found[frame] = found
+
+    def spread(self, frame: int) -> None:
+        """A pass started from a given frame, so nothing of it is pending."""
+        self.pending.discard(frame)
+        self.save()
+
+    def add_object(self, name: str = "") -> Object:
+        """A new object.
+
+        Raises:
+            ValueError: a mask has no number left for it.
+        """
+        if self.next_id > MOST_OBJECTS:
+            raise ValueError(f"a mask holds {MOST_OBJECTS} objects at most")
+        thing = Object(self.next_id, name or f"object {self.next_id}")
+        self.objects, self.next_id = [*self.objects, thing], self.next_id + 1
+        self.save()
+        return thing
+
+    def save(self) -> None:
+        files.write(self.folder / "session.json", json.dumps({
+            "objects": [asdict(thing) for thing in self.objects], "next_id": self.next_id,
+            "pending": sorted(self.pending)}, indent=1))
+
+    def _path(self, kind: str, frame: int) -> Path:
+        return self.folder / kind / f"{frame:05d}.png"
+
+    def _read_session(self) -> tuple[list[Object], int, set[int]]:
+        path = self.folder / "session.json"
+        if not path.is_file():
+            return [], 1, set()
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            return ([Object(**thing) for thing in kept["objects"]], int(kept["next_id"]),
+                    set(kept["pending"]) & self.given)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not that of a session ({error})") from error
+
+    def _read_found(self) -> dict[int, Found]:
+        """The last line of a frame counts; a kill may have cut the last line of all."""
+        path, found = self.folder / "found.jsonl", {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                kept = json.loads(line)
+                sure = {int(name): float(value) for name, value in kept["sure"].items()}
+                frame, origin = int(kept["frame"]), int(kept["origin"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if number == len(lines):
+                    break
+                raise ValueError(f"{path}, line {number}: not of a found mask") from error
+            if self._path("found", frame).is_file():
+                found[frame] = Found(sure, origin)
+        files.write(path, "".join(json.dumps({"frame": frame, "origin": entry.origin,
+                                              "sure": entry.sure}) + "\n"
+                                  for frame, entry in found.items()))
+        return found
