@@ -197,6 +197,8 @@ def clip(add) -> Callable:
         expect(not (args.mask and args.box), "--mask, --box", "one of them", "both")
         expect(args.page is None or 0 <= args.page < 2**16, "--page", "a port below 65536",
                args.page)
+        expect(args.page is None or not args.overwrite, "--page",
+               "no --overwrite beside it, but another --results_dir", args.overwrite)
         expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",
                args.finetune)
         at_least(0, args, "mask_frame")

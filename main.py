@@ -294,7 +294,7 @@ def run_page(args: argparse.Namespace, clip, results: Path) -> None:
                       annotate.mask_from_prompts,
                       facts(args, model, {"data": str(args.video.resolve())}), again(args))
     for frame, mask in masks.items():
-        session.give(frame, mask)
+        session.edits.give(frame, mask)
     try:
         page.serve(session, args.page or 0, browse)
     finally:

@@ -14,13 +14,13 @@ from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 import segment
 from manifest import Manifest
 from media import files, images
 from media.annotate import Prompts
+from media.edits import Edits
 from media.video import Clip
 from media.work import Found, Work
 from passes import Passes, States, end_of_pass
@@ -30,7 +30,6 @@ from videomatch import VideoMatch
 log = logging.getLogger(__name__)
 
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
-UNDONE = 100  # steps that can be taken back
 CACHED = 24  # decoded frames
 
 
@@ -54,12 +53,6 @@ def unsure_stretches(found: dict[int, Found], given: set[int], most: int = 6) ->
             stretches.append({"first": first, "last": last, "object": object_id, "worst": worst,
                               "sure": round(float(np.mean(inside)), 3)})
     return sorted(stretches, key=lambda stretch: stretch["sure"])[:most]
-
-
-def _painted(mask: np.ndarray, drawn: np.ndarray, object_id: int) -> np.ndarray:
-    """(H, W) object ids with one object where it is drawn, (H, W) bool, and nowhere else."""
-    rest = np.where(mask == object_id, 0, mask)
-    return np.where(drawn, object_id, rest).astype(np.uint8)
 
 
 def _runs(frames: list[int], gap: int = 2) -> list[tuple[int, int]]:
@@ -92,25 +85,19 @@ class Session:
                  command: list[str]):
         model.eval()
         self.clip, self.folder = clip, folder
-        self.prompter, self.facts, self.command = prompt, facts, command
-        record = Manifest(folder / "page", {"data": facts["data"]})
+        self.facts, self.command = facts, command
         self.count = clip.count or sum(1 for _ in clip.frames())
         self._read = lru_cache(CACHED)(lambda frame: next(clip.frames(frame)))
-        self.work = Work(folder / "page", self.image(0).shape[:2])
+        self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
         self.shape = self.work.shape
-        record.begin()
         self.states = States(folder / "page" / "states", lambda: Tracker(
             model, options.threshold, options.remove_outliers), facts)
         self.passes = Passes(clip, options, self.image, self.work, self.states)
-        self.lock = threading.RLock()
-        self.prompts: dict[tuple[int, int], Prompts] = {}
-        self.past: list[Callable[[], int]] = []  # each takes a step back and tells its frame
-        self.version, self.changed = 1, dict.fromkeys(self.work.given | set(self.work.found), 1)
+        self.edits = Edits(self.work, self.image, prompt, self.states)
+        self.lock = self.edits.lock
         self.thread: threading.Thread | None = None
         self.run: dict | None = None  # what is under way, or how the last one ended
         self.stopping = threading.Event()
-
-    # what is known
 
     def image(self, frame: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB.
@@ -130,161 +117,23 @@ class Session:
         with self.lock:
             return self.work.mask(frame)
 
+    @property
+    def version(self) -> int:
+        """One more with every change."""
+        return self.edits.version
+
     def state(self, since: int = 0) -> dict:
         """All that a page shows but the pictures; of frames only what changed after `since`."""
         with self.lock:
             work = self.work
             frames = {frame: {"given": frame in work.given, "version": version,
                               "sure": work.found[frame].sure if frame in work.found else None}
-                      for frame, version in self.changed.items() if version > since}
-            return {"version": self.version, "count": self.count, "fps": self.clip.fps,
+                      for frame, version in self.edits.changed.items() if version > since}
+            return {"version": self.edits.version, "count": self.count, "fps": self.clip.fps,
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
                     "objects": [vars(thing) for thing in work.objects],
-                    "pending": sorted(work.pending), "undo": len(self.past), "run": self.run,
+                    "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
                     "unsure": unsure_stretches(work.found, work.given)}
-
-    def _change(self, *frames: int) -> None:
-        self.version += 1
-        self.changed.update(dict.fromkeys(frames, self.version))
-
-    # what a person gives
-
-    def show(self, frame: int, object_id: int, box: tuple[int, int, int, int] | None = None,
-             point: tuple[int, int] | None = None, wanted: bool = True) -> None:
-        """A box around an object, or a point on it (`wanted`) or beside it; mends its mask."""
-        image = self.image(frame)
-        with self.lock:
-            self._object(object_id)
-            before = self._base(frame)
-            prompts = self.prompts.get((frame, object_id)) or Prompts()
-            drawn = before == object_id
-            if box:
-                prompts = Prompts([box])
-            else:
-                points = [(prompts.points, prompts.not_points)[not wanted] + [point]]
-                prompts = Prompts(prompts.boxes, points[0] if wanted else prompts.points,
-                                  prompts.not_points if wanted else points[0], drawn)
-            found = np.asarray(self.prompter(image, prompts), bool)
-            self._give(frame, _painted(before, found, object_id), {(frame, object_id): prompts})
-
-    def stroke(self, frame: int, object_id: int, points: list[tuple[int, int]], radius: int,
-               erase: bool) -> None:
-        """Paint an object's mask along a line, or wipe it."""
-        with self.lock:
-            self._object(object_id)
-            before, line = self._base(frame), np.zeros(self.work.shape, np.uint8)
-            cv2.polylines(line, [np.array(points, np.int32)], False, 1, 2 * radius)
-            for x, y in (points[0], points[-1]):
-                cv2.circle(line, (x, y), radius, 1, cv2.FILLED)
-            found = before == object_id
-            found = found & (line == 0) if erase else found | (line > 0)
-            self._give(frame, _painted(before, found, object_id), {})
-
-    def give(self, frame: int, mask: np.ndarray) -> None:
-        """A whole mask, (H, W) uint8; objects that it holds and nobody knows yet are added.
-
-        Raises:
-            ValueError: it is of another size than the frames, or there is no such frame.
-        """
-        self.image(frame)
-        with self.lock:
-            images.check_same_shape("the clip", self.work.shape, "the mask", mask.shape)
-            self._meet(np.unique(mask[mask > 0]).tolist())
-            self._give(frame, mask, {})
-
-    def forget(self, frame: int) -> None:
-        """Take back the mask given for a frame; what was found there shows again."""
-        with self.lock:
-            if frame in self.work.given:
-                self._give(frame, None, {})
-
-    def undo(self) -> int | None:
-        """Take the last step back; returns the frame of it."""
-        with self.lock:
-            return self.past.pop()() if self.past else None
-
-    def _base(self, frame: int) -> np.ndarray:
-        self.image(frame)
-        mask = self.work.mask(frame)
-        return np.zeros(self.work.shape, np.uint8) if mask is None else mask
-
-    def _give(self, frame: int, mask: np.ndarray | None, prompts: dict) -> None:
-        """Keep a given mask and how to take it back; prompts of the frame that it doesn't come
-        from count no more."""
-        before = self.work.mask(frame) if frame in self.work.given else None
-        shown, pending = dict(self.prompts), frame in self.work.pending
-
-        def back() -> int:
-            self.work.give(frame, before)
-            if not pending:
-                self.work.spread(frame)
-            self.prompts = shown
-            self._touch(frame)
-            return frame
-
-        self.past = [*self.past, back][-UNDONE:]
-        self.work.give(frame, mask)
-        kept = {key: value for key, value in self.prompts.items() if key[0] != frame}
-        self.prompts = kept | prompts
-        self._touch(frame)
-
-    def _touch(self, frame: int) -> None:
-        self.states.drop(frame, self.work.given)
-        self._change(frame)
-
-    # objects
-
-    def add_object(self) -> int:
-        with self.lock:
-            thing = self.work.add_object()
-            self._change()
-            return thing.id
-
-    def change_object(self, object_id: int, name: str | None = None,
-                      hidden: bool | None = None) -> None:
-        with self.lock:
-            thing = self._object(object_id)
-            thing.name = thing.name if name is None else name
-            thing.hidden = thing.hidden if hidden is None else hidden
-            self.work.save()
-            self._change()
-
-    def delete_object(self, object_id: int) -> None:
-        """Leave an object out of every mask."""
-        with self.lock:
-            self._object(object_id)
-            before = list(self.work.objects)
-
-            def back() -> int:
-                self._set_objects(before)
-                return min(self.work.given, default=0)
-
-            self.past = [*self.past, back][-UNDONE:]
-            self._set_objects([thing for thing in before if thing.id != object_id])
-
-    def _set_objects(self, objects: list) -> None:
-        self.work.objects = objects
-        self.work.save()
-        self.states.clear()
-        self._change(*self.changed)
-
-    def _meet(self, object_ids: list[int]) -> None:
-        """Know these objects from now on."""
-        known = {thing.id for thing in self.work.objects}
-        for object_id in object_ids:
-            if object_id not in known:
-                self.work.next_id, after = object_id, max(self.work.next_id, object_id + 1)
-                self.work.add_object()
-                self.work.next_id = after
-        self.work.save()
-
-    def _object(self, object_id: int):
-        for thing in self.work.objects:
-            if thing.id == object_id:
-                return thing
-        raise ValueError(f"there is no object {object_id}")
-
-    # what is under way
 
     def segment_from(self, start: int, way: str) -> None:
         """Find the masks behind a frame, `way` "forwards", "backwards" or "both", in a thread.
@@ -293,11 +142,8 @@ class Session:
             ValueError: the frame has no mask, or something is under way.
         """
         with self.lock:
-            if self._base(start).max() == 0 and not self.work.given - {start}:
-                raise ValueError(f"frame {start} has no mask to start from: draw one first")
             if self.work.mask(start) is None:
-                raise ValueError(f"frame {start} is not segmented yet: draw a mask, or start at "
-                                 "a frame that has one")
+                raise ValueError(f"frame {start} has no mask to start from: draw one first")
             ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
             total = sum(abs(end - start) - 1 for _, end in ends)
             self._start({"kind": "segment", "frame": start, "way": way, "total": total},
@@ -326,7 +172,7 @@ class Session:
             raise ValueError("something is under way already: stop it first")
         self.stopping.clear()
         self.run = {"done": 0, "seconds": 0.0, "ended": "", "error": "", **run}
-        self._change()
+        self.edits.change()
         self.thread = threading.Thread(target=self._work, args=(job,), daemon=True)
         self.thread.start()
 
@@ -340,17 +186,17 @@ class Session:
             ended = {"ended": "error", "error": str(error) or type(error).__name__}
         with self.lock:
             self.run = self.run | ended
-            self._change()
+            self.edits.change()
 
     def _progress(self, began: float, *frames: int) -> None:
         self.run = self.run | {"done": self.run["done"] + 1,
                                "seconds": round(time.monotonic() - began, 3)}
-        self._change(*frames)
+        self.edits.change(*frames)
 
     def _segment(self, start: int, ways: list[bool]) -> None:
         with self.lock:
             self.work.spread(start)
-            self._change(start)
+            self.edits.change(start)
         began = time.monotonic()
         for forwards in ways:
             self._pass(start, forwards, began)

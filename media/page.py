@@ -139,8 +139,8 @@ def _box(session, fields: Fields) -> None:
     top, bottom = sorted((min(max(y, 0), height), min(max(v, 0), height)))
     if right - left < 2 or bottom - top < 2:
         raise ValueError("the box is too small: drag from one corner to the other")
-    session.show(fields.whole("frame"), fields.whole("object", 1, 254),
-                 box=(left, top, right - left, bottom - top))
+    session.edits.show(fields.whole("frame"), fields.whole("object", 1, 254),
+                       box=(left, top, right - left, bottom - top))
 
 
 def _point(session, fields: Fields) -> None:
@@ -148,13 +148,14 @@ def _point(session, fields: Fields) -> None:
     height, width = session.shape
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError("the point lies outside of the frame")
-    session.show(fields.whole("frame"), fields.whole("object", 1, 254), point=(x, y),
-                 wanted=not fields.flag("not"))
+    session.edits.show(fields.whole("frame"), fields.whole("object", 1, 254), point=(x, y),
+                       wanted=not fields.flag("not"))
 
 
 def _stroke(session, fields: Fields) -> None:
-    session.stroke(fields.whole("frame"), fields.whole("object", 1, 254), fields.points("points"),
-                   fields.whole("radius", 1, 500), bool(fields.flag("erase")))
+    session.edits.stroke(fields.whole("frame"), fields.whole("object", 1, 254),
+                         fields.points("points"), fields.whole("radius", 1, 500),
+                         bool(fields.flag("erase")))
 
 
 def _cutout(fields: Fields) -> str | None:
@@ -169,12 +170,12 @@ ACTIONS = {
     "box": _box,
     "point": _point,
     "stroke": _stroke,
-    "forget": lambda session, fields: session.forget(fields.whole("frame")),
-    "undo": lambda session, fields: {"frame": session.undo()},
-    "add": lambda session, fields: {"object": session.add_object()},
-    "change": lambda session, fields: session.change_object(
+    "forget": lambda session, fields: session.edits.forget(fields.whole("frame")),
+    "undo": lambda session, fields: {"frame": session.edits.undo()},
+    "add": lambda session, fields: {"object": session.edits.add_object()},
+    "change": lambda session, fields: session.edits.change_object(
         fields.whole("object", 1, 254), fields.text("name"), fields.flag("hidden")),
-    "delete": lambda session, fields: session.delete_object(fields.whole("object", 1, 254)),
+    "delete": lambda session, fields: session.edits.delete_object(fields.whole("object", 1, 254)),
     "segment": lambda session, fields: session.segment_from(
         fields.whole("frame"), fields.choice("way", ("forwards", "backwards", "both"))),
     "stop": lambda session, fields: session.stop(),
@@ -220,7 +221,7 @@ def application(session, token: str, html: str | None = None) -> Starlette:
     """The ASGI application of a session.
 
     Args:
-        session: has shape, image, mask, state, give, and what `ACTIONS` calls.
+        session: has shape, version, image, mask, state, edits, and what `ACTIONS` calls.
         token: who doesn't send it is refused.
     """
     html = html or HTML.read_text(encoding="utf-8")
@@ -255,7 +256,7 @@ def application(session, token: str, html: str | None = None) -> Starlette:
     async def bring(request: Request) -> Response:
         content = await _body(request, MOST_MASK)
         found = await run_in_threadpool(_read_mask, content, session.shape)
-        await run_in_threadpool(session.give, request.path_params["frame"], found)
+        await run_in_threadpool(session.edits.give, request.path_params["frame"], found)
         return JSONResponse({})
 
     async def act(request: Request) -> Response:

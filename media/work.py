@@ -47,6 +47,7 @@ class Work:
 
     Args:
         folder: made if it isn't there.
+        clip: its name; another one's masks are none of this one's.
         shape: (H, W) of the clip's frames.
 
     Attributes:
@@ -55,19 +56,17 @@ class Work:
         pending: given frames that were changed since a pass started from them.
 
     Raises:
-        ValueError: the folder's masks are of another size, or a file of it can't be understood.
+        ValueError: the folder is of another clip, or a file of it can't be understood.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int]):
-        self.folder, self.shape = folder, tuple(shape)
+    def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
+        self.folder, self.clip, self.shape = folder, clip, tuple(shape)
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.given = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
         self.found = self._read_found()
         self.objects, self.next_id, self.pending = self._read_session()
-        for frame in sorted(self.given)[:1]:
-            images.check_same_shape("the clip", self.shape, self._path("given", frame),
-                                    images.image_shape(self._path("given", frame), "a mask"))
+        self.save()
 
     def mask(self, frame: int) -> np.ndarray | None:
         """(H, W) uint8 of the objects that weren't deleted: given, else found, else None."""
@@ -121,6 +120,7 @@ class Work:
 
     def save(self) -> None:
         files.write(self.folder / "session.json", json.dumps({
+            "clip": self.clip, "shape": self.shape,
             "objects": [asdict(thing) for thing in self.objects], "next_id": self.next_id,
             "pending": sorted(self.pending)}, indent=1))
 
@@ -133,10 +133,16 @@ class Work:
             return [], 1, set()
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            return ([Object(**thing) for thing in kept["objects"]], int(kept["next_id"]),
-                    set(kept["pending"]) & self.given)
+            of = kept["clip"], tuple(kept["shape"])
+            found = ([Object(**thing) for thing in kept["objects"]], int(kept["next_id"]),
+                     set(kept["pending"]) & self.given)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not that of a session ({error})") from error
+        if of != (self.clip, self.shape):
+            raise ValueError(f"{self.folder}: a session on {of[0]} with frames of "
+                             f"{of[1][1]}x{of[1][0]} pixels, expected one on {self.clip} or a "
+                             "folder of its own (--results_dir)")
+        return found
 
     def _read_found(self) -> dict[int, Found]:
         """The last line of a frame counts; a kill may have cut the last line of all."""
