@@ -31,21 +31,21 @@ log = logging.getLogger(__name__)
 
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
+SURE, MARKED = 0.9, 0.05  # see `unsure_stretches`
 
 
 def unsure_stretches(found: dict[int, Found], given: set[int], most: int = 6) -> list[dict]:
     """Stretches of frames in which an object is least sure, the worst first.
 
-    A frame belongs to one where it is nearer to the object's least sure frame than to its usual
-    one, the median. An object that is sure throughout has none.
+    A frame belongs to one where its sureness lies MARKED below the object's median, and below SURE.
     """
     stretches = []
     for object_id in sorted({i for entry in found.values() for i in entry.sure}):
         sure = {frame: entry.sure[object_id] for frame, entry in found.items()
                 if object_id in entry.sure and frame not in given}
-        if not sure or min(sure.values()) > 0.9:
+        if not sure:
             continue
-        limit = min(0.9, (min(sure.values()) + float(np.median(list(sure.values())))) / 2)
+        limit = min(SURE, float(np.median(list(sure.values()))) - MARKED)
         frames = sorted(frame for frame, value in sure.items() if value <= limit)
         for first, last in _runs(frames):
             inside = [sure[frame] for frame in frames if first <= frame <= last]

@@ -5,6 +5,8 @@ It doesn't know what is in a memory, and writes no file.
 
 from collections import deque
 
+import torch
+
 from network.matching import Grid, Reference
 from network.memory import Memory, Past, Recent, Sets
 
@@ -17,6 +19,10 @@ def plain(value):
         return type(value)(plain(item) for item in value)
     if isinstance(value, deque):
         return {"kind": "deque", "items": plain(list(value)), "maxlen": value.maxlen}
+    if isinstance(value, torch.Tensor) and value.layout == torch.sparse_csr:
+        # PyTorch checks one that it reads for sorted and distinct columns, which nobody needs
+        return {"kind": "rows", "items": [value.crow_indices(), value.col_indices(),
+                                          value.values()], "shape": list(value.shape)}
     if type(value).__name__ in KINDS:
         return {"kind": type(value).__name__, "fields": [(k, plain(v)) for k, v in
                                                          vars(value).items()]}
@@ -35,6 +41,8 @@ def restored(value):
         return value
     if value["kind"] == "deque":
         return deque(restored(value["items"]), value["maxlen"])
+    if value["kind"] == "rows":
+        return torch.sparse_csr_tensor(*value["items"], value["shape"], check_invariants=False)
     kind = KINDS[value["kind"]]
     found = kind.__new__(kind)
     vars(found).update((name, restored(field)) for name, field in value["fields"])
