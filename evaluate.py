@@ -19,15 +19,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import confidence
 import distributed
 import metrics
 import report
 import segment
+import sinks
+from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
-from manifest import Manifest
+from manifest import Manifest, keep_apart, stamp
 from media import drawing, images
+from media.background import progress
 from media.files import whole
 from videomatch import VideoMatch
 
@@ -62,6 +65,9 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         ValueError: what is in `options.results` was made with other facts.
     """
     model.eval()
+    if options.results:
+        keep_apart([options.results / s.name for s in sequences],
+                   {path.parent for s in sequences for path in (s.images[0], s.masks[0])})
     with distributed.first_alone():  # which may overwrite
         manifest = Manifest(options.results, options.facts,
                             options.overwrite and distributed.rank() == 0)
@@ -69,23 +75,10 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     todo = distributed.gather(todo)[0]  # before any process finishes one
     if len(todo) < len(sequences):
         log.info("%d sequences were finished before", len(sequences) - len(todo))
-    scores: Scores = {s.name: _score(manifest, s) for s in sequences if s not in todo}
-    todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
-                             else todo)
-    with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame",
-              disable=True if distributed.rank() else None) as bar:
-        if todo:
-            manifest.begin()
-        for sequence in todo:
-            bar.set_description(sequence.name)
-            start = time.monotonic()
-            score = segment_sequence(model, sequence, options, bar.update)
-            manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
-                                            "f": score.f})
-            scores[sequence.name] = score
-            bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
-    manifest.share()
-    scores = {sequence.name: _score(manifest, sequence) for sequence in sequences}
+    with manifest:
+        _segment(model, todo, manifest, options)
+        manifest.share()
+    scores = {sequence.name: _score(manifest, sequence.name) for sequence in sequences}
     found = table(scores)
     if distributed.rank():
         return found
@@ -94,56 +87,90 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
-    show(found, options.results, options.set_name)
-    print(f"{speed} (reading, segmenting, writing, scoring)")
-    if options.results:
-        run = report.Run(options.results.name, options.results, scores)
+    if options.results:  # files first: who reads what is printed may have gone
+        earlier = {name: _score(manifest, name) for name in sorted(manifest.entries)
+                   if name not in scores}
+        write(table(scores | earlier), options.results, options.set_name)
+        run = report.Run(options.results.name, options.results, scores, {
+            s.name: confidence.read(_confidence_of(options.results, s)) for s in sequences})
         path = report.write(options.results / "report.html", sequences, [run],
                             options.facts | {"speed": speed})
+    show(found)
+    print(f"{speed} (reading, segmenting, writing, scoring)")
+    if options.results:
         print(f"masks and tables: {options.results}, to look at: {path}")
     return found
 
 
+def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
+             options: Options) -> None:
+    """Segment this process's share of the sequences."""
+    scores: Scores = {name: _score(manifest, name) for name in manifest.entries}
+    todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
+                             else todo)
+    if todo:
+        manifest.begin(options.results / s.name for s in todo if options.results)
+    with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
+                  disable=distributed.rank() > 0) as bar:
+        for sequence in todo:
+            bar.set_description(sequence.name)
+            start = time.monotonic()
+            score = segment_sequence(model, sequence, options, bar.update)
+            manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
+                                            "f": score.f, "data": _data(sequence)})
+            scores[sequence.name] = score
+            bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
+
+
+def _confidence_of(results: Path, sequence: Sequence) -> Path:
+    return results / f"{sequence.name}.confidence.csv"
+
+
+def _data(sequence: Sequence) -> str:
+    return stamp((*sequence.images, *sequence.masks))
+
+
 def _finished(manifest: Manifest, sequence: Sequence, video: bool) -> bool:
-    """Whether the scores are known, and every mask is there, and the video if wanted."""
-    return (sequence.name in manifest.entries
+    """Whether it is scored, its files are what they were, and so is what was made of them."""
+    return (manifest.entries.get(sequence.name, {}).get("data") == _data(sequence)
             and all((manifest.folder / sequence.name / mask.name).is_file()
                     for mask in sequence.masks)
             and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
 
 
-def _score(manifest: Manifest, sequence: Sequence) -> metrics.SequenceScore:
-    entry, score = manifest.entries[sequence.name], metrics.SequenceScore([])
+def _score(manifest: Manifest, name: str) -> metrics.SequenceScore:
+    entry, score = manifest.entries[name], metrics.SequenceScore([])
     score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
     return score
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     progress: Callable[[], object] = lambda: None) -> metrics.SequenceScore:
+                     seen: Callable[[], object] = lambda: None) -> metrics.SequenceScore:
     """Segment a sequence; masks are written and scored in the background.
 
     What runs there calls nothing of torch: its parallel loops in several threads at once would
     hold each other up on a CPU, and the network with them.
 
     Args:
-        progress: called after each frame that was looked for.
+        seen: called after each frame that was looked for.
     """
     reference = sequence.mask(0)
     if not reference.any():
         raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
                          "in the first frame")
     scores = Score(sequence, [int(i) for i in np.unique(reference) if i])
-    sinks: list[segment.Sink] = [scores]
+    outputs: list[segment.Sink] = [scores]
     kept = None
     if options.results:
         kept = segment.Progress(options.results / sequence.name, sequence)
         kept = kept.load(model)
-        sinks.append(segment.Masks(options.results / sequence.name, sequence))
+        outputs += [sinks.Masks(options.results / sequence.name, sequence),
+                    Confidence(_confidence_of(options.results, sequence))]
         if options.videos:
-            sinks.append(segment.Film(options.results / f"{sequence.name}.mp4", sequence,
+            outputs.append(sinks.Film(options.results / f"{sequence.name}.mp4", sequence,
                                       drawing.overlay))
     frames = segment.track(model, sequence, {0: reference}, options, kept)
-    segment.drain(frames, sinks, kept, lambda frame: frame.index and progress())
+    segment.drain(frames, outputs, kept, lambda frame: frame.index and seen())
     return scores.found
 
 
@@ -177,7 +204,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
               for sequence, object_ids in zip(sequences, ids) for truth in sequence.masks[1:-1]]
     with _workers(workers or _cores()) as pool:
         scores = pool.map(_score_file, frames, chunksize=8)
-        for sequence, object_ids in zip(tqdm(sequences, desc="sequences", disable=None), ids):
+        for sequence, object_ids in zip(progress(sequences, desc="sequences"), ids):
             score = metrics.SequenceScore(object_ids)
             for _ in sequence.masks[1:-1]:
                 score.add(next(scores))
@@ -218,16 +245,18 @@ def _mean(table: Table) -> dict[str, float]:
     return metrics.average(list(table.values()))
 
 
-def show(table: Table, results: Path | None, set_name: str) -> None:
-    """Print the table; write it as CSV, with the names of the official evaluation code."""
-    mean = _mean(table)
+def show(table: Table) -> None:
+    """Print the table."""
     width = max(len(name) for name in ("sequence", *table))
     print(f"{'sequence':{width}}  " + "  ".join(f"{m:>8}" for m in metrics.MEASURES))
-    for name, row in (*table.items(), ("all", mean)):
+    for name, row in (*table.items(), ("all", _mean(table))):
         print(f"{name:{width}}  " + "  ".join(f"{row[m]:8.3f}" for m in metrics.MEASURES))
-    if results:
-        _write_csv(results / f"global_results-{set_name}.csv", {"": mean}, key=None)
-        _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
+
+
+def write(table: Table, results: Path, set_name: str) -> None:
+    """Write the table as CSV, with the names of the official evaluation code."""
+    _write_csv(results / f"global_results-{set_name}.csv", {"": _mean(table)}, key=None)
+    _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
 
 
 def _write_csv(path: Path, table: Table, key: str | None) -> None:
@@ -266,12 +295,14 @@ def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> No
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "
                                     "SEQUENCE/FRAME.png")
         runs.append(report.Run(folder.name, folder, score_folder(folder, sequences)))
-        if len(folders) > 1:
-            print(folder)
-        show(table(runs[-1].scores), folder, set_name)
+        write(table(runs[-1].scores), folder, set_name)
     name = "report.html" if len(runs) == 1 else f"against_{folders[0].name}.html"
     path = report.write(folders[-1] / name, sequences, runs,
                         {"scored": ", ".join(map(str, folders)), "set": set_name})
+    for run in runs:
+        if len(runs) > 1:
+            print(run.results)
+        show(table(run.scores))
     print(f"to look at: {path}")
 
 

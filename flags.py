@@ -55,6 +55,9 @@ def general(add) -> Callable:
         help="id of a CUDA device, or cpu, or mps (default: the best there is)")
     add("--seed", type=int, default=0, metavar="N",
         help="change it to see how much a result owes to chance (default: 0)")
+    add("--overwrite", action="store_true",
+        help="start over where --results_dir or --model_save holds an earlier run; without it an "
+             "interrupted evaluation or clip goes on where it stopped, and a training is refused")
 
     def check(args) -> None:
         at_least(0, args, "seed")
@@ -108,7 +111,7 @@ def model(add) -> Callable:
              "holds what it needs, as the one in models/ does, and for training; else matching)")
     add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
         help="size at which the network sees frames: smaller for speed and memory (default: "
-             "the frame's own size for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
+             "as --size says for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
 
     def check(args) -> None:
         positive(args, "upsample_factor", "temperature")
@@ -210,12 +213,13 @@ def clip(add) -> Callable:
 
 
 def results(add) -> Callable:
+    add("--size", metavar="PIXELS", type=int, default=480,
+        help="larger frames are reduced to this short side for the network, and masks get the "
+             "frame's size back: higher for small objects in large frames, at a cost in time; 0: "
+             "the frame's own (default: 480)")
     add("--results_dir", "-j", metavar="DIR", type=Path,
         help="write masks and tables there (default: for a clip results/NAME, for the demo "
              "results/demo, else only print the table)")
-    add("--overwrite", action="store_true",
-        help="segment again what --results_dir holds already; without it a run that was "
-             "interrupted goes on where it stopped")
     add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
         help="size at which pixels are decided, before masks get the frame's size: smaller "
              "for speed with large frames (default: the frame's own)")
@@ -235,6 +239,7 @@ def results(add) -> Callable:
     def check(args) -> None:
         shape(args, "segmentation_shape")
         at_least(0, args, "finetune")
+        expect(args.size == 0 or args.size >= 16, "--size", "0 or at least 16", args.size)
         expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
 
     return check

@@ -8,32 +8,35 @@
 """
 
 import argparse
+import io
 import logging
 import os
 import platform
+import shutil
 import sys
-import webbrowser
 import zlib
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import distributed
 import evaluate
 import flags
+import report
 import segment
+import session
+import sinks
 import train
+from confidence import Confidence, unsure
 from data import demo
 from davis import Davis, split
-from manifest import Manifest
-from media import annotate, figures, images
+from manifest import Manifest, free_folder, keep_apart, stamp
+from media import annotate, images
+from media.background import progress
 from media.video import open_clip
 from network.encoder import Encoder
-from session import Session
 from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
@@ -49,10 +52,15 @@ LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "vis
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
+# in those of PyTorch's loader and of the system
+SHARED_MEMORY = ("DataLoader worker", "shared memory", "/dev/shm", "Shared memory")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a code page may lack what a file's name has
+            stream.reconfigure(errors="replace")
     try:
         args = flags.parse(argv)
         logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
@@ -61,21 +69,36 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
         {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
         distributed.end()
+    except BrokenPipeError:  # nobody reads what is printed; every file was written before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         log.debug("where the error came from:", exc_info=True)
-        if is_out_of_memory(error):
-            message = ("out of memory, which a smaller --input_image_shape and --upsample_factor "
-                       "need less of, in training a smaller --batch_size too")
-        elif isinstance(error, OSError | ValueError):
-            message = one_line(error)
-        else:
+        message = explained(error)
+        if message is None:
             raise
         print(f"main.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on (a training with --resume)", file=sys.stderr)
         return 130
     return 0
+
+
+def explained(error: Exception) -> str | None:
+    """One line for what a user can mend; None for an error of ours."""
+    if is_out_of_memory(error):
+        return ("out of memory, which a smaller --size or --input_image_shape, and "
+                "--upsample_factor need less of, in training a smaller --batch_size too")
+    if isinstance(error, OSError | ValueError):
+        return one_line(error)
+    text = one_line(error)
+    if any(words in str(error) for words in SHARED_MEMORY):
+        return (f"too little shared memory for the processes that read ({text}): --workers 0, or "
+                "for Docker --shm-size 1g")
+    if isinstance(error, NotImplementedError):
+        return (f"the device lacks an operation ({text}): -c cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1 "
+                "in the environment")
+    return None
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -102,7 +125,12 @@ def device_of(name: str | None) -> torch.device:
     """
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if rank >= count:
+                raise ValueError(f"--nproc_per_node: process {rank} finds no CUDA device of its "
+                                 f"own, this machine has {count}: expected at most as many "
+                                 "processes, or -c cpu")
+            return torch.device("cuda", rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
@@ -200,7 +228,7 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
         patience=args.patience, workers=args.workers, seed=args.seed,
-        plot=args.loss_visualization, resume=args.resume)
+        plot=args.loss_visualization, overwrite=args.overwrite, resume=args.resume)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -209,10 +237,8 @@ def run_eval(args: argparse.Namespace) -> None:
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
         facts=facts(args, model, {"data": "demo" if args.demo else str(args.dataset.resolve())}),
-        overwrite=args.overwrite or args.demo, adapt=adaptation(args, model)))
+        overwrite=args.overwrite or args.demo, **of_the_road(args, model)))
 
 
 def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> dict[str, str]:
@@ -237,88 +263,66 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     return model
 
 
-def adaptation(args: argparse.Namespace, model: VideoMatch):
-    """What --finetune asks for."""
-    if not args.finetune:
-        return None
-    return partial(train.finetune, options=options_of_training(args, model, args.finetune))
+def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:
+    """What `segment.Options` takes, which those of an evaluation share."""
+    adapt = None
+    if args.finetune:
+        adapt = partial(train.finetune, options=options_of_training(args, model, args.finetune))
+    return {"size": args.size, "input_shape": args.input_image_shape,
+            "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
+            "remove_outliers": not args.leave_outliers, "adapt": adapt}
 
 
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
-    results = args.results_dir or Path("results") / args.video.stem
+    source = args.video.resolve()
+    sources = sorted(source.iterdir()) if source.is_dir() else [source]
+    data = f"{source} ({stamp(path for path in sources if path.is_file())})"
+    results = args.results_dir or free_folder(source.stem, data)
+    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
+               [args.video, *(Path(text.partition(":")[2] or text) for text in args.mask)])
     if args.page is not None or not (args.mask or args.box):
-        return run_page(args, clip, results)
+        return run_page(args, clip, results, data)
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
-    manifest = Manifest(results, facts(args, model, {
-        "data": str(args.video.resolve()),
-        "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
-                           for frame, mask in sorted(masks.items()))}), args.overwrite)
-    before = manifest.entries.get(CLIP, {"drawn": []})
-    if args.cutout in before["drawn"]:
-        print(f"{before['frames']} frames were finished before, in {results} (--overwrite starts "
-              "over)")
-        return
-    manifest.begin()
-    kept = segment.Progress(results / "masks", clip)
-    kept = kept.all() if before["drawn"] else kept.load(model)
-    options = options_of_segmenting(args, model)
-    frames = segment.track(model, clip, masks, options, kept)
-    bar = tqdm(frames, desc="frames", total=clip.count or None, disable=None, unit="frame")
-    count = segment.drain(bar, segment.sinks(results, clip, args.cutout), kept)
-    manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
-    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
+    with Manifest(results, facts(args, model, {
+            "data": data,
+            "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
+                               for frame, mask in sorted(masks.items()))}),
+            args.overwrite) as manifest:
+        before = manifest.entries.get(CLIP, {"drawn": []})
+        if args.cutout in before["drawn"]:
+            print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
+                  "starts over)")
+            return
+        if args.overwrite:
+            for name in ("masks", "cutout"):
+                shutil.rmtree(results / name, ignore_errors=True)
+            (results / "confidence.csv").unlink(missing_ok=True)
+        manifest.begin([results / "masks", results / "cutout"])
+        kept = segment.Progress(results / "masks", clip)
+        kept = kept.all() if before["drawn"] else kept.load(model)
+        options = segment.Options(**of_the_road(args, model))
+        frames = segment.track(model, clip, masks, options, kept)
+        bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
+        sure = Confidence(results / "confidence.csv")
+        count = segment.drain(bar, [*sinks.of_a_clip(results, clip, args.cutout), sure], kept)
+        report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
+        manifest.finish(CLIP, {"frames": count, "drawn": [*before["drawn"], args.cutout]})
+    drawn = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {drawn} in {results}, to look at: report.html")
+    if looks := unsure(sure.measures):
+        first = min(masks)
+        print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
+              f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
 
 
-def options_of_segmenting(args: argparse.Namespace, model: VideoMatch) -> segment.Options:
-    return segment.Options(
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        adapt=adaptation(args, model))
-
-
-def run_page(args: argparse.Namespace, clip, results: Path) -> None:
-    browse = can_browse()
-    if args.page is None and not browse:
-        raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
-                         "open a page in")
-    try:
-        from media import page
-    except ImportError as error:
-        raise ValueError(f"--page: expected the package {error.name}, pip install -r "
-                         "requirements.txt brings it") from error
-    masks = given_masks(args, clip, results) if args.mask or args.box else {}
+def run_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     model = model_in_use(args)
-    session = Session(model, clip, results, options_of_segmenting(args, model),
-                      annotate.mask_from_prompts,
-                      facts(args, model, {"data": str(args.video.resolve())}), again(args))
-    for frame, mask in masks.items():
-        session.edits.give(frame, mask)
-    try:
-        page.serve(session, args.page or 0, browse)
-    finally:
-        session.close()
-    print(f"all that was given and found is in {results / 'page'}")
-
-
-def can_browse() -> bool:
-    """Whether a browser can be opened here."""
-    with suppress(webbrowser.Error):
-        return figures.has_display() and webbrowser.get() is not None
-    return False
-
-
-def again(args: argparse.Namespace) -> list[str]:
-    """The command line of this run, but for masks, cut-out and folder."""
-    default, words = flags.defaults(), ["python", "main.py", "-m", "segment"]
-    for name, value in vars(args).items():
-        if name in ("mode", "mask", "mask_frame", "box", "page", "cutout", "results_dir",
-                    "overwrite") or value == default[name]:
-            continue
-        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-        words += [f"--{name}", *map(str, values)]
-    return words
+    session.open_page(session.Session(
+        model, clip, results, segment.Options(**of_the_road(args, model)),
+        annotate.mask_from_prompts, facts(args, model, {"data": data}),
+        session.repeating(args, flags.defaults())), given_masks(args, clip, results), args.page)
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
@@ -331,14 +335,13 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
         if frame in masks:
             raise ValueError(f"--mask {text}: frame {frame} has a mask already")
         masks[frame] = images.read_own_mask(name)
-    if masks:
+    if masks or not args.box:
         return masks
     image = next(iter(clip.frames(args.mask_frame)), None)
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
     mask = annotate.mask_from_box(image, tuple(args.box))
     path = results / f"mask_{args.mask_frame:05d}.png"
-    results.mkdir(parents=True, exist_ok=True)
     images.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}

@@ -4,9 +4,14 @@
 so that several processes may work into one folder. What it is that is known, it doesn't know.
 """
 
+import itertools
 import json
+import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 import distributed
 from media import files
@@ -31,6 +36,7 @@ class Manifest:
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
         self.folder, self.made_by = folder, made_by
+        self.lock: BaseFileLock | None = None
         self.entries: dict[str, dict] = {}
         if folder is None:
             return
@@ -42,6 +48,7 @@ class Manifest:
             self._compare(_read(path), made_by)
             self.entries = {old.name.removesuffix(FINISHED): _read(old)
                             for old in folder.glob(f"*{FINISHED}")}
+        self.known = path.is_file() or overwrite
 
     def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
         for name in sorted({*before, *now}):
@@ -50,10 +57,38 @@ class Manifest:
                 raise ValueError(f"{self.folder}: holds results of other {name} ({old!r}, now "
                                  f"{new!r}): name another folder, or start over (--overwrite)")
 
-    def begin(self) -> None:
-        """Say what makes the results that are about to be written."""
-        if self.folder and distributed.rank() == 0:
-            files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
+    def begin(self, folders: Iterable[Path] = ()) -> None:
+        """Say what makes the results that are about to be written, and keep other runs away.
+
+        Args:
+            folders: where they go.
+
+        Raises:
+            ValueError: another run is writing there, or something else than this toolkit wrote
+                there before.
+        """
+        if self.folder is None or distributed.rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another run is writing there, expected a folder of "
+                             "its own (-j)") from None
+        for folder in folders:
+            if not self.known and folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder}: holds files that no manifest tells of: name another "
+                                 "folder (-j), or write over them (--overwrite)")
+        files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     def finish(self, name: str, entry: dict) -> None:
         """Keep what is known of a video now that all of its files are there."""
@@ -65,6 +100,41 @@ class Manifest:
         """Learn what the other processes of the job finished."""
         for entries in distributed.gather(self.entries):
             self.entries |= entries
+
+
+def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write where something is read from.
+
+    Raises:
+        ValueError: an output is an input, holds it, or would lie right in it.
+    """
+    for output in (path.resolve() for path in outputs):
+        for source in (path.resolve() for path in inputs):
+            if output == source or output in source.parents or source == output.parent:
+                raise ValueError(f"{output}: would be written, but {source} is read: name another "
+                                 "folder with --results_dir (-j)")
+
+
+def made_from(folder: Path) -> str | None:
+    """The data that a folder's results were made from; None where no manifest tells."""
+    path = folder / "manifest.json"
+    return _read(path).get("data") if path.is_file() else None
+
+
+def free_folder(name: str, data: str) -> Path:
+    """results/NAME, or with a number behind it where that holds the results of another clip."""
+    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
+               for number in itertools.count(1))
+    return next(folder for folder in folders if made_from(folder) in (None, data))
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """A short text that changes when one of these files does: of their names, sizes and times."""
+    found = 0
+    for path in paths:
+        status = path.stat()
+        found = zlib.crc32(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode(), found)
+    return f"{found:08x}"
 
 
 def _read(path: Path) -> dict:

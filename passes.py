@@ -8,38 +8,21 @@ import itertools
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import segment
-from media import images
+from confidence import measure
 from media.video import Clip
 from media.work import Found, Work
-from tracker import Step, Tracker
+from tracker import Tracker
 from videomatch import save
 
 log = logging.getLogger(__name__)
-
-
-def sureness(step: Step) -> dict[int, float]:
-    """Of each object the J with the truth that the probabilities let expect, in [0, 1].
-
-    That is the expected intersection through the expected union; of an object without a mask,
-    how sure it is that there is none.
-    """
-    found, probabilities = {}, step.probabilities.cpu().numpy()
-    for object_id, probability in zip(step.object_ids, probabilities[1:]):
-        inside = step.mask == object_id
-        if inside.any():
-            union = inside.sum() + probability[~inside].sum()
-            found[object_id] = float(probability[inside].sum() / union)
-        else:
-            found[object_id] = float(1 - probability.max())
-    return found
 
 
 def end_of_pass(start: int, forwards: bool, given: set[int], found: dict[int, Found],
@@ -161,16 +144,17 @@ class Passes:
     work: Work
     states: States
 
-    def run(self, start: int, forwards: bool) -> Iterator[tuple[int, np.ndarray, Found]]:
+    def run(self, start: int, forwards: bool) -> Generator[tuple[int, np.ndarray, Found]]:
         """Each frame behind `start` with its mask, as long as it is asked for more."""
         tracker, way = self.tracker_at(start, forwards), 1 if forwards else -1
-        frame = start
+        frame, before = start, {}
         frames = self.clip.frames(start + 1) if forwards else self.clip.backwards(start)
         try:
             for frame, image in zip(itertools.count(start + way, way), frames):
-                step = segment.take_step(tracker, frame, image, None, self.options)
-                mask = images.resize_mask(step.mask, image.shape[:2])
-                yield frame, mask, Found(sureness(step), start)
+                seen = self._follow(tracker, frame, image, None)
+                measures = measure(frame, seen.step, before)
+                before = {one.object_id: one.area for one in measures}
+                yield frame, seen.mask, Found(start, [astuple(one) for one in measures])
                 self.states.keep(tracker, frame, forwards)
         finally:
             # a mask that was given meanwhile isn't in it
@@ -198,5 +182,10 @@ class Passes:
                 raise ValueError(f"frame {start}: its mask holds no object to look for")
         for frame in frames:
             mask = self.work.mask(frame) if not near or frame in self.work.given else None
-            segment.take_step(tracker, frame, self.image(frame), mask, self.options)
+            self._follow(tracker, frame, self.image(frame), mask)
         return tracker
+
+    def _follow(self, tracker: Tracker, frame: int, image: np.ndarray,
+                mask: np.ndarray | None) -> segment.Frame:
+        return segment.follow(tracker, frame, image, segment.reduced(image, self.options), mask,
+                              self.options)

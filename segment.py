@@ -1,17 +1,18 @@
-"""The one road from a clip to masks: a tracker driven through its frames, and sinks behind it.
+"""The one road from a clip to masks: a tracker driven through its frames, sinks behind it.
 
 A clip of one's own and a sequence of a data set take it alike: to evaluate is to segment a clip
-whose truth is known, with one sink more. What a tracker does with a frame is not known here.
+whose truth is known, with one sink more. What a tracker does with a frame is not known here, nor
+what becomes of the masks (`sinks.py`).
 """
 
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 
 import preprocess
-from media import drawing, images
-from media.background import Background, ahead
+from media import images
+from media.background import Background, ahead, interruptible
 from media.video import Clip
-from media.writer import VideoWriter
+from network.outliers import decide
 from tracker import Step, Tracker
 from videomatch import VideoMatch, save
 
@@ -33,7 +34,8 @@ KEPT_EVERY = 20.0  # seconds from one state that a run can go on from to the nex
 class Options:
     """What the masks depend on beside model, clip and given masks; the flags of `main.py`."""
 
-    input_shape: tuple[int, int] | None = None  # (H, W) for the network; None: the frame's
+    size: int = 480  # short side of larger frames for the network; 0: the frame's own
+    input_shape: tuple[int, int] | None = None  # (H, W) for the network, whatever `size` says
     segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
     threshold: float = 0.5
     remove_outliers: bool = True
@@ -47,18 +49,36 @@ class Frame:
 
     Args:
         index: its number in the clip, from 0.
-        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
-        step: what the tracker knows of it; None where an earlier run found the mask.
+        image: (H, W, 3) uint8 RGB.
+        step: what the tracker knows of it, maybe at a smaller size; None where an earlier run
+            found the mask.
         forwards: the way on which it was met.
         tracker: at this frame; a sink that wants to go back to it takes a copy in time.
+        known: (H, W) uint8 mask that was given, or found by an earlier run.
     """
 
     index: int
     image: np.ndarray
-    mask: np.ndarray
     step: Step | None
     forwards: bool
     tracker: Tracker
+    known: np.ndarray | None = None
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(H, W) uint8 object ids."""
+        if self.known is not None:
+            return self.known
+        if self.step.mask.shape == self.image.shape[:2]:
+            return self.step.mask
+        return decide(self.probabilities, self.step.object_ids, self.tracker.threshold)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """(N+1, H, W) float32, as the step has them, enlarged."""
+        height, width = self.image.shape[:2]
+        return np.stack([cv2.resize(channel, (width, height), interpolation=cv2.INTER_LINEAR)
+                         for channel in self.step.probabilities.cpu().numpy()])
 
 
 class Progress:
@@ -151,7 +171,8 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
             else:
                 before = zip(range(first - 1, -1, -1), clip.backwards(first))
                 frames, given = itertools.chain([(first, reference)], before), {first: masks[first]}
-            for frame in _way(model, _read(pool, frames), given, options, forwards, progress):
+            for frame in _way(model, _read(pool, _reduced(frames, options)), given, options,
+                              forwards, progress):
                 if forwards or frame.index != first:
                     yield frame
                 count = frame.index + 1
@@ -174,32 +195,61 @@ def _read(pool: Executor, frames: Iterator) -> Iterator:
         yield frame
 
 
-def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray]],
+def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]],
          masks: dict[int, np.ndarray], options: Options, forwards: bool,
          progress: Progress | None) -> Iterator[Frame]:
-    """One tracker through frames in the order in which they come."""
+    """One tracker through frames, each with what the network sees, in the order they come in."""
     tracker = Tracker(model, options.threshold, options.remove_outliers)
-    for index, image in frames:
+    for index, image, small in frames:
         mask = progress.mask(index, forwards) if progress else None
         if mask is not None:
-            yield Frame(index, image, mask, None, forwards, tracker)
+            yield Frame(index, image, None, forwards, tracker, mask)
             continue
         if progress and progress.state is not None and progress.forwards == forwards:
             tracker.load_state(progress.state)
             progress.state = None
-        step = take_step(tracker, index, image, masks.get(index), options)
-        yield Frame(index, image, images.resize_mask(step.mask, image.shape[:2]), step, forwards,
-                    tracker)
+        yield follow(tracker, index, image, small, masks.get(index), options, forwards)
 
 
-def take_step(tracker: Tracker, index: int, image: np.ndarray, mask: np.ndarray | None,
-              options: Options) -> Step:
-    """A tracker's next frame, at the sizes that the options name; arguments as elsewhere."""
-    if mask is not None:
+def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
+           given: np.ndarray | None, options: Options, forwards: bool = True) -> Frame:
+    """A tracker's next frame.
+
+    Args:
+        image, small: (H, W, 3) uint8 RGB, the frame and, as `reduced` makes it, what the network
+            sees of it.
+        given: (H, W) uint8 object ids where a mask was given.
+
+    Raises:
+        ValueError: the mask is of another size than the frame.
+    """
+    if given is not None:
         images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
-                                mask.shape)
-    tensor = preprocess.to_tensor(image, options.input_shape, tracker.model.device)
-    return tracker.step(tensor, mask, options.segmentation_shape or image.shape[:2])
+                                given.shape)
+    tensor = preprocess.to_tensor(small, options.input_shape, tracker.model.device)
+    shape = options.segmentation_shape or min(small.shape[:2], image.shape[:2])
+    return Frame(index, image, tracker.step(tensor, given, shape), forwards, tracker, given)
+
+
+def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """(H, W) of a frame for the network: the short side at most `size`, unless that is 0."""
+    scale = size / min(shape) if size else 1.0
+    return shape if scale >= 1 else (round(shape[0] * scale), round(shape[1] * scale))
+
+
+def reduced(image: np.ndarray, options: Options) -> np.ndarray:
+    """(H, W, 3) uint8 RGB: what the network sees of a frame."""
+    shape = working_shape(image.shape[:2], 0 if options.input_shape else options.size)
+    if shape == image.shape[:2]:
+        return image
+    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _reduced(frames: Iterable[tuple[int, np.ndarray]],
+             options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each frame with what the network sees of it."""
+    for index, image in frames:
+        yield index, image, reduced(image, options)
 
 
 class Sink:
@@ -207,6 +257,9 @@ class Sink:
 
     def write(self, frame: Frame) -> None:
         raise NotImplementedError
+
+    def keep(self) -> None:
+        """What was written so far is what a later run goes on from."""
 
     def __enter__(self):
         return self
@@ -225,100 +278,31 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
 
     Returns:
         How many frames there were.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C; after the frame under way, which a later run need not repeat.
     """
     def write(frame: Frame, state: dict | None) -> None:
         for sink in sinks:
             sink.write(frame)
         if state is not None:
+            for sink in sinks:
+                sink.keep()
             progress.keep(frame, state)
 
     count = 0
-    with ExitStack() as stack:
+    with interruptible() as interrupted, ExitStack() as stack:
         for sink in sinks:
             stack.enter_context(sink)
         background = stack.enter_context(Background(write))
         for frame in frames:
-            due = progress is not None and frame.step is not None and progress.due()
-            background(frame, frame.tracker.state() if due else None)
+            stop = interrupted()
+            keep = progress is not None and frame.step is not None and (progress.due() or stop)
+            background(frame, frame.tracker.state() if keep else None)
             count += 1
             after(frame)
+            if stop:
+                raise KeyboardInterrupt
     if progress:
         progress.end()
     return count
-
-
-class Masks(Sink):
-    """A palette PNG for each frame, named as the clip names it."""
-
-    def __init__(self, folder: Path, clip: Clip):
-        self.folder, self.clip = folder, clip
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self, frame: Frame) -> None:
-        if frame.step is not None:
-            images.write_mask(self.folder / f"{self.clip.frame_name(frame.index)}.png", frame.mask)
-
-
-class Pictures(Sink):
-    """An image file for each frame, of what `draw` makes of it and its mask."""
-
-    def __init__(self, folder: Path, clip: Clip, draw: Callable):
-        self.folder, self.clip, self.draw = folder, clip, draw
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self, frame: Frame) -> None:
-        images.write_image(self.folder / f"{self.clip.frame_name(frame.index)}.png",
-                           self.draw(frame.image, frame.mask))
-
-
-class Film(Sink):
-    """A video of what `draw` makes of each frame and its mask.
-
-    Frames before the first mask come last to first, and a video is written first to last. So what
-    was drawn of them waits in a file, as JPEG, which the video's own loss hides.
-    """
-
-    QUALITY = 97
-
-    def __init__(self, path: Path, clip: Clip, draw: Callable):
-        self.draw, self.video = draw, VideoWriter(path, clip.fps)
-        self.waiting: list[tuple[int, int]] = []  # where in the file, and how long
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115
-
-    def write(self, frame: Frame) -> None:
-        picture = self.draw(frame.image, frame.mask)
-        if frame.forwards:
-            self._flush()
-            self.video.write(picture)
-            return
-        _, data = cv2.imencode(".jpg", picture[..., ::-1],
-                               [cv2.IMWRITE_JPEG_QUALITY, self.QUALITY])
-        self.waiting.append((self.file.tell(), len(data)))
-        self.file.write(data.tobytes())
-
-    def _flush(self) -> None:
-        while self.waiting:
-            place, length = self.waiting.pop()
-            self.file.seek(place)
-            data = np.frombuffer(self.file.read(length), np.uint8)
-            self.video.write(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
-
-    def __exit__(self, *exception):
-        self.file.close()
-        self.video.__exit__(*exception)
-
-
-def sinks(folder: Path, clip: Clip, cutout: str | None = None) -> list[Sink]:
-    """What `-m segment` writes into a results folder.
-
-    Args:
-        cutout: "transparent", "blur" or "#rrggbb"; None: no cut-out.
-    """
-    found: list[Sink] = [Masks(folder / "masks", clip),
-                         Film(folder / "overlay.mp4", clip, drawing.overlay)]
-    if cutout == "transparent":
-        found.append(Pictures(folder / "cutout", clip, drawing.transparent))
-    elif cutout:
-        found.append(Film(folder / "cutout.mp4", clip, lambda image, mask:
-                          drawing.replace_background(image, mask, cutout)))
-    return found

@@ -5,6 +5,7 @@ frame that a person gave; a mended frame is done by the same pass, which starts 
 near it. Who asks, and how it is shown, is not known here.
 """
 
+import argparse
 import logging
 import shlex
 import threading
@@ -16,13 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
+import confidence
+import report
 import segment
+import sinks
+from confidence import Measures, unsure
 from manifest import Manifest
-from media import files, images
+from media import figures, files, images
 from media.annotate import Prompts
 from media.edits import Edits
 from media.video import Clip
-from media.work import Found, Work
+from media.work import Work
 from passes import Passes, States, end_of_pass
 from tracker import Tracker
 from videomatch import VideoMatch
@@ -31,39 +36,8 @@ log = logging.getLogger(__name__)
 
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
-SURE, MARKED = 0.9, 0.05  # see `unsure_stretches`
-
-
-def unsure_stretches(found: dict[int, Found], given: set[int], most: int = 6) -> list[dict]:
-    """Stretches of frames in which an object is least sure, the worst first.
-
-    A frame belongs to one where its sureness lies MARKED below the object's median, and below SURE.
-    """
-    stretches = []
-    for object_id in sorted({i for entry in found.values() for i in entry.sure}):
-        sure = {frame: entry.sure[object_id] for frame, entry in found.items()
-                if object_id in entry.sure and frame not in given}
-        if not sure:
-            continue
-        limit = min(SURE, float(np.median(list(sure.values()))) - MARKED)
-        frames = sorted(frame for frame, value in sure.items() if value <= limit)
-        for first, last in _runs(frames):
-            inside = [sure[frame] for frame in frames if first <= frame <= last]
-            worst = min((frame for frame in frames if first <= frame <= last), key=sure.get)
-            stretches.append({"first": first, "last": last, "object": object_id, "worst": worst,
-                              "sure": round(float(np.mean(inside)), 3)})
-    return sorted(stretches, key=lambda stretch: stretch["sure"])[:most]
-
-
-def _runs(frames: list[int], gap: int = 2) -> list[tuple[int, int]]:
-    """First and last of each run of sorted numbers that lie at most `gap` apart."""
-    runs: list[tuple[int, int]] = []
-    for frame in frames:
-        if runs and frame - runs[-1][1] <= gap:
-            runs[-1] = (runs[-1][0], frame)
-        else:
-            runs.append((frame, frame))
-    return runs
+NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "page", "cutout", "results_dir", "overwrite"}
+SHOWN = 6  # stretches that are offered to be looked at
 
 
 class Session:
@@ -127,13 +101,27 @@ class Session:
         with self.lock:
             work = self.work
             frames = {frame: {"given": frame in work.given, "version": version,
-                              "sure": work.found[frame].sure if frame in work.found else None}
+                              "sure": self._sure(frame)}
                       for frame, version in self.edits.changed.items() if version > since}
             return {"version": self.edits.version, "count": self.count, "fps": self.clip.fps,
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
                     "objects": [vars(thing) for thing in work.objects],
                     "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
-                    "unsure": unsure_stretches(work.found, work.given)}
+                    "unsure": [vars(stretch) for stretch in unsure(self.measures())[:SHOWN]]}
+
+    def measures(self) -> list[Measures]:
+        """Of every mask that was found, and not replaced by a given one, of objects still there."""
+        known = {thing.id for thing in self.work.objects}
+        rows = (Measures(*row) for frame, found in sorted(self.work.found.items())
+                if frame not in self.work.given for row in found.measures)
+        return [one for one in rows if one.object_id in known]
+
+    def _sure(self, frame: int) -> dict[int, float] | None:
+        """Of each object the confidence in the found mask; None where none was found."""
+        if frame not in self.work.found:
+            return None
+        rows = (Measures(*row) for row in self.work.found[frame].measures)
+        return {one.object_id: one.confidence for one in rows}
 
     def segment_from(self, start: int, way: str) -> None:
         """Find the masks behind a frame, `way` "forwards", "backwards" or "both", in a thread.
@@ -163,6 +151,7 @@ class Session:
         self.stop()
         if self.thread:
             self.thread.join()
+        self.work.close()
 
     def _end(self, start: int, forwards: bool) -> int:
         return end_of_pass(start, forwards, self.work.given, self.work.found, self.count)
@@ -223,8 +212,12 @@ class Session:
         given = {frame: self.folder / f"mask_{frame:05d}.png" for frame in sorted(self.work.given)}
         for frame, path in given.items():
             images.write_mask(path, self.mask(frame))
-        Manifest(self.folder, {**self.facts, "masks": "of the page"}, overwrite=True).begin()
-        segment.drain(self._frames(), segment.sinks(self.folder, self.clip, cutout))
+        with Manifest(self.folder, {**self.facts, "masks": "of the page"}, True) as manifest:
+            manifest.begin()
+            segment.drain(self._frames(), sinks.of_a_clip(self.folder, self.clip, cutout))
+            measures = self.measures()
+            confidence.write(self.folder / "confidence.csv", measures)
+            report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
         again = [*self.command, "--mask", *(f"{frame}:{path}" for frame, path in given.items()),
                  *(["--cutout", cutout] if cutout else []), "-j", f"{self.folder}_again"]
         files.write(self.folder / "command.txt", shlex.join(again) + "\n")
@@ -242,4 +235,43 @@ class Session:
             images.write_mask(self.folder / "masks" / f"{self.clip.frame_name(frame)}.png", mask)
             with self.lock:
                 self._progress(began)
-            yield segment.Frame(frame, image, mask, None, True, None)
+            yield segment.Frame(frame, image, None, True, None, mask)
+
+
+def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) -> None:
+    """Work on a session in a browser until Ctrl+C.
+
+    Args:
+        masks: (H, W) uint8 of frames, given to begin with.
+        port: 0 takes a free one; None too, and nobody asked for a page, it is what is left.
+
+    Raises:
+        ValueError: there is no browser where one is needed, or a package is missing that only
+            this needs.
+    """
+    browse = figures.has_browser()
+    if port is None and not browse:
+        raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
+                         "open a page in")
+    try:
+        from media import page
+    except ImportError as error:
+        raise ValueError(f"--page: expected the package {error.name}, pip install -r "
+                         "requirements.txt brings it") from error
+    try:
+        for frame, mask in masks.items():
+            session.edits.give(frame, mask)
+        page.serve(session, port or 0, browse)
+    finally:
+        session.close()
+    print(f"all that was given and found is in {session.work.folder}")
+
+
+def repeating(args: argparse.Namespace, default: dict) -> list[str]:
+    """The words of the command line that a page was opened with, but for masks and folder."""
+    words = ["python", "main.py", "-m", "segment"]
+    for name, value in vars(args).items():
+        if name not in NOT_REPEATED and value != default[name]:
+            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words

@@ -26,11 +26,13 @@ class Step:
         probabilities: (N+1, H, W) float32 on the network's device, which sum to 1: background,
             then `object_ids` in order, after outlier removal; of a given mask 0 or 1.
         object_ids: all objects known so far.
+        scores: (N+1, h, w) cosines by which its cells were matched; None for a given mask.
     """
 
     mask: np.ndarray
     probabilities: torch.Tensor
     object_ids: tuple[int, ...]
+    scores: torch.Tensor | None = None
 
     def confidence(self) -> dict[int, float]:
         """Of each object the mean of its probability over its mask, in [0, 1]; 0 where it has none.
@@ -38,10 +40,22 @@ class Step:
         The mask's size must be that of the probabilities.
         """
         found = {}
-        for object_id, probability in zip(self.object_ids, self.probabilities[1:]):
-            inside = torch.from_numpy(self.mask == object_id).to(probability.device)
-            found[object_id] = probability[inside].mean().item() if inside.any() else 0.0
+        for object_id, probability in zip(self.object_ids, self.probabilities[1:].cpu().numpy()):
+            inside = self.mask == object_id
+            found[object_id] = float(probability[inside].mean()) if inside.any() else 0.0
         return found
+
+
+    def similarity(self, object_id: int) -> float:
+        """The mean cosine, in [-1, 1], of an object's cells with what is remembered of it.
+
+        1 for a given mask, NaN where the object has no cell.
+        """
+        if self.scores is None:
+            return 1.0
+        scores = self.scores[1 + self.object_ids.index(object_id)].cpu().numpy()
+        inside = resize_mask(self.mask, scores.shape) == object_id
+        return float(scores[inside].mean()) if inside.any() else float("nan")
 
 
 class Tracker:

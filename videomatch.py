@@ -389,13 +389,13 @@ def show(args) -> None:
         test = images.read_image(path)
         frames = model.encode(preprocess.to_tensor(test)[None])
         probabilities = model.predict(frames, [memory])[0].cpu().numpy()
-        figure = figures.grid([
+        panels = [
             ("reference frame", image), ("reference mask", drawing.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),
             ("background probability", probabilities[0]),
-            ("result", drawing.overlay(test, decide(probabilities, memory.object_ids)))], columns=3)
+            ("result", drawing.overlay(test, decide(probabilities, memory.object_ids)))]
         name = f"{path.stem}_probabilities.png"
-        figures.show_or_save(figure, args.save and args.save / name, default=Path(name))
+        figures.show_or_save(panels, 3, args.save and args.save / name, default=Path(name))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ class Fields:
             raise ValueError(f"{name}: expected {least} to {most} points")
         if not all(isinstance(point, list) and len(point) == 2 for point in value):
             raise ValueError(f"{name}: expected points as [x, y]")
-        return [tuple(self._whole(name, part, -2**15, 2**15) for part in point)
-                for point in value]
+        return [(self._whole(name, x, -2**15, 2**15), self._whole(name, y, -2**15, 2**15))
+                for x, y in value]
 
     def choice(self, name: str, values: tuple) -> str:
         value = self.values.get(name)
@@ -212,7 +212,7 @@ def _read_mask(content: bytes, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError("this is not an image file that holds a mask") from None
     images.check_same_shape("the clip", shape, "this file", size[::-1])
     try:
-        return images.read_own_mask(io.BytesIO(content))
+        return images.read_own_mask(io.BytesIO(content))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         raise ValueError(re.sub(r"<_io.BytesIO[^>]*>", "this file", str(error))) from None
 

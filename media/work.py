@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from media import files, images
 
@@ -34,12 +35,12 @@ class Found:
     """What is known of a found mask beside the mask.
 
     Args:
-        sure: of each object how sure its mask is, in [0, 1].
         origin: the frame that the pass started from.
+        measures: rows of numbers that tell how sure it is, whose meaning isn't known here.
     """
 
-    sure: dict[int, float]
     origin: int
+    measures: list[tuple]
 
 
 class Work:
@@ -56,13 +57,19 @@ class Work:
         pending: given frames that were changed since a pass started from them.
 
     Raises:
-        ValueError: the folder is of another clip, or a file of it can't be understood.
+        ValueError: somebody works there, the folder is of another clip, or a file of it can't be understood.
     """
 
     def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
         self.folder, self.clip, self.shape = folder, clip, tuple(shape)
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(folder / ".lock")  # which a kill gives back too
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{folder}: a page is open on it already, expected a folder of its "
+                             "own (--results_dir)") from None
         self.given = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
         self.found = self._read_found()
         self.objects, self.next_id, self.pending = self._read_session()
@@ -95,7 +102,8 @@ class Work:
     def find(self, frame: int, mask: np.ndarray, found: Found) -> None:
         """Keep a mask that a tracker found."""
         images.write_mask(self._path("found", frame), mask)
-        line = json.dumps({"frame": frame, "origin": found.origin, "sure": found.sure})
+        line = json.dumps({"frame": frame, "origin": found.origin,
+                           "measures": found.measures})
         with open(self.folder / "found.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.found[frame] = found
@@ -117,6 +125,10 @@ class Work:
         self.objects, self.next_id = [*self.objects, thing], self.next_id + 1
         self.save()
         return thing
+
+    def close(self) -> None:
+        """Let others work in the folder."""
+        self.lock.release()
 
     def save(self) -> None:
         files.write(self.folder / "session.json", json.dumps({
@@ -151,15 +163,15 @@ class Work:
         for number, line in enumerate(lines, 1):
             try:
                 kept = json.loads(line)
-                sure = {int(name): float(value) for name, value in kept["sure"].items()}
                 frame, origin = int(kept["frame"]), int(kept["origin"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                measures = [tuple(row) for row in kept["measures"]]
+            except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
                     break
                 raise ValueError(f"{path}, line {number}: not of a found mask") from error
             if self._path("found", frame).is_file():
-                found[frame] = Found(sure, origin)
+                found[frame] = Found(origin, measures)
         files.write(path, "".join(json.dumps({"frame": frame, "origin": entry.origin,
-                                              "sure": entry.sure}) + "\n"
+                                              "measures": entry.measures}) + "\n"
                                   for frame, entry in found.items()))
         return found

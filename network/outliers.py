@@ -3,6 +3,8 @@
 Arrays of numpy in, arrays out: it knows neither the network nor what it keeps of a video.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -40,7 +42,8 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, shares: dic
         probabilities[channel][outside] = 0
 
 
-def decide(probabilities: np.ndarray, object_ids: list[int], threshold: float = 0.5) -> np.ndarray:
+def decide(probabilities: np.ndarray, object_ids: Sequence[int],
+           threshold: float = 0.5) -> np.ndarray:
     """(N+1, H, W) probabilities -> (H, W) uint8 mask of object ids.
 
     Args:

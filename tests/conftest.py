@@ -1,5 +1,6 @@
 """Fixtures: a small drawn data set in both DAVIS layouts, a small random model, real data."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from network.encoder import Encoder  # noqa: E402
-from videomatch import VideoMatch  # noqa: E402
+from videomatch import SHIPPED, VideoMatch  # noqa: E402
 
 SHAPE = (48, 80)
+TOKEN = "a token"  # of the page
 
 
 def draw_frame(step: int, ids: tuple[int, ...] = (1,)) -> tuple[np.ndarray, np.ndarray]:
@@ -90,3 +92,78 @@ def davis_dir() -> Path:
     if not path:
         pytest.skip("DAVIS_DIR is not set")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A folder of 12 frames of 160x96: a bright square that moves right."""
+    folder = tmp_path_factory.mktemp("my clip")
+    for step in range(12):
+        Image.fromarray(draw_frame(step)[0].repeat(2, 0).repeat(2, 1)).save(
+            folder / f"{step:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shipped() -> VideoMatch:
+    """The small checkpoint in models/."""
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
+    model.encoder.fold_batchnorm()
+    return model
+
+
+@pytest.fixture
+def begin(clip, shipped, tmp_path):
+    """Starts a session in the test's folder, as often as it is called."""
+    from media.annotate import mask_from_prompts
+    from media.video import open_clip
+    from segment import Options
+    from session import Session
+    begun = []
+
+    def start(folder=tmp_path / "out", source=clip):
+        begun.append(Session(
+            shipped, open_clip(source), folder, Options(), mask_from_prompts,
+            {"data": str(source)}, ["python", "main.py", "-m", "segment", "--video", str(source)]))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        one.close()
+
+
+@pytest.fixture
+def client(begin):
+    """What a browser of the session `client.session` may send."""
+    from starlette.testclient import TestClient
+
+    from media.page import application
+    one = begin()
+    client = TestClient(application(one, TOKEN), base_url="http://127.0.0.1:8000",
+                        headers={"X-Token": TOKEN}, raise_server_exceptions=False)
+    client.session = one
+    return client
+
+
+def truth(step: int, ids: tuple[int, ...] = (1,)) -> np.ndarray:
+    """(96, 160) mask of a frame of `clip`."""
+    return draw_frame(step, ids)[1].repeat(2, 0).repeat(2, 1)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """J of two masks, (H, W) bool."""
+    return (a & b).sum() / max(1, (a | b).sum())
+
+
+def do(client, action: str, **fields):
+    return client.post(f"/do/{action}", json=fields)
+
+
+def png(mask: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return file.getvalue()
+
+
+def shown(client, frame: int) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(client.get(f"/mask/{frame}").content)))
