@@ -160,7 +160,8 @@ class Session:
         if self.run and not self.run["ended"]:
             raise ValueError("something is under way already: stop it first")
         self.stopping.clear()
-        self.run = {"done": 0, "seconds": 0.0, "ended": "", "error": "", **run}
+        number = self.run["number"] + 1 if self.run else 1
+        self.run = {"number": number, "done": 0, "seconds": 0.0, "ended": "", "error": "", **run}
         self.edits.change()
         self.thread = threading.Thread(target=self._work, args=(job,), daemon=True)
         self.thread.start()

@@ -309,6 +309,7 @@ def serve(session, port: int = 0, browse: bool = True) -> None:
             listening.bind(("127.0.0.1", port))
         except OSError as error:
             raise OSError(f"--page {port}: {error.strerror}, name another port") from error
+        listening.listen()  # so that who is quick waits instead of being refused
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
         print(f"{address}\nopen it in a browser on this machine; Ctrl+C ends, and the same command "
               "goes on", flush=True)

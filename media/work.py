@@ -57,7 +57,8 @@ class Work:
         pending: given frames that were changed since a pass started from them.
 
     Raises:
-        ValueError: somebody works there, the folder is of another clip, or a file of it can't be understood.
+        ValueError: somebody works there, the folder is of another clip, or a file of it can't be
+            understood.
     """
 
     def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
@@ -70,6 +71,14 @@ class Work:
         except Timeout:
             raise ValueError(f"{folder}: a page is open on it already, expected a folder of its "
                              "own (--results_dir)") from None
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        folder = self.folder
         self.given = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
         self.found = self._read_found()
         self.objects, self.next_id, self.pending = self._read_session()

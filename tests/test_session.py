@@ -188,12 +188,15 @@ def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
     np.testing.assert_array_equal(again.mask(2), truth(2))
 
 
-def test_another_clips_folder_is_refused(begin, clip, tmp_path):
-    begin()
-    other = tmp_path / "other"
+def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
+    first, other = begin(), tmp_path / "other"
+    with pytest.raises(ValueError, match="a page is open on it already"):
+        begin()
+    first.close()
     shutil.copytree(clip, other)
     with pytest.raises(ValueError, match="a session on my clip"):
         begin(source=other)
+    begin()
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [
