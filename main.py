@@ -317,6 +317,7 @@ def run_segment(args: argparse.Namespace) -> None:
 
 
 def run_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
+    session.check_page(args.page)
     model = model_in_use(args)
     session.open_page(session.Session(
         model, clip, results, segment.Options(**of_the_road(args, model)),
@@ -340,8 +341,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")
     mask = annotate.mask_from_box(image, tuple(args.box))
-    path = results / f"mask_{args.mask_frame:05d}.png"
-    images.write_mask(path, mask)
+    images.write_mask(path := results / f"mask_{args.mask_frame:05d}.png", mask)
     print(f"the mask that this run starts from: {path} (again: --mask {args.mask_frame}:{path})")
     return {args.mask_frame: mask}
 

@@ -239,30 +239,34 @@ class Session:
             yield segment.Frame(frame, image, None, True, None, mask)
 
 
-def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) -> None:
-    """Work on a session in a browser until Ctrl+C.
+def check_page(port: int | None) -> None:
+    """Raise a ValueError where no page can be opened.
 
     Args:
-        masks: (H, W) uint8 of frames, given to begin with.
-        port: 0 takes a free one; None too, and nobody asked for a page, it is what is left.
-
-    Raises:
-        ValueError: there is no browser where one is needed, or a package is missing that only
-            this needs.
+        port: None if nobody asked for a page, and it is only what is left.
     """
-    browse = figures.has_browser()
-    if port is None and not browse:
+    if port is None and not figures.has_browser():
         raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
                          "open a page in")
     try:
-        from media import page
+        from media import page  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--page: expected the package {error.name}, pip install -r "
                          "requirements.txt brings it") from error
+
+
+def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) -> None:
+    """Work on a session in a browser until Ctrl+C; `check_page` comes first.
+
+    Args:
+        masks: (H, W) uint8 of frames, given to begin with.
+        port: None or 0 takes a free one.
+    """
+    from media import page  # whose packages only this needs
     try:
         for frame, mask in masks.items():
             session.edits.give(frame, mask)
-        page.serve(session, port or 0, browse)
+        page.serve(session, port or 0, figures.has_browser())
     finally:
         session.close()
     print(f"all that was given and found is in {session.work.folder}")

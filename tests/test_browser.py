@@ -87,8 +87,9 @@ class Tab:
             time.sleep(0.05)
 
     def log(self):
-        """What the browser complains of."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        """The errors that the browser tells of."""
+        return [entry["message"] for entry in self.driver.get_log("browser")
+                if entry["level"] == "SEVERE"]
 
     def draw(self, *points, alt=False, answered="clip.version > before"):
         """Press at the first pixel of the frame, move through the others, let go."""
@@ -109,8 +110,8 @@ class Tab:
         if alt:
             actions.key_up(Keys.ALT)
         actions.perform()
-        self.wait(answered.replace("before", str(before)) + "&& !hand.down && !at('sheet').classList."
-                  "contains('waiting')")
+        self.wait(answered.replace("before", str(before)))
+        self.wait("!hand.down && !at('sheet').classList.contains('waiting')")
 
     def go(self, frame):
         self.ask(f"go({frame})")

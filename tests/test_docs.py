@@ -7,7 +7,6 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import matplotlib.pyplot as plt
@@ -19,7 +18,7 @@ from PIL import Image
 from torchvision import models
 
 from data import demo, download
-from media import annotate
+from media import page
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({line.strip() for page in PAGES
@@ -63,8 +62,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SCENES", {"train": first, "val": first})
     monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=3))
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
-    monkeypatch.setattr(annotate, "Annotator", lambda image: SimpleNamespace(
-        run=lambda: (image[..., 0] > 150).astype(np.uint8)))
+    monkeypatch.setattr(page, "serve", lambda *_: None)
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.chdir(tmp_path)

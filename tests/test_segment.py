@@ -10,7 +10,7 @@ from PIL import Image
 
 import main
 import segment
-from media import annotate, images, video
+from media import annotate, figures, images, video
 from videomatch import SHIPPED, VideoMatch
 
 FRAMES = 9
@@ -215,42 +215,10 @@ def test_a_box_must_lie_in_the_frame(box):
         annotate.mask_from_box(draw_frame(0)[0], box)
 
 
-class Mouse:
-    """What matplotlib tells of a mouse."""
-
-    def __init__(self, annotator, x, y, button=1, key=None):
-        self.inaxes, self.xdata, self.ydata = annotator.axis, x, y
-        self.button, self.key = button, key
-
-
-def test_annotating_with_the_mouse(monkeypatch):
-    monkeypatch.setattr(annotate.figures, "has_display", lambda: True)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    image, mask = draw_frame(0)
-    window = annotate.Annotator(image)
-    window._press(Mouse(window, 4, 3))
-    window._release(Mouse(window, 32, 26))
-    assert overlap(window.mask, mask) > 0.8
-    window._press(Mouse(window, 70, 40, key="shift"))
-    window._move(Mouse(window, 72, 40, key="shift"))
-    window._release(Mouse(window, 72, 40, key="shift"))
-    assert window.mask[40, 70] == 1
-    window._press(Mouse(window, 70, 40, button=3))
-    window._release(Mouse(window, 70, 40, button=3))
-    assert window.mask[40, 70] == 0
-    annotate.figures.close(window.figure)
-
-
-def test_annotating_needs_a_display(monkeypatch):
-    monkeypatch.setattr(annotate.figures, "has_display", lambda: False)
-    with pytest.raises(ValueError, match="no display"):
-        annotate.Annotator(draw_frame(0)[0])
-
-
 @pytest.mark.parametrize("flags, message", [
     ([], "--video: expected a video"),
     (["--video", "nowhere.mp4", "--mask", "m.png"], "nowhere.mp4: no such file"),
-    (["--video", "CLIP"], "--mask, --box, --annotate: expected one of them"),
+    (["--video", "CLIP"], "--mask, --box, --page: expected one of them"),
     (["--video", "CLIP", "--mask", "m.png", "--box", "1", "1", "9", "9"], "expected one of them"),
     (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
     (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
@@ -263,6 +231,7 @@ def test_annotating_needs_a_display(monkeypatch):
 ])
 def test_bad_input_is_one_line(flags, message, clip_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "has_browser", lambda: False)
     files = {"CLIP": str(clip_file), "MASK": write(tmp_path / "mask.png", truth(0)),
              "SMALL": write(tmp_path / "small.png", draw_frame(0)[1]),
              "EMPTY": write(tmp_path / "empty.png", 0 * truth(0))}
