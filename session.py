@@ -21,7 +21,7 @@ import confidence
 import report
 import segment
 import sinks
-from confidence import Measures, unsure
+from confidence import UNSURE, Measures, Stretch, unsure
 from manifest import Manifest
 from media import figures, files, images
 from media.annotate import Prompts
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
 NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "page", "cutout", "results_dir", "overwrite"}
-SHOWN = 6  # stretches that are offered to be looked at
+SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
 
 
 class Session:
@@ -107,7 +107,13 @@ class Session:
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
                     "objects": [vars(thing) for thing in work.objects],
                     "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
-                    "unsure": [vars(stretch) for stretch in unsure(self.measures())[:SHOWN]]}
+                    "unsure": [vars(stretch) for stretch in self._unsure()]}
+
+    def _unsure(self) -> list[Stretch]:
+        """Where to look first: what is unsure, and the least sure tenth in any case."""
+        measures = self.measures()
+        tenth = float(np.quantile([one.confidence for one in measures], 0.1)) if measures else 0.0
+        return unsure(measures, max(UNSURE, min(tenth, SURE)))[:SHOWN]
 
     def measures(self) -> list[Measures]:
         """Of every mask that was found, and not replaced by a given one, of objects still there."""

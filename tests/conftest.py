@@ -94,6 +94,16 @@ def davis_dir() -> Path:
     return Path(path)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How many tests ran in a real browser, which may be missing."""
+    of = {outcome: sum("test_browser.py" in report.nodeid for report in reports)
+          for outcome, reports in terminalreporter.stats.items()
+          if outcome in ("passed", "failed", "skipped")}
+    if any(of.values()):
+        terminalreporter.write_line("in a browser: " + ", ".join(
+            f"{count} {outcome}" for outcome, count in of.items() if count))
+
+
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     """A folder of 12 frames of 160x96: a bright square that moves right."""

@@ -56,13 +56,13 @@ class Server:
 class Tab:
     """A browser with the page open, and the hands to work it."""
 
-    def __init__(self, address, profile, size=(1280, 800)):
+    def __init__(self, address, profile):
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"):
+        for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1280,800"):
             options.add_argument(flag)
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
         self.open(address)
@@ -156,8 +156,8 @@ def tab(server, tmp_path):
     """Opens a browser on the page, each with a profile of its own."""
     tabs = []
 
-    def start(**options):
-        tabs.append(Tab(server.address, tmp_path / f"profile {len(tabs)}", **options))
+    def start():
+        tabs.append(Tab(server.address, tmp_path / f"profile {len(tabs)}"))
         return tabs[-1]
 
     yield start
@@ -244,7 +244,10 @@ def test_a_kill_loses_nothing(server, tab):
 
 
 def test_the_page_on_a_phone(server, tab):
-    page = tab(size=(500, 900))
+    page = tab()
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    page.open(server.address)
     assert page.ask("document.documentElement.scrollWidth <= innerWidth")
     for css in ("[data-tool=not]", "[data-way=both]", "#timeline", "#undo"):
         box = page.find(css).rect
