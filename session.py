@@ -40,6 +40,12 @@ NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "page", "cutout", "results_
 SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
 
 
+def worth_a_look(measures: list[Measures]) -> list[Stretch]:
+    """Where to look first: what is unsure, and the least sure tenth in any case."""
+    tenth = float(np.quantile([one.confidence for one in measures], 0.1)) if measures else 0.0
+    return unsure(measures, max(UNSURE, min(tenth, SURE)))[:SHOWN]
+
+
 class Session:
     """One clip that a person works on. Every method may be called from any thread.
 
@@ -107,13 +113,7 @@ class Session:
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
                     "objects": [vars(thing) for thing in work.objects],
                     "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
-                    "unsure": [vars(stretch) for stretch in self._unsure()]}
-
-    def _unsure(self) -> list[Stretch]:
-        """Where to look first: what is unsure, and the least sure tenth in any case."""
-        measures = self.measures()
-        tenth = float(np.quantile([one.confidence for one in measures], 0.1)) if measures else 0.0
-        return unsure(measures, max(UNSURE, min(tenth, SURE)))[:SHOWN]
+                    "unsure": [vars(stretch) for stretch in worth_a_look(self.measures())]}
 
     def measures(self) -> list[Measures]:
         """Of every mask that was found, and not replaced by a given one, of objects still there."""

@@ -96,7 +96,7 @@ def davis_dir() -> Path:
 
 def pytest_terminal_summary(terminalreporter):
     """How many tests ran in a real browser, which may be missing."""
-    of = {outcome: sum("test_browser.py" in report.nodeid for report in reports)
+    of = {outcome: sum("test_browser.py::" in report.nodeid for report in reports)
           for outcome, reports in terminalreporter.stats.items()
           if outcome in ("passed", "failed", "skipped")}
     if any(of.values()):

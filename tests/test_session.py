@@ -11,6 +11,8 @@ from PIL import Image
 
 import main
 import passes
+import session as sessions
+from confidence import Measures
 from media import images
 from media.annotate import Prompts, mask_from_prompts
 from media.work import Found
@@ -216,3 +218,12 @@ def test_clicks_alone_make_a_mask():
     assert overlap(found, mask > 0) > 0.6
 
 
+def test_the_least_sure_tenth_is_offered_worst_first():
+    def at(frame, value):
+        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, 1.0, value)
+
+    sure = [0.94] * 60
+    sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]
+    found = sessions.worth_a_look([at(i, value) for i, value in enumerate(sure)])
+    assert [(one.first, one.last) for one in found] == [(20, 22), (5, 7)]
+    assert not sessions.worth_a_look([]) and not sessions.worth_a_look([at(0, 0.97), at(1, 0.96)])
