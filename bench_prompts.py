@@ -20,7 +20,7 @@ import prompts
 import train_prompts
 from build import device_of
 from davis import SETS, YEARS, Davis
-from network.prompts import Prompts
+from media.shown import Prompts
 from videomatch import SHIPPED, VideoMatch
 
 CLICKS = 8  # of a simulated person

@@ -211,6 +211,9 @@ def clip(add) -> Callable:
              "second object, as the second --box is")
     add("--not_point", metavar="X Y", nargs="+", type=int, action=Again, default=[],
         help="these pixels are not on it; the second --not_point is of the second object")
+    add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
+        help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
+             "for a tunnel, see docs/own_video.md (default: where nothing else shows the object)")
     add("--cutout", metavar="HOW",
         help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
              "colour such as #00ff00 (mp4)")
@@ -222,11 +225,18 @@ def clip(add) -> Callable:
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")
         shown = bool(args.box or args.point)
-        expect(bool(args.mask) + shown == 1, "--mask, --box, --point",
-               "a mask, or something of the object", "both" if shown else "none")
+        expect(not (args.mask and shown), "--mask, --box, --point", "one of them", "both")
+        expect(args.page is None or 0 <= args.page < 2**16, "--page", "a port below 65536",
+               args.page)
+        expect(args.page is None or not args.overwrite, "--page",
+               "no --overwrite beside it, but another --results_dir", args.overwrite)
+        expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",
+               args.finetune)
         for name in ("point", "not_point"):
             for values in getattr(args, name):
                 expect(len(values) % 2 == 0, f"--{name}", "pairs of numbers, X Y", values)
+        expect(shown or not args.not_point, "--mask, --box, --point", "something of the object "
+               "beside --not_point", "none")
         expect(len(args.not_point) <= max(len(args.box), len(args.point)), "--not_point",
                "a --box or --point of the same object", "none")
         at_least(0, args, "mask_frame")

@@ -3,7 +3,7 @@
     python main.py -m eval --demo
     python main.py -m train -d DAVIS -s models/vm.pth
     python main.py -m eval -d DAVIS -t val -o models/vm.pth -j results
-    python main.py -m segment --video CLIP.mp4 --mask FIRST.png -j results
+    python main.py -m segment --video CLIP.mp4 --page
 """
 
 import argparse

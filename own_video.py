@@ -8,9 +8,11 @@ import numpy as np
 
 import annotations
 import build
+import flags
 import prompts
 import report
 import segment
+import session
 import sinks
 from annotations import FORMATS
 from confidence import Confidence, unsure
@@ -31,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
     results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
                [args.video])
+    if args.page is not None or not (args.mask or args.box or args.point):
+        return show_page(args, clip, results, data)
     model = build.model_in_use(args)
     masks = given_masks(args, clip, results, model)
     ours = (results / "manifest.json").is_file()
@@ -75,6 +79,16 @@ def run(args: argparse.Namespace) -> None:
               f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
 
 
+def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
+    session.check_page(args.page)
+    model = build.model_in_use(args)
+    session.open_page(session.Session(
+        model, clip, results, segment.Options(**build.road(args, model)),
+        prompts.prompter(model), build.facts(args, model, {"data": data}),
+        session.repeating(args, flags.defaults())),
+        given_masks(args, clip, results, model), args.page)
+
+
 def given_masks(args: argparse.Namespace, clip, results: Path,
                 model: VideoMatch) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box and --point make, kept as a file."""
@@ -86,7 +100,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
         if frame in masks:
             raise ValueError(f"--mask {text}: frame {clip.number(frame)} has a mask already")
         masks[frame] = images.read_own_mask(name)
-    if masks:
+    if masks or not (args.box or args.point):
         return masks
     frame = clip.index(default)
     image = next(clip.frames(frame), None)

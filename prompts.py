@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import preprocess
-from network.prompts import PromptDecoder, Prompts
+from media.shown import Prompts
+from network.prompts import PromptDecoder
 from videomatch import VideoMatch
 
 AREA = 320 * 480  # pixels that the network sees, about
@@ -39,16 +40,8 @@ def add(model: VideoMatch) -> PromptDecoder:
 
 
 def prompter(model: VideoMatch) -> Prompter:
-    """(H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask.
-
-    Raises:
-        ValueError: the model was not trained for it.
-    """
-    if model.prompts is None:
-        raise ValueError("expected a checkpoint that can be shown objects by boxes and clicks: "
-                         "-m train --prompts -o CHECKPOINT makes one of this")
-    model.eval()
-    return partial(prompt, model)
+    """(H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask; see `prompt`."""
+    return partial(prompt, model.eval())
 
 
 def prompt(model: VideoMatch, image: np.ndarray, prompts: Prompts) -> np.ndarray:
@@ -68,9 +61,13 @@ def logits(model: VideoMatch, image: np.ndarray, prompts: Prompts) -> np.ndarray
         (H, W) float32, above 0 on the object; minus infinity in parts that weren't looked at.
 
     Raises:
-        ValueError: nothing is shown, or it doesn't lie in the frame.
+        ValueError: nothing is shown, or it doesn't lie in the frame; or the model was not trained
+            for it.
     """
     check(prompts, image.shape[:2])
+    if model.prompts is None:
+        raise ValueError("expected a checkpoint that can be shown objects by boxes and clicks: "
+                         "-m train --prompts -o CHECKPOINT makes one of this")
     shown, part = prompts, around(prompts, image.shape[:2])
     for _ in range(LOOKS):
         found = _look(model, image, shown, part)
@@ -209,7 +206,6 @@ def masks_of(model: VideoMatch, image: np.ndarray, objects: list[Prompts]) -> np
     """
     for shown in objects:
         check(shown, image.shape[:2])
-    prompter(model)
     found = []
     for i, shown in enumerate(objects):
         others = [point for j, other in enumerate(objects) if j != i for point in other.points]

@@ -204,16 +204,30 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
         if progress and progress.state is not None and progress.forwards == forwards:
             tracker.load_state(progress.state)
             progress.state = None
-        given = masks.get(index)
-        if given is not None:
-            images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
-                                    given.shape)
-        tensor = preprocess.to_tensor(small, options.input_shape, model.device)
-        shape = options.segmentation_shape or small.shape[:2]
-        step, known = tracker.step(tensor, given, shape), given
-        if options.segmentation_shape and given is None:
-            known = images.resize_mask(step.mask, image.shape[:2])
-        yield Frame(index, image, step, forwards, tracker, known)
+        yield follow(tracker, index, image, small, masks.get(index), options, forwards)
+
+
+def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
+           given: np.ndarray | None, options: Options, forwards: bool = True) -> Frame:
+    """A tracker's next frame.
+
+    Args:
+        image, small: (H, W, 3) uint8 RGB, the frame and, as `reduced` makes it, what the network
+            sees of it.
+        given: (H, W) uint8 object ids where a mask was given.
+
+    Raises:
+        ValueError: the mask is of another size than the frame.
+    """
+    if given is not None:
+        images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
+                                given.shape)
+    tensor = preprocess.to_tensor(small, options.input_shape, tracker.model.device)
+    shape = options.segmentation_shape or small.shape[:2]
+    step, known = tracker.step(tensor, given, shape), given
+    if options.segmentation_shape and given is None:
+        known = images.resize_mask(step.mask, image.shape[:2])
+    return Frame(index, image, step, forwards, tracker, known)
 
 
 def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
@@ -222,14 +236,19 @@ def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
     return shape if scale >= 1 else (round(shape[0] * scale), round(shape[1] * scale))
 
 
+def reduced(image: np.ndarray, options: Options) -> np.ndarray:
+    """(H, W, 3) uint8 RGB: what the network sees of a frame."""
+    shape = working_shape(image.shape[:2], 0 if options.input_shape else options.size)
+    if shape == image.shape[:2]:
+        return image
+    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+
+
 def _reduced(frames: Iterable[tuple[int, np.ndarray]],
              options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Each frame with what the network sees of it."""
     for index, image in frames:
-        shape = working_shape(image.shape[:2], 0 if options.input_shape else options.size)
-        small = image if shape == image.shape[:2] else cv2.resize(
-            image, shape[::-1], interpolation=cv2.INTER_AREA)
-        yield index, image, small
+        yield index, image, reduced(image, options)
 
 
 class Sink:

@@ -126,7 +126,7 @@ class Tracker:
     def _refer(self, image: torch.Tensor, mask: np.ndarray) -> Step:
         """A frame whose mask is known."""
         shown = [i for i in np.unique(mask).tolist() if i]
-        if not shown:
+        if not shown and self.memory is None:  # later it tells that there is none
             raise ValueError("the reference mask holds no object: all of its pixels are 0")
         if self.memory is None:
             self.memory = self.model.memory(shown)

@@ -24,7 +24,8 @@ from data import clicks
 from data.stills import Still
 from davis import Sequence
 from media.background import progress
-from network.prompts import Prompts, Seen
+from media.shown import Prompts
+from network.prompts import Seen
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)

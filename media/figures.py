@@ -2,6 +2,8 @@
 
 import os
 import sys
+import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,30 +63,19 @@ def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: 
         print("no display, so the figure is saved instead")
         path = default
     if path is None:
-        wait(figure)
+        _pyplot().show()
+        _pyplot().close(figure)
     else:
         with whole(path) as beside:
             figure.savefig(beside, dpi=100)
         print(f"saved {path}")
 
 
-def canvas(title: str):
-    """An empty figure and its axis, for a window to draw in."""
-    figure = _figure(True, (12, 7))
-    axis = figure.subplots()
-    axis.axis("off")
-    axis.set_title(title)
-    return figure, axis
-
-
-def wait(figure) -> None:
-    """Show a figure's window until it is closed."""
-    _pyplot().show()
-    close(figure)
-
-
-def close(figure) -> None:
-    _pyplot().close(figure)
+def has_browser() -> bool:
+    """Whether a page can be opened in a window."""
+    with suppress(webbrowser.Error):
+        return has_display() and webbrowser.get() is not None
+    return False
 
 
 def has_display() -> bool:

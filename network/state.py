@@ -5,6 +5,8 @@ It doesn't know what is in a memory, and writes no file.
 
 from collections import deque
 
+import torch
+
 from network.bank import Bank, Entry
 from network.matching import Grid
 from network.memory import Memory, Sets
@@ -20,6 +22,10 @@ def plain(value):
         return type(value)(plain(item) for item in value)
     if isinstance(value, deque):
         return {"kind": "deque", "items": plain(list(value)), "maxlen": value.maxlen}
+    if isinstance(value, torch.Tensor) and value.layout == torch.sparse_csr:
+        # PyTorch checks one that it reads for sorted and distinct columns, which nobody needs
+        return {"kind": "rows", "items": [value.crow_indices(), value.col_indices(),
+                                          value.values()], "shape": list(value.shape)}
     if type(value).__name__ in KINDS:
         return {"kind": type(value).__name__,
                 "fields": [(k, plain(v)) for k, v in vars(value).items() if k != GATHERED]}
@@ -38,6 +44,8 @@ def restored(value):
         return value
     if value["kind"] == "deque":
         return deque(restored(value["items"]), value["maxlen"])
+    if value["kind"] == "rows":
+        return torch.sparse_csr_tensor(*value["items"], value["shape"], check_invariants=False)
     kind = KINDS[value["kind"]]
     found = kind.__new__(kind)
     vars(found).update((name, restored(field)) for name, field in value["fields"])

@@ -1,5 +1,6 @@
 """Fixtures: a small drawn data set in both DAVIS layouts, a small random model, real data."""
 
+import io
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,12 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from network import precision  # noqa: E402
 from network.encoder import Encoder  # noqa: E402
-from videomatch import VideoMatch  # noqa: E402
+from videomatch import SHIPPED, VideoMatch  # noqa: E402
 
 SHAPE = (48, 80)
+TOKEN = "a token"  # of the page
 
 
 def draw_frame(step: int, ids: tuple[int, ...] = (1,)) -> tuple[np.ndarray, np.ndarray]:
@@ -137,3 +141,97 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests ran in a real browser, which may be missing."""
+    of = {outcome: sum("test_browser.py::" in report.nodeid for report in reports)
+          for outcome, reports in terminalreporter.stats.items()
+          if outcome in ("passed", "failed", "skipped")}
+    if any(of.values()):
+        terminalreporter.write_line("in a browser: " + ", ".join(
+            f"{count} {outcome}" for outcome, count in of.items() if count))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """A folder of 12 frames of 160x96: a bright square that moves right."""
+    folder = tmp_path_factory.mktemp("my clip")
+    for step in range(12):
+        Image.fromarray(draw_frame(step)[0].repeat(2, 0).repeat(2, 1)).save(
+            folder / f"{step:05d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shipped() -> VideoMatch:
+    """The small checkpoint in models/."""
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
+    model.encoder.fold_batchnorm()
+    model.precision = precision.of(None, model.device, model.method)  # as the command line's
+    return model
+
+
+def bright(image: np.ndarray, prompts) -> np.ndarray:
+    """What `prompts.prompter` returns of a model, of bright objects: those that are shown."""
+    _, parts = cv2.connectedComponents((image[..., 0] > 150).astype(np.uint8))
+    meant = [parts[y + h // 2, x + w // 2] for x, y, w, h in prompts.boxes]
+    meant += [parts[y, x] for x, y in prompts.points]
+    wrong = [parts[y, x] for x, y in prompts.not_points]
+    return np.isin(parts, list({*meant} - {0, *wrong}))
+
+
+@pytest.fixture
+def begin(clip, shipped, tmp_path):
+    """Starts a session in the test's folder, as often as it is called."""
+    from media.video import open_clip
+    from segment import Options
+    from session import Session
+    begun = []
+
+    def start(folder=tmp_path / "out", source=clip):
+        begun.append(Session(
+            shipped, open_clip(source), folder, Options(), bright,
+            {"data": str(source)}, ["python", "main.py", "-m", "segment", "--video", str(source)]))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        one.close()
+
+
+@pytest.fixture
+def client(begin):
+    """What a browser of the session `client.session` may send."""
+    from starlette.testclient import TestClient
+
+    from media.page import application
+    one = begin()
+    client = TestClient(application(one, TOKEN), base_url="http://127.0.0.1:8000",
+                        headers={"X-Token": TOKEN}, raise_server_exceptions=False)
+    client.session = one
+    return client
+
+
+def truth(step: int, ids: tuple[int, ...] = (1,)) -> np.ndarray:
+    """(96, 160) mask of a frame of `clip`."""
+    return draw_frame(step, ids)[1].repeat(2, 0).repeat(2, 1)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """J of two masks, (H, W) bool."""
+    return (a & b).sum() / max(1, (a | b).sum())
+
+
+def do(client, action: str, **fields):
+    return client.post(f"/do/{action}", json=fields)
+
+
+def png(mask: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return file.getvalue()
+
+
+def shown(client, frame: int) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(client.get(f"/mask/{frame}").content)))

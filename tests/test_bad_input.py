@@ -282,7 +282,7 @@ FLAGS = {  # of an evaluation
     "-m train -s vm.state": "--model_save|.pth",
     "-m dream": "--mode",
     "-m segment": "--video",
-    "-m segment --video clip": "--mask, --box, --point",
+    "-m segment --video clip": "--mask, --box, --page",
     "-m segment --video nowhere.mp4 --mask first.png": "nowhere.mp4|--video",
     "-m segment --video first.txt --mask first.png": "first.txt|video",
     "-m segment --video empty --mask first.png": "empty|no frames",

@@ -20,6 +20,7 @@ from torchvision import models
 import prompts
 import train_prompts
 from data import demo, download
+from media import page
 from videomatch import VideoMatch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,6 +76,7 @@ def folder(tmp_path, monkeypatch):
     # the checkpoint in models/ may be older than the part that is shown objects
     monkeypatch.setattr(prompts, "masks_of", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
+    monkeypatch.setattr(page, "serve", lambda *_: None)
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.chdir(tmp_path)

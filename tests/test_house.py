@@ -20,7 +20,9 @@ RANKS = [
     {"evaluate"},
     {"train_prompts"},
     {"train"},
+    {"session"},
     {"report", "manifest"},
+    {"passes"},
     {"annotations", "confidence", "sinks"},
     {"segment"},
     {"tracker"},
@@ -32,6 +34,7 @@ RANKS = [
     {"preprocess", "metrics"},
     {"data"},  # the demo, downloads
     {"network", "media", "distributed"},
+    {"media.shown"},
 ]
 WINGS = {"network", "media", "data"}
 TORCH = {"torch", "torchvision", "triton"}

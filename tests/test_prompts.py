@@ -13,8 +13,9 @@ import preprocess
 import prompts
 import train_prompts
 from data import clicks
+from media.shown import Prompts
 from network.encoder import Encoder
-from network.prompts import EVIDENCE, FAR, NEAR, PromptDecoder, Prompts, evidence, likeness
+from network.prompts import EVIDENCE, FAR, NEAR, PromptDecoder, evidence, likeness
 from videomatch import VideoMatch
 
 
@@ -227,7 +228,7 @@ def test_what_is_shown_must_lie_in_the_frame(shown, wrong, message):
 
 def test_a_model_without_the_part_says_how_to_get_it(model):
     with pytest.raises(ValueError, match="-m train --prompts"):
-        prompts.prompter(model)
+        prompts.prompter(model)(np.zeros((48, 80, 3), np.uint8), Prompts([(8, 8, 20, 20)]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (7, 400, 3), (48, 80, 3)])

@@ -11,7 +11,7 @@ from PIL import Image
 import main
 import segment
 import sinks
-from media import images, video
+from media import figures, images, video
 from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
 
@@ -225,14 +225,14 @@ def test_colours_are_no_mask(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ([], "--video: expected a video"),
     (["--video", "nowhere.mp4", "--mask", "m.png"], "nowhere.mp4: no such file"),
-    (["--video", "CLIP"], "--mask, --box, --point: expected a mask, or something of the object"),
+    (["--video", "CLIP"], "--mask, --box, --page: expected one of them"),
     (["--video", "CLIP", "--mask", "m.png", "--box", "1", "1", "9", "9"], "got both"),
     (["--video", "CLIP", "--point", "1", "1", "9"], "--point: expected pairs of numbers"),
     (["--video", "CLIP", "--point", "1", "1", "--not_point", "9"], "--not_point: expected pairs"),
     (["--video", "CLIP", "--not_point", "9", "9"], "--mask, --box, --point: expected"),
     (["--video", "CLIP", "--box", "1", "1", "9", "9", "--not_point", "9", "9", "--not_point",
       "1", "1"], "--not_point: expected a --box or --point of the same object"),
-    (["--video", "CLIP", "--mask", "MASK", "--not_point", "9", "9"], "--not_point: expected"),
+    (["--video", "CLIP", "--mask", "MASK", "--not_point", "9", "9"], "--mask, --box, --point"),
     (["--video", "CLIP", "-o", "BARE", "--box", "1", "1", "9", "9"], "-m train --prompts"),
     (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
     (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
@@ -245,6 +245,7 @@ def test_colours_are_no_mask(tmp_path):
 ])
 def test_bad_input_is_one_line(flags, message, clip_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "has_browser", lambda: False)
     files = {"CLIP": str(clip_file), "MASK": write(tmp_path / "mask.png", truth(0)),
              "SMALL": write(tmp_path / "small.png", draw_frame(0)[1]),
              "EMPTY": write(tmp_path / "empty.png", 0 * truth(0)),

@@ -16,8 +16,8 @@ import train_prompts
 from data.stills import Stills
 from davis import Davis
 from media import images
+from media.shown import Prompts
 from network.encoder import Encoder
-from network.prompts import Prompts
 from tracker import Tracker
 from videomatch import VideoMatch
 

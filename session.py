@@ -1,0 +1,289 @@
+"""The working session on one clip: what a person gives, what is found from it, what is under way.
+
+Passes of a tracker start at a frame and run one way, in a thread of their own, as far as the next
+frame that a person gave; a mended frame is done by the same pass, which starts from a state kept
+near it. Who asks, and how it is shown, is not known here.
+"""
+
+import argparse
+import logging
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+import confidence
+import report
+import segment
+import sinks
+from confidence import UNSURE, Measures, Stretch, unsure
+from manifest import Manifest
+from media import figures, files, images
+from media.clip import Clip
+from media.edits import Edits
+from media.shown import Prompts
+from media.work import Work
+from passes import Passes, States, end_of_pass
+from tracker import Tracker
+from videomatch import VideoMatch
+
+log = logging.getLogger(__name__)
+
+WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
+CACHED = 24  # decoded frames
+NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "cutout",
+                "results_dir", "overwrite"}
+SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
+
+
+def worth_a_look(measures: list[Measures]) -> list[Stretch]:
+    """Where to look first: what is unsure, and the least sure tenth in any case."""
+    tenth = float(np.quantile([one.confidence for one in measures], 0.1)) if measures else 0.0
+    return unsure(measures, max(UNSURE, min(tenth, SURE)))[:SHOWN]
+
+
+class Session:
+    """One clip that a person works on. Every method may be called from any thread.
+
+    Args:
+        model, clip, options: as for `segment.track`.
+        folder: of the results; what the session keeps lies in `page/` in it.
+        prompt: (H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask.
+        facts: what the results depend on, for the manifest.
+        command: of the command line that repeats it, all but masks, cut-out and folder.
+
+    Raises:
+        ValueError: the folder holds a session on another clip.
+    """
+
+    def __init__(self, model: VideoMatch, clip: Clip, folder: Path, options: segment.Options,
+                 prompt: Callable[[np.ndarray, Prompts], np.ndarray], facts: dict[str, str],
+                 command: list[str]):
+        model.eval()
+        self.clip, self.folder = clip, folder
+        self.facts, self.command = facts, command
+        self.count = clip.count or sum(1 for _ in clip.frames())
+        self._read = lru_cache(CACHED)(lambda frame: next(clip.frames(frame)))
+        self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
+        self.shape = self.work.shape
+        self.states = States(folder / "page" / "states", lambda: Tracker(
+            model, options.threshold, options.remove_outliers), facts)
+        self.passes = Passes(clip, options, self.image, self.work, self.states)
+        self.edits = Edits(self.work, self.image, prompt, self.states)
+        self.lock = self.edits.lock
+        self.thread: threading.Thread | None = None
+        self.run: dict | None = None  # what is under way, or how the last one ended
+        self.stopping = threading.Event()
+
+    def image(self, frame: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: there is no such frame.
+        """
+        if not 0 <= frame < self.count:
+            raise ValueError(f"there is no frame {frame}, the clip has {self.count}")
+        try:
+            return self._read(frame)
+        except StopIteration:
+            raise ValueError(f"there is no frame {frame}, the clip ends before it") from None
+
+    def mask(self, frame: int) -> np.ndarray | None:
+        """(H, W) uint8 object ids: what a person gave, else what was found."""
+        with self.lock:
+            return self.work.mask(frame)
+
+    @property
+    def version(self) -> int:
+        """One more with every change."""
+        return self.edits.version
+
+    def state(self, since: int = 0) -> dict:
+        """All that a page shows but the pictures; of frames only what changed after `since`."""
+        with self.lock:
+            work = self.work
+            frames = {frame: {"given": frame in work.given, "version": version,
+                              "sure": self._sure(frame)}
+                      for frame, version in self.edits.changed.items() if version > since}
+            return {"version": self.edits.version, "count": self.count, "fps": self.clip.fps,
+                    "height": work.shape[0], "width": work.shape[1], "frames": frames,
+                    "objects": [vars(thing) for thing in work.objects],
+                    "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
+                    "unsure": [vars(stretch) for stretch in worth_a_look(self.measures())]}
+
+    def measures(self) -> list[Measures]:
+        """Of every mask that was found, and not replaced by a given one, of objects still there."""
+        known = {thing.id for thing in self.work.objects}
+        rows = (Measures(*row) for frame, found in sorted(self.work.found.items())
+                if frame not in self.work.given for row in found.measures)
+        return [one for one in rows if one.object_id in known]
+
+    def _sure(self, frame: int) -> dict[int, float] | None:
+        """Of each object the confidence in the found mask; None where none was found."""
+        if frame not in self.work.found:
+            return None
+        rows = (Measures(*row) for row in self.work.found[frame].measures)
+        return {one.object_id: one.confidence for one in rows}
+
+    def segment_from(self, start: int, way: str) -> None:
+        """Find the masks behind a frame, `way` "forwards", "backwards" or "both", in a thread.
+
+        Raises:
+            ValueError: the frame has no mask, or something is under way.
+        """
+        with self.lock:
+            if self.work.mask(start) is None:
+                raise ValueError(f"frame {start} has no mask to start from: draw one first")
+            ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
+            total = sum(abs(end - start) - 1 for _, end in ends)
+            self._start({"kind": "segment", "frame": start, "way": way, "total": total},
+                        lambda: self._segment(start, [forwards for forwards, _ in ends]))
+
+    def stop(self) -> None:
+        """End what is under way after the frame that it is at; what was found stays."""
+        self.stopping.set()
+
+    def export(self, cutout: str | None = None) -> None:
+        """Write masks, overlay and cut-out as the command line does, and that command line."""
+        with self.lock:
+            self._start({"kind": "export", "total": self.count}, lambda: self._export(cutout))
+
+    def close(self) -> None:
+        """End what is under way, and wait for it."""
+        self.stop()
+        if self.thread:
+            self.thread.join()
+        self.work.close()
+
+    def _end(self, start: int, forwards: bool) -> int:
+        return end_of_pass(start, forwards, self.work.given, self.work.found, self.count)
+
+    def _start(self, run: dict, job: Callable[[], None]) -> None:
+        if self.run and not self.run["ended"]:
+            raise ValueError("something is under way already: stop it first")
+        self.stopping.clear()
+        number = self.run["number"] + 1 if self.run else 1
+        self.run = {"number": number, "done": 0, "seconds": 0.0, "ended": "", "error": "", **run}
+        self.edits.change()
+        self.thread = threading.Thread(target=self._work, args=(job,), daemon=True)
+        self.thread.start()
+
+    def _work(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+            ended = {"ended": "stopped" if self.stopping.is_set() else "done"}
+        except Exception as error:  # whatever it is, the page shall say so and live on
+            log.warning("%s ended early: %s", self.run["kind"], error)
+            log.debug("where the error came from:", exc_info=True)
+            ended = {"ended": "error", "error": str(error) or type(error).__name__}
+        with self.lock:
+            self.run = self.run | ended
+            self.edits.change()
+
+    def _progress(self, began: float, *frames: int) -> None:
+        self.run = self.run | {"done": self.run["done"] + 1,
+                               "seconds": round(time.monotonic() - began, 3)}
+        self.edits.change(*frames)
+
+    def _segment(self, start: int, ways: list[bool]) -> None:
+        with self.lock:
+            self.work.spread(start)
+            self.edits.change(start)
+        began = time.monotonic()
+        for forwards in ways:
+            self._pass(start, forwards, began)
+
+    def _pass(self, start: int, forwards: bool, began: float) -> None:
+        way, frame, end = 1 if forwards else -1, start, self._end(start, forwards)
+        if end == start + way or self.stopping.is_set():
+            return
+        with closing(self.passes.run(start, forwards)) as masks:
+            for frame, mask, found in masks:
+                with self.lock:
+                    if frame in self.work.given:  # since the pass began
+                        return
+                    self.work.find(frame, mask, found)
+                    self._progress(began, frame)
+                if frame + way == end or self.stopping.is_set():
+                    return
+        if forwards and frame + 1 < self.count:
+            log.warning("the clip ends after %d frames, though it declares %d", frame + 1,
+                        self.count)
+            self.count = frame + 1
+
+    def _export(self, cutout: str | None) -> None:
+        given = {frame: self.folder / f"mask_{frame:05d}.png" for frame in sorted(self.work.given)}
+        for frame, path in given.items():
+            images.write_mask(path, self.mask(frame))
+        with Manifest(self.folder, {**self.facts, "masks": "of the page"}, True) as manifest:
+            manifest.begin()
+            segment.drain(self._frames(), sinks.of_a_clip(self.folder, self.clip, cutout))
+            measures = self.measures()
+            confidence.write(self.folder / "confidence.csv", measures)
+            report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
+        again = [*self.command, "--mask", *(f"{frame}:{path}" for frame, path in given.items()),
+                 *(["--cutout", cutout] if cutout else []), "-j", f"{self.folder}_again"]
+        files.write(self.folder / "command.txt", shlex.join(again) + "\n")
+        with self.lock:
+            self.run = self.run | {"folder": str(self.folder), "command": shlex.join(again)}
+
+    def _frames(self) -> Iterator[segment.Frame]:
+        """The clip with the masks that are known; elsewhere they are empty."""
+        began = time.monotonic()
+        for frame, image in enumerate(self.clip.frames()):
+            if self.stopping.is_set():
+                raise ValueError("export: stopped before the end, so there is no video")
+            mask = self.mask(frame)
+            mask = np.zeros(image.shape[:2], np.uint8) if mask is None else mask
+            images.write_mask(self.folder / "masks" / f"{self.clip.frame_name(frame)}.png", mask)
+            with self.lock:
+                self._progress(began)
+            yield segment.Frame(frame, image, None, True, None, mask)
+
+
+def check_page(port: int | None) -> None:
+    """Raise a ValueError where no page can be opened.
+
+    Args:
+        port: None if nobody asked for a page, and it is only what is left.
+    """
+    if port is None and not figures.has_browser():
+        raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
+                         "open a page in")
+    try:
+        from media import page  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--page: expected the package {error.name}, pip install -r "
+                         "requirements.txt brings it") from error
+
+
+def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) -> None:
+    """Work on a session in a browser until Ctrl+C; `check_page` comes first.
+
+    Args:
+        masks: (H, W) uint8 of frames, given to begin with.
+        port: None or 0 takes a free one.
+    """
+    from media import page  # whose packages only this needs
+    try:
+        for frame, mask in masks.items():
+            session.edits.give(frame, mask)
+        page.serve(session, port or 0, figures.has_browser())
+    finally:
+        session.close()
+    print(f"all that was given and found is in {session.work.folder}")
+
+
+def repeating(args: argparse.Namespace, default: dict) -> list[str]:
+    """The words of the command line that a page was opened with, but for masks and folder."""
+    words = ["python", "main.py", "-m", "segment"]
+    for name, value in vars(args).items():
+        if name not in NOT_REPEATED and value != default[name]:
+            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
