@@ -14,7 +14,7 @@ from media.images import resize_mask
 from network.memory import Memory
 from network.outliers import decide, remove_outliers
 from network.state import plain, restored
-from videomatch import VideoMatch
+from videomatch import Frames, VideoMatch
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Tracker:
             image: (3, H, W) float32, ImageNet-normalised.
             mask: (H, W) uint8 object ids where they are known; its size may differ from the
                 image's. The first one makes a reference frame, later ones further ones, and
-                objects that only they hold are looked for from then on.
+                objects that only they hold are looked for from then on. Objects that a later one
+                lacks are looked for beside those that it holds; if it holds none, none is there.
             shape: (H, W) of the mask that is looked for; None takes the image's.
 
         Raises:
@@ -104,9 +105,27 @@ class Tracker:
                 the method is "memory", and the image is of another size than the first.
         """
         if mask is not None:
-            return self._refer(image, np.asarray(mask, dtype=np.uint8))
+            mask = np.asarray(mask, dtype=np.uint8)
+            lacking = [i for i in self.object_ids if mask.any() and not (mask == i).any()]
+            if lacking:
+                _, _, after = self._find(image, mask.shape)
+                found = decide(after.cpu().numpy(), self.memory.object_ids, self.threshold)
+                mask = np.where((mask == 0) & np.isin(found, lacking), found, mask)
+            return self._refer(image, mask)
         if self.memory is None:
             raise ValueError("the first frame needs a mask, to know what to look for")
+        model, memory = self.model, self.memory
+        frames, found, after = self._find(image, shape)
+        if model.method == "paper":
+            model.update_online(frames, memory, found, after)
+        elif model.method == "memory":
+            model.remember(frames, [memory], after[None])
+        self.previous = decide(after.cpu().numpy(), memory.object_ids, self.threshold)
+        return Step(self.previous, after, self.object_ids)
+
+    def _find(self, image: torch.Tensor, shape: tuple[int, int] | None
+              ) -> tuple[Frames, torch.Tensor, torch.Tensor]:
+        """A frame encoded; (N+1, H, W) probabilities before and after outlier removal."""
         model, memory = self.model, self.memory
         frames = model.encode(image[None])
         found = model.predict(frames, [memory], shape)[0]
@@ -115,13 +134,7 @@ class Tracker:
         if self.outlier_removal:
             remove_outliers(probabilities, resize_mask(self.previous, probabilities.shape[1:]),
                             self.shares, model.dilation)
-        after = torch.from_numpy(probabilities).to(found)
-        if model.method == "paper":
-            model.update_online(frames, memory, found, after)
-        elif model.method == "memory":
-            model.remember(frames, [memory], after[None])
-        self.previous = decide(probabilities, memory.object_ids, self.threshold)
-        return Step(self.previous, after, self.object_ids)
+        return frames, found, torch.from_numpy(probabilities).to(found)
 
     def _refer(self, image: torch.Tensor, mask: np.ndarray) -> Step:
         """A frame whose mask is known."""

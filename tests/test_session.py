@@ -94,7 +94,8 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
         np.testing.assert_array_equal(images.read_mask(out / "masks" / f"{step:05d}.png"), again)
         np.testing.assert_array_equal(again, shown(client, step))
     cut = np.array(Image.open(out / "cutout" / "00003.png"))
-    np.testing.assert_array_equal(cut[..., 3] > 0, truth(3) > 0)
+    np.testing.assert_array_equal(cut[..., 3] >= 128, truth(3) > 0)
+    assert not cut[cut[..., 3] == 0].any()
 
 
 def _words(command):
