@@ -7,14 +7,16 @@ clips: images come as tensors, masks leave as arrays, and what becomes of them i
 import copy
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 
 from media.images import resize_mask
+from network.bank import Frames
 from network.memory import Memory
 from network.outliers import decide, remove_outliers
 from network.state import plain, restored
-from videomatch import Frames, VideoMatch
+from videomatch import VideoMatch
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,28 @@ class Step:
         probabilities: (N+1, H, W) float32 on the network's device, which sum to 1: background,
             then `object_ids` in order, after outlier removal; of a given mask 0 or 1.
         object_ids: all objects known so far.
+        scores: (N+1, h, w) float32, cosines of each cell with what is remembered; None where the
+            mask was given.
     """
 
     mask: np.ndarray
     probabilities: torch.Tensor
     object_ids: tuple[int, ...]
+    scores: torch.Tensor | None = None
+
+    def similarity(self) -> dict[int, float]:
+        """Of each object the mean of its scores over its mask; 1 where the mask was given.
+
+        0 where it has none. Cosines of neighbours in the memory, so in [-1, 1].
+        """
+        if self.scores is None:
+            return dict.fromkeys(self.object_ids, 1.0)
+        found = {}
+        for object_id, scores in zip(self.object_ids, self.scores[1:].cpu().numpy()):
+            inside = (self.mask == object_id).astype(np.float32)
+            share = cv2.resize(inside, scores.shape[::-1], interpolation=cv2.INTER_AREA)
+            found[object_id] = float((share * scores).sum() / max(float(share.sum()), 1e-6))
+        return found
 
     def confidence(self) -> dict[int, float]:
         """Of each object the mean of its probability over its mask, in [0, 1]; 0 where it has none.
@@ -108,33 +127,33 @@ class Tracker:
             mask = np.asarray(mask, dtype=np.uint8)
             lacking = [i for i in self.object_ids if mask.any() and not (mask == i).any()]
             if lacking:
-                _, _, after = self._find(image, mask.shape)
+                _, _, after, _ = self._find(image, mask.shape)
                 found = decide(after.cpu().numpy(), self.memory.object_ids, self.threshold)
                 mask = np.where((mask == 0) & np.isin(found, lacking), found, mask)
             return self._refer(image, mask)
         if self.memory is None:
             raise ValueError("the first frame needs a mask, to know what to look for")
         model, memory = self.model, self.memory
-        frames, found, after = self._find(image, shape)
+        frames, found, after, scores = self._find(image, shape)
         if model.method == "paper":
             model.update_online(frames, memory, found, after)
         elif model.method == "memory":
             model.remember(frames, [memory], after[None])
         self.previous = decide(after.cpu().numpy(), memory.object_ids, self.threshold)
-        return Step(self.previous, after, self.object_ids)
+        return Step(self.previous, after, self.object_ids, scores)
 
     def _find(self, image: torch.Tensor, shape: tuple[int, int] | None
-              ) -> tuple[Frames, torch.Tensor, torch.Tensor]:
-        """A frame encoded; (N+1, H, W) probabilities before and after outlier removal."""
+              ) -> tuple[Frames, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A frame encoded; (N+1, H, W) probabilities before and after outlier removal; scores."""
         model, memory = self.model, self.memory
         frames = model.encode(image[None])
-        found = model.predict(frames, [memory], shape)[0]
+        (found,), (scores,) = model.predict(frames, [memory], shape)
         # on a CPU an array shares its memory with the tensor, which the online update needs whole
         probabilities = found.cpu().numpy().copy()
         if self.outlier_removal:
             remove_outliers(probabilities, resize_mask(self.previous, probabilities.shape[1:]),
                             self.shares, model.dilation)
-        return frames, found, torch.from_numpy(probabilities).to(found)
+        return frames, found, torch.from_numpy(probabilities).to(found), scores
 
     def _refer(self, image: torch.Tensor, mask: np.ndarray) -> Step:
         """A frame whose mask is known."""

@@ -214,7 +214,7 @@ def test_where_a_pass_ends(start, forwards, given, origins, end):
 
 def test_the_least_sure_tenth_is_offered_worst_first():
     def at(frame, value):
-        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, value)
+        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, 0.9, value)
 
     sure = [0.94] * 60
     sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]

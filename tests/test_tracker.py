@@ -105,7 +105,7 @@ def test_threshold(model):
     start = Tracker(model, outlier_removal=False)
     start.step(*frame(0))
     test = frame(1)[0]
-    foreground = model.predict(model.encode(test[None]), [start.memory])[0, 1].detach().numpy()
+    foreground = model.predict(model.encode(test[None]), [start.memory])[0][0, 1].detach().numpy()
     for threshold in (0.2, 0.5, 0.9):
         tracker = Tracker(model, threshold, outlier_removal=False)
         tracker.step(*frame(0))
@@ -134,7 +134,7 @@ def moving_spot(model, monkeypatch, places, size=8, **options):
 
     def predict(frames, memories, shape=None):
         mask = torch.from_numpy(next(masks)).float()
-        return torch.stack([1 - mask, mask])[None]
+        return torch.stack([1 - mask, mask])[None], torch.zeros(1, 2, 4, 12)
 
     tracker = Tracker(model, **options)
     tracker.step(torch.zeros(3, *shape), picture(places[0]))
