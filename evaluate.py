@@ -30,6 +30,7 @@ from manifest import Manifest
 from media import drawing, images, writer
 from media.background import Background, ahead
 from media.files import whole
+from media.masks import Coding
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     todo = distributed.gather(todo)[0]  # before any process finishes one
     if len(todo) < len(sequences):
         log.info("%d sequences were finished before", len(sequences) - len(todo))
-    scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo}
+    scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo and s.scored}
     todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
                              else todo)
     with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame",
@@ -88,10 +89,11 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
             start = time.monotonic()
             score = segment_sequence(model, sequence, options, bar.update)
             manifest.finish(sequence, score, time.monotonic() - start)
-            scores[sequence.name] = score
-            bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
+            if sequence.scored:
+                scores[sequence.name] = score
+                bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
     manifest.share()
-    scores = {sequence.name: manifest.score(sequence) for sequence in sequences}
+    scores = {sequence.name: manifest.score(sequence) for sequence in sequences if sequence.scored}
     found = table(scores)
     if distributed.rank():
         return found
@@ -99,6 +101,13 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
+    unscored = [sequence.name for sequence in sequences if not sequence.scored]
+    if unscored:
+        log.info("segmented and not scored, since there is no truth beyond given masks: %s",
+                 ", ".join(unscored))
+    if not found:
+        print(f"{speed} (reading, segmenting, writing)")
+        return found
     show(found, options.results, options.set_name)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
@@ -119,15 +128,15 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
     Args:
         progress: called after each frame.
     """
-    reference = sequence.mask(0)
-    if not reference.any():
-        raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
-                         "in the first frame")
+    first, scored = sequence.labelled[0], set(sequence.scored)
+    reference = sequence.mask(first)
     scores = []
     with Writer(sequence, options) as writer, ThreadPoolExecutor(READERS) as pool:
         for frame, image in enumerate(ahead(pool, sequence.image, range(len(sequence)))):
             tensor = preprocess.to_tensor(image, options.input_shape, model.device)
-            if frame == 0:
+            if frame < first:
+                mask = np.zeros_like(reference)
+            elif frame == first:
                 if options.adapt:
                     model = options.adapt(model, image, reference)
                 model.set_reference(tensor, reference)
@@ -136,7 +145,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
                 mask = segment(model, tensor, image.shape[:2], options)
                 progress()
             writer.write(frame, image, mask)
-            if 0 < frame < len(sequence) - 1:
+            if frame in scored:
                 scores.append(pool.submit(_score_mask, mask, sequence, frame, model.object_ids))
     score = metrics.SequenceScore(model.object_ids)
     for future in scores:
@@ -170,9 +179,8 @@ class Writer:
                 self.video = writer.VideoWriter(self.results / f"{sequence.name}.mp4")
 
     def _write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
-        if self.results:
-            name = self.sequence.images[frame].with_suffix(".png").name
-            images.write_mask(self.folder / name, mask)
+        if self.results and frame in self.sequence.wanted:
+            images.write_mask(self.folder / self.sequence.mask_name(frame), mask)
         if self.video:
             self.video.write(drawing.overlay(image, mask))
 
@@ -199,23 +207,32 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         ValueError: a mask is of another size than the frame.
     """
     found: Scores = {}
-    ids = [[int(i) for i in np.unique(sequence.mask(0)) if i] for sequence in sequences]
-    frames = [(results / sequence.name / truth.name, truth, sequence.single_object, object_ids)
-              for sequence, object_ids in zip(sequences, ids) for truth in sequence.masks[1:-1]]
+    sequences = [sequence for sequence in sequences if sequence.scored]
+    ids = [[int(i) for i in np.unique(sequence.mask(sequence.labelled[0])) if i] for sequence in sequences]
+    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence, frame,
+               object_ids)
+              for sequence, object_ids in zip(sequences, ids)
+              for coding in [_coding(results, sequence)] for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
         scores = pool.map(_score_file, frames, chunksize=8)
         for sequence, object_ids in zip(tqdm(sequences, desc="sequences", disable=None), ids):
             score = metrics.SequenceScore(object_ids)
-            for _ in sequence.masks[1:-1]:
+            for _ in sequence.scored:
                 score.add(next(scores))
             found[sequence.name] = score
     return found
 
 
-def _score_file(frame: tuple[Path, Path, bool, list[int]]) -> list[tuple[float, float]]:
-    path, truth_path, single_object, object_ids = frame
-    prediction, truth = (images.read_mask(p, single_object) for p in (path, truth_path))
-    images.check_same_shape(truth_path, truth.shape, path, prediction.shape)
+def _coding(results: Path, sequence: Sequence) -> Coding:
+    """What the values of the masks found mean, once for all of them."""
+    paths = [results / sequence.name / sequence.mask_name(frame) for frame in sequence.scored]
+    return Coding.of(paths, sequence.single_object)
+
+
+def _score_file(job: tuple[Coding, Path, Sequence, int, list[int]]) -> list[tuple[float, float]]:
+    coding, path, sequence, frame, object_ids = job
+    prediction, truth = coding.read(path), sequence.mask(frame)
+    images.check_same_shape(sequence.masks[frame], truth.shape, path, prediction.shape)
     return metrics.score_frame(prediction, truth, object_ids)
 
 
@@ -272,7 +289,8 @@ def main() -> int:
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
                         help="the DAVIS folder (default: ./DAVIS)")
     parser.add_argument("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
-    parser.add_argument("--set", "-t", choices=SETS, default="val", help="default: val")
+    parser.add_argument("--set", "-t", metavar="NAME", default="val",
+                        help=f"name of a list, such as {', '.join(SETS)} (default: val)")
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
     try:
@@ -288,6 +306,8 @@ def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> No
     if len(folders) > 2:
         raise ValueError(f"expected one or two folders of results, got {len(folders)}")
     runs = []
+    if not any(sequence.scored for sequence in sequences):
+        raise ValueError("nothing to score: no sequence has masks beyond the given ones")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "

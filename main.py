@@ -23,8 +23,9 @@ import evaluate
 import segment
 import train
 from data import demo
-from davis import SETS, YEARS, Davis, split
+from davis import SETS, YEARS, Davis, for_training, split
 from media import annotate, images
+from media import masks as mask_files
 from media.video import open_clip
 from network.encoder import BACKBONES, Encoder
 from videomatch import METHODS, SHIPPED, VideoMatch
@@ -74,8 +75,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--year", "-y", choices=YEARS, default=None,
         help="2016: one object in a sequence; 2017: many; all: both lists, many "
              "(default: 2016, for the demo 2017)")
-    add("--set", "-t", choices=SETS, default=None,
-        help="which sequences (default: train for training, val for evaluation)")
+    add("--set", "-t", metavar="NAME", default=None,
+        help=f"which sequences: {', '.join(SETS)}, or another list or folder of the data set "
+             "(default: train for training, val for evaluation)")
     add("--sequences", "-q", metavar="NAME", nargs="+",
         help="only these: to look at a few, or to leave some out")
     add("--no-shuffle", "-u", action="store_true",
@@ -355,10 +357,10 @@ def set_name(args: argparse.Namespace) -> str:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    training, held_out = split(data(args).sequences, args.validation_size, args.seed)
+    training, held_out = split(for_training(data(args).sequences), args.validation_size, args.seed)
     torch.manual_seed(args.seed)
     model = build_model(args)
-    frames = sum(len(sequence) for sequence in training)
+    frames = sum(len(sequence.labelled) for sequence in training)
     each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
     log.info("%d sequences to train on, held out: %s", len(training),
@@ -434,16 +436,14 @@ def run_segment(args: argparse.Namespace) -> None:
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box or --annotate makes, kept as a file."""
-    masks = {}
+    paths: dict[int, list[Path]] = {}
     for text in args.mask:
         number, colon, name = text.partition(":")
         frame, name = (int(number), name) if colon and number.isdecimal() else (args.mask_frame,
                                                                                 text)
-        if frame in masks:
-            raise ValueError(f"--mask {text}: frame {frame} has a mask already")
-        masks[frame] = images.read_own_mask(name)
-    if masks:
-        return masks
+        paths.setdefault(frame, []).append(Path(name))
+    if paths:
+        return mask_files.read_masks(paths)
     image = next(iter(clip.frames(args.mask_frame)), None)
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")

@@ -52,8 +52,8 @@ class Manifest:
     def finished(self, sequence: Sequence, video: bool) -> bool:
         """Whether the scores are known, and every mask is there, and the video if wanted."""
         return (sequence.name in self.sequences
-                and all((self.folder / sequence.name / mask.name).is_file()
-                        for mask in sequence.masks)
+                and all((self.folder / sequence.name / sequence.mask_name(frame)).is_file()
+                        for frame in sequence.wanted)
                 and (not video or (self.folder / f"{sequence.name}.mp4").is_file()))
 
     def finish(self, sequence: Sequence, score: SequenceScore, seconds: float) -> None:

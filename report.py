@@ -10,7 +10,8 @@ import numpy as np
 
 import metrics
 from davis import Sequence
-from media import files, images
+from media import files
+from media.masks import read_mask
 
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
 PICTURE_WIDTH = 480  # pixels
@@ -48,7 +49,7 @@ def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[st
              f"<p class=legend>Frames: {_swatch(f'rgb{HIT}', 'found')} "
              f"{_swatch(f'rgb{FALSE_POSITIVE}', 'too much')} "
              f"{_swatch(f'rgb{FALSE_NEGATIVE}', 'missed')}</p>"]
-    parts += [_section(sequence, runs) for sequence in sequences]
+    parts += [_section(sequence, runs) for sequence in sequences if sequence.scored]
     items = "".join(f"<dt>{html.escape(k)}<dd>{html.escape(str(v))}" for k, v in facts.items())
     parts.append(f"<h2>Made by</h2><dl>{items}</dl>")
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
@@ -61,7 +62,7 @@ def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[st
 def _table(sequences: list[Sequence], runs: list[Run]) -> str:
     """One row for each sequence: all measures of one run, or J&F of two and who won."""
     rows = []
-    for sequence in sequences:
+    for sequence in (s for s in sequences if s.scored):
         means = [metrics.average(list(run.scores[sequence.name].conclude().values()))
                  for run in runs]
         rows.append((sequence.name, _columns(means)))
@@ -102,7 +103,7 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
     else:
         labels, lines = [run.name for run in runs], [s.mean(0) for s in series]
         chosen = {"they differ most": np.abs(lines[0] - lines[1]).argmax()}
-    frames = {int(index) + 1: word for word, index in reversed(chosen.items())}
+    frames = {sequence.scored[int(index)]: word for word, index in reversed(chosen.items())}
     pictures = "".join(_figure(sequence, run, frame, frames[frame], len(runs) > 1)
                        for frame in sorted(frames) for run in runs)
     return (f"<h2 id='{html.escape(sequence.name)}'>{html.escape(sequence.name)}</h2>"
@@ -126,11 +127,11 @@ def _curves(lines, labels) -> str:
 
 
 def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool) -> str:
-    score = run.j_and_f(sequence.name)[:, frame - 1].mean()
+    score = run.j_and_f(sequence.name)[:, sequence.scored.index(frame)].mean()
     whose = f"{html.escape(run.name)}, " if compared else ""
     picture = errors(sequence.image(frame),
-                     images.read_mask(run.results / sequence.name
-                                          / sequence.masks[frame].name, sequence.single_object),
+                     read_mask(run.results / sequence.name / sequence.mask_name(frame),
+                               sequence.single_object),
                      sequence.mask(frame))
     caption = f"{whose}frame {frame}, {word}: J&amp;F {score:.3f}"
     return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"

@@ -14,6 +14,7 @@ import evaluate
 import preprocess
 from media import drawing, images, writer
 from media.background import Background, ahead
+from media.masks import read_mask
 from media.video import Clip
 from videomatch import VideoMatch
 
@@ -117,7 +118,7 @@ def render(clip: Clip, options: Options) -> None:
             cutout = video("cutout.mp4")
         for frame, image in enumerate(tqdm(clip.frames(), desc="drawing", disable=None)):
             name = f"{clip.name(frame)}.png"
-            mask = images.read_mask(options.results / "masks" / name)
+            mask = read_mask(options.results / "masks" / name)
             overlay.write(drawing.overlay(image, mask))
             if options.cutout == "transparent":
                 images.write_image(options.results / "cutout" / name,

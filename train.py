@@ -221,9 +221,10 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
     model.eval()
     scores = []
     for sequence in sequences:
-        mask = sequence.mask(0)
-        model.set_reference(preprocess.to_tensor(sequence.image(0), shape), mask)
-        for frame in range(2, len(sequence), 2):
+        first, *others = sequence.labelled
+        mask = sequence.mask(first)
+        model.set_reference(preprocess.to_tensor(sequence.image(first), shape), mask)
+        for frame in others[1::2] or others:
             image = preprocess.to_tensor(sequence.image(frame), shape)
             result = model.segment(image, mask.shape, remove_outliers=False)
             truth = sequence.mask(frame)

@@ -19,6 +19,7 @@ from torch import nn
 
 import preprocess
 from media import drawing, figures, files, images
+from media.masks import read_masks
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
@@ -448,8 +449,8 @@ def main():
 @torch.no_grad()
 def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
-    image, mask = images.read_image(args.reference), images.read_mask(args.mask)
-    images.check_same_shape(args.reference, image.shape, args.mask, mask.shape)
+    image = images.read_image(args.reference)
+    mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
     model.set_reference(preprocess.to_tensor(image), mask)
     for path in args.tests:
         test = images.read_image(path)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import main
 import segment
+from media.masks import read_mask
 from media import annotate, images, video
 from videomatch import SHIPPED, VideoMatch
 
@@ -45,7 +46,7 @@ def write(path, mask):
 
 
 def masks_in(folder):
-    return [images.read_mask(path) for path in sorted((folder / "masks").iterdir())]
+    return [read_mask(path) for path in sorted((folder / "masks").iterdir())]
 
 
 def overlap(a, b):
@@ -164,13 +165,13 @@ def test_soft_edges_are_told_from_ids(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     disc = soft_disc()
     Image.fromarray((disc * 200).round().astype(np.uint8)).save(tmp_path / "soft.png")
-    mask = images.read_own_mask(tmp_path / "soft.png")
+    mask = read_own_mask(tmp_path / "soft.png")
     assert "soft.png: soft edges" in caplog.text
     np.testing.assert_array_equal(mask, disc >= 0.5)
     Image.fromarray((disc * 200).round().astype(np.uint8)).convert("LA").save(tmp_path / "la.png")
-    np.testing.assert_array_equal(images.read_own_mask(tmp_path / "la.png"), mask)
+    np.testing.assert_array_equal(read_own_mask(tmp_path / "la.png"), mask)
     Image.fromarray((disc * 255).round().astype(np.uint8)).convert("RGB").save(tmp_path / "s.jpg")
-    assert overlap(images.read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
+    assert overlap(read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
 
 
 @pytest.mark.parametrize("values", [(1, 2), (80, 160), (255,), (1, 2, 3)])
@@ -180,7 +181,7 @@ def test_ids_stay_ids(values, mode, tmp_path, caplog):
     for i, value in enumerate(values):
         mask[5:20, 15 * i + 3:15 * i + 12] = value
     Image.fromarray(mask).convert(mode).save(tmp_path / "ids.png")
-    found = images.read_own_mask(tmp_path / "ids.png")
+    found = read_own_mask(tmp_path / "ids.png")
     np.testing.assert_array_equal(found, mask if values != (255,) else mask > 0)
     assert "soft" not in caplog.text
 
@@ -190,20 +191,20 @@ def test_white_beside_other_objects_is_refused(tmp_path):
     mask[5:20, 3:12], mask[5:20, 20:30] = 128, 255
     Image.fromarray(mask).save(tmp_path / "two.png")
     with pytest.raises(ValueError, match="two.png: 255 beside 128"):
-        images.read_own_mask(tmp_path / "two.png")
+        read_own_mask(tmp_path / "two.png")
 
 
 def test_colours_are_no_mask(tmp_path):
     Image.fromarray(draw_frame(0)[0]).save(tmp_path / "frame.png")
     with pytest.raises(ValueError, match="frame.png: expected a grey or palette mask, found col"):
-        images.read_own_mask(tmp_path / "frame.png")
+        read_own_mask(tmp_path / "frame.png")
 
 
 def test_a_box_becomes_a_mask_that_is_kept(clip_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert main.main(["-m", "segment", "--video", str(clip_file), "--box", "8", "4", "60", "50",
                       "-j", str(out), "-p", "192", "320"]) == 0
-    kept = images.read_mask(out / "mask_00000.png")
+    kept = read_mask(out / "mask_00000.png")
     assert overlap(kept, truth(0)) > 0.8
     assert f"--mask 0:{out / 'mask_00000.png'}" in capsys.readouterr().out
     np.testing.assert_array_equal(masks_in(out)[0], kept)
