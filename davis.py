@@ -18,7 +18,8 @@ import numpy as np
 
 from data import download, layout
 from media import images
-from media.masks import Coding, is_empty
+from media.coding import Coding
+from media.masks import is_empty
 from media.video import FOLDER_FPS, Clip
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ SETS = ("train", "val", "trainval")  # of DAVIS; other lists may lie beside them
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """One video: its frames in order, with masks of all of them or of some.
+class Sequence(Clip):
+    """A clip with truth: its frames in order, with masks of all of them or of some.
 
     Args:
         name: such as "bear".
@@ -48,8 +49,28 @@ class Sequence:
     later: bool = False
     asked: tuple[int, ...] = ()
 
+    fps = FOLDER_FPS
+
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of the frames."""
+        return images.image_shape(self.images[0], "a frame")
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        return map(self.image, range(len(self))[start:stop])
+
+    def backwards(self, start: int) -> Iterator[np.ndarray]:
+        return map(self.image, reversed(range(start)))
+
+    def frame_name(self, frame: int) -> str:
+        return self.images[frame].stem
 
     def image(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB."""
@@ -57,16 +78,11 @@ class Sequence:
 
     def mask(self, index: int) -> np.ndarray:
         """(H, W) uint8, 0 background, else the object's id. Of a labelled frame."""
-        return self._coding.read(self.masks[index])
+        return self.coding.read(self.masks[index])
 
     def mask_name(self, index: int) -> str:
         """What the file of a frame's mask is called in results: as the frame, .png."""
-        return f"{self.images[index].stem}.png"
-
-    @cached_property
-    def clip(self) -> "Frames":
-        """The frames as `media.video.Clip` has them."""
-        return Frames(self.images)
+        return f"{self.frame_name(index)}.png"
 
     @cached_property
     def labelled(self) -> tuple[int, ...]:
@@ -89,7 +105,14 @@ class Sequence:
         return found
 
     def given(self) -> dict[int, np.ndarray]:
-        """The masks that may be known: (H, W) uint8 of frames where objects appear, only these."""
+        """The masks that may be known: (H, W) uint8 of frames where objects appear, only these.
+
+        Raises:
+            ValueError: no mask holds an object.
+        """
+        if not self.appears:
+            raise ValueError(f"{self.masks[self.labelled[0]]}: the first mask holds no object, "
+                             "expected one to look for")
         return {frame: np.where(np.isin(mask, [i for i, f in self.appears.items() if f == frame]),
                                 mask, 0)
                 for frame in sorted({*self.appears.values()}) for mask in [self.mask(frame)]}
@@ -104,8 +127,14 @@ class Sequence:
             return ()
         return tuple(i for i in self.labelled[1:] if i < len(self) - 1)
 
+    def scored_objects(self, frame: int | None = None) -> list[int]:
+        """The objects that are scored in a frame with truth: those given before; None: in any."""
+        frame = max(self.scored, default=0) if frame is None else frame
+        return sorted(i for i, first in self.appears.items() if first < frame)
+
     @cached_property
-    def _coding(self) -> Coding:
+    def coding(self) -> Coding:
+        """What the values of its masks mean."""
         return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
 
     def unfit(self) -> str | None:
@@ -136,23 +165,6 @@ class Sequence:
                 images.check_same_shape(image, shape, mask, mask_shape)
 
 
-class Frames(Clip):
-    """The frames of a sequence as a clip."""
-
-    def __init__(self, files: tuple[Path, ...]):
-        self.files, self.fps, self.count = files, FOLDER_FPS, len(files)
-        self.shape = images.image_shape(files[0], "a frame")
-
-    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        return map(images.read_image, self.files[start:stop])
-
-    def backwards(self, start: int) -> Iterator[np.ndarray]:
-        return map(images.read_image, reversed(self.files[:start]))
-
-    def name(self, frame: int) -> str:
-        return self.files[frame].stem
-
-
 class Davis:
     """The sequences of a data set: DAVIS in the order of its lists, or what is laid out alike.
 
@@ -168,7 +180,7 @@ class Davis:
     Args:
         root: the folder.
         year: of DAVIS: "2016", one object in a sequence; "2017", many; "all", both lists joined,
-            many.
+            many; None: 2016 where it has that list, else 2017.
         set: the name of a list, such as "train"; "trainval" joins two.
         names: these sequences only.
 
@@ -177,7 +189,7 @@ class Davis:
         ValueError: an unknown sequence, a mask of another size than its frame, or nothing left.
     """
 
-    def __init__(self, root: str | Path, year: str = "2016", set: str = "train",
+    def __init__(self, root: str | Path, year: str | None = "2016", set: str = "train",
                  names: list[str] | None = None):
         self.root = layout.home(Path(root), set)
         places = layout.places(self.root)
@@ -188,6 +200,8 @@ class Davis:
                 f"it by python davis.py --download DIR or at {HOME} and name it with --dataset, "
                 "or try --demo, which needs none")
         lists = (self.root / "ImageSets").is_dir()
+        if lists and year is None:
+            year = "2016" if layout.has_list(self.root, "2016", set) else "2017"
         listed = layout.listed(self.root, year, set) if lists else list(places)
         for name in names or ():
             if name not in listed:

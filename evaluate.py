@@ -17,20 +17,21 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
+import confidence
 import distributed
 import metrics
-import preprocess
 import report
+import segment
+import sinks
+from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
-from manifest import Manifest
-from media import drawing, images, writer
-from media.background import Background, ahead
+from manifest import Manifest, keep_apart, stamp
+from media import drawing, images
+from media.background import progress
+from media.coding import Coding
 from media.files import whole
-from media.masks import Coding
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -38,24 +39,16 @@ log = logging.getLogger(__name__)
 Scores = dict[str, metrics.SequenceScore]  # by the sequence's name
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
 
-READERS = 2  # threads that read and score
-
 
 @dataclass
-class Options:
+class Options(segment.Options):
     """What `evaluate` needs to know beside model and data; the flags of `main.py`."""
 
     results: Path | None = None  # folder for masks, videos and tables; None keeps nothing
     set_name: str = "val"  # which the tables are named after
     videos: bool = False
-    input_shape: tuple[int, int] | None = None  # (H, W) for the network; None: the frame's
-    segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
-    threshold: float = 0.5
-    remove_outliers: bool = True
     facts: dict[str, str] = field(default_factory=dict)  # what makes the results: flags, weights
     overwrite: bool = False  # segment again what `results` holds already
-    # fits a copy of the model to a sequence, given the reference frame and its mask
-    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
 
 @torch.no_grad()
@@ -63,7 +56,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     """Segment every sequence from its first mask; write and print the table.
 
     Sequences that an earlier call with the same facts finished in `options.results` are not
-    segmented again.
+    segmented again, and one that it left unfinished is gone on with.
 
     Returns:
         A row of `metrics.MEASURES` for each sequence (for each object where there are many).
@@ -72,127 +65,142 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         ValueError: what is in `options.results` was made with other facts.
     """
     model.eval()
+    if options.results:
+        keep_apart([options.results / s.name for s in sequences],
+                   {path.parent for s in sequences
+                    for path in (s.images[0], s.masks[s.labelled[0]])})
     with distributed.first_alone():  # which may overwrite
         manifest = Manifest(options.results, options.facts,
                             options.overwrite and distributed.rank() == 0)
-    todo = [s for s in sequences if not manifest.finished(s, options.videos)]
+    todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
     todo = distributed.gather(todo)[0]  # before any process finishes one
     if len(todo) < len(sequences):
         log.info("%d sequences were finished before", len(sequences) - len(todo))
-    scores: Scores = {s.name: manifest.score(s) for s in sequences if s not in todo and s.scored}
-    todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
-                             else todo)
-    with tqdm(total=sum(len(s) - 1 for s in todo), unit="frame",
-              disable=True if distributed.rank() else None) as bar:
-        for sequence in todo:
-            bar.set_description(sequence.name)
-            start = time.monotonic()
-            score = segment_sequence(model, sequence, options, bar.update)
-            manifest.finish(sequence, score, time.monotonic() - start)
-            if sequence.scored:
-                scores[sequence.name] = score
-                bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
-    manifest.share()
-    scores = {sequence.name: manifest.score(sequence) for sequence in sequences if sequence.scored}
+    with manifest:
+        _segment(model, todo, manifest, options)
+        manifest.share()
+    scored = [sequence for sequence in sequences if sequence.scored]
+    scores = {sequence.name: _score(manifest, sequence.name) for sequence in scored}
     found = table(scores)
     if distributed.rank():
         return found
-    seconds, frames = manifest.seconds(sequences), sum(len(s) - 1 for s in sequences)
+    if len(scored) < len(sequences):
+        log.info("segmented and not scored, since nothing but given masks is known: %s",
+                 ", ".join(s.name for s in sequences if s not in scored))
+    seconds = sum(manifest.entries[sequence.name]["seconds"] for sequence in sequences)
+    frames = sum(len(s) - 1 for s in sequences)
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
-    unscored = [sequence.name for sequence in sequences if not sequence.scored]
-    if unscored:
-        log.info("segmented and not scored, since there is no truth beyond given masks: %s",
-                 ", ".join(unscored))
-    if not found:
-        print(f"{speed} (reading, segmenting, writing)")
-        return found
-    show(found, options.results, options.set_name)
+    if options.results and scored:  # files first: who reads what is printed may have gone
+        earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
+                   if name not in scores and entry["j"]}
+        write(table(scores | earlier), options.results, options.set_name)
+        run = report.Run(options.results.name, options.results, scores, {
+            s.name: confidence.read(_confidence_of(options.results, s)) for s in scored})
+        path = report.write(options.results / "report.html", scored, [run],
+                            options.facts | {"speed": speed})
+    if scored:
+        show(found)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
-        run = report.Run(options.results.name, options.results, scores)
-        path = report.write(options.results / "report.html", sequences, [run],
-                            options.facts | {"speed": speed})
-        print(f"masks and tables: {options.results}, to look at: {path}")
+        print(f"masks and tables: {options.results}, to look at: {path}" if scored
+              else f"masks: {options.results}")
     return found
 
 
-def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     progress: Callable[[], None] = lambda: None) -> metrics.SequenceScore:
-    """Segment a sequence; threads read the next frames, write and score those before.
+def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
+             options: Options) -> None:
+    """Segment this process's share of the sequences."""
+    scores: Scores = {name: _score(manifest, name)
+                      for name, entry in manifest.entries.items() if entry["j"]}
+    todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
+                             else todo)
+    folders = [options.results / s.name for s in todo] if options.results else []
+    with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
+                  disable=distributed.rank() > 0) as bar:
+        def seen(frame: segment.Frame) -> None:
+            manifest.begin(folders)  # not before: nothing is left where a first frame is refused
+            bar.update(frame.index > 0)
 
-    They call nothing of torch: its parallel loops in several threads at once would hold each
-    other up on a CPU, and the network with them.
+        for sequence in todo:
+            bar.set_description(sequence.name)
+            start = time.monotonic()
+            score = segment_sequence(model, sequence, options, seen)
+            manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
+                                            "f": score.f, "data": _data(sequence)})
+            if not sequence.scored:
+                continue
+            scores[sequence.name] = score
+            bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
 
-    Args:
-        progress: called after each frame.
-    """
-    first, scored = sequence.labelled[0], set(sequence.scored)
-    reference = sequence.mask(first)
-    scores = []
-    with Writer(sequence, options) as writer, ThreadPoolExecutor(READERS) as pool:
-        for frame, image in enumerate(ahead(pool, sequence.image, range(len(sequence)))):
-            tensor = preprocess.to_tensor(image, options.input_shape, model.device)
-            if frame < first:
-                mask = np.zeros_like(reference)
-            elif frame == first:
-                if options.adapt:
-                    model = options.adapt(model, image, reference)
-                model.set_reference(tensor, reference)
-                mask = reference
-            else:
-                mask = segment(model, tensor, image.shape[:2], options)
-                progress()
-            writer.write(frame, image, mask)
-            if frame in scored:
-                scores.append(pool.submit(_score_mask, mask, sequence, frame, model.object_ids))
-    score = metrics.SequenceScore(model.object_ids)
-    for future in scores:
-        score.add(future.result())
+
+def _confidence_of(results: Path, sequence: Sequence) -> Path:
+    return results / f"{sequence.name}.confidence.csv"
+
+
+def _data(sequence: Sequence) -> str:
+    return stamp((*sequence.images, *filter(None, sequence.masks)))
+
+
+def _finished(manifest: Manifest, sequence: Sequence, video: bool) -> bool:
+    """Whether it is scored, its files are what they were, and so is what was made of them."""
+    return (manifest.entries.get(sequence.name, {}).get("data") == _data(sequence)
+            and all((manifest.folder / sequence.name / sequence.mask_name(i)).is_file()
+                    for i in sequence.wanted)
+            and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
+
+
+def _score(manifest: Manifest, name: str) -> metrics.SequenceScore:
+    entry, score = manifest.entries[name], metrics.SequenceScore([])
+    score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
     return score
 
 
-def _score_mask(mask: np.ndarray, sequence: Sequence, frame: int,
-                object_ids: list[int]) -> list[tuple[float, float]]:
-    return metrics.score_frame(mask, sequence.mask(frame), object_ids)
+def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
+                     seen: Callable[[segment.Frame], object] = lambda _: None
+                     ) -> metrics.SequenceScore:
+    """Segment a sequence; masks are written and scored in the background.
+
+    What runs there calls nothing of torch: its parallel loops in several threads at once would
+    hold each other up on a CPU, and the network with them.
+
+    Args:
+        seen: called with each frame.
+    """
+    scores = Score(sequence)
+    outputs: list[segment.Sink] = [scores]
+    kept = None
+    if options.results:
+        kept = segment.Progress(options.results / sequence.name, sequence)
+        kept = kept.load(model)
+        film = options.results / f"{sequence.name}.mp4"
+        outputs += [sinks.Masks(options.results / sequence.name, sequence),
+                    Confidence(_confidence_of(options.results, sequence), kept.index is not None)]
+        if options.videos:
+            outputs.append(sinks.Film(film, sequence, drawing.overlay))
+        elif options.overwrite:
+            film.unlink(missing_ok=True)  # of other masks
+    frames = segment.track(model, sequence, sequence.given(), options, kept)
+    segment.drain(frames, outputs, kept, seen)
+    if options.results:  # all of them only serve a run that goes on
+        for i in set(range(len(sequence))) - set(sequence.wanted):
+            (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
+    return scores.found
 
 
-def segment(model: VideoMatch, tensor: torch.Tensor, shape: tuple[int, int],
-            options: Options) -> np.ndarray:
-    """(3, H, W) frame for the network -> (H, W) uint8 mask of `shape`, the frame's own."""
-    mask = model.segment(tensor, options.segmentation_shape or shape, options.threshold,
-                         options.remove_outliers)
-    return images.resize_mask(mask, shape)
+class Score(segment.Sink):
+    """J and F of frames with truth but the first and the last, as the DAVIS protocol has it."""
 
+    def __init__(self, sequence: Sequence):
+        self.sequence, self.frames = sequence, set(sequence.scored)
+        self.found = metrics.SequenceScore(sequence.scored_objects())
 
-class Writer:
-    """Masks named as the frames are, and an overlay video, of one sequence, in the background."""
-
-    def __init__(self, sequence: Sequence, options: Options):
-        self.sequence, self.results = sequence, options.results
-        self.video, self.write = None, Background(self._write)
-        if self.results:
-            self.folder = self.results / sequence.name
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if options.videos:
-                self.video = writer.VideoWriter(self.results / f"{sequence.name}.mp4")
-
-    def _write(self, frame: int, image: np.ndarray, mask: np.ndarray) -> None:
-        if self.results and frame in self.sequence.wanted:
-            images.write_mask(self.folder / self.sequence.mask_name(frame), mask)
-        if self.video:
-            self.video.write(drawing.overlay(image, mask))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        try:
-            self.write.__exit__(*exception)
-        finally:
-            if self.video:
-                self.video.__exit__(*exception)
+    def write(self, frame: segment.Frame) -> None:
+        if frame.index in self.frames:
+            truth = self.sequence.mask(frame.index)
+            object_ids = self.sequence.scored_objects(frame.index)
+            self.found.add(metrics.score_frame(frame.mask, truth, object_ids), object_ids)
 
 
 def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Scores:
@@ -207,32 +215,30 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         ValueError: a mask is of another size than the frame.
     """
     found: Scores = {}
-    sequences = [sequence for sequence in sequences if sequence.scored]
-    ids = [[int(i) for i in np.unique(sequence.mask(sequence.labelled[0])) if i] for sequence in sequences]
-    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence, frame,
-               object_ids)
-              for sequence, object_ids in zip(sequences, ids)
-              for coding in [_coding(results, sequence)] for frame in sequence.scored]
+    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.coding,
+               sequence.masks[frame], sequence.scored_objects(frame))
+              for sequence in sequences for coding in [_coding(results, sequence)]
+              for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
         scores = pool.map(_score_file, frames, chunksize=8)
-        for sequence, object_ids in zip(tqdm(sequences, desc="sequences", disable=None), ids):
-            score = metrics.SequenceScore(object_ids)
-            for _ in sequence.scored:
-                score.add(next(scores))
+        for sequence in progress(sequences, desc="sequences"):
+            score = metrics.SequenceScore(sequence.scored_objects())
+            for frame in sequence.scored:
+                score.add(next(scores), sequence.scored_objects(frame))
             found[sequence.name] = score
     return found
 
 
 def _coding(results: Path, sequence: Sequence) -> Coding:
-    """What the values of the masks found mean, once for all of them."""
-    paths = [results / sequence.name / sequence.mask_name(frame) for frame in sequence.scored]
-    return Coding.of(paths, sequence.single_object)
+    """What the values of the masks that were found mean, once for all of a sequence."""
+    return Coding.of([results / sequence.name / sequence.mask_name(frame)
+                      for frame in sequence.scored], sequence.single_object)
 
 
-def _score_file(job: tuple[Coding, Path, Sequence, int, list[int]]) -> list[tuple[float, float]]:
-    coding, path, sequence, frame, object_ids = job
-    prediction, truth = coding.read(path), sequence.mask(frame)
-    images.check_same_shape(sequence.masks[frame], truth.shape, path, prediction.shape)
+def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]) -> list[tuple[float, float]]:
+    coding, path, true_coding, true_path, object_ids = job
+    prediction, truth = coding.read(path), true_coding.read(true_path)
+    images.check_same_shape(true_path, truth.shape, path, prediction.shape)
     return metrics.score_frame(prediction, truth, object_ids)
 
 
@@ -262,16 +268,18 @@ def _mean(table: Table) -> dict[str, float]:
     return metrics.average(list(table.values()))
 
 
-def show(table: Table, results: Path | None, set_name: str) -> None:
-    """Print the table; write it as CSV, with the names of the official evaluation code."""
-    mean = _mean(table)
+def show(table: Table) -> None:
+    """Print the table."""
     width = max(len(name) for name in ("sequence", *table))
     print(f"{'sequence':{width}}  " + "  ".join(f"{m:>8}" for m in metrics.MEASURES))
-    for name, row in (*table.items(), ("all", mean)):
+    for name, row in (*table.items(), ("all", _mean(table))):
         print(f"{name:{width}}  " + "  ".join(f"{row[m]:8.3f}" for m in metrics.MEASURES))
-    if results:
-        _write_csv(results / f"global_results-{set_name}.csv", {"": mean}, key=None)
-        _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
+
+
+def write(table: Table, results: Path, set_name: str) -> None:
+    """Write the table as CSV, with the names of the official evaluation code."""
+    _write_csv(results / f"global_results-{set_name}.csv", {"": _mean(table)}, key=None)
+    _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
 
 
 def _write_csv(path: Path, table: Table, key: str | None) -> None:
@@ -288,9 +296,9 @@ def main() -> int:
     parser.add_argument("results", type=Path, nargs="+", help="folder with SEQUENCE/FRAME.png")
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
                         help="the DAVIS folder (default: ./DAVIS)")
-    parser.add_argument("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
+    parser.add_argument("--year", "-y", choices=YEARS, help="default: 2016")
     parser.add_argument("--set", "-t", metavar="NAME", default="val",
-                        help=f"name of a list, such as {', '.join(SETS)} (default: val)")
+                        help=f"{', '.join(SETS)}, or another list or folder (default: val)")
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
     try:
@@ -305,20 +313,22 @@ def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> No
     """Score one folder or two: tables, and a report in the last one."""
     if len(folders) > 2:
         raise ValueError(f"expected one or two folders of results, got {len(folders)}")
-    runs = []
-    if not any(sequence.scored for sequence in sequences):
-        raise ValueError("nothing to score: no sequence has masks beyond the given ones")
+    sequences, runs = [sequence for sequence in sequences if sequence.scored], []
+    if not sequences:
+        raise ValueError("nothing to score: no sequence has masks beside the given ones")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "
                                     "SEQUENCE/FRAME.png")
         runs.append(report.Run(folder.name, folder, score_folder(folder, sequences)))
-        if len(folders) > 1:
-            print(folder)
-        show(table(runs[-1].scores), folder, set_name)
+        write(table(runs[-1].scores), folder, set_name)
     name = "report.html" if len(runs) == 1 else f"against_{folders[0].name}.html"
     path = report.write(folders[-1] / name, sequences, runs,
                         {"scored": ", ".join(map(str, folders)), "set": set_name})
+    for run in runs:
+        if len(runs) > 1:
+            print(run.results)
+        show(table(run.scores))
     print(f"to look at: {path}")
 
 

@@ -7,215 +7,98 @@
 """
 
 import argparse
+import io
 import logging
 import os
 import platform
-import re
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import annotations
 import distributed
 import evaluate
+import flags
+import report
 import segment
+import sinks
 import train
+from annotations import FORMATS
+from confidence import Confidence, unsure
 from data import demo
-from davis import SETS, YEARS, Davis, for_training, split
+from davis import Davis, for_training, split
+from manifest import Manifest, free_folder, keep_apart, stamp
 from media import annotate, images
-from media import masks as mask_files
+from media.background import progress
+from media.masks import read_masks, tell_concern
 from media.video import open_clip
-from network.encoder import BACKBONES, Encoder
-from videomatch import METHODS, SHIPPED, VideoMatch
+from network.encoder import Encoder
+from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
-TRAINING_SHAPE = (320, 576)
 RECENT = 3  # frames
+CLIP = "clip"  # what the manifest calls the one video of -m segment
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite",
+            "overwrite", "video", "mask", "mask_frame", "box", "annotate", "cutout", "export",
             "dataset", "model_load", "cuda_device", "precision"}
 # in the words of PyTorch, of oneDNN and of Python's threads
 OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
                  "could not create a memory", "can't start new thread")
+# in those of PyTorch's loader and of the system
+SHARED_MEMORY = ("DataLoader worker", "shared memory", "/dev/shm", "Shared memory")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (-h explains every flag)")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        description="VideoMatch: matching based video object segmentation.",
-        epilog="Try it with nothing but this folder: python main.py -m eval --demo")
-    add = parser.add_argument
-    add("--mode", "-m", choices=["train", "eval", "segment"], default="train",
-        help="train; segment sequences of a data set and score them; or segment a clip of your "
-             "own (default: train)")
-    add("--logger", "-f", metavar="LEVEL", choices=LEVELS, default="info",
-        help="debug, info, warn or fatal; debug also shows where an error came from "
-             "(default: info)")
-    add("--cuda_device", "-c", metavar="DEVICE", default=None,
-        help="id of a CUDA device, or cpu, or mps (default: the best there is)")
-    add("--seed", type=int, default=0, metavar="N",
-        help="change it to see how much a result owes to chance (default: 0)")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-        help="the DAVIS folder, 2016 or 2017 archive (default: ./DAVIS)")
-    add("--demo", action="store_true",
-        help="a small data set that the toolkit draws itself: to try things without DAVIS")
-    add("--year", "-y", choices=YEARS, default=None,
-        help="2016: one object in a sequence; 2017: many; all: both lists, many "
-             "(default: 2016, for the demo 2017)")
-    add("--set", "-t", metavar="NAME", default=None,
-        help=f"which sequences: {', '.join(SETS)}, or another list or folder of the data set "
-             "(default: train for training, val for evaluation)")
-    add("--sequences", "-q", metavar="NAME", nargs="+",
-        help="only these: to look at a few, or to leave some out")
-    add("--no-shuffle", "-u", action="store_true",
-        help="train on the frames in order: to compare runs (evaluation never shuffles)")
-    add("--workers", metavar="N", type=int, default=2,
-        help="processes that read and augment pairs; more when the GPU waits for data, "
-             "0 to debug (default: 2)")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model_load", "-o", metavar="PATH", type=Path,
-        help="checkpoint to evaluate or to train on from; it brings its configuration "
-             "(default: for evaluation the one in models/, for training ImageNet weights)")
-    add("--encoder", "-en", choices=BACKBONES, default=None,
-        help="mobilenet for a CPU, vgg or resnet with a GPU (default: the checkpoint's, "
-             "else mobilenet)")
-    add("--encoder_weights", metavar="PATH",
-        help="file of ImageNet weights in torchvision's layout where they can't be downloaded; "
-             "none: random weights")
-    add("--upsample_factor", "-uf", metavar="FACTOR", type=float,
-        help="enlarge features by this much: higher for finer masks and small objects, lower "
-             "for speed (default: the checkpoint's, else 2 for mobilenet, 1 for vgg and resnet)")
-    add("--top_k", "-k", metavar="K", type=int,
-        help="best similarities averaged: lower for small objects, higher against noise "
-             "(default: the checkpoint's, else 5 for mobilenet, 20 for vgg and resnet)")
-    add("--temperature", metavar="T", type=float,
-        help="of the softmax over scores: lower for more decided probabilities "
-             "(default: the checkpoint's, else 0.05)")
-    add("--method", choices=METHODS,
-        help="matching: with the reference frame only; paper: with its online update too; memory: "
-             "with recent frames and a learned refinement (default: memory where the checkpoint "
-             "holds what it needs, as the one in models/ does, and for training; else matching)")
-    add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
-        help="size at which the network sees frames: smaller for speed and memory (default: "
-             "the frame's own size for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
-
-    add = parser.add_argument_group("training").add_argument
-    add("--model_save", "-s", metavar="PATH", type=Path,
-        help="where the best weights go, with the log (.jsonl) beside them "
-             "(default: runs/vm_ENCODER.pth)")
-    add("--batch_size", "-b", metavar="N", type=int, default=1,
-        help="pairs or clips in a step of each process: more for a steadier gradient if memory "
-             "allows (default: 1)")
-    add("--epochs", "-e", metavar="N", type=int, default=1, help="passes (default: 1)")
-    add("--iters", "-i", metavar="N", type=int, default=-1,
-        help="steps in a pass; -1: as many as show each frame once (default: -1)")
-    add("--no-augment", "-a", action="store_true",
-        help="train on frames as they are, only resized")
-    add("--learning_rate", "-l", metavar="RATE", type=float, default=1e-4,
-        help="of AdamW for the encoder, ten times as much for the decoder, falling to 0 as a "
-             "cosine; lower for larger encoders, or when the loss jumps (default: 1e-4)")
-    add("--weight_decay", "-w", metavar="DECAY", type=float, default=0.0,
-        help="of AdamW; raise it when held-out IoU falls while the loss does too (default: 0)")
-    add("--validation_size", "-vs", metavar="SHARE", type=float, default=0.1,
-        help="share of the sequences held out, whole, to choose the best weights; 0 trains on all "
-             "and keeps the last weights (default: 0.1)")
-    add("--loss_function", "-lf", choices=train.LOSSES, nargs="+", default=["dice", "bce"],
-        help="one, or several to add up; balancedbce for small objects (default: dice bce)")
-    add("--val_report", "-r", metavar="ITERS", type=int, default=100,
-        help="iterations between validations; -1: at the end only (default: 100)")
-    add("--patience", metavar="N", type=int, default=10,
-        help="stop after this many reports without a better held-out IoU (default: 10)")
-    add("--resume", action="store_true",
-        help="go on from the last report of the same run, after it was interrupted")
-    add("--loss_visualization", "-x", action="store_true",
-        help="write the curves of loss and held-out IoU beside the weights (.png)")
-
-    add = parser.add_argument_group("a clip of your own (-m segment)").add_argument
-    add("--video", metavar="PATH", type=Path,
-        help="a video file, an animated GIF or a folder of frames")
-    add("--mask", metavar="[N:]FILE", nargs="+", default=[],
-        help="masks of frames, counted from 0: FIRST.png, or 0:a.png 120:b.png; each value or "
-             "palette entry is an object")
-    add("--mask_frame", metavar="N", type=int, default=0,
-        help="which frame the mask or box is of: the clip is segmented forwards and backwards "
-             "from it (default: 0)")
-    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
-        help="no mask at hand: look for the object in this box")
-    add("--annotate", action="store_true",
-        help="no mask at hand: draw a box or paint the mask in a window")
-    add("--cutout", metavar="HOW",
-        help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
-             "colour such as #00ff00 (mp4)")
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--results_dir", "-j", metavar="DIR", type=Path,
-        help="write masks and tables there (default: only print the table; for the demo "
-             "results/demo)")
-    add("--overwrite", action="store_true",
-        help="segment again what --results_dir holds already; without it a run that was "
-             "interrupted goes on with the sequences that are missing")
-    add("--visualize", "-v", action="store_true",
-        help="also write a video with the masks laid over the frames, into --results_dir")
-    add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
-        help="size at which pixels are decided, before masks get the frame's size: smaller "
-             "for speed with large frames (default: the frame's own)")
-    add("--leave_outliers", "-ro", action="store_true",
-        help="keep what lies far from the object's place in the frame before: for fast "
-             "objects and for cuts")
-    add("--dilation", metavar="PIXELS", type=int,
-        help="how far is far: lower where look-alikes are near, higher for fast objects "
-             "(default: the checkpoint's, else 100)")
-    add("--finetune", metavar="N", type=int, default=0,
-        help="fit the model to each video by N steps on its first frame (at --learning_rate): for "
-             "objects unlike any of the training set; on DAVIS it gains nothing (default: 0)")
-    add("--precision", choices=PRECISIONS,
-        help="of the features and their products; fp32 where a result must repeat exactly "
-             "(default: fp16 on a CUDA device, else fp32)")
-    add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
-        help="probability from which a pixel is foreground: higher for fewer false positives "
-             "(default: 0.5)")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a code page may lack what a file's name has
+            stream.reconfigure(errors="replace")
     try:
-        args = parse_args(argv)
+        args = flags.parse(argv)
         logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
-        check(args)
         distributed.start()
         if distributed.rank():
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
         {"train": run_train, "eval": run_eval, "segment": run_segment}[args.mode](args)
         distributed.end()
+    except BrokenPipeError:  # nobody reads what is printed; every file was written before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         log.debug("where the error came from:", exc_info=True)
-        if is_out_of_memory(error):
-            message = ("out of memory, which a smaller --input_image_shape and --upsample_factor "
-                       "need less of, in training a smaller --batch_size too")
-        elif isinstance(error, OSError | ValueError):
-            message = one_line(error)
-        else:
+        message = explained(error)
+        if message is None:
             raise
         print(f"main.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on (a training with --resume)", file=sys.stderr)
         return 130
     return 0
+
+
+def explained(error: Exception) -> str | None:
+    """One line for what a user can mend; None for an error of ours."""
+    if is_out_of_memory(error):
+        return ("out of memory, which a smaller --size or --input_image_shape, and "
+                "--upsample_factor need less of, in training a smaller --batch_size too")
+    if isinstance(error, OSError | ValueError):
+        return one_line(error)
+    text = one_line(error)
+    if any(words in str(error) for words in SHARED_MEMORY):
+        return (f"too little shared memory for the processes that read ({text}): --workers 0, or "
+                "for Docker --shm-size 1g")
+    if isinstance(error, NotImplementedError):
+        return (f"the device lacks an operation ({text}): -c cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1 "
+                "in the environment")
+    return None
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -234,43 +117,6 @@ def one_line(error: Exception) -> str:
     return last.removeprefix(f"{type(error).__name__}: ")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse values that no run could use, before anything is read."""
-    def expect(condition: bool, flag: str, expected: str, value) -> None:
-        if not condition:
-            raise ValueError(f"{flag}: expected {expected}, got {value}")
-
-    for flag in ("upsample_factor", "temperature"):
-        value = getattr(args, flag)
-        expect(value is None or 0 < value < float("inf"), f"--{flag}", "a number above 0", value)
-    for flag in ("top_k", "batch_size", "epochs", "patience"):
-        value = getattr(args, flag)
-        expect(value is None or value >= 1, f"--{flag}", "a whole number of at least 1", value)
-    for flag in ("iters", "val_report"):
-        value = getattr(args, flag)
-        expect(value == -1 or value >= 1, f"--{flag}", "-1 or at least 1", value)
-    for flag in ("input_image_shape", "segmentation_shape"):
-        value = getattr(args, flag)
-        expect(value is None or min(value) >= 16, f"--{flag}", "at least 16 16", value)
-    for flag in ("weight_decay", "workers", "dilation", "seed", "finetune", "mask_frame"):
-        value = getattr(args, flag)
-        expect(value is None or value >= 0, f"--{flag}", "at least 0", value)
-    expect(args.model_save is None or args.model_save.suffix == ".pth", "--model_save",
-           "a file that ends in .pth, with the log and the state beside it", args.model_save)
-    expect(args.learning_rate > 0, "--learning_rate", "a number above 0", args.learning_rate)
-    expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
-    expect(not (args.visualize and args.mode == "eval" and not args.results_dir and not args.demo),
-           "--visualize", "--results_dir DIR beside it, to write the videos to", "none")
-
-    if args.mode == "segment":
-        expect(args.video is not None, "--video", "a video or a folder of frames", "none")
-        sources = bool(args.mask) + bool(args.box) + args.annotate
-        expect(sources == 1, "--mask, --box, --annotate", "one of them", sources)
-        expect(args.cutout in (None, "transparent", "blur")
-               or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",
-               "transparent, blur or a colour such as #00ff00", args.cutout)
-
-
 def device_of(name: str | None) -> torch.device:
     """The device that --cuda_device names, or the best there is.
 
@@ -279,7 +125,12 @@ def device_of(name: str | None) -> torch.device:
     """
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if rank >= count:
+                raise ValueError(f"--nproc_per_node: process {rank} finds no CUDA device of its "
+                                 f"own, this machine has {count}: expected at most as many "
+                                 "processes, or -c cpu")
+            return torch.device("cuda", rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
@@ -348,7 +199,7 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
 def data(args: argparse.Namespace) -> Davis:
     with distributed.first_alone():
         root = demo.make() if args.demo else args.dataset
-    year = args.year or ("2017" if args.demo else "2016")
+    year = args.year or ("2017" if args.demo else None)
     return Davis(root, year, set_name(args), args.sequences)
 
 
@@ -372,12 +223,12 @@ def options_of_training(args: argparse.Namespace, model: VideoMatch,
                         iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
-        shape=tuple(args.input_image_shape or TRAINING_SHAPE), iterations=iterations,
+        shape=tuple(args.input_image_shape or flags.TRAINING_SHAPE), iterations=iterations,
         batch_size=args.batch_size, losses=tuple(args.loss_function),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay,
         augment=not args.no_augment, shuffle=not args.no_shuffle, report=args.val_report,
         patience=args.patience, workers=args.workers, seed=args.seed,
-        plot=args.loss_visualization, resume=args.resume)
+        plot=args.loss_visualization, overwrite=args.overwrite, resume=args.resume)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -386,20 +237,17 @@ def run_eval(args: argparse.Namespace) -> None:
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=set_name(args), videos=args.visualize or args.demo,
-        input_shape=args.input_image_shape, segmentation_shape=args.segmentation_shape,
-        threshold=args.fg_thresh, remove_outliers=not args.leave_outliers,
-        facts=facts(args, model), overwrite=args.overwrite or args.demo,
-        adapt=adaptation(args, model)))
+        facts=facts(args, model, {"data": "demo" if args.demo else str(args.dataset.resolve())}),
+        overwrite=args.overwrite or args.demo, **of_the_road(args, model)))
 
 
-def facts(args: argparse.Namespace, model: VideoMatch) -> dict[str, str]:
+def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> dict[str, str]:
     """What the results depend on: flags that aren't the default, data, weights, versions."""
-    default = parse_args([])
-    flags = {name: value for name, value in vars(args).items()
-             if value != getattr(default, name) and name not in LEFT_OUT}
-    return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
-            "data": "demo" if args.demo else str(args.dataset.resolve()),
-            "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
+    default = flags.defaults()
+    given = {name: value for name, value in vars(args).items()
+             if value != default[name] and name not in LEFT_OUT}
+    return {"flags": " ".join(f"--{name} {value}" for name, value in given.items()) or "default",
+            **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "arithmetic": f"{model.precision} on {model.device.type}",
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
 
@@ -415,23 +263,67 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
     return model
 
 
-def adaptation(args: argparse.Namespace, model: VideoMatch):
-    """What --finetune asks for."""
-    if not args.finetune:
-        return None
-    return partial(train.finetune, options=options_of_training(args, model, args.finetune))
+def of_the_road(args: argparse.Namespace, model: VideoMatch) -> dict:
+    """What `segment.Options` takes, which those of an evaluation share."""
+    adapt = None
+    if args.finetune:
+        adapt = partial(train.finetune, options=options_of_training(args, model, args.finetune))
+    return {"size": args.size, "input_shape": args.input_image_shape,
+            "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
+            "remove_outliers": not args.leave_outliers, "adapt": adapt}
 
 
 def run_segment(args: argparse.Namespace) -> None:
     clip = open_clip(args.video)
-    results = args.results_dir or Path("results") / args.video.stem
+    source = args.video.resolve()
+    sources = sorted(source.iterdir()) if source.is_dir() else [source]
+    data = f"{source} ({stamp(path for path in sources if path.is_file())})"
+    results = args.results_dir or free_folder(source.stem, data)
+    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
+               [args.video])
     masks = given_masks(args, clip, results)
     model = model_in_use(args)
-    count = segment.segment(model, clip, masks, segment.Options(
-        results=results, cutout=args.cutout, input_shape=args.input_image_shape,
-        segmentation_shape=args.segmentation_shape, threshold=args.fg_thresh,
-        remove_outliers=not args.leave_outliers, adapt=adaptation(args, model)))
-    print(f"{count} frames: masks, overlay.mp4{' and cut-out' if args.cutout else ''} in {results}")
+    options, first = segment.Options(**of_the_road(args, model)), masks[min(masks)]
+    tell_concern(first, segment.cell(model, first.shape, options))
+    ours = (results / "manifest.json").is_file()
+    with Manifest(results, facts(args, model, {
+            "data": data,
+            "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
+                               for frame, mask in sorted(masks.items()))}),
+            args.overwrite) as manifest:
+        if args.overwrite and ours:
+            sinks.clear(results, {Path(name).resolve() for text in args.mask
+                                  for name in (text, text.partition(":")[2])})
+        kept = segment.Progress(results / "masks", clip)
+        before = manifest.entries.get(CLIP)
+        if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+            before = None
+        drawn = before["drawn"] if before else {}
+        wanted = {"overlay.mp4": None, **{name: None for name in args.export}}
+        if args.cutout:
+            wanted[sinks.cutout_name(args.cutout)] = args.cutout
+        there = all(drawn.get(name, "") == how and ((results / name).exists() or name in FORMATS)
+                    for name, how in wanted.items())
+        if before and there:
+            print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
+                  "starts over)")
+            return
+        kept = kept.all() if before else kept.load(model)
+        frames = segment.track(model, clip, masks, options, kept)
+        bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
+        sure = Confidence(results / "confidence.csv", kept.index is not None)
+        count = segment.drain(bar, [
+            *sinks.of_a_clip(results, clip, args.cutout), sure,
+            *annotations.of_a_clip(results, clip, args.export)], kept,
+            lambda _: manifest.begin([results / "masks", results / "cutout"]))
+        report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
+        manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
+    outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
+    print(f"{count} frames: {outputs} in {results}, to look at: report.html")
+    if looks := unsure(sure.measures):
+        first = min(masks)
+        print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
+              f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.ndarray]:
@@ -443,7 +335,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path) -> dict[int, np.n
                                                                                 text)
         paths.setdefault(frame, []).append(Path(name))
     if paths:
-        return mask_files.read_masks(paths)
+        return read_masks(paths)
     image = next(iter(clip.frames(args.mask_frame)), None)
     if image is None:
         raise ValueError(f"--mask_frame {args.mask_frame}: the clip ends before it")

@@ -1,28 +1,34 @@
-"""What a results folder holds: what made it, and the scores of the sequences that are finished.
+"""What a results folder holds: what made it, and what is known of each video that is finished.
 
-`manifest.json` tells what made it. The scores of a sequence lie in `NAME.scores.json`, so that
-several processes may work into one folder.
+`manifest.json` tells what made it. What is known of a finished video lies in `NAME.finished.json`,
+so that several processes may work into one folder. What it is that is known, it doesn't know.
 """
 
+import itertools
 import json
+import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import distributed
-from davis import Sequence
-from media import files
-from metrics import SequenceScore
+from filelock import BaseFileLock, FileLock, Timeout
 
-SCORES = ".scores.json"
+import distributed
+from media import files
+
+FINISHED = ".finished.json"
 
 
 class Manifest:
-    """The record of a results folder, kept up to date after each sequence.
+    """The record of a results folder, kept up to date after each video.
 
     Args:
         folder: None keeps nothing on disk.
         made_by: flags, versions and weights, all that changes the results.
         overwrite: forget what was finished before.
+
+    Attributes:
+        entries: what is known of the finished videos, by their names.
 
     Raises:
         ValueError: the folder's results were made by something else.
@@ -30,17 +36,20 @@ class Manifest:
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
         self.folder, self.made_by = folder, made_by
-        self.sequences: dict[str, dict] = {}
+        self.lock: BaseFileLock | None = None
+        self.entries: dict[str, dict] = {}
+        self.begun = False
         if folder is None:
             return
         path = folder / "manifest.json"
         if overwrite:
-            for old in (*folder.glob(f"*{SCORES}"), path):
+            for old in (*folder.glob(f"*{FINISHED}"), *folder.glob(".*.progress"), path):
                 old.unlink(missing_ok=True)
         elif path.is_file():
             self._compare(_read(path), made_by)
-            self.sequences = {old.name.removesuffix(SCORES): _read(old)
-                              for old in folder.glob(f"*{SCORES}")}
+            self.entries = {old.name.removesuffix(FINISHED): _read(old)
+                            for old in folder.glob(f"*{FINISHED}")}
+        self.known = path.is_file() or overwrite
 
     def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
         for name in sorted({*before, *now}):
@@ -49,34 +58,87 @@ class Manifest:
                 raise ValueError(f"{self.folder}: holds results of other {name} ({old!r}, now "
                                  f"{new!r}): name another folder, or start over (--overwrite)")
 
-    def finished(self, sequence: Sequence, video: bool) -> bool:
-        """Whether the scores are known, and every mask is there, and the video if wanted."""
-        return (sequence.name in self.sequences
-                and all((self.folder / sequence.name / sequence.mask_name(frame)).is_file()
-                        for frame in sequence.wanted)
-                and (not video or (self.folder / f"{sequence.name}.mp4").is_file()))
+    def begin(self, folders: Iterable[Path] = ()) -> None:
+        """Say what makes the results, before the first of them is written; once is enough.
 
-    def finish(self, sequence: Sequence, score: SequenceScore, seconds: float) -> None:
-        entry = {"seconds": seconds, "j": score.j, "f": score.f}
-        self.sequences[sequence.name] = entry
+        From then on other runs are kept away.
+
+        Args:
+            folders: where they go.
+
+        Raises:
+            ValueError: another run is writing there, or something else than this toolkit wrote
+                there before.
+        """
+        if self.folder is None or distributed.rank() or self.begun:
+            return
+        self.begun = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another run is writing there, expected a folder of "
+                             "its own (-j)") from None
+        for folder in folders:
+            if not self.known and folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder}: holds files that no manifest tells of: name another "
+                                 "folder (-j), or write over them (--overwrite)")
+        files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.release()
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+
+    def finish(self, name: str, entry: dict) -> None:
+        """Keep what is known of a video now that all of its files are there."""
+        self.entries[name] = entry
         if self.folder:
-            files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
-            files.write(self.folder / f"{sequence.name}{SCORES}", json.dumps(entry))
+            files.write(self.folder / f"{name}{FINISHED}", json.dumps(entry))
 
     def share(self) -> None:
         """Learn what the other processes of the job finished."""
-        for sequences in distributed.gather(self.sequences):
-            self.sequences |= sequences
+        for entries in distributed.gather(self.entries):
+            self.entries |= entries
 
-    def score(self, sequence: Sequence) -> SequenceScore:
-        entry = self.sequences[sequence.name]
-        score = SequenceScore([])
-        score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
-        return score
 
-    def seconds(self, sequences: list[Sequence]) -> float:
-        """How long these sequences took."""
-        return sum(self.sequences[sequence.name]["seconds"] for sequence in sequences)
+def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write where something is read from.
+
+    Raises:
+        ValueError: an output is an input, holds it, or would lie right in it.
+    """
+    for output in (path.resolve() for path in outputs):
+        for source in (path.resolve() for path in inputs):
+            if output == source or output in source.parents or source == output.parent:
+                raise ValueError(f"{output}: would be written, but {source} is read: name another "
+                                 "folder with --results_dir (-j)")
+
+
+def made_from(folder: Path) -> str | None:
+    """The data that a folder's results were made from; None where no manifest tells."""
+    path = folder / "manifest.json"
+    return _read(path).get("data") if path.is_file() else None
+
+
+def free_folder(name: str, data: str) -> Path:
+    """results/NAME, or with a number behind it where that holds the results of other data."""
+    folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
+               for number in itertools.count(1))
+    return next(folder for folder in folders if made_from(folder) in (None, data))
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """A short text that changes when one of these files does: of their names, sizes and times."""
+    found = 0
+    for path in paths:
+        status = path.stat()
+        found = zlib.crc32(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode(), found)
+    return f"{found:08x}"
 
 
 def _read(path: Path) -> dict:

@@ -140,7 +140,7 @@ def preview(args: argparse.Namespace) -> None:
         new_image, new_mask = augment(image, mask)
         picture = drawing.overlay(to_image(new_image), new_mask.numpy())
         panels.append((f"augmented {i + 1}", picture))
-    figures.show_or_save(figures.grid(panels, columns=3), args.save, Path("augmentation.png"))
+    figures.show_or_save(panels, 3, args.save, Path("augmentation.png"))
 
 
 if __name__ == "__main__":

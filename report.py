@@ -2,15 +2,17 @@
 
 import base64
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 import metrics
+from confidence import Measures, unsure
 from davis import Sequence
 from media import files
+from media.drawing import PALETTE
 from media.masks import read_mask
 
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
@@ -26,16 +28,21 @@ class Run:
         name: such as the folder's.
         results: the folder with SEQUENCE/FRAME.png.
         scores: of each sequence, by its name.
+        measures: how sure its masks are, likewise, where that is known.
     """
 
     name: str
     results: Path
     scores: dict[str, metrics.SequenceScore]
+    measures: dict[str, list[Measures]] = field(default_factory=dict)
 
     def j_and_f(self, sequence: str) -> np.ndarray:
-        """(2, T) J and F of the scored frames, averaged over objects."""
+        """(2, T) J and F of the scored frames, averaged over the objects that are there by then."""
         score = self.scores[sequence]
-        return np.array([np.mean(list(values.values()), axis=0) for values in (score.j, score.f)])
+        frames = max(len(values) for values in score.j.values())
+        return np.array([np.nanmean([[np.nan] * (frames - len(one)) + one
+                                     for one in values.values()], axis=0)
+                         for values in (score.j, score.f)])
 
 
 def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[str, str]) -> Path:
@@ -49,12 +56,16 @@ def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[st
              f"<p class=legend>Frames: {_swatch(f'rgb{HIT}', 'found')} "
              f"{_swatch(f'rgb{FALSE_POSITIVE}', 'too much')} "
              f"{_swatch(f'rgb{FALSE_NEGATIVE}', 'missed')}</p>"]
-    parts += [_section(sequence, runs) for sequence in sequences if sequence.scored]
+    parts += [_section(sequence, runs) for sequence in sequences]
+    return _write(path, title, "".join(parts), facts)
+
+
+def _write(path: Path, title: str, body: str, facts: dict[str, str]) -> Path:
     items = "".join(f"<dt>{html.escape(k)}<dd>{html.escape(str(v))}" for k, v in facts.items())
-    parts.append(f"<h2>Made by</h2><dl>{items}</dl>")
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"<style>{CSS}</style><main>{''.join(parts)}</main><script>{SORT}</script></html>")
+            f"<style>{CSS}</style><main>{body}<h2>Made by</h2><dl>{items}</dl></main>"
+            f"<script>{SORT}</script></html>")
     files.write(path, page)
     return path
 
@@ -62,7 +73,7 @@ def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[st
 def _table(sequences: list[Sequence], runs: list[Run]) -> str:
     """One row for each sequence: all measures of one run, or J&F of two and who won."""
     rows = []
-    for sequence in (s for s in sequences if s.scored):
+    for sequence in sequences:
         means = [metrics.average(list(run.scores[sequence.name].conclude().values()))
                  for run in runs]
         rows.append((sequence.name, _columns(means)))
@@ -104,25 +115,49 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
         labels, lines = [run.name for run in runs], [s.mean(0) for s in series]
         chosen = {"they differ most": np.abs(lines[0] - lines[1]).argmax()}
     frames = {sequence.scored[int(index)]: word for word, index in reversed(chosen.items())}
+    sure = "".join(_confidence(run.measures[sequence.name]) for run in runs
+                   if sequence.name in run.measures)
     pictures = "".join(_figure(sequence, run, frame, frames[frame], len(runs) > 1)
                        for frame in sorted(frames) for run in runs)
     return (f"<h2 id='{html.escape(sequence.name)}'>{html.escape(sequence.name)}</h2>"
-            f"{_curves(lines, labels)}<div class=frames>{pictures}</div>")
+            f"{_curves(lines, labels)}{sure}<div class=frames>{pictures}</div>")
 
 
-def _curves(lines, labels) -> str:
-    """Lines over the scored frames, from 0 to 1, as SVG."""
+def write_clip(path: Path, name: str, measures: list[Measures], facts: dict[str, str]) -> Path:
+    """The report of a clip whose truth nobody knows: how sure each frame is; returns `path`."""
+    body = (f"<h1>{html.escape(name)}</h1>{_confidence(measures)}"
+            "<p><a href='overlay.mp4'>overlay.mp4</a>, <a href='confidence.csv'>confidence.csv</a>")
+    return _write(path, name, body, facts)
+
+
+def _confidence(measures: list[Measures]) -> str:
+    """A curve for each object, and the stretches that are worth a look."""
+    ids = sorted({one.object_id for one in measures})
+    frames = sorted({one.frame for one in measures})
+    places = {frame: i for i, frame in enumerate(frames)}
+    lines = [np.full(len(frames), np.nan) for _ in ids]
+    for one in measures:
+        lines[ids.index(one.object_id)][places[one.frame]] = one.confidence
+    looks = "".join(f"<li>{stretch} ({stretch.confidence:.2f})" for stretch in unsure(measures))
+    drawn = _curves([line[~np.isnan(line)] for line in lines], [f"object {i}" for i in ids],
+                    "How sure the masks are", [f"rgb{tuple(PALETTE[i].tolist())}" for i in ids])
+    return drawn + (f"<p>Worth a look, the least sure first:<ol>{looks}</ol>" if looks else
+                    "<p>No frame is in doubt.")
+
+
+def _curves(lines, labels, title: str = "Over time", colours=CURVES) -> str:
+    """Lines over the frames, from 0 to 1, as SVG."""
     width, height, drawn = 640, 160, []
     for i, line in enumerate(lines):
         steps = np.linspace(30, width - 10, len(line))
         points = " ".join(f"{x:.1f},{height - 20 - (height - 30) * y:.1f}"
                           for x, y in zip(steps, line))
-        drawn.append(f"<polyline points='{points}' stroke='{CURVES[i]}'/>")
+        drawn.append(f"<polyline points='{points}' stroke='{colours[i]}'/>")
     ticks = "".join(f"<line x1=30 x2={width - 10} y1={y} y2={y} />"
                     f"<text x=4 y={y + 4}>{value}</text>"
                     for value, y in ((1, 10), (0.5, 75), (0, 140)))
-    names = " ".join(_swatch(colour, html.escape(label)) for colour, label in zip(CURVES, labels))
-    return (f"<p class=legend>Over time: {names}</p><svg viewBox='0 0 {width} {height}' role=img "
+    names = " ".join(_swatch(colour, html.escape(label)) for colour, label in zip(colours, labels))
+    return (f"<p class=legend>{title}: {names}</p><svg viewBox='0 0 {width} {height}' role=img "
             f"aria-label='over time'>{ticks}{''.join(drawn)}</svg>")
 
 

@@ -1,76 +1,192 @@
-"""Segment a clip of one's own, from one mask or several, and draw the result."""
+"""The one road from a clip to masks: a tracker driven through its frames, sinks behind it.
+
+A clip of one's own and a sequence of a data set take it alike: to evaluate is to segment a clip
+whose truth is known, with one sink more. What a tracker does with a frame is not known here, nor
+what becomes of the masks (`sinks.py`).
+"""
 
 import itertools
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import evaluate
 import preprocess
-from media import drawing, images, writer
-from media.background import Background, ahead
+from media import images
+from media.background import Background, ahead, interruptible
 from media.masks import read_mask
 from media.video import Clip
-from videomatch import VideoMatch
+from network.outliers import decide
+from tracker import Step, Tracker
+from videomatch import VideoMatch, save
+
+KEPT_EVERY = 20.0  # seconds from one state that a run can go on from to the next
 
 
 @dataclass
-class Options(evaluate.Options):
-    """What `segment` needs to know beside model, clip and masks; `results` must be given."""
+class Options:
+    """What the masks depend on beside model, clip and given masks; the flags of `main.py`."""
 
-    cutout: str | None = None  # "transparent", "blur" or "#rrggbb"
+    size: int = 480  # short side of larger frames for the network; 0: the frame's own
+    input_shape: tuple[int, int] | None = None  # (H, W) for the network, whatever `size` says
+    segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
+    threshold: float = 0.5
+    remove_outliers: bool = True
+    # fits a copy of the model to a clip, given the reference frame and its mask
+    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
+
+
+@dataclass
+class Frame:
+    """A frame whose mask is known.
+
+    Args:
+        index: its number in the clip, from 0.
+        image: (H, W, 3) uint8 RGB.
+        step: what the tracker knows of it, maybe at a smaller size; None where an earlier run
+            found the mask.
+        forwards: the way on which it was met.
+        tracker: at this frame; a sink that wants to go back to it takes a copy in time.
+        known: (H, W) uint8 mask, where it isn't to be decided from enlarged probabilities: given,
+            found by an earlier run, or decided at a size of its own.
+    """
+
+    index: int
+    image: np.ndarray
+    step: Step | None
+    forwards: bool
+    tracker: Tracker
+    known: np.ndarray | None = None
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(H, W) uint8 object ids."""
+        if self.known is not None:
+            return self.known
+        if self.step.mask.shape == self.image.shape[:2]:
+            return self.step.mask
+        return decide(self.probabilities, self.step.object_ids, self.tracker.threshold)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """(N+1, H, W) float32, as the step has them, enlarged."""
+        height, width = self.image.shape[:2]
+        return np.stack([cv2.resize(channel, (width, height), interpolation=cv2.INTER_LINEAR)
+                         for channel in self.step.probabilities.cpu().numpy()])
+
+
+class Progress:
+    """How far a clip is, kept beside the folder of its masks: a run that was killed can go on.
+
+    Args:
+        folder: that of the masks.
+        clip: which names them.
+    """
+
+    def __init__(self, folder: Path, clip: Clip):
+        self.folder, self.clip = folder, clip
+        self.path = folder.with_name(f".{folder.name}.progress")
+        self.forwards, self.state = False, None
+        self.index: float | None = None  # of the last frame whose mask is known, on this way
+        self.saved = time.monotonic()
+
+    def load(self, model: VideoMatch) -> "Progress":
+        """Go back to what an earlier run kept, if there is something."""
+        if self.path.is_file():
+            try:
+                kept = torch.load(self.path, map_location=model.device, weights_only=True)
+                self.forwards, self.index, self.state = (
+                    kept[name] for name in ("forwards", "index", "state"))
+                Tracker(model).load_state(self.state)
+            except Exception as error:
+                raise ValueError(f"{self.path}: not the state of an interrupted run "
+                                 "(--overwrite starts over)") from error
+        return self
+
+    def all(self) -> "Progress":
+        """Every frame's mask is known: there is only something to draw."""
+        self.forwards, self.index = True, math.inf
+        return self
+
+    def met(self, index: int, forwards: bool) -> bool:
+        """Whether an earlier run met the frame on this way, so that its mask is known."""
+        if self.index is None or forwards > self.forwards:
+            return False
+        return (forwards < self.forwards or index == self.index
+                or (index > self.index) != forwards)
+
+    def mask(self, index: int) -> np.ndarray:
+        return read_mask(self.path_of(index))
+
+    def path_of(self, index: int) -> Path:
+        """Of a frame's mask."""
+        return self.folder / f"{self.clip.frame_name(index)}.png"
+
+    def due(self) -> bool:
+        """Whether it is time to keep a state; says so once."""
+        if time.monotonic() - self.saved < KEPT_EVERY:
+            return False
+        self.saved = time.monotonic()
+        return True
+
+    def keep(self, frame: Frame, state: dict) -> None:
+        """Make `frame` the last that a later run needn't segment; its mask must be written."""
+        save(self.path, {"forwards": frame.forwards, "index": frame.index, "state": state})
+
+    def end(self) -> None:
+        """There is nothing left to go on with, nor what a kill left of a file half written."""
+        for path in (self.path, *self.path.parent.glob(f".{self.path.stem}.part*")):
+            path.unlink(missing_ok=True)
 
 
 @torch.no_grad()
-def segment(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: Options) -> int:
-    """Write the mask of every frame, then draw them.
+def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: Options,
+          progress: Progress | None = None) -> Iterator[Frame]:
+    """Segment a clip from the first frame with a mask backwards to its start, then forwards.
 
-    From the first frame with a mask the clip is segmented forwards to its end, then backwards to
-    its start. An object is looked for from the first frame on whose mask holds it.
+    Forwards last, so that a video of the result can be written along with it, see `Film`. An
+    object is looked for from the first frame on whose mask holds it.
 
     Args:
         masks: (H, W) uint8 object ids of frames, at least one.
-
-    Returns:
-        How many frames there are.
 
     Raises:
         ValueError: a mask is of another size than the frame, or of a frame that isn't there.
     """
     model.eval()
+    first, count = min(masks), 0
     _check_frames(masks, clip.count or max(masks) + 1)
-    first = min(masks)
-    reference = next(iter(clip.frames(first)), None)
-    if reference is None:
-        raise ValueError(f"--mask: the clip ends before frame {first}, counted from 0")
-    if options.adapt:
-        model = options.adapt(model, reference, masks[first])
-    folder = options.results / "masks"
-    folder.mkdir(parents=True, exist_ok=True)
-    count = first
-
-    def write(frame: int, mask: np.ndarray) -> None:
-        images.write_mask(folder / f"{clip.name(frame)}.png", mask)
-
-    with Background(write) as writer, ThreadPoolExecutor(1) as pool:
-        bar = tqdm(_read(pool, clip.frames(first)), desc="frames", disable=None, unit="frame")
-        for frame, image in enumerate(bar, start=first):
-            writer(frame, _step(model, frame, image, masks, options))
-            count = frame + 1
-        _check_frames(masks, count)
-        if first:
-            _step(model, first, reference, masks, options, restart=True)
-            bar = tqdm(_read(pool, clip.backwards(first)), total=first, desc="frames before",
-                       disable=None, unit="frame")
-            for frame, image in zip(range(first - 1, -1, -1), bar):
-                writer(frame, _step(model, frame, image, {}, options))
-    render(clip, options)
-    return count
+    ways = [True]
+    if first or options.adapt:
+        reference = next(iter(clip.frames(first)), None)
+        if reference is None:
+            raise ValueError(f"--mask: the clip ends before frame {first}, counted from 0")
+        if options.adapt:
+            model = options.adapt(model, reference, masks[first])
+    if first:
+        ways.insert(0, False)
+    with ThreadPoolExecutor(1) as pool:
+        for forwards in ways:
+            frames: Iterator[tuple[int, np.ndarray]]
+            if forwards:
+                frames, given = enumerate(clip.frames(first), first), masks
+            else:
+                before = zip(range(first - 1, -1, -1), clip.backwards(first))
+                frames, given = itertools.chain([(first, reference)], before), {first: masks[first]}
+            for frame in _way(model, _read(pool, _reduced(frames, options)), given, options,
+                              forwards, progress):
+                if forwards or frame.index != first:
+                    yield frame
+                count = frame.index + 1
+    _check_frames(masks, count)
 
 
 def _check_frames(masks: dict[int, np.ndarray], count: int) -> None:
@@ -80,7 +196,7 @@ def _check_frames(masks: dict[int, np.ndarray], count: int) -> None:
                          "counted from 0")
 
 
-def _read(pool: Executor, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _read(pool: Executor, frames: Iterator) -> Iterator:
     """The frames, decoded ahead; the pool has one thread, so they stay in order."""
     end = object()
     for frame in ahead(pool, lambda _: next(frames, end), itertools.count()):
@@ -89,39 +205,106 @@ def _read(pool: Executor, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         yield frame
 
 
-def _step(model: VideoMatch, frame: int, image: np.ndarray, masks: dict[int, np.ndarray],
-          options: Options, restart: bool = False) -> np.ndarray:
-    """(H, W) uint8 mask of a frame: the given one, or what the model finds."""
-    tensor = preprocess.to_tensor(image, options.input_shape, model.device)
-    if frame not in masks:
-        return evaluate.segment(model, tensor, image.shape[:2], options)
-    mask = masks[frame]
-    images.check_same_shape(f"frame {frame}", image.shape, f"--mask for frame {frame}",
-                                mask.shape)
-    if frame == min(masks) or restart:
-        model.set_reference(tensor, mask)
-    else:
-        model.add_reference(tensor, mask)
-    return mask
+def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]],
+         masks: dict[int, np.ndarray], options: Options, forwards: bool,
+         progress: Progress | None) -> Iterator[Frame]:
+    """One tracker through frames, each with what the network sees, in the order they come in."""
+    tracker = Tracker(model, options.threshold, options.remove_outliers)
+    for index, image, small in frames:
+        if progress and progress.met(index, forwards):
+            # that of the first frame is written on the way forwards only
+            mask = masks[index] if index in masks else progress.mask(index)
+            yield Frame(index, image, None, forwards, tracker, mask)
+            continue
+        if progress and progress.state is not None and progress.forwards == forwards:
+            tracker.load_state(progress.state)
+            progress.state = None
+        given = masks.get(index)
+        if given is not None:
+            images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
+                                    given.shape)
+        tensor = preprocess.to_tensor(small, options.input_shape, model.device)
+        shape = options.segmentation_shape or min(small.shape[:2], image.shape[:2])
+        step, known = tracker.step(tensor, given, shape), given
+        if options.segmentation_shape and given is None:
+            known = images.resize_mask(step.mask, image.shape[:2])
+        yield Frame(index, image, step, forwards, tracker, known)
 
 
-def render(clip: Clip, options: Options) -> None:
-    """Draw the masks in the results folder: the overlay, and the cut-out if there is to be one."""
-    with ExitStack() as files:
-        def video(name: str) -> writer.VideoWriter:
-            return files.enter_context(writer.VideoWriter(options.results / name, clip.fps))
+def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """(H, W) of a frame for the network: the short side at most `size`, unless that is 0."""
+    scale = size / min(shape) if size else 1.0
+    return shape if scale >= 1 else (round(shape[0] * scale), round(shape[1] * scale))
 
-        overlay = video("overlay.mp4")
-        if options.cutout == "transparent":
-            (options.results / "cutout").mkdir(exist_ok=True)
-        elif options.cutout:
-            cutout = video("cutout.mp4")
-        for frame, image in enumerate(tqdm(clip.frames(), desc="drawing", disable=None)):
-            name = f"{clip.name(frame)}.png"
-            mask = read_mask(options.results / "masks" / name)
-            overlay.write(drawing.overlay(image, mask))
-            if options.cutout == "transparent":
-                images.write_image(options.results / "cutout" / name,
-                                       drawing.transparent(image, mask))
-            elif options.cutout:
-                cutout.write(drawing.replace_background(image, mask, options.cutout))
+
+def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
+    """The side of a feature cell, in pixels of an (H, W) frame."""
+    small = options.input_shape or working_shape(shape, options.size)
+    spec = model.encoder.spec
+    return spec.stride / (model.zoom * model.upsample_factor) * min(shape) / min(small)
+
+
+def _reduced(frames: Iterable[tuple[int, np.ndarray]],
+             options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each frame with what the network sees of it."""
+    for index, image in frames:
+        shape = working_shape(image.shape[:2], 0 if options.input_shape else options.size)
+        small = image if shape == image.shape[:2] else cv2.resize(
+            image, shape[::-1], interpolation=cv2.INTER_AREA)
+        yield index, image, small
+
+
+class Sink:
+    """Takes frames in the order in which they are segmented, in a thread in the background."""
+
+    def write(self, frame: Frame) -> None:
+        raise NotImplementedError
+
+    def keep(self) -> None:
+        """What was written so far is what a later run goes on from."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None = None,
+          seen: Callable[[Frame], object] = lambda _: None) -> int:
+    """Hand every frame to every sink, one frame after the other, in a thread of its own.
+
+    Args:
+        progress: kept up to date.
+        seen: called with each frame, before any sink.
+
+    Returns:
+        How many frames there were.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C; after the frame under way, which a later run need not repeat.
+    """
+    def write(frame: Frame, state: dict | None) -> None:
+        for sink in sinks:
+            sink.write(frame)
+        if state is not None:
+            for sink in sinks:
+                sink.keep()
+            progress.keep(frame, state)
+
+    count = 0
+    with interruptible() as interrupted, ExitStack() as stack:
+        for sink in sinks:
+            stack.enter_context(sink)
+        background = stack.enter_context(Background(write))
+        for frame in frames:
+            seen(frame)
+            stop = interrupted()
+            keep = progress is not None and frame.step is not None and (progress.due() or stop)
+            background(frame, frame.tracker.state() if keep else None)
+            count += 1
+            if stop:
+                raise KeyboardInterrupt
+    if progress:
+        progress.end()
+    return count

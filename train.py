@@ -4,9 +4,7 @@ import copy
 import json
 import logging
 import math
-import signal
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import distributed
 import metrics
@@ -22,7 +19,9 @@ import preprocess
 from data.samples import Clips, Pairs, PairSampler
 from davis import Sequence
 from media import figures, files
-from videomatch import VideoMatch
+from media.background import interruptible, progress
+from tracker import Tracker
+from videomatch import VideoMatch, save
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +81,7 @@ class Options:
     workers: int = 2
     seed: int = 0
     plot: bool = False
+    overwrite: bool = False  # what an earlier run left at `save`
     resume: bool = False  # go on from the last report of an earlier run, if there was one
 
 
@@ -99,7 +99,9 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
-        ValueError: `options.resume`, and the state is that of a run with other options.
+        ValueError: `options.resume`, and the state is that of a run with other options; or there
+            is an earlier run at `options.save` that is neither to be resumed nor overwritten; or
+            the loss or the weights are no numbers any more.
     """
     torch.manual_seed(options.seed)
     dataset = Clips if model.method == "memory" else Pairs
@@ -108,6 +110,8 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     report = Report(model, optimizer, schedule, training, held_out, options)
     done = report.resume() if options.resume else None
     if done is None:
+        if not options.overwrite:
+            report.check_free()
         done = 0
         report(done)
     total = options.iterations if report.stale < options.patience else done
@@ -116,9 +120,9 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
                           skip=done * step_size, rank=distributed.rank(),
                           ranks=distributed.count())
     loader = DataLoader(clips, options.batch_size, sampler=sampler, num_workers=options.workers)
-    with _interruptible() as interrupted:
-        bar = tqdm(loader, desc="training", disable=True if distributed.rank() else None,
-                   initial=done, total=total)
+    with interruptible() as interrupted:
+        bar = progress(loader, desc="training", disable=distributed.rank() > 0, initial=done,
+                       total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
             loss = step(model, optimizer, batch, options.losses)
             schedule.step()
@@ -170,17 +174,24 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
     """
     model.train()
     images, masks = batch
-    model.set_reference(images[:, 0], masks[:, 0], object_ids=[1])
+    memories = [model.memory([1]) for _ in images]
+    model.refer(images[:, 0], masks[:, 0], memories)
     loss = 0
     for image, truth in zip(images[:, 1:].unbind(1), masks[:, 1:].unbind(1)):
-        probabilities = model.predict(image)  # (B, 2, H, W)
-        target = truth.to(probabilities)
-        loss = loss + sum(LOSSES[name](probabilities[:, 1], target) for name in losses)
+        frames, target = model.encode(image), truth.to(model.device).float()
+        scores = model.match(frames, memories)
+        matched = scores / model.temperature
+        found = model.enlarged(model.refine(frames, memories, scores) if model.method == "memory"
+                               else matched, frames.size)  # (B, 2, H, W)
+        loss = loss + sum(LOSSES[name](found[:, 1], target) for name in losses)
         if model.method == "memory":
-            matched = model.matched(target.shape[1:])[:, 1]
-            loss = loss + MATCHING_WEIGHT * sum(LOSSES[name](matched, target) for name in losses)
-            model.remember(probabilities)
+            alone = model.enlarged(matched, frames.size)[:, 1]
+            loss = loss + MATCHING_WEIGHT * sum(LOSSES[name](alone, target) for name in losses)
+            model.remember(frames, memories, found)
     loss = loss / (images.shape[1] - 1)
+    if not loss.isfinite():
+        raise ValueError("the loss is no number any more: a lower --learning_rate (-l) helps; "
+                         "the best weights so far are kept")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if shared:
@@ -222,14 +233,14 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
     scores = []
     for sequence in sequences:
         first, *others = sequence.labelled
-        mask = sequence.mask(first)
-        model.set_reference(preprocess.to_tensor(sequence.image(first), shape), mask)
+        tracker, mask = Tracker(model, outlier_removal=False), sequence.mask(first)
+        tracker.step(preprocess.to_tensor(sequence.image(first), shape), mask)
         for frame in others[1::2] or others:
             image = preprocess.to_tensor(sequence.image(frame), shape)
-            result = model.segment(image, mask.shape, remove_outliers=False)
+            result = tracker.step(image, shape=mask.shape).mask
             truth = sequence.mask(frame)
             scores.append(float(np.mean([metrics.jaccard(result == i, truth == i)
-                                         for i in model.object_ids])))
+                                         for i in tracker.object_ids])))
     return scores
 
 
@@ -240,7 +251,7 @@ class Report:
     """
 
     # what may differ between a run and its continuation
-    FREE = ("save", "workers", "plot", "resume")
+    FREE = ("save", "workers", "plot", "overwrite", "resume")
 
     def __init__(self, model: VideoMatch, optimizer, schedule, training: list[Sequence],
                  held_out: list[Sequence], options: Options):
@@ -279,7 +290,18 @@ class Report:
         log.info("going on after iteration %d", self.history[-1]["iteration"])
         return self.history[-1]["iteration"]
 
+    def check_free(self) -> None:
+        """Refuse to write over what an earlier run left."""
+        left = [path for path in (self.options.save, self.state) if path.is_file()]
+        if left and distributed.rank() == 0:
+            raise ValueError(f"{left[0]}: holds an earlier training: --resume goes on with it if "
+                             "the flags are the same, --overwrite starts over, or name another "
+                             "file with --model_save")
+
     def __call__(self, iteration: int) -> None:
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            raise ValueError("the weights are no numbers any more: a lower --learning_rate (-l) "
+                             "helps; the best weights so far are kept")
         part = validate(self.model, distributed.share(self.held_out), self.options.shape)
         scores = sum(distributed.gather(part), [])
         # exact, in whatever order they come
@@ -303,18 +325,11 @@ class Report:
             held_out = {"held_out_iou": iou} if scores else {}
             self.model.save(self.options.save, iteration=iteration, **held_out,
                             held_out=[s.name for s in self.held_out])
-        if self.options.plot and len(self.history) > 1:
-            figures.curves(self.options.save.with_suffix(".png"), self.history)
-        files.save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
+        save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
             "run": self.run, "history": self.history, "best": self.best, "stale": self.stale})
-
-
-@contextmanager
-def _interruptible():
-    """Turn Ctrl+C into a flag for as long as the context lasts."""
-    caught = []
-    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
-    try:
-        yield lambda: bool(caught)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        if self.options.plot and len(self.history) > 1:
+            try:
+                figures.curves(self.options.save.with_suffix(".png"), self.history)
+            except Exception as error:  # whatever a plot lacks, it is no reason to end a training
+                log.warning("%s: no curves this time (%s)",
+                            self.options.save.with_suffix(".png"), error)

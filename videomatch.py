@@ -1,17 +1,19 @@
-"""VideoMatch: find the object of a reference frame in other frames by matching features.
+"""The network of VideoMatch: a frame's features, matched with those of frames whose mask is known.
 
 Hu, Huang, Schwing: VideoMatch: Matching based Video Object Segmentation, ECCV 2018.
 
-Run by itself it shows the probabilities:
+It has weights and configuration and nothing of a video: what is known of one is a `Memory`, which
+is handed in; a `Tracker` drives both. Run by itself it shows the probabilities:
     python videomatch.py REF.jpg REF_MASK.png TEST.jpg [TEST.jpg ...] [--save DIR]
 """
 
 import argparse
 import hashlib
+import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,16 +25,39 @@ from media.masks import read_masks
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
-from network.memory import Past, Recent, Sets, View
+from network.memory import Memory, View
+from network.outliers import decide
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
 CLOSER = (2.0, 4.0)  # how many times nearer the reference frame is looked at too
-VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
+
+
+@dataclass
+class Frames:
+    """B frames as the network sees them.
+
+    Args:
+        grids: the features of each that are matched, on an enlarged grid.
+        levels: (B, C, h, w) features of each level of the backbone, finest first.
+        size: (H, W) of the images.
+    """
+
+    grids: list[Grid]
+    levels: list[torch.Tensor]
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of the enlarged grids."""
+        return self.grids[0].shape
 
 
 class VideoMatch(nn.Module):
-    """Set the reference once, then predict or segment any number of frames.
+    """Encode frames, match them with memories of their videos, refine.
+
+    Nothing here changes while a video is segmented, so any number of videos, and threads, may
+    share one.
 
     Args:
         encoder: images to features; see `Encoder`.
@@ -52,6 +77,7 @@ class VideoMatch(nn.Module):
             through the decoder.
         confidence: c, the probability from which the online update believes in an object (the
             paper: 0.95).
+        precision: of the encoder and of products; sums are float32.
     """
 
     EVIDENCE = 7  # channels, see `_evidence`
@@ -76,109 +102,20 @@ class VideoMatch(nn.Module):
         self.method, self.confidence = "memory" if recent else "matching", 0.95
         if recent:
             self.decoder = Decoder(self.EVIDENCE, tuple(encoder.spec.levels.values()))
-        self.precision = torch.float32  # of the encoder and of products; sums are float32
+        self.precision = torch.float32
         self.facts: dict = {}
-        self.object_ids: list[int] = []
-        self._sets: list[Sets] = []  # one for each frame of a batch
-        self._recent: list[Recent] = []
-        self._past: list[Past] = []
-        self._seen: list[Grid] = []  # the frame encoded last
-        self.scores: torch.Tensor | None = None  # (B, N+1, h, w), of the last soft matching
-        self._reference_share: dict[int, float] = {}
-        self._previous: np.ndarray | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def set_reference(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray,
-                      object_ids: list[int] | None = None) -> None:
-        """Gather the features of the background and of each object of the reference frame.
+    def encode(self, image: torch.Tensor, scale: float = 1.0) -> Frames:
+        """(B, 3, H, W) float32, ImageNet-normalised -> their features.
 
         Args:
-            image: (3, H, W) or (B, 3, H, W) float32, ImageNet-normalised.
-            mask: (H, W) or (B, H, W) integers, 0 background, else object ids; its size may
-                differ from the image's.
-            object_ids: the objects to look for; None takes all that are in the mask.
-
-        Raises:
-            ValueError: the mask holds no object.
+            scale: enlarges the images beyond `zoom`.
         """
-        image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
-        if mask.ndim == 2:
-            self._previous = mask.cpu().numpy().astype(np.uint8)
-            image, mask = image[None], mask[None]
-        self.object_ids = list(object_ids or _objects(mask))
-        self._sets, self._recent, self._reference_share = [], [], {}
-        self._refer(image, mask)
-
-    def add_reference(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray) -> None:
-        """Another frame whose mask is known, of a video that has a reference frame already.
-
-        Objects that only this mask holds are looked for from now on.
-
-        Args:
-            image: (3, H, W) float32, ImageNet-normalised.
-            mask: (H, W) integers, 0 background, else object ids.
-
-        Raises:
-            ValueError: the mask holds no object.
-        """
-        image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
-        self._previous = mask.cpu().numpy().astype(np.uint8)
-        new = [i for i in _objects(mask) if i not in self.object_ids]
-        self.object_ids += new
-        for recent, past in zip(self._recent, self._past):
-            recent.widen(len(self.object_ids) + 1)
-            past.widen(len(self.object_ids) + 1)
-        self._refer(image[None], mask[None])
-
-    def _refer(self, image: torch.Tensor, mask: torch.Tensor) -> None:
-        """(B, 3, H, W) and (B, H, W): gather their features, and remember them as recent."""
-        for i in self.object_ids:
-            self._reference_share[i] = ((mask == i).float().mean().item()
-                                        or self._reference_share.get(i, 0.0))
-        self._seen, _ = self._encode(image)
-        views = [[view] for view in zip(self._seen, self._sets_of(mask, self._seen[0].shape))]
-        if self.method == "memory" and not self.training:
-            for frame, x, y in zip(views, image, mask):
-                frame += self._closer(x, y)
-        count = len(self.object_ids) + 1
-        if self._sets:
-            self._sets[0].add(views[0], count)
-        else:
-            self._sets = [Sets(frame, count) for frame in views]
-            self._recent = [Recent(self.recent) for _ in self._seen]
-            # the frames of a clip to train on lie apart already
-            self._past = [Past(every=1) if self.training else Past() for _ in self._seen]
-        if self.method == "memory":
-            found = torch.stack([mask == i for i in (0, *self.object_ids)], 1).float()
-            self.remember(found, given=True)
-
-    def _sets_of(self, mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """(B, H, W) object ids -> (B, h, w) the set of each feature cell."""
-        labels = cell_labels(mask, shape)
-        sets = torch.full_like(labels, -1)
-        for i, object_id in enumerate((0, *self.object_ids)):
-            sets[labels == object_id] = i
-        return sets
-
-    def _closer(self, image: torch.Tensor, mask: torch.Tensor) -> Iterator[View]:
-        """(3, H, W) and (H, W): how each object and what is around it would look from nearer.
-
-        An object that comes closer is matched with these.
-        """
-        mask = F.interpolate(mask[None, None].float(), size=image.shape[1:],
-                             mode="nearest-exact")[0, 0].long()
-        for object_id in set(self.object_ids) & set(mask.unique().tolist()):
-            for scale in CLOSER:
-                part = around(mask == object_id, scale)
-                (grid,), _ = self._encode(image[None, :, *part], scale)
-                yield grid, self._sets_of(mask[None, *part], grid.shape)[0]
-
-    def _encode(self, image: torch.Tensor,
-                scale: float = 1.0) -> tuple[list[Grid], list[torch.Tensor]]:
-        """(B, 3, H, W) -> the enlarged feature grid of each frame, and the features of levels."""
+        image, size = image.to(self.device), tuple(image.shape[-2:])
         scale = 1.0 if self.training else self.zoom * scale
         if scale != 1:
             image = F.interpolate(image, scale_factor=scale, mode="bilinear",
@@ -186,115 +123,137 @@ class VideoMatch(nn.Module):
         with torch.autocast(self.device.type, self.precision,
                             enabled=self.precision != torch.float32):
             features, levels = self.encoder.pyramid(image)
-        return [Grid(frame, self.upsample_factor) for frame in features], levels
+        return Frames([Grid(frame, self.upsample_factor) for frame in features], levels, size)
+
+    def memory(self, object_ids: list[int]) -> Memory:
+        """That of a video of which nothing is known yet."""
+        # the frames of a clip to train on lie apart already
+        return Memory(object_ids, self.recent, every=1 if self.training else 5)
+
+    def refer(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray,
+              memories: list[Memory]) -> Frames:
+        """Add frames whose masks are known, the reference frames, to the memories of their videos.
+
+        Args:
+            image: (B, 3, H, W) float32, ImageNet-normalised.
+            mask: (B, H, W) integers, 0 background, else object ids; its size may differ from the
+                image's. What none of the memories' objects is is in no set.
+            memories: B, with as many objects each.
+
+        Returns:
+            The encoded frames.
+        """
+        image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
+        frames = self.encode(image)
+        for memory, grid, x, y in zip(memories, frames.grids, image, mask):
+            views = [(grid, self._sets_of(y, grid.shape, memory.object_ids))]
+            if self.method == "memory" and not self.training:
+                views += self._closer(x, y, memory.object_ids)
+            memory.refer(views)
+        if self.method == "memory":
+            found = torch.stack([mask == i for i in (0, *memories[0].object_ids)], 1).float()
+            self.remember(frames, memories, found, given=True)
+        return frames
+
+    @staticmethod
+    def _sets_of(mask: torch.Tensor, shape: tuple[int, int], object_ids) -> torch.Tensor:
+        """(H, W) object ids -> (h, w) the set of each feature cell."""
+        labels = cell_labels(mask[None], shape)[0]
+        sets = torch.full_like(labels, -1)
+        for i, object_id in enumerate((0, *object_ids)):
+            sets[labels == object_id] = i
+        return sets
+
+    def _closer(self, image: torch.Tensor, mask: torch.Tensor, object_ids) -> Iterator[View]:
+        """(3, H, W) and (H, W): how each object and what is around it would look from nearer.
+
+        An object that comes closer is matched with these.
+        """
+        mask = F.interpolate(mask[None, None].float(), size=image.shape[1:],
+                             mode="nearest-exact")[0, 0].long()
+        for object_id in set(object_ids) & set(mask.unique().tolist()):
+            for scale in CLOSER:
+                part = around(mask == object_id, scale)
+                grid = self.encode(image[None, :, *part], scale).grids[0]
+                yield grid, self._sets_of(mask[part], grid.shape, object_ids)
 
     def _finest(self, grid: Grid) -> Grid:
         """The layer that knows best where things are, for matching near a position."""
         return Grid(grid.features[:self.encoder.spec.finest], grid.factor)
 
-    def remember(self, probabilities: torch.Tensor, given: bool = False) -> None:
-        """Keep the frames that `predict` saw last for those to come.
+    def remember(self, frames: Frames, memories: list[Memory], probabilities: torch.Tensor,
+                 given: bool = False) -> None:
+        """Keep frames for those to come.
 
         Args:
             probabilities: (B, N+1, H, W) what was found in them.
             given: they are reference frames.
         """
-        cells = F.interpolate(probabilities, size=self._seen[0].shape, mode="bilinear",
+        cells = F.interpolate(probabilities, size=frames.shape, mode="bilinear",
                               align_corners=False, antialias=True)
-        for recent, past, grid, labels in zip(self._recent, self._past, self._seen, cells):
-            recent.add(self._finest(grid), labels)
-            past.add(grid.features, labels, given)
+        for memory, grid, labels in zip(memories, frames.grids, cells):
+            memory.recent.add(self._finest(grid), labels)
+            memory.past.add(grid.features, labels, given)
 
-    def predict(self, image: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
+    def predict(self, frames: Frames, memories: list[Memory],
+                shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Probabilities of background and objects.
 
         Args:
-            image: (3, H, W), or (B, 3, H, W) with one frame for each reference frame.
-            shape: (H, W) of the result; None takes the image's.
+            memories: that of the video of each frame.
+            shape: (H, W) of the result; None takes the images'.
 
         Returns:
-            (N+1, H, W) or (B, N+1, H, W) float32 that sum to 1 over the channels: background,
-            then `object_ids` in order. Differentiable.
+            (B, N+1, H, W) float32 that sum to 1 over the channels: background, then the memories'
+            objects in order. Differentiable.
 
         Raises:
             RuntimeError: there is no reference frame yet.
-            ValueError: the method is "memory", and the frame's size isn't that of the reference.
+            ValueError: the method is "memory", and the frames' size isn't that of the reference.
         """
-        if not self._sets:
-            raise RuntimeError("predict needs a reference frame: call set_reference first")
-        images = image.to(self.device).view(-1, *image.shape[-3:])
-        self._seen, levels = self._encode(images)
-        if self.method == "memory" and self._seen[0].shape != self._recent[0].shape:
-            raise ValueError(f"expected a frame of the reference frame's size, got "
-                             f"{tuple(image.shape[-2:])}")
-        self.scores = torch.stack([soft_match(grid, sets.reference, self.top_k)
-                                   for grid, sets in zip(self._seen, self._sets)])
-        if self.method == "memory":
-            logits = self._refine(self._evidence(), levels)
-            probabilities = self._enlarged(logits, shape or image.shape[-2:])
-        else:
-            probabilities = self.matched(shape or image.shape[-2:])
-        return probabilities if image.ndim == 4 else probabilities[0]
+        scores = self.match(frames, memories)
+        logits = (self.refine(frames, memories, scores) if self.method == "memory"
+                  else scores / self.temperature)
+        return self.enlarged(logits, shape or frames.size)
 
-    def matched(self, shape: tuple[int, int]) -> torch.Tensor:
-        """(B, N+1, *shape) probabilities by the last `predict`'s matching alone."""
-        return self._enlarged(self.scores / self.temperature, shape)
+    def match(self, frames: Frames, memories: list[Memory]) -> torch.Tensor:
+        """(B, N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
+        if any(memory.sets is None for memory in memories):
+            raise RuntimeError("nothing to match with: refer to a reference frame first")
+        return torch.stack([soft_match(grid, memory.sets.reference, self.top_k)
+                            for grid, memory in zip(frames.grids, memories)])
+
+    def refine(self, frames: Frames, memories: list[Memory],
+               scores: torch.Tensor) -> torch.Tensor:
+        """(B, N+1, h, w) scores -> (B, N+1, H/4, W/4) logits; that of the background is 0."""
+        if frames.shape != memories[0].recent.shape:
+            raise ValueError(f"expected a frame of the reference frame's size, got {frames.size}")
+        evidence = torch.stack([self._evidence(*parts)
+                                for parts in zip(scores, frames.grids, memories)])
+        logits = self.decoder(evidence, [level.float() for level in frames.levels])
+        return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
     @staticmethod
-    def _enlarged(logits: torch.Tensor, shape) -> torch.Tensor:
+    def enlarged(logits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """(B, N+1, h, w) logits -> (B, N+1, *shape) probabilities."""
         logits = F.interpolate(logits, size=tuple(shape), mode="bilinear", align_corners=False)
         return logits.softmax(1)
 
-    def _evidence(self) -> torch.Tensor:
-        """(B, N, EVIDENCE, h, w): what speaks for each object and against it."""
-        frames = []
-        for scores, grid, recent, past in zip(self.scores, self._seen, self._recent, self._past):
-            labels, similarity = recent.propagate(self._finest(grid))  # (N+1, h, w), (h, w)
-            far = F.interpolate(past.propagate(grid.features)[None], size=grid.shape,
-                                mode="bilinear", align_corners=False)[0]
-            before, objects = recent.labels[-1], []
-            for i in range(1, len(scores)):
-                others = torch.cat([scores[:i], scores[i + 1:]]).amax(0)
-                objects.append(torch.stack([10 * (scores[i] - others), scores[i], others,
-                                            labels[i], before[i], similarity, far[i]]))
-            frames.append(torch.stack(objects))
-        return torch.stack(frames)
+    def _evidence(self, scores: torch.Tensor, grid: Grid, memory: Memory) -> torch.Tensor:
+        """(N, EVIDENCE, h, w): what speaks for each object of a frame and against it."""
+        labels, similarity = memory.recent.propagate(self._finest(grid))  # (N+1, h, w), (h, w)
+        far = F.interpolate(memory.past.propagate(grid.features)[None], size=grid.shape,
+                            mode="bilinear", align_corners=False)[0]
+        before, objects = memory.recent.labels[-1], []
+        for i in range(1, len(scores)):
+            others = torch.cat([scores[:i], scores[i + 1:]]).amax(0)
+            objects.append(torch.stack([10 * (scores[i] - others), scores[i], others,
+                                        labels[i], before[i], similarity, far[i]]))
+        return torch.stack(objects)
 
-    def _refine(self, evidence: torch.Tensor, levels: list[torch.Tensor]) -> torch.Tensor:
-        """(B, N, EVIDENCE, h, w) -> (B, N+1, H/4, W/4) logits; that of the background is 0."""
-        logits = self.decoder(evidence, [level.float() for level in levels])
-        return F.pad(logits, (0, 0, 0, 0, 1, 0))
-
-    @torch.no_grad()
-    def segment(self, image: torch.Tensor, shape: tuple[int, int] | None = None,
-                threshold: float = 0.5, remove_outliers: bool = True) -> np.ndarray:
-        """The mask of the next frame of a video.
-
-        Args:
-            image: (3, H, W) float32, ImageNet-normalised.
-            shape: (H, W) of the mask; None takes the image's.
-            threshold: a pixel belongs to an object where the probability of all objects
-                together is above it, in [0, 1].
-            remove_outliers: drop what lies further than `dilation` pixels from the object's
-                place in the frame before (the paper's outlier removal). After an object
-                vanished, it may re-appear anywhere.
-
-        Returns:
-            (H, W) uint8 with the ids of the reference mask.
-        """
-        found = self.predict(image, shape)
-        probabilities = found.cpu().numpy().copy()
-        if remove_outliers:
-            self._remove_outliers(probabilities)
-        if self.method == "paper":
-            self._update_online(found, torch.from_numpy(probabilities).to(found))
-        elif self.method == "memory":
-            self.remember(torch.from_numpy(probabilities).to(found)[None])
-        self._previous = self.decide(probabilities, threshold)
-        return self._previous
-
-    def _update_online(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add the frame's features that are sure of their set (the paper's online update).
+    def update_online(self, frames: Frames, memory: Memory, before: torch.Tensor,
+                      after: torch.Tensor) -> None:
+        """Add a frame's features that are sure of their set (the paper's online update).
 
         An object's: above `confidence` after outlier removal, so within the extruded previous
         mask. The background's: taken for an object and removed as outliers, which tells the next
@@ -303,32 +262,14 @@ class VideoMatch(nn.Module):
         Args:
             before, after: (N+1, H, W) probabilities, of outlier removal.
         """
-        grid = self._seen[0]
+        grid = frames.grids[0]
         before, after = (F.interpolate(p[None], size=grid.shape, mode="bilinear",
                                        align_corners=False, antialias=True)[0]
                          for p in (before, after))
         best, labels = after[1:].max(0)
         labels = torch.where(best > self.confidence, labels + 1, -1)
         labels[(before[0] < 0.5) & (after[0] > self.confidence)] = 0
-        self._sets[0].update(grid, labels)
-
-    def decide(self, probabilities: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-        """(N+1, H, W) probabilities -> (H, W) uint8 mask; `threshold` as for `segment`."""
-        ids = np.array(self.object_ids, dtype=np.uint8)
-        mask = ids[probabilities[1:].argmax(0)]
-        mask[probabilities[0] >= 1 - threshold] = 0
-        return mask
-
-    def _remove_outliers(self, probabilities: np.ndarray) -> None:
-        """Give an object's probability outside its extruded previous mask to the background."""
-        previous = images.resize_mask(self._previous, probabilities.shape[1:])
-        for channel, object_id in enumerate(self.object_ids, start=1):
-            before = previous == object_id
-            if before.mean() <= VANISHED * self._reference_share[object_id]:
-                continue
-            outside = ~extrude(before, self.dilation)
-            probabilities[0][outside] += probabilities[channel][outside]
-            probabilities[channel][outside] = 0
+        memory.sets.update(grid, labels)
 
     def save(self, path: str | Path, **facts) -> None:
         """Write a checkpoint that needs no flags to be loaded: weights and configuration.
@@ -336,8 +277,7 @@ class VideoMatch(nn.Module):
         Args:
             facts: numbers and texts kept beside it, such as `held_out_iou`.
         """
-        files.save(path, {"config": self.configuration(), "facts": facts,
-                          "model": self.state_dict()})
+        save(path, {"config": self.configuration(), "facts": facts, "model": self.state_dict()})
 
     def digest(self) -> str:
         """SHA-256 of weights and configuration, in hexadecimal: equal for equal models only."""
@@ -384,11 +324,11 @@ class VideoMatch(nn.Module):
         return model
 
 
-def _objects(mask: torch.Tensor) -> list[int]:
-    found = [i for i in mask.unique().tolist() if i != 0]
-    if not found:
-        raise ValueError("the reference mask holds no object: all of its pixels are 0")
-    return found
+def save(path: str | Path, content: dict) -> None:
+    """Write what `torch.save` writes, whole or not at all; raises an OSError as `files.write`."""
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError
+    torch.save(content, buffer)
+    files.write(path, buffer.getvalue())
 
 
 def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -420,15 +360,6 @@ def around(mask: torch.Tensor, scale: float) -> tuple[slice, slice]:
     return part[0], part[1]
 
 
-def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
-    """(H, W) bool -> (H, W) bool: the pixels within `distance` of the mask (a disk dilation).
-
-    By the distance transform, whose cost doesn't grow with the distance.
-    """
-    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
-                                 cv2.DIST_MASK_PRECISE) <= distance
-
-
 def main():
     parser = argparse.ArgumentParser(
         description="Show the foreground and background probabilities of test frames.")
@@ -451,17 +382,19 @@ def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
     image = images.read_image(args.reference)
     mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
-    model.set_reference(preprocess.to_tensor(image), mask)
+    memory = model.memory([i for i in np.unique(mask).tolist() if i])
+    model.refer(preprocess.to_tensor(image)[None], mask[None], [memory])
     for path in args.tests:
         test = images.read_image(path)
-        probabilities = model.predict(preprocess.to_tensor(test)).cpu().numpy()
-        figure = figures.grid([
+        frames = model.encode(preprocess.to_tensor(test)[None])
+        probabilities = model.predict(frames, [memory])[0].cpu().numpy()
+        panels = [
             ("reference frame", image), ("reference mask", drawing.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),
             ("background probability", probabilities[0]),
-            ("result", drawing.overlay(test, model.decide(probabilities)))], columns=3)
+            ("result", drawing.overlay(test, decide(probabilities, memory.object_ids)))]
         name = f"{path.stem}_probabilities.png"
-        figures.show_or_save(figure, args.save and args.save / name, default=Path(name))
+        figures.show_or_save(panels, 3, args.save and args.save / name, default=Path(name))
 
 
 if __name__ == "__main__":

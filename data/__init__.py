@@ -1,0 +1,1 @@
+"""Samples to train on, the demo data, downloads."""

@@ -33,7 +33,7 @@ def places(root: Path) -> dict[str, tuple[Path, Path]]:
     pair = _pair(root)
     if pair is None:
         inside = {folder.name: _pair(folder) for folder in _folders(root)}
-        return {name: tuple(_level(part) for part in found)
+        return {name: (_level(found[0]), _level(found[1]))
                 for name, found in inside.items() if found}
     frames, masks = pair
     inner = _level(frames)
@@ -117,6 +117,12 @@ def listed(root: Path, year: str, set_name: str) -> list[str]:
                     f"the {name} sequences of DAVIS-{part}; there are: {there or 'none'}")
             names += _names(path)
     return list(dict.fromkeys(names))
+
+
+def has_list(root: Path, year: str, set_name: str) -> bool:
+    """Whether DAVIS has a list, or both that it is joined of."""
+    return all(_list(root, year, name) for name in
+               (("train", "val") if set_name == "trainval" else (set_name,)))
 
 
 def _list(root: Path, year: str, set_name: str) -> Path | None:

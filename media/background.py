@@ -1,8 +1,14 @@
-"""Reading and writing beside the network: threads, a few frames ahead or late, in order."""
+"""Work beside the network: threads a few frames ahead or late, in order; progress; Ctrl+C."""
 
+import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from tqdm import tqdm
 
 AHEAD = 3  # items that are got before their turn, or calls that wait
 
@@ -43,3 +49,40 @@ class Background:
         if kind is None:
             for call in self.calls:
                 call.result()
+
+
+@contextmanager
+def interruptible():
+    """Turn Ctrl+C into a flag for as long as the context lasts: it yields a function that asks.
+
+    So what is under way ends whole. Outside of the main thread, which alone may do so, it does
+    nothing.
+    """
+    caught: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield lambda: bool(caught)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Lines:
+    """A file for tqdm where there is no terminal: a line for each state of the bar."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(items: Iterable | None = None, **options) -> tqdm:
+    """A bar on a terminal, elsewhere a line a minute; arguments are those of tqdm."""
+    if not sys.stderr.isatty():
+        options = {"file": Lines(), "mininterval": 60, "maxinterval": 60, "miniters": 1,
+                   "ascii": True, "ncols": 80} | options
+    return tqdm(items, **options)

@@ -11,13 +11,16 @@ from media.files import whole
 Panel = tuple[str, np.ndarray]  # a title and an (H, W, 3) or (H, W) picture
 
 
-def grid(panels: list[Panel], columns: int):
-    """A matplotlib figure of titled pictures; 2-D ones are probabilities in [0, 1]."""
-    plt = _pyplot()
+def grid(panels: list[Panel], columns: int, window: bool = False):
+    """A matplotlib figure of titled pictures; 2-D ones are probabilities in [0, 1].
+
+    Args:
+        window: it can be shown; else only saved, by Agg, whatever MPLBACKEND says.
+    """
     rows = -(-len(panels) // columns)
     height, width = panels[0][1].shape[:2]
-    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
-                                figsize=(5 * columns, 5 * rows * height / width + 0.35 * rows))
+    figure = _figure(window, (5 * columns, 5 * rows * height / width + 0.35 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, picture) in zip(axes.flat, panels):
@@ -35,8 +38,8 @@ def curves(path: str | Path, history: list[dict]) -> None:
         history: reports with `iteration`, `loss` (None before the first) and `held_out_iou`
             (None where no sequences are held out).
     """
-    plt = _pyplot()
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    figure = _figure(False, (8, 6))
+    top, bottom = figure.subplots(2, 1, sharex=True)
     iterations = [report["iteration"] for report in history]
     losses, ious = ([np.nan if report[name] is None else report[name] for report in history]
                     for name in ("loss", "held_out_iou"))
@@ -49,27 +52,26 @@ def curves(path: str | Path, history: list[dict]) -> None:
         axis.grid(alpha=0.3)
     with whole(path) as beside:
         figure.savefig(beside, dpi=100)
-    plt.close(figure)
 
 
-def show_or_save(figure, path: Path | None, default: Path) -> None:
-    """Open a window, or write the figure to `path`; without a display, to `default`."""
-    plt = _pyplot()
+def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: Path) -> None:
+    """A `grid` in a window, or written to `path`; without a display, to `default`."""
+    figure = grid(panels, columns, window=path is None and has_display())
     if path is None and not has_display():
         print("no display, so the figure is saved instead")
         path = default
     if path is None:
-        plt.show()
+        wait(figure)
     else:
         with whole(path) as beside:
             figure.savefig(beside, dpi=100)
         print(f"saved {path}")
-    plt.close(figure)
 
 
 def canvas(title: str):
     """An empty figure and its axis, for a window to draw in."""
-    figure, axis = _pyplot().subplots(layout="constrained", figsize=(12, 7))
+    figure = _figure(True, (12, 7))
+    axis = figure.subplots()
     axis.axis("off")
     axis.set_title(title)
     return figure, axis
@@ -93,10 +95,14 @@ def has_display() -> bool:
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
+def _figure(window: bool, size: tuple[float, float]):
+    """An empty figure of (width, height) inches."""
+    if window:
+        return _pyplot().figure(figsize=size, layout="constrained")
+    from matplotlib.figure import Figure  # which takes a second, and evaluation may never need it
+    return Figure(figsize=size, layout="constrained")
+
+
 def _pyplot():
-    # matplotlib takes a second to import, and evaluation may never need it
-    import matplotlib
-    if not has_display():
-        matplotlib.use("agg")
     import matplotlib.pyplot as plt
     return plt

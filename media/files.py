@@ -1,12 +1,9 @@
 """Files that appear whole or not at all, whatever ends the program in between."""
 
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import torch
 
 
 @contextmanager
@@ -38,9 +35,3 @@ def write(path: str | Path, content: str | bytes) -> None:
     with whole(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
-
-def save(path: str | Path, content: dict) -> None:
-    """Write what `torch.save` writes; raises as `whole` does."""
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError
-    torch.save(content, buffer)
-    write(path, buffer.getvalue())

@@ -12,9 +12,12 @@ import numpy as np
 BETWEEN = 0.25  # share of a value's neighbours above it and below it, in a gradient
 LEVELS = 16  # values from which slow gradients, with flat steps of their own, are expected
 LARGE = 0.2  # share of all that isn't background which no step of a gradient covers
-BRIGHT = 32  # values below are ids in any case
+BRIGHT = 32  # levels that some value of an edge is away from the background; others are ids
 NEAR = 56  # levels between two flat colours (those of DAVIS are 64 apart), where edges are soft
 STRAIGHT = 40  # levels by which a blend of two colours may be off
+TOP = 0.95  # share of the brighter half that is no brighter than what stands for it
+DITHERED = 4  # colours that stand for one, at least
+SOFT = 12  # flat values, at most, with edges between them
 PICTURE = 32  # values that a mask may have with hardly a flat area
 
 
@@ -72,7 +75,7 @@ def solid(codes: np.ndarray, count: int) -> np.ndarray:
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
-def classes(codes: np.ndarray, table: np.ndarray, background: int) -> Found:
+def classes(codes: np.ndarray, table: np.ndarray, background: int, lossy: bool = False) -> Found:
     """Tell flat areas from soft edges.
 
     The values of an edge lie between those on both sides of it and fill no square of 3x3 pixels,
@@ -82,6 +85,7 @@ def classes(codes: np.ndarray, table: np.ndarray, background: int) -> Found:
         codes: (H, W) int, which value each pixel has.
         table: (M, C) these values.
         background: which one is the background.
+        lossy: the format changes values a little, so that nearly the same ones are one.
 
     Raises:
         ValueError: a picture, with hardly a flat area.
@@ -92,30 +96,48 @@ def classes(codes: np.ndarray, table: np.ndarray, background: int) -> Found:
     if is_picture(codes, np.ones(codes.shape, bool)):
         raise ValueError(f"a picture of {len(others) + 1} colours")
     above = np.abs(table - table[background]).max(1)
-    if not len(others) or above[others].max() < BRIGHT:
+    if not len(others):
         return Found(others, False)
     filled = solid(codes, len(table))
     edge = _crossed(codes, table) & ~filled
-    gradient = len(others) >= LEVELS
-    if gradient:
+    steps = len(others) >= LEVELS
+    if steps:
         edge |= _between(codes, above) & ~(filled & (areas > LARGE * areas[others].sum()))
-    speckled = len(others) >= 8 and not filled[others].any()  # dithered
-    if not edge[others].any() and not speckled:
+    speckled = table.shape[1] > 1 and not filled[others].any() and _is_speckled(codes, background)
+    lossy &= above[others].max() >= BRIGHT
+    if above[others[edge[others]]].max(initial=0) < BRIGHT and not speckled and not lossy:
         return Found(others, False)
     firm = np.empty(0, int)
     if not speckled:
-        usual = np.median(areas[others[edge[others]]])
-        firm = others[~edge[others] & (above[others] >= (NEAR if gradient else 1))]
-        firm = firm[filled[firm] | (areas[firm] >= 5 * usual) | (not gradient)]
-    if not len(firm):  # as bright as the brighter half is in the mean
-        bright = others[2 * above[others] >= above[others].max()]
-        mean = np.average(table[bright], 0, areas[bright])
-        firm = bright[[np.abs(table[bright] - mean).max(1).argmin()]]
+        usual = np.median([0, *areas[others[edge[others]]]])
+        firm = others[~edge[others] & (above[others] >= (NEAR if steps or lossy else 1))]
+        firm = firm[filled[firm] | (areas[firm] >= 5 * usual) | (not steps)]
+    if not len(firm):
+        firm = _top(others, areas, table, above, speckled)
     firm = _apart(firm, areas, table, background)
     strange = others[~_blends(table[others], table[[background, *firm]])]
-    if len(others) > PICTURE and areas[strange].sum() > 0.3 * areas[others].sum():
+    strange_area = areas[strange].sum() * (len(others) > PICTURE)
+    if len(firm) > SOFT or strange_area > 0.3 * areas[others].sum():
         raise ValueError(f"a picture of {len(others) + 1} colours")
     return Found(firm, True)
+
+
+def _top(others: np.ndarray, areas: np.ndarray, table: np.ndarray, above: np.ndarray,
+         speckled: bool) -> np.ndarray:
+    """(1,) the value that stands for an object without a flat area, by the brighter half of it."""
+    bright = others[2 * above[others] >= above[others].max()]
+    if speckled:  # in the mean
+        mean = np.average(table[bright], 0, areas[bright])
+        return bright[[np.abs(table[bright] - mean).max(1).argmin()]]
+    bright = bright[above[bright].argsort()]
+    covered = areas[bright].cumsum()
+    return bright[[np.searchsorted(covered, TOP * covered[-1])]]
+
+
+def _is_speckled(codes: np.ndarray, background: int) -> bool:
+    """Whether neighbours in front of the background mostly differ: colours that were dithered."""
+    inside = (codes[:, :-1] != background) & (codes[:, 1:] != background)
+    return len(np.unique(codes)) > DITHERED and inside.any() and (codes[:, :-1] != codes[:, 1:])[inside].mean() > 0.5
 
 
 def _crossed(codes: np.ndarray, table: np.ndarray) -> np.ndarray:

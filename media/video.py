@@ -53,7 +53,7 @@ class Clip:
         """The frames before `start`, the last of them first."""
         raise NotImplementedError
 
-    def name(self, frame: int) -> str:
+    def frame_name(self, frame: int) -> str:
         """What the frame's mask is called, without suffix."""
         return f"{frame:05d}"
 
@@ -78,7 +78,7 @@ class Folder(Clip):
     def backwards(self, start: int) -> Iterator[np.ndarray]:
         return map(self._read, reversed(self.files[:start]))
 
-    def name(self, frame: int) -> str:
+    def frame_name(self, frame: int) -> str:
         return self.files[frame].stem
 
     def _read(self, file: Path) -> np.ndarray:

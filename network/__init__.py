@@ -1,0 +1,1 @@
+"""The network's parts: tensors in, tensors out. It knows no file."""

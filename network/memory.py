@@ -2,9 +2,12 @@
 
 `Sets` are the paper's: features of the reference frame, and confident ones of later frames.
 `Recent` are the last frames and what was found in them, matched near each position. `Past` are
-the reference frames and some of those since, matched everywhere.
+the reference frames and some of those since, matched everywhere. A `Memory` has the three of one
+video. What they hold is never changed in place, so that copies share it. They don't know where
+frames come from, nor what becomes of the masks.
 """
 
+import copy
 from collections import deque
 
 import torch
@@ -37,15 +40,16 @@ class Sets:
         """Another reference frame; there may be more sets now than before."""
         self.sets = sets
         self.given += views
-        self._gather()
+        self.gather()
 
     def update(self, grid: Grid, labels: torch.Tensor) -> None:
         """Add features of a later frame; `labels` as above, -1 for what nobody is sure of."""
         if (labels >= 0).any():
             self.later.append((grid, labels))
-            self._gather()
+            self.gather()
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
+        """Make `reference`, what is matched with, of the frames that are kept."""
         grids, labels = zip(*self.given, *self.later)
         self.reference = Reference(list(grids), labels, self.sets)
 
@@ -133,6 +137,50 @@ class Past:
         queries = F.normalize(features.float().flatten(1), dim=0)
         values, positions = (queries.T @ keys).topk(min(self.k, keys.shape[1]), sorted=False)
         return _propagated(values, labels[:, positions]).view(-1, *features.shape[1:])
+
+
+class Memory:
+    """All that the network keeps of one video.
+
+    Args:
+        object_ids: the objects to look for, in the order of the channels behind the background.
+        recent: how many of the last frames are matched as well.
+        every: so many frames from one of the `Past` to the next.
+    """
+
+    def __init__(self, object_ids: list[int], recent: int, every: int = 5):
+        self.object_ids = list(object_ids)
+        self.sets: Sets | None = None  # None before the first reference frame
+        self.recent, self.past = Recent(recent), Past(every=every)
+
+    def refer(self, views: list[View]) -> None:
+        """Add a reference frame, as it is and as it looks from nearer."""
+        if self.sets is None:
+            self.sets = Sets(views, len(self.object_ids) + 1)
+        else:
+            self.sets.add(views, len(self.object_ids) + 1)
+
+    def widen(self, object_ids: list[int]) -> None:
+        """More objects to look for, which no frame so far shows."""
+        self.object_ids = self.object_ids + object_ids
+        self.recent.widen(len(self.object_ids) + 1)
+        self.past.widen(len(self.object_ids) + 1)
+
+    def copy(self) -> "Memory":
+        """Another memory of the same past, which goes its own way from here."""
+        other = copy.copy(self)
+        other.sets, other.recent, other.past = (
+            _copied(part) for part in (self.sets, self.recent, self.past))
+        return other
+
+
+def _copied(part):
+    """An object with lists and deques of its own, and the same tensors in them."""
+    part = copy.copy(part)
+    for name, value in vars(part).items() if part is not None else ():
+        if isinstance(value, list | deque):
+            setattr(part, name, copy.copy(value))
+    return part
 
 
 def _propagated(similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,11 @@
 """Fixtures: a small drawn data set in both DAVIS layouts, a small random model, real data."""
 
 import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +54,40 @@ def write_list(root: Path, folder: str, name: str, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
+def kill_when(condition, arguments, program=(ROOT / "main.py",)):
+    """Run main.py and kill it, by a signal that it can't catch, as soon as `condition` holds."""
+    process = subprocess.Popen([sys.executable, *program, *arguments],
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    try:
+        while not condition() and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+STATE_OF_EACH_FRAME = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import main, segment
+segment.KEPT_EVERY = 0
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def content(folder):
+    """Every file of a results folder, without what tells how long it took."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            found[path.relative_to(folder)] = re.sub(
+                rb'"seconds": [\d.]+|frames in [\d.]+ s: [\d.]+|<title>.*?</title>|<h1>.*?</h1>',
+                b"", data)
+    return found
+
+
 @pytest.fixture
 def davis_2016(tmp_path) -> Path:
     """The 2016 archive's layout: lists of files; train: ant, bee, cat, val: dog."""
@@ -90,3 +128,12 @@ def davis_dir() -> Path:
     if not path:
         pytest.skip("DAVIS_DIR is not set")
     return Path(path)
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that are killed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

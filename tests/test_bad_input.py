@@ -42,7 +42,10 @@ def folder(tmp_path, model, monkeypatch):
 def run(arguments, capsys):
     """Exit status and what went to standard error, of main.py with the checkpoint and a folder."""
     model = [] if {"-o", "--encoder_weights"} & set(arguments) else ["-o", "vm.pth"]
-    code = main.main(["-d", "DAVIS", "-c", "cpu", "-j", "out", *model, *arguments])
+    mode = arguments[arguments.index("-m") + 1]
+    common = {"train": ["-d", "DAVIS"], "segment": ["-j", "out"]}.get(
+        mode, ["-d", "DAVIS", "-j", "out"])
+    code = main.main([*common, "-c", "cpu", *model, *arguments])
     return code, capsys.readouterr().err
 
 
@@ -145,7 +148,7 @@ def test_bad_data(case, folder, capsys):
     spoil(folder)
     expect_one_line(["-m", "eval"], words, capsys)
     out = folder / "out"
-    assert not list(out.rglob("*.scores.json")) and not list(out.rglob(".*"))
+    assert not list(out.rglob("*.finished.json")) and not list(out.rglob(".*"))
     for path in out.rglob("*.png"):  # what was written is whole
         assert cv2.imread(str(path), cv2.IMREAD_UNCHANGED).shape[:2] == (48, 80)
 

@@ -73,22 +73,12 @@ def test_frames_are_in_order_and_belong_to_their_masks(davis_2016):
         assert np.mean(bright != mask) < 0.01
 
 
-def remove_frame_mask(root):
-    (annotations(root, "bee") / "00002.png").unlink()
-
-
 def shrink_mask(root):
     Image.new("L", (40, 24)).save(annotations(root, "bee") / "00004.png")
 
 
 def break_frame(root):
     (root / "JPEGImages" / "480p" / "bee" / "00001.jpg").write_bytes(b"no picture")
-
-
-def keep_one_frame(root):
-    for i in range(1, 6):
-        (root / "JPEGImages" / "480p" / "bee" / f"{i:05d}.jpg").unlink()
-        (annotations(root, "bee") / f"{i:05d}.png").unlink()
 
 
 def enlarge_frame(root):
@@ -102,10 +92,8 @@ def remove_frames(root):
 
 
 @pytest.mark.parametrize("damage, error, words", [
-    (remove_frame_mask, FileNotFoundError, ["bee/00002.png", "bee/00002.jpg"]),
     (shrink_mask, ValueError, ["bee/00004.png", "40x24", "80x48"]),
     (break_frame, OSError, ["bee/00001.jpg", "frame"]),
-    (keep_one_frame, ValueError, ["bee", "1 frame"]),
     (enlarge_frame, ValueError, ["bee/00003.jpg", "96x64", "80x48"]),
     (remove_frames, FileNotFoundError, ["480p/bee"]),
 ])
@@ -236,22 +224,23 @@ def test_both_masks_show_the_same_one_of_several_objects(davis_2017):
 
 def test_reference_always_holds_the_object_though_some_masks_are_empty(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
-    for i in (0, 2, 3, 5):
+    for i in (1, 2, 3, 5):
         Image.new("L", SHAPE[::-1]).save(annotations(tmp_path, "ant") / f"{i:05d}.png")
     write_list(tmp_path, "2016", "train", ["ant"])
     pairs = Pairs(Davis(tmp_path).sequences, Augment((24, 40)))
     for seed in range(40):
         reference, test = pairs[seed % 6, seed][1]
         assert reference.any()
-        if seed % 6 in (0, 2, 3, 5):
+        if seed % 6 in (1, 2, 3, 5):
             assert not test.any()
 
 
 def test_sequence_without_any_object_is_named(tmp_path):
     write_sequence(tmp_path, "ant", value=0)
-    write_list(tmp_path, "2016", "train", ["ant"])
+    paths = [sorted((tmp_path / kind / "480p" / "ant").iterdir())
+             for kind in ("JPEGImages", "Annotations")]
     with pytest.raises(ValueError, match="ant"):
-        Pairs(Davis(tmp_path).sequences, as_is)[0, 0]
+        Pairs([Sequence("ant", *map(tuple, paths))], as_is)[0, 0]
 
 
 class AsIs:

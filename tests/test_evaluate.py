@@ -16,8 +16,9 @@ from vos_benchmark.benchmark import benchmark
 
 import evaluate
 import metrics
-from davis import Davis
+from davis import Davis, Sequence
 from media import background, images
+from tracker import Tracker
 
 PALETTE_START = [0, 0, 0, 128, 0, 0, 0, 128, 0]
 
@@ -144,6 +145,14 @@ def test_an_empty_reference_mask_is_named(model, davis_2016):
         evaluate.evaluate(model, [sequence], evaluate.Options())
 
 
+def test_each_frame_is_read_once(model, davis_2016, results, monkeypatch):
+    sequence, = Davis(davis_2016, names=["ant"]).sequences
+    read, image = [], Sequence.image
+    monkeypatch.setattr(Sequence, "image", lambda self, i: read.append(i) or image(self, i))
+    evaluate.segment_sequence(model, sequence, evaluate.Options(results=results, videos=True))
+    assert read == list(range(6))
+
+
 @pytest.fixture
 def slow_writes(monkeypatch):
     """Names of masks as they are written, each of which takes longer than segmenting a frame."""
@@ -170,22 +179,24 @@ def interruptible():
 def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results, slow_writes,
                                                      monkeypatch):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
-    segmented, segment = [], model.segment
+    segmented, step = [], Tracker.step
 
     def interrupted(*arguments):
-        if len(segmented) == 3:
+        if len(segmented) == 4:
             signal.raise_signal(signal.SIGINT)
-        segmented.append(segment(*arguments))
+        segmented.append(step(*arguments))
         return segmented[-1]
 
-    monkeypatch.setattr(model, "segment", interrupted)
+    monkeypatch.setattr(Tracker, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(model, [sequence], evaluate.Options(results=results, videos=True))
-    assert slow_writes == [f"{i:05d}.png" for i in range(4)]
-    for path, mask in zip(sorted((results / "ant").iterdir()), [sequence.mask(0), *segmented],
-                          strict=True):
-        np.testing.assert_array_equal(np.array(Image.open(path)), mask)
-    assert [path.name for path in results.iterdir()] == ["ant"]  # no half of a video
+    assert slow_writes == [f"{i:05d}.png" for i in range(5)]  # the frame under way ends whole
+    np.testing.assert_array_equal(segmented[0].mask, sequence.mask(0))
+    for path, found in zip(sorted((results / "ant").iterdir()), segmented, strict=True):
+        np.testing.assert_array_equal(np.array(Image.open(path)), found.mask)
+    # no half of a video
+    assert sorted(path.name for path in results.iterdir()) == [
+        ".ant.progress", "ant", "ant.confidence.csv", "manifest.json"]
 
 
 def test_slow_writing_keeps_order_and_loses_nothing(model, davis_2016, results, slow_writes):
@@ -199,7 +210,7 @@ def test_an_error_of_the_writer_ends_the_run(frame, model, davis_2016, results):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
     (results / "ant" / f"{frame:05d}.png").mkdir(parents=True)
     with pytest.raises(OSError, match=f"{frame:05d}.png"):
-        evaluate.evaluate(model, [sequence], evaluate.Options(results=results))
+        evaluate.evaluate(model, [sequence], evaluate.Options(results=results, overwrite=True))
 
 
 def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016, results):
@@ -243,7 +254,8 @@ def test_script_scores_masks_made_by_anything(davis_2016):
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: (folder / "ant/00002.png").unlink(), "00002.png"),
     (lambda folder: Image.new("L", (8, 9)).save(folder / "ant/00003.png"), "00003.png.*8x9.*80x48"),
-    (lambda folder: Image.new("RGB", (80, 48)).save(folder / "ant/00003.png"), "00003.png.*RGB"),
+    (lambda folder: Image.fromarray(draw_frame(0)[0]).save(folder / "ant/00003.png"),
+     "00003.png.*colour"),
 ])
 def test_bad_results_are_named(spoil, message, davis_2016, tmp_path):
     sequence, = Davis(davis_2016, names=["ant"]).sequences

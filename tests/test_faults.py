@@ -2,18 +2,15 @@
 
 import json
 import os
-import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import cv2
 import pytest
 import torch
-from conftest import ROOT, write_list, write_sequence
+from conftest import ROOT, STATE_OF_EACH_FRAME, content, kill_when, write_list, write_sequence
 from torchvision import models
 
 import main
@@ -33,19 +30,6 @@ def training(davis_2016, tmp_path):
                 "-p", "64", "96", "-c", "cpu", *more]
 
     return arguments
-
-
-def kill_when(condition, arguments):
-    """Run main.py and kill it, by a signal that it can't catch, as soon as `condition` holds."""
-    process = subprocess.Popen([sys.executable, ROOT / "main.py", *arguments],
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    try:
-        while not condition() and process.poll() is None:
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
 
 
 def state_of(tmp_path, name):
@@ -111,23 +95,11 @@ def evaluation(tmp_path, model):
                                 str(tmp_path / "vm.pth"), "-j", str(tmp_path / name), *more]
 
 
-def content(folder):
-    """Every file of a results folder, without what tells how long it took."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            data = path.read_bytes()
-            found[path.relative_to(folder)] = re.sub(
-                rb'"seconds": [\d.]+|frames in [\d.]+ s: [\d.]+|<title>.*?</title>|<h1>.*?</h1>',
-                b"", data)
-    return found
-
-
 def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole")) == 0
     table = capsys.readouterr().out.split("frames in")[0]
-    kill_when((tmp_path / "killed" / "ant.scores.json").is_file, evaluation("killed"))
-    finished = [path.name.split(".")[0] for path in (tmp_path / "killed").glob("*.scores.json")
+    kill_when((tmp_path / "killed" / "ant.finished.json").is_file, evaluation("killed"))
+    finished = [path.name.split(".")[0] for path in (tmp_path / "killed").glob("*.finished.json")
                 if not path.name.startswith(".")]
     assert 0 < len(finished) < 3
     before = {path: path.stat().st_mtime_ns for name in finished
@@ -136,6 +108,21 @@ def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, ca
     assert main.main(evaluation("killed")) == 0
     assert capsys.readouterr().out.split("frames in")[0] == table
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_path, capsys):
+    assert main.main(evaluation("whole", "-v")) == 0
+    table = capsys.readouterr().out.split("frames in")[0]
+    killed = tmp_path / "killed"
+    kill_when((killed / "bee" / "00004.png").is_file, evaluation("killed", "-v"),
+              ("-c", STATE_OF_EACH_FRAME, ROOT))
+    before = {path: path.stat().st_mtime_ns for path in
+              (*(killed / "ant").iterdir(), *(killed / "bee" / f"{i:05d}.png" for i in range(4)))}
+    assert main.main(evaluation("killed", "-v")) == 0
+    assert capsys.readouterr().out.split("frames in")[0] == table
+    assert content(killed) == content(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
@@ -170,6 +157,13 @@ def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
     assert (tmp_path / "out" / "cat.mp4").is_file()
 
 
+def test_starting_over_leaves_no_video_of_other_masks(evaluation, tmp_path):
+    assert main.main(evaluation("out", "-v", "-k", "7")) == 0
+    assert main.main(evaluation("out", "--overwrite")) == 0
+    assert main.main(evaluation("whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_a_broken_manifest_is_named(evaluation, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text("[]")
@@ -194,7 +188,7 @@ def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, eval
     assert "Traceback" not in result.stderr
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert not any(".part" in name or name.startswith(("report", "ant.mp4")) for name in names)
-    assert ("manifest.json" in names) == (masks == 36)
+    assert any(name.endswith(".finished.json") for name in names) == (masks == 36)
     found = list((tmp_path / "out").rglob("*.png"))
     assert len(found) == masks and all(cv2.imread(str(mask)) is not None for mask in found)
     assert main.main(evaluation("out", *flags)) == 0  # there is room again

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import flags
 import main
 from videomatch import VideoMatch
 
@@ -75,8 +76,8 @@ def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
 
 
 def test_matching_flags_override_the_checkpoint(checkpoint):
-    args = main.parse_args(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
-                            "--temperature", "0.2", "--dilation", "7"])
+    args = flags.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
+                        "--temperature", "0.2", "--dilation", "7"])
     model = main.build_model(args)
     assert (model.upsample_factor, model.top_k) == (4, 9)
     assert (model.temperature, model.dilation) == (0.2, 7)

@@ -10,8 +10,9 @@ from PIL import Image
 
 import main
 import segment
-from media.masks import read_mask
+import sinks
 from media import annotate, images, video
+from media.masks import read_mask
 from videomatch import SHIPPED, VideoMatch
 
 FRAMES = 9
@@ -83,11 +84,69 @@ def test_an_object_that_appears_later_is_found_from_then_on(clip_file, tmp_path)
     both = np.maximum(later, np.roll(truth(4), 40, 0))  # a second object, marked in frame 4 only
     model = VideoMatch.load(SHIPPED["mobilenet"])
     clip = video.open_clip(clip_file)
-    segment.segment(model, clip, {0: first, 4: both}, segment.Options(tmp_path))
+    seen = []
+    segment.drain(segment.track(model, clip, {0: first, 4: both}, segment.Options()),
+                  sinks.of_a_clip(tmp_path, clip), seen=seen.append)
     found = masks_in(tmp_path)
     assert all(set(np.unique(mask)) <= {0, 1} for mask in found[:4])
     np.testing.assert_array_equal(found[4], both)
-    assert 2 in found[5] and model.object_ids == [1, 2]
+    assert 2 in found[5] and seen[-1].step.object_ids == (1, 2)
+    assert [frame.step.object_ids for frame in seen[:4]] == [(1,)] * 4
+
+
+class Counting(video.Folder):
+    """A clip that keeps account of the frames that were read."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.read = []
+
+    def _read(self, file):
+        self.read.append(self.files.index(file))
+        return super()._read(file)
+
+
+@pytest.mark.parametrize("cutout", [None, "transparent", "blur"])
+def test_each_frame_is_decoded_once(cutout, model, clip_folder, tmp_path):
+    clip = Counting(clip_folder)
+    frames = segment.track(model, clip, {0: truth(0), 4: truth(4)}, segment.Options())
+    assert segment.drain(frames, sinks.of_a_clip(tmp_path, clip, cutout)) == FRAMES
+    assert clip.read == list(range(FRAMES))
+
+
+def test_from_the_middle_only_the_first_frame_with_a_mask_is_decoded_again(model, clip_folder,
+                                                                           tmp_path):
+    clip = Counting(clip_folder)
+    frames = segment.track(model, clip, {5: truth(5)}, segment.Options())
+    assert segment.drain(frames, sinks.of_a_clip(tmp_path, clip)) == FRAMES
+    assert sorted(set(clip.read)) == list(range(FRAMES))
+    assert all(clip.read.count(i) == 1 for i in range(FRAMES) if i != 5)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 8])
+def test_a_film_has_its_frames_in_the_order_of_the_clip(first, model, clip_folder, tmp_path):
+    clip = video.open_clip(clip_folder)
+
+    def draw(image, _):  # a grey for each frame
+        index = next(i for i, frame in enumerate(clip.frames()) if (frame == image).all())
+        return np.full_like(image, 20 * index + 20)
+
+    with sinks.Film(tmp_path / "film.mp4", clip, draw) as film:
+        met = [film.write(frame) or frame.index for frame in
+               segment.track(model, clip, {first: truth(first)}, segment.Options())]
+    assert met == [*range(first - 1, -1, -1), *range(first, FRAMES)]
+    greys = [frame.mean() for frame in video.open_clip(tmp_path / "film.mp4").frames()]
+    np.testing.assert_allclose(greys, [20 * i + 20 for i in range(FRAMES)], atol=5)
+
+
+def test_a_sink_that_fails_ends_the_run_with_its_error(model, clip_folder):
+    class Full(segment.Sink):
+        def write(self, frame):
+            raise OSError(28, "full", f"{frame.index}.png")
+
+    clip = Counting(clip_folder)
+    with pytest.raises(OSError, match="0.png"):
+        segment.drain(segment.track(model, clip, {0: truth(0)}, segment.Options()), [Full()])
 
 
 def test_finetuning_starts_from_the_frame_with_the_mask(clip_file, tmp_path, monkeypatch):
@@ -136,12 +195,14 @@ def test_a_video_that_ends_early_is_said_to(clip_file, monkeypatch, caplog):
 
 @pytest.mark.parametrize("how, expected", [("transparent", None), ("blur", None),
                                            ("#00ff00", (0, 255, 0))])
-def test_cutouts(how, expected, clip_folder, tmp_path):
+def test_cutouts(how, expected, model, clip_folder, tmp_path):
     clip = video.open_clip(clip_folder)
     (tmp_path / "masks").mkdir()
     for i in range(FRAMES):
         images.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
-    segment.render(clip, segment.Options(tmp_path, cutout=how))
+    kept = segment.Progress(tmp_path / "masks", clip).all()
+    frames = segment.track(model, clip, {0: truth(0)}, segment.Options(), kept)
+    segment.drain(frames, sinks.of_a_clip(tmp_path, clip, how), kept)
     frame, mask = next(clip.frames(3)), truth(3) > 0
     if how == "transparent":
         picture = np.array(Image.open(tmp_path / "cutout" / "00003.png"))
@@ -154,50 +215,6 @@ def test_cutouts(how, expected, clip_folder, tmp_path):
         assert np.abs(picture[~mask] - expected).mean() < 12
     else:
         assert picture[~mask].std() < 0.7 * frame[~mask].std()
-
-
-def soft_disc(size=60, radius=20):
-    y, x = np.mgrid[:size, :size] - size / 2
-    return np.clip((radius - np.hypot(x, y)) / 3 + 0.5, 0, 1)
-
-
-def test_soft_edges_are_told_from_ids(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    disc = soft_disc()
-    Image.fromarray((disc * 200).round().astype(np.uint8)).save(tmp_path / "soft.png")
-    mask = read_own_mask(tmp_path / "soft.png")
-    assert "soft.png: soft edges" in caplog.text
-    np.testing.assert_array_equal(mask, disc >= 0.5)
-    Image.fromarray((disc * 200).round().astype(np.uint8)).convert("LA").save(tmp_path / "la.png")
-    np.testing.assert_array_equal(read_own_mask(tmp_path / "la.png"), mask)
-    Image.fromarray((disc * 255).round().astype(np.uint8)).convert("RGB").save(tmp_path / "s.jpg")
-    assert overlap(read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
-
-
-@pytest.mark.parametrize("values", [(1, 2), (80, 160), (255,), (1, 2, 3)])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_ids_stay_ids(values, mode, tmp_path, caplog):
-    mask = np.zeros((40, 60), np.uint8)
-    for i, value in enumerate(values):
-        mask[5:20, 15 * i + 3:15 * i + 12] = value
-    Image.fromarray(mask).convert(mode).save(tmp_path / "ids.png")
-    found = read_own_mask(tmp_path / "ids.png")
-    np.testing.assert_array_equal(found, mask if values != (255,) else mask > 0)
-    assert "soft" not in caplog.text
-
-
-def test_white_beside_other_objects_is_refused(tmp_path):
-    mask = np.zeros((40, 60), np.uint8)
-    mask[5:20, 3:12], mask[5:20, 20:30] = 128, 255
-    Image.fromarray(mask).save(tmp_path / "two.png")
-    with pytest.raises(ValueError, match="two.png: 255 beside 128"):
-        read_own_mask(tmp_path / "two.png")
-
-
-def test_colours_are_no_mask(tmp_path):
-    Image.fromarray(draw_frame(0)[0]).save(tmp_path / "frame.png")
-    with pytest.raises(ValueError, match="frame.png: expected a grey or palette mask, found col"):
-        read_own_mask(tmp_path / "frame.png")
 
 
 def test_a_box_becomes_a_mask_that_is_kept(clip_file, tmp_path, capsys):
@@ -255,7 +272,6 @@ def test_annotating_needs_a_display(monkeypatch):
     (["--video", "CLIP", "--mask", "m.png", "--box", "1", "1", "9", "9"], "expected one of them"),
     (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
     (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
-    (["--video", "CLIP", "--mask", "MASK", "0:MASK"], "frame 0 has a mask already"),
     (["--video", "CLIP", "--mask", "SMALL"], "expected 160x96"),
     (["--video", "CLIP", "--mask", "EMPTY"], "holds no object"),
     (["--video", "MASK", "--mask", "MASK"], "mask.txt"),

@@ -206,7 +206,7 @@ def test_same_seed_same_weights(model, sequences, options):
     def run(workers):
         torch.manual_seed(0)
         fresh = VideoMatch(type(model.encoder)("mobilenet"), top_k=3)
-        options.workers, options.iterations = workers, 2
+        options.workers, options.iterations, options.overwrite = workers, 2, True
         train.train(fresh, *sequences, options)
         return fresh.state_dict()
 

@@ -1,4 +1,4 @@
-"""The model: probabilities, outlier removal, batches, checkpoints."""
+"""The network: probabilities, batches, checkpoints; that no video changes it."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from PIL import Image
 import preprocess
 import videomatch
 from network.encoder import Encoder
-from videomatch import VideoMatch, around, cell_labels, extrude
+from videomatch import VideoMatch, around, cell_labels
 
 
 def frame(step, ids=(1,), scale=1):
@@ -21,145 +21,54 @@ def frame(step, ids=(1,), scale=1):
     return preprocess.to_tensor(image), mask
 
 
-def intersection_over_union(a, b):
-    return (a & b).sum() / (a | b).sum()
+def reference(model, image, mask):
+    """The memory of a video whose reference frame this is."""
+    memory = model.memory([i for i in np.unique(mask).tolist() if i])
+    model.refer(image[None], torch.as_tensor(mask)[None], [memory])
+    return memory
 
 
-def test_finds_the_object_in_another_frame(model):
-    model.set_reference(*frame(0, scale=4))
-    test, truth = frame(5, scale=4)
-    found = model.segment(test, remove_outliers=False)
-    assert found.dtype == np.uint8 and set(np.unique(found)) == {0, 1}
-    assert intersection_over_union(found, truth) > 0.5
+def predict(model, memory, image, shape=None):
+    return model.predict(model.encode(image[None]), [memory], shape)[0]
 
 
 @pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
 def test_probabilities(model, ids):
-    model.set_reference(*frame(0, ids))
-    probabilities = model.predict(frame(1)[0], shape=(30, 50))
+    memory = reference(model, *frame(0, ids))
+    probabilities = predict(model, memory, frame(1)[0], (30, 50))
     assert probabilities.shape == (len(ids) + 1, 30, 50)
     torch.testing.assert_close(probabilities.sum(0), torch.ones(30, 50))
-    assert model.object_ids == list(ids)
-    assert set(np.unique(model.segment(frame(1, ids)[0]))) <= {0, *ids}
+    assert memory.object_ids == list(ids)
 
 
 def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkeypatch):
     monkeypatch.setattr(videomatch, "soft_match",
                         lambda query, *_: torch.tensor([0.5, 0.7]).view(2, 1, 1).expand(
                             2, *query.shape))
-    model.set_reference(*frame(0))
-    foreground = model.predict(frame(1)[0])[1]
+    foreground = predict(model, reference(model, *frame(0)), frame(1)[0])[1]
     expected = 1 / (1 + np.exp(-(0.7 - 0.5) / 0.05))  # 0.982: not shut in below 0.88
     torch.testing.assert_close(foreground, torch.full(SHAPE, expected, dtype=torch.float32))
-
-
-def test_threshold(model):
-    model.set_reference(*frame(0))
-    foreground = model.predict(frame(1)[0])[1].detach().numpy()
-    for threshold in (0.2, 0.5, 0.9):
-        found = model.segment(frame(1)[0], threshold=threshold, remove_outliers=False)
-        np.testing.assert_array_equal(found == 1, 1 - (1 - foreground) > threshold)
 
 
 def test_batch_equals_single_frames(model):
     pairs = [(frame(0), frame(3)), (frame(2), frame(5))]
     single = []
     for (image, mask), (test, _) in pairs:
-        model.set_reference(image, mask)
-        single.append(model.predict(test))
-    model.set_reference(torch.stack([p[0][0] for p in pairs]),
-                        torch.stack([torch.from_numpy(p[0][1]) for p in pairs]))
-    batch = model.predict(torch.stack([p[1][0] for p in pairs]))
+        single.append(predict(model, reference(model, image, mask), test))
+    memories = [model.memory([1]) for _ in pairs]
+    model.refer(torch.stack([p[0][0] for p in pairs]),
+                torch.stack([torch.from_numpy(p[0][1]) for p in pairs]), memories)
+    batch = model.predict(model.encode(torch.stack([p[1][0] for p in pairs])), memories)
     torch.testing.assert_close(batch, torch.stack(single), atol=1e-4, rtol=1e-4)
 
 
 def test_errors(model):
-    with pytest.raises(RuntimeError, match="set_reference"):
-        model.predict(frame(0)[0])
-    with pytest.raises(ValueError, match="no object"):
-        model.set_reference(frame(0)[0], np.zeros(SHAPE, np.uint8))
+    with pytest.raises(RuntimeError, match="refer to a reference frame first"):
+        predict(model, model.memory([1]), frame(0)[0])
     for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1},
                       {"upsample_factor": 0}, {"upsample_factor": float("nan")}):
         with pytest.raises(ValueError):
             VideoMatch(model.encoder, **arguments)
-
-
-@pytest.mark.parametrize("distance", [0, 1, 5, 12.5])
-def test_extrude_is_a_disk_dilation(distance):
-    rng = np.random.default_rng(0)
-    mask = rng.random((37, 53)) > 0.995
-    ys, xs = np.nonzero(mask)
-    y, x = np.mgrid[:37, :53]
-    nearest = np.sqrt((y[..., None] - ys) ** 2 + (x[..., None] - xs) ** 2).min(-1)
-    np.testing.assert_array_equal(extrude(mask, distance), nearest <= distance)
-
-
-def moving_spot(model, monkeypatch, places, size=8, **options):
-    """Segment frames of 60x200 in which probability 1 lies at `places` (x of the left edge)."""
-    shape = (60, 200)
-
-    def picture(spots):
-        mask = np.zeros(shape, np.uint8)
-        for x in spots:
-            mask[20:20 + size, x:x + size] = 1
-        return mask
-
-    masks = iter([picture(spots) for spots in places[1:]])
-
-    def predict(image, shape=None):
-        mask = torch.from_numpy(next(masks)).float()
-        return torch.stack([1 - mask, mask])
-
-    model.set_reference(torch.zeros(3, *shape), picture(places[0]))
-    monkeypatch.setattr(model, "predict", predict)
-    results = [model.segment(torch.zeros(3, *shape), **options) for _ in places[1:]]
-    return [sorted({int(x) // size * size for x in np.nonzero(r)[1]}) for r in results]
-
-
-def test_outliers_are_removed_and_the_object_followed(model, monkeypatch):
-    model.dilation = 20
-    found = moving_spot(model, monkeypatch, [(0,), (8, 160), (24, 160), (40,)])
-    assert found == [[8], [24], [40]]
-
-
-def test_leaving_outliers(model, monkeypatch):
-    model.dilation = 20
-    found = moving_spot(model, monkeypatch, [(0,), (8, 160)], remove_outliers=False)
-    assert found == [[8, 160]]
-
-
-def test_an_object_that_vanished_comes_back_anywhere(model, monkeypatch):
-    model.dilation = 20
-    found = moving_spot(model, monkeypatch, [(0,), (), (), (160,), (168, 0)])
-    assert found == [[], [], [160], [168]]
-
-
-def test_an_object_that_jumped_too_far_is_found_one_frame_later(model, monkeypatch):
-    model.dilation = 20
-    assert moving_spot(model, monkeypatch, [(0,), (160,), (160,)]) == [[], [160]]
-
-
-def test_a_few_stray_pixels_do_not_lock_the_object_out(model, monkeypatch):
-    model.dilation = 5
-    stray = np.zeros((60, 200), np.uint8)
-    stray[50, 5] = 1
-    moving_spot(model, monkeypatch, [(0,), ()], size=16)
-    model._previous = stray
-    probabilities = np.zeros((2, 60, 200), np.float32)
-    probabilities[1, 20:36, 160:176] = 1
-    model._remove_outliers(probabilities)
-    assert probabilities[1, 20:36, 160:176].min() == 1
-
-
-def test_removed_probability_goes_to_the_background(model):
-    model.set_reference(torch.zeros(3, *SHAPE), draw_frame(0, (1, 2))[1])
-    model.dilation = 3
-    probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), SHAPE).transpose(2, 0, 1)
-    before = probabilities.copy()
-    model._remove_outliers(probabilities)
-    np.testing.assert_allclose(probabilities.sum(0), 1)
-    near = extrude(draw_frame(0, (1, 2))[1] == 2, 3)
-    np.testing.assert_array_equal(probabilities[2], np.where(near, before[2], 0))
 
 
 def test_cell_labels_are_nearest_and_keep_tiny_objects():
@@ -179,9 +88,8 @@ def test_checkpoint_brings_configuration_and_weights(model, tmp_path):
     assert (loaded.top_k, loaded.temperature, loaded.dilation) == (7, 0.1, 33)
     assert (loaded.encoder.name, loaded.upsample_factor) == ("mobilenet", 2.0)
     assert loaded.facts == {"held_out_iou": 0.5, "held_out": ["bear"]}
-    for m in (model, loaded):
-        m.set_reference(*frame(0))
-    assert torch.equal(model.predict(frame(1)[0]), loaded.predict(frame(1)[0]))
+    first, second = (predict(m, reference(m, *frame(0)), frame(1)[0]) for m in (model, loaded))
+    assert torch.equal(first, second)
 
 
 class Malicious:
@@ -204,15 +112,6 @@ def test_bad_checkpoints_are_named_and_never_run(content, tmp_path, monkeypatch)
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         VideoMatch.load(tmp_path / "none.pth")
-
-
-def test_random_weights_of_the_large_encoders_match_too():
-    for name in ("vgg", "resnet"):
-        torch.manual_seed(0)
-        model = VideoMatch(Encoder(name), top_k=20).eval()
-        model.set_reference(*frame(0, scale=4))
-        test, truth = frame(2, scale=4)
-        assert intersection_over_union(model.segment(test), truth) > 0.5, name
 
 
 def script(*arguments, cwd):
@@ -258,24 +157,13 @@ def test_zoom_enlarges_frames_in_use_only():
     mask[20:40, 30:60] = 1
     larger = F.interpolate(images, scale_factor=1.5, mode="bilinear", align_corners=False)
     with torch.no_grad():
-        model.set_reference(larger[0], mask)
-        expected = model.predict(larger[1], (64, 96))
+        expected = predict(model, reference(model, larger[0], mask), larger[1], (64, 96))
         model.zoom = 1.5
-        model.set_reference(images[0], mask)
-        torch.testing.assert_close(model.predict(images[1]), expected)
-        model.train().set_reference(images[0], mask)
-        assert model._seen[0].features.shape[1:] == (4, 6)
-
-
-def test_the_memory_wants_frames_of_one_size():
-    model = VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, recent=1).eval()
-    mask = torch.zeros(64, 96, dtype=torch.uint8)
-    mask[20:40, 30:60] = 1
-    model.set_reference(torch.randn(3, 64, 96), mask)
-    with pytest.raises(ValueError, match=r"reference frame's size, got \(96, 96\)"):
-        model.segment(torch.randn(3, 96, 96))
-    model.method = "matching"
-    assert model.segment(torch.randn(3, 96, 96)).shape == (96, 96)
+        found = predict(model, reference(model, images[0], mask), images[1])
+        torch.testing.assert_close(found, expected)
+        model.train()
+        seen = model.refer(images[:1], mask[None], [model.memory([1])])
+        assert seen.grids[0].features.shape[1:] == (4, 6)
 
 
 @pytest.mark.parametrize("box", [(20, 40, 30, 60), (0, 3, 90, 96), (0, 64, 0, 96), (63, 64, 0, 1)])
@@ -303,13 +191,12 @@ def test_an_object_that_comes_closer_matches_the_closer_views():
     middle = np.s_[26:74, 33:97]  # half the height and width, around the object
     closer = F.interpolate(image[None, :, *middle], scale_factor=2, mode="bilinear")[0]
     with torch.no_grad():
-        model.set_reference(image, mask)
-        model.predict(closer)
+        frames = model.encode(closer[None])
+        scores = model.match(frames, [reference(model, image, mask)])[0]
         # each cell finds itself, in its own set
-        labels = cell_labels(torch.as_tensor(mask[None, *middle]), model.scores.shape[2:])
-        found = model.scores[0].gather(0, labels)[0]
+        labels = cell_labels(torch.as_tensor(mask[None, *middle]), scores.shape[1:])
+        found = scores.gather(0, labels)[0]
         torch.testing.assert_close(found, torch.ones_like(found), atol=1e-4, rtol=0)
         model.method = "paper"
-        model.set_reference(image, mask)
-        model.predict(closer)
-        assert model.scores[0].gather(0, labels)[0].mean() < 0.99
+        scores = model.match(frames, [reference(model, image, mask)])[0]
+        assert scores.gather(0, labels)[0].mean() < 0.99

@@ -143,8 +143,8 @@ def test_grid_shows_each_panel_under_its_title(no_display):
 def test_figure_is_saved_where_told_or_without_display_by_default(
         tmp_path, no_display, capsys, name):
     path = tmp_path / (name or "default.png")
-    figure = figures.grid([("red", np.full((20, 30, 3), (200, 10, 10), np.uint8))], columns=1)
-    figures.show_or_save(figure, path if name else None, tmp_path / "default.png")
+    panels = [("red", np.full((20, 30, 3), (200, 10, 10), np.uint8))]
+    figures.show_or_save(panels, 1, path if name else None, tmp_path / "default.png")
     assert f"saved {path}" in capsys.readouterr().out
     assert count_colour(path, (200, 10, 10)) > 10000
     assert list(tmp_path.rglob("*.png")) == [path]

@@ -1,0 +1,339 @@
+"""The flags of `main.py`, group by group, each group's beside the check of their values.
+
+What the flags are for, it leaves to `main.py`. Nothing is read here but the command line.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import annotations
+import train
+from davis import SETS, YEARS
+from network.encoder import BACKBONES
+from videomatch import METHODS
+
+MODES = ("train", "eval", "segment")
+LEVELS = ("debug", "info", "warn", "fatal")
+PRECISIONS = ("fp32", "bf16", "fp16")
+TRAINING_SHAPE = (320, 576)
+UNSET = object()  # a flag that the command line doesn't name
+
+
+def expect(condition: bool, flag: str, expected: str, value) -> None:
+    if not condition:
+        raise ValueError(f"{flag}: expected {expected}, got {value}")
+
+
+def positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        expect(value is None or 0 < value < float("inf"), f"--{name}", "a number above 0", value)
+
+
+def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        expected = "a whole number of at least 1" if least else "at least 0"
+        expect(value is None or value >= least, f"--{name}", expected, value)
+
+
+def shape(args: argparse.Namespace, name: str) -> None:
+    value = getattr(args, name)
+    expect(value is None or min(value) >= 16, f"--{name}", "at least 16 16", value)
+
+
+def general(add) -> Callable:
+    add("--mode", "-m", choices=MODES, default="train",
+        help="train; segment sequences of a data set and score them; or segment a clip of your "
+             "own (default: train); -m MODE -h shows the flags of one mode")
+    add("--logger", "-f", metavar="LEVEL", choices=LEVELS, default="info",
+        help="debug, info, warn or fatal; debug also shows where an error came from "
+             "(default: info)")
+    add("--cuda_device", "-c", metavar="DEVICE", default=None,
+        help="id of a CUDA device, or cpu, or mps (default: the best there is)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="change it to see how much a result owes to chance (default: 0)")
+    add("--overwrite", action="store_true",
+        help="start over where --results_dir or --model_save holds an earlier run; without it an "
+             "interrupted evaluation or clip goes on where it stopped, and a training is refused")
+
+    def check(args) -> None:
+        at_least(0, args, "seed")
+        expect(args.seed < 2**63, "--seed", "a number below 2 to the power of 63", args.seed)
+
+    return check
+
+
+def data(add) -> Callable:
+    add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
+        help="the DAVIS folder, 2016 or 2017 archive (default: ./DAVIS)")
+    add("--demo", action="store_true",
+        help="a small data set that the toolkit draws itself: to try things without DAVIS")
+    add("--year", "-y", choices=YEARS, default=None,
+        help="2016: one object in a sequence; 2017: many; all: both lists, many "
+             "(default: 2016, for the demo 2017)")
+    add("--set", "-t", metavar="NAME", default=None,
+        help=f"which sequences: {', '.join(SETS)}, or another list or folder of the data set "
+             "(default: train for training, val for evaluation)")
+    add("--sequences", "-q", metavar="NAME", nargs="+",
+        help="only these: to look at a few, or to leave some out")
+    add("--no-shuffle", "-u", action="store_true",
+        help="train on the frames in order: to compare runs (evaluation never shuffles)")
+    return lambda args: None
+
+
+def model(add) -> Callable:
+    add("--model_load", "-o", metavar="PATH", type=Path,
+        help="checkpoint to evaluate or to train on from; it brings its configuration "
+             "(default: for evaluation the one in models/, for training ImageNet weights)")
+    add("--encoder", "-en", choices=BACKBONES, default=None,
+        help="mobilenet for a CPU, vgg or resnet with a GPU (default: the checkpoint's, "
+             "else mobilenet)")
+    add("--encoder_weights", metavar="PATH",
+        help="file of ImageNet weights in torchvision's layout where they can't be downloaded; "
+             "none: random weights")
+    add("--upsample_factor", "-uf", metavar="FACTOR", type=float,
+        help="enlarge features by this much: higher for finer masks and small objects, lower "
+             "for speed (default: the checkpoint's, else 2 for mobilenet, 1 for vgg and resnet)")
+    add("--top_k", "-k", metavar="K", type=int,
+        help="best similarities averaged: lower for small objects, higher against noise "
+             "(default: the checkpoint's, else 5 for mobilenet, 20 for vgg and resnet)")
+    add("--temperature", metavar="T", type=float,
+        help="of the softmax over scores: lower for more decided probabilities "
+             "(default: the checkpoint's, else 0.05)")
+    add("--dilation", metavar="PIXELS", type=int,
+        help="how far from its last place an object may be found: lower where look-alikes are "
+             "near, higher for fast objects (default: the checkpoint's, else 100)")
+    add("--method", choices=METHODS,
+        help="matching: with the reference frame only; paper: with its online update too; memory: "
+             "with recent frames and a learned refinement (default: memory where the checkpoint "
+             "holds what it needs, as the one in models/ does, and for training; else matching)")
+    add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=int,
+        help="size at which the network sees frames: smaller for speed and memory (default: "
+             "as --size says for evaluation, {} {} for training)".format(*TRAINING_SHAPE))
+
+    def check(args) -> None:
+        positive(args, "upsample_factor", "temperature")
+        at_least(1, args, "top_k")
+        at_least(0, args, "dilation")
+        shape(args, "input_image_shape")
+
+    return check
+
+
+def fitting(add) -> Callable:
+    add("--learning_rate", "-l", metavar="RATE", type=float, default=1e-4,
+        help="of AdamW for the encoder, ten times as much for the decoder, falling to 0 as a "
+             "cosine; lower for larger encoders, or when the loss jumps (default: 1e-4)")
+    add("--weight_decay", "-w", metavar="DECAY", type=float, default=0.0,
+        help="of AdamW; raise it when held-out IoU falls while the loss does too (default: 0)")
+    add("--loss_function", "-lf", choices=train.LOSSES, nargs="+", default=["dice", "bce"],
+        help="one, or several to add up; balancedbce for small objects (default: dice bce)")
+
+    def check(args) -> None:
+        positive(args, "learning_rate")
+        at_least(0, args, "weight_decay")
+
+    return check
+
+
+def training(add) -> Callable:
+    add("--model_save", "-s", metavar="PATH", type=Path,
+        help="where the best weights go, with the log (.jsonl) beside them "
+             "(default: runs/vm_ENCODER.pth)")
+    add("--workers", metavar="N", type=int, default=2,
+        help="processes that read and augment pairs; more when the GPU waits for data, "
+             "0 to debug (default: 2)")
+    add("--batch_size", "-b", metavar="N", type=int, default=1,
+        help="pairs or clips in a step of each process: more for a steadier gradient if memory "
+             "allows (default: 1)")
+    add("--epochs", "-e", metavar="N", type=int, default=1, help="passes (default: 1)")
+    add("--iters", "-i", metavar="N", type=int, default=-1,
+        help="steps in a pass; -1: as many as show each frame once (default: -1)")
+    add("--no-augment", "-a", action="store_true",
+        help="train on frames as they are, only resized")
+    add("--validation_size", "-vs", metavar="SHARE", type=float, default=0.1,
+        help="share of the sequences held out, whole, to choose the best weights; 0 trains on all "
+             "and keeps the last weights (default: 0.1)")
+    add("--val_report", "-r", metavar="ITERS", type=int, default=100,
+        help="iterations between validations; -1: at the end only (default: 100)")
+    add("--patience", metavar="N", type=int, default=10,
+        help="stop after this many reports without a better held-out IoU (default: 10)")
+    add("--resume", action="store_true",
+        help="go on from the last report of the same run, after it was interrupted")
+    add("--loss_visualization", "-x", action="store_true",
+        help="write the curves of loss and held-out IoU beside the weights (.png)")
+
+    def check(args) -> None:
+        at_least(1, args, "batch_size", "epochs", "patience")
+        at_least(0, args, "workers")
+        for name in ("iters", "val_report"):
+            value = getattr(args, name)
+            expect(value == -1 or value >= 1, f"--{name}", "-1 or at least 1", value)
+        expect(args.model_save is None or args.model_save.suffix == ".pth", "--model_save",
+               "a file that ends in .pth, with the log and the state beside it", args.model_save)
+
+    return check
+
+
+def clip(add) -> Callable:
+    add("--video", metavar="PATH", type=Path,
+        help="a video file, an animated GIF or a folder of frames")
+    add("--mask", metavar="[N:]FILE", nargs="+", default=[],
+        help="masks of frames, counted from 0: FIRST.png, or 0:a.png 120:b.png; each value or "
+             "palette entry is an object")
+    add("--mask_frame", metavar="N", type=int, default=0,
+        help="which frame the mask or box is of: the clip is segmented forwards and backwards "
+             "from it (default: 0)")
+    add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int,
+        help="no mask at hand: look for the object in this box")
+    add("--annotate", action="store_true",
+        help="no mask at hand: draw a box or paint the mask in a window")
+    add("--cutout", metavar="HOW",
+        help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
+             "colour such as #00ff00 (mp4)")
+
+    add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
+        help="also write the masks as other tools read them: coco (annotations.json, run "
+             "lengths), yolo (labels/, polygons), both with track ids")
+
+    def check(args) -> None:
+        expect(args.video is not None, "--video", "a video or a folder of frames", "none")
+        sources = bool(args.mask) + bool(args.box) + args.annotate
+        expect(sources == 1, "--mask, --box, --annotate", "one of them", sources)
+        at_least(0, args, "mask_frame")
+        expect(args.cutout in (None, "transparent", "blur")
+               or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",
+               "transparent, blur or a colour such as #00ff00", args.cutout)
+
+    return check
+
+
+def results(add) -> Callable:
+    add("--size", metavar="PIXELS", type=int, default=480,
+        help="larger frames are reduced to this short side for the network, and masks get the "
+             "frame's size back: higher for small objects in large frames, at a cost in time; 0: "
+             "the frame's own (default: 480)")
+    add("--results_dir", "-j", metavar="DIR", type=Path,
+        help="write masks and tables there (default: for a clip results/NAME, for the demo "
+             "results/demo, else only print the table)")
+    add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=int,
+        help="size at which pixels are decided, before masks get the frame's size: smaller "
+             "for speed with large frames (default: the frame's own)")
+    add("--leave_outliers", "-ro", action="store_true",
+        help="keep what lies far from the object's place in the frame before: for fast "
+             "objects and for cuts")
+    add("--finetune", metavar="N", type=int, default=0,
+        help="fit the model to each video by N steps on its first frame (at --learning_rate): for "
+             "objects unlike any of the training set; on DAVIS it gains nothing (default: 0)")
+    add("--precision", choices=PRECISIONS,
+        help="of the features and their products; fp32 where a result must repeat exactly "
+             "(default: fp16 on a CUDA device, else fp32)")
+    add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
+        help="probability from which a pixel is foreground: higher for fewer false positives "
+             "(default: 0.5)")
+
+    def check(args) -> None:
+        shape(args, "segmentation_shape")
+        at_least(0, args, "finetune")
+        expect(args.size == 0 or args.size >= 16, "--size", "0 or at least 16", args.size)
+        expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
+
+    return check
+
+
+def table(add) -> Callable:
+    add("--visualize", "-v", action="store_true",
+        help="also write a video with the masks laid over the frames, into --results_dir")
+
+    def check(args) -> None:
+        expect(not (args.visualize and not args.results_dir and not args.demo), "--visualize",
+               "--results_dir DIR beside it, to write the videos to", "none")
+
+    return check
+
+
+@dataclass(frozen=True)
+class Group:
+    title: str
+    modes: tuple[str, ...]
+    flags: Callable  # adds them to a parser, and returns the check of their values
+
+
+GROUPS = (Group("general", MODES, general),
+          Group("data (train, eval)", ("train", "eval"), data),
+          Group("model", MODES, model),
+          Group("training (train)", ("train",), training),
+          Group("fitting (train; with --finetune eval, segment)", MODES, fitting),
+          Group("a clip of your own (segment)", ("segment",), clip),
+          Group("results (eval, segment)", ("eval", "segment"), results),
+          Group("evaluation (eval)", ("eval",), table))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (-h explains every flag)")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of a command line, checked.
+
+    Raises:
+        ValueError: an unknown flag, one that the mode doesn't use, or a value that no run could
+            use.
+    """
+    parser, groups = _parser(_mode(argv))
+    args = parser.parse_args(argv, argparse.Namespace(
+        **{action.dest: UNSET for action in parser._actions if action.dest != "help"}))
+    given = {name for name, value in vars(args).items() if value is not UNSET}
+    for name in vars(args).keys() - given:
+        setattr(args, name, parser.get_default(name))
+    checks = []
+    for group, actions, check in groups:
+        if args.mode in group.modes:
+            checks.append(check)
+        for action in actions:
+            if action.dest in given and args.mode not in group.modes:
+                raise ValueError(f"{action.option_strings[0]}: not for -m {args.mode}, expected "
+                                 f"-m {' or -m '.join(group.modes)} beside it")
+    for name in ("learning_rate", "weight_decay", "loss_function"):
+        if name in given and args.mode != "train" and not args.finetune:
+            raise ValueError(f"--{name}: without --finetune nothing is fitted with "
+                             f"-m {args.mode}, expected both or none")
+    for check in checks:
+        check(args)
+    return args
+
+
+def defaults() -> dict:
+    """Of every flag, by its name."""
+    parser, _ = _parser()
+    return {action.dest: action.default for action in parser._actions}
+
+
+def _mode(argv: list[str] | None) -> str | None:
+    """The mode whose flags `-h` is to show; None: all."""
+    first = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    first.add_argument("--mode", "-m")
+    first.add_argument("--help", "-h", action="store_true")
+    try:
+        found = first.parse_known_args(argv)[0]
+    except argparse.ArgumentError:
+        return None
+    return found.mode if found.help and found.mode in MODES else None
+
+
+def _parser(mode: str | None = None):
+    """A parser of all groups, or of those of one mode; and each group's actions and check."""
+    parser = Parser(description="VideoMatch: matching based video object segmentation.",
+                    epilog="Try it with nothing but this folder: python main.py -m eval --demo")
+    groups = []
+    for group in GROUPS:
+        if mode is None or mode in group.modes:
+            section = parser.add_argument_group(group.title)
+            check = group.flags(section.add_argument)
+            groups.append((group, section._group_actions, check))
+    return parser, groups

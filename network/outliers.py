@@ -1,0 +1,55 @@
+"""Outlier removal, and from probabilities to a mask (Hu, Huang, Schwing, 2018, section 3.3).
+
+Arrays of numpy in, arrays out: it knows neither the network nor what it keeps of a video.
+"""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
+
+
+def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
+    """(H, W) bool -> (H, W) bool: the pixels within `distance` of the mask (a disk dilation).
+
+    By the distance transform, whose cost doesn't grow with the distance.
+    """
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
+                                 cv2.DIST_MASK_PRECISE) <= distance
+
+
+def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, shares: dict[int, float],
+                    distance: float) -> None:
+    """Give an object's probability outside its extruded previous mask to the background, in place.
+
+    An object that vanished may re-appear anywhere.
+
+    Args:
+        probabilities: (N+1, H, W), channel 0 the background.
+        previous: (H, W) uint8 mask of the frame before.
+        shares: of each object, in the order of the channels, the share of a reference frame that
+            it covers, in [0, 1].
+        distance: pixels.
+    """
+    for channel, (object_id, share) in enumerate(shares.items(), start=1):
+        before = previous == object_id
+        if before.mean() <= VANISHED * share:
+            continue
+        outside = ~extrude(before, distance)
+        probabilities[0][outside] += probabilities[channel][outside]
+        probabilities[channel][outside] = 0
+
+
+def decide(probabilities: np.ndarray, object_ids: Sequence[int],
+           threshold: float = 0.5) -> np.ndarray:
+    """(N+1, H, W) probabilities -> (H, W) uint8 mask of object ids.
+
+    Args:
+        threshold: a pixel belongs to an object where the probability of all objects together is
+            above it, in [0, 1].
+    """
+    mask = np.array(object_ids, dtype=np.uint8)[probabilities[1:].argmax(0)]
+    mask[probabilities[0] >= 1 - threshold] = 0
+    return mask

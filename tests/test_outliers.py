@@ -1,0 +1,57 @@
+"""Outlier removal against brute force and by hand; from probabilities to a mask."""
+
+import numpy as np
+import pytest
+from conftest import SHAPE, draw_frame
+
+from network.outliers import VANISHED, decide, extrude, remove_outliers
+
+
+@pytest.mark.parametrize("distance", [0, 1, 5, 12.5])
+def test_extrude_is_a_disk_dilation(distance):
+    rng = np.random.default_rng(0)
+    mask = rng.random((37, 53)) > 0.995
+    ys, xs = np.nonzero(mask)
+    y, x = np.mgrid[:37, :53]
+    nearest = np.sqrt((y[..., None] - ys) ** 2 + (x[..., None] - xs) ** 2).min(-1)
+    np.testing.assert_array_equal(extrude(mask, distance), nearest <= distance)
+
+
+def test_a_few_stray_pixels_do_not_lock_the_object_out():
+    stray = np.zeros((60, 200), np.uint8)
+    stray[50, 5] = 1
+    probabilities = np.zeros((2, 60, 200), np.float32)
+    probabilities[1, 20:36, 160:176] = 1
+    remove_outliers(probabilities, stray, {1: 16 * 16 / stray.size}, distance=5)
+    assert probabilities[1, 20:36, 160:176].min() == 1
+
+
+@pytest.mark.parametrize("pixels, locked", [(9, False), (11, True)])
+def test_an_object_has_vanished_at_a_hundredth_of_its_reference_area(pixels, locked):
+    assert VANISHED == 0.01
+    previous = np.zeros((60, 200), np.uint8)
+    previous[50, :pixels] = 1
+    probabilities = np.zeros((2, 60, 200), np.float32)
+    probabilities[1, 20:36, 160:176] = 1
+    remove_outliers(probabilities, previous, {1: 1000 / previous.size}, distance=5)
+    assert probabilities[1].any() != locked
+
+
+def test_removed_probability_goes_to_the_background():
+    mask = draw_frame(0, (1, 2))[1]
+    shares = {i: float((mask == i).mean()) for i in (1, 2)}
+    probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), SHAPE).transpose(2, 0, 1)
+    before = probabilities.copy()
+    remove_outliers(probabilities, mask, shares, distance=3)
+    np.testing.assert_allclose(probabilities.sum(0), 1)
+    near = extrude(mask == 2, 3)
+    np.testing.assert_array_equal(probabilities[2], np.where(near, before[2], 0))
+
+
+@pytest.mark.parametrize("threshold, expected", [(0.2, [9, 4, 9, 9]), (0.5, [0, 4, 0, 9]),
+                                                 (0.65, [0, 4, 0, 0]), (0.9, [0, 0, 0, 0])])
+def test_all_objects_together_pass_the_threshold_and_the_likeliest_wins(threshold, expected):
+    probabilities = np.array([[0.6, 0.1, 0.5, 0.4], [0.15, 0.8, 0.2, 0.29],
+                              [0.25, 0.1, 0.3, 0.31]])[:, None]
+    mask = decide(probabilities, [4, 9], threshold)
+    assert mask.dtype == np.uint8 and mask.tolist() == [expected]

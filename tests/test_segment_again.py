@@ -1,0 +1,133 @@
+"""Clips that are segmented again: after a kill, for another cut-out, with other flags."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, STATE_OF_EACH_FRAME, content, draw_frame, kill_when
+
+import main
+from media import images
+from media.masks import read_mask
+from tracker import Tracker
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """The arguments that segment a clip from masks of two frames, the later with one object more.
+
+    With the shipped model, so with memory of recent and past frames.
+    """
+    for i in range(16):
+        image, mask = draw_frame(i % 11, (1, 2))
+        images.write_image(tmp_path / "clip" / f"{i:05d}.png", image)
+        images.write_mask(tmp_path / f"{i}.png", mask if i > 8 else np.where(mask == 2, 0, mask))
+
+    def arguments(name, *more, masks=("7:7.png", "9:9.png")):
+        masks = [mask.replace(":", f":{tmp_path}/") for mask in masks]
+        return ["-m", "segment", "--video", str(tmp_path / "clip"), "--mask", *masks, "-c", "cpu",
+                "-p", "96", "160", "-j", str(tmp_path / name), *more]
+
+    return arguments
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("last, kept, cutout", [(3, [6, 5, 4], "blur"),
+                                                (7, range(7), "transparent"),
+                                                (12, range(12), "blur")])
+def test_a_killed_clip_goes_on_in_either_direction(last, kept, cutout, clip, tmp_path, capsys):
+    more = ["--cutout", cutout]
+    killed = tmp_path / "killed"
+    kill_when((killed / "masks" / f"{last:05d}.png").is_file, clip("killed", *more),
+              ("-c", STATE_OF_EACH_FRAME, ROOT))
+    before = {path: path.stat().st_mtime_ns for path in
+              (killed / "masks" / f"{i:05d}.png" for i in kept)}
+    assert main.main(clip("killed", *more, "-k", "7")) == 2
+    assert "holds results of other flags" in capsys.readouterr().err
+    assert main.main(clip("killed", *more)) == 0
+    assert main.main(clip("whole", *more)) == 0
+    assert content(killed) == content(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    found = list((killed / "masks").iterdir())
+    assert len(found) == 16 and any(2 in read_mask(path) for path in found)
+
+
+def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypatch):
+    out, step = tmp_path / "out", Tracker.step
+    assert main.main(clip("out")) == 0
+    assert main.main(clip("whole", "--cutout", "transparent")) == 0
+    monkeypatch.setattr(Tracker, "step", lambda *_: pytest.fail("segmented again"))
+    before = content(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    capsys.readouterr()
+    assert main.main(clip("out")) == 0
+    assert "16 frames were finished before" in capsys.readouterr().out
+    assert content(out) == before
+    for how in ("transparent", "blur", "#00ff00"):
+        assert main.main(clip("out", "--cutout", how)) == 0
+        assert "finished before" not in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    green, drawn = (out / "cutout.mp4").read_bytes(), content(out)
+    for path, data in content(tmp_path / "whole").items():
+        if not path.name.endswith(".json"):
+            assert drawn[path] == data
+    for how in ("transparent", "#00ff00"):  # are there
+        assert main.main(clip("out", "--cutout", how)) == 0
+        assert "finished before" in capsys.readouterr().out
+    assert main.main(clip("out", "--cutout", "blur")) == 0  # is there no longer
+    assert (out / "cutout.mp4").read_bytes() != green
+    monkeypatch.setattr(Tracker, "step", step)
+    (out / "masks" / "00003.png").unlink()
+    assert main.main(clip("out")) == 0
+    assert {path: data for path, data in content(out).items() if path in before} == {
+        path: data if path.name != "clip.finished.json" else content(out)[path]
+        for path, data in before.items()}
+
+
+def test_clips_of_something_else_are_not_mixed(clip, tmp_path, capsys):
+    assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
+    before = content(tmp_path / "out")
+    shutil.copytree(tmp_path / "clip", tmp_path / "other")
+    for arguments, what in ((clip("out", "-k", "7", masks=["7:7.png"]), "flags"),
+                            (clip("out"), "masks"), (clip("out", masks=["8:7.png"]), "masks"),
+                            (clip("out", masks=["7:6.png"]), "masks"),
+                            (clip("out", "--video", str(tmp_path / "other"), masks=["7:7.png"]),
+                             "data")):
+        assert main.main(arguments) == 2
+        assert f"holds results of other {what}" in capsys.readouterr().err
+        assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("first", ["transparent", "blur"])
+def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path):
+    assert main.main(clip("out", "--cutout", first, masks=["7:7.png"])) == 0
+    for i in (14, 15):
+        (tmp_path / "clip" / f"{i:05d}.png").unlink()
+    assert main.main(clip("out", "--overwrite")) == 0
+    assert main.main(clip("whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    # a mask of the results, put right by hand, is an input that stays
+    edited = tmp_path / "out" / "masks" / "00012.png"
+    images.write_mask(edited, read_mask(tmp_path / "12.png"))
+    again = clip("out", "--overwrite", masks=["7:7.png", "12:out/masks/00012.png"])
+    assert main.main(again) == 0
+    np.testing.assert_array_equal(read_mask(edited), read_mask(tmp_path / "12.png"))
+
+
+def test_what_is_refused_at_once_leaves_no_manifest(clip, tmp_path, capsys):
+    images.write_mask(tmp_path / "small.png", np.ones((9, 8), np.uint8))
+    for wrong in ("7:small.png", "99:7.png"):
+        assert main.main(clip("out", masks=[wrong])) == 2
+    assert main.main(clip("out")) == 0
+
+
+def test_a_broken_state_is_named(clip, tmp_path, capsys):
+    state = tmp_path / "out" / ".masks.progress"
+    state.parent.mkdir()
+    for broken in (b"", b"text", {"index": 3}, {"index": 3, "forwards": True, "state": {}},
+                   {"index": 3, "forwards": True, "state": {"memory": {"kind": "Popen"}}}):
+        state.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, state)
+        assert main.main(clip("out")) == 2
+        assert ".masks.progress: not the state of an inter" in capsys.readouterr().err
+    assert main.main(clip("out", "--overwrite")) == 0 and not state.exists()

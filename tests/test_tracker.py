@@ -1,0 +1,278 @@
+"""One video: its masks, its state, and that none of it is in the network."""
+
+import copy
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, draw_frame
+
+import preprocess
+from network.encoder import Encoder
+from network.state import plain, restored
+from tracker import Tracker
+from videomatch import METHODS, SHIPPED, VideoMatch
+
+
+def frame(step, ids=(1,), scale=1):
+    image, mask = (x.repeat(scale, 0).repeat(scale, 1) for x in draw_frame(step, ids))
+    return preprocess.to_tensor(image), mask
+
+
+def intersection_over_union(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.fixture(params=METHODS)
+def any_method(request):
+    """The shipped model, with each method, finely enough that all of them find something."""
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
+    model.method, model.confidence = request.param, 0.6  # some features enter online
+    return model
+
+
+def test_finds_the_object_in_another_frame(model):
+    tracker = Tracker(model, outlier_removal=False)
+    tracker.step(*frame(0, scale=4))
+    test, truth = frame(5, scale=4)
+    found = tracker.step(test).mask
+    assert found.dtype == np.uint8 and set(np.unique(found)) == {0, 1}
+    assert intersection_over_union(found, truth) > 0.5
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+def test_random_weights_of_the_large_encoders_match_too(name):
+    torch.manual_seed(0)
+    tracker = Tracker(VideoMatch(Encoder(name), top_k=20).eval())
+    tracker.step(*frame(0, scale=4))
+    test, truth = frame(2, scale=4)
+    assert intersection_over_union(tracker.step(test).mask, truth) > 0.5
+
+
+@pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
+def test_a_step_tells_masks_and_probabilities(model, ids):
+    tracker = Tracker(model)
+    image, mask = frame(0, ids)
+    given = tracker.step(image, mask)
+    np.testing.assert_array_equal(given.mask, mask)
+    for channel, i in enumerate((0, *ids)):
+        np.testing.assert_array_equal(given.probabilities[channel].numpy(), mask == i)
+    found = tracker.step(frame(1, ids)[0], shape=(30, 50))
+    assert found.object_ids == tracker.object_ids == ids
+    assert found.mask.shape == (30, 50) and set(np.unique(found.mask)) <= {0, *ids}
+    assert found.probabilities.shape == (len(ids) + 1, 30, 50)
+    torch.testing.assert_close(found.probabilities.sum(0), torch.ones(30, 50))
+
+
+def test_confidence_is_the_mean_probability_over_the_mask(model):
+    tracker = Tracker(model)
+    assert tracker.step(*frame(0, (3, 7))).confidence() == {3: 1.0, 7: 1.0}
+    step = tracker.step(frame(1, (3, 7))[0])
+    for channel, i in enumerate((3, 7), start=1):
+        inside = step.mask == i
+        assert inside.any() and not inside.all()
+        expected = step.probabilities.numpy()[channel][inside].mean()
+        assert step.confidence()[i] == pytest.approx(expected, rel=1e-5)
+    assert replace(step, mask=0 * step.mask).confidence() == {3: 0.0, 7: 0.0}
+
+
+def test_threshold(model):
+    start = Tracker(model, outlier_removal=False)
+    start.step(*frame(0))
+    test = frame(1)[0]
+    foreground = model.predict(model.encode(test[None]), [start.memory])[0, 1].detach().numpy()
+    for threshold in (0.2, 0.5, 0.9):
+        tracker = Tracker(model, threshold, outlier_removal=False)
+        tracker.step(*frame(0))
+        np.testing.assert_array_equal(tracker.step(test).mask == 1,
+                                      1 - (1 - foreground) > threshold)
+
+
+def test_the_first_mask_must_be_there_and_hold_an_object(model):
+    with pytest.raises(ValueError, match="first frame needs a mask"):
+        Tracker(model).step(frame(0)[0])
+    with pytest.raises(ValueError, match="no object"):
+        Tracker(model).step(frame(0)[0], np.zeros(SHAPE, np.uint8))
+
+
+def moving_spot(model, monkeypatch, places, size=8, **options):
+    """Segment frames of 60x200 in which probability 1 lies at `places` (x of the left edge)."""
+    shape = (60, 200)
+
+    def picture(spots):
+        mask = np.zeros(shape, np.uint8)
+        for x in spots:
+            mask[20:20 + size, x:x + size] = 1
+        return mask
+
+    masks = iter([picture(spots) for spots in places[1:]])
+
+    def predict(frames, memories, shape=None):
+        mask = torch.from_numpy(next(masks)).float()
+        return torch.stack([1 - mask, mask])[None]
+
+    tracker = Tracker(model, **options)
+    tracker.step(torch.zeros(3, *shape), picture(places[0]))
+    monkeypatch.setattr(model, "predict", predict)
+    results = [tracker.step(torch.zeros(3, *shape)).mask for _ in places[1:]]
+    return [sorted({int(x) // size * size for x in np.nonzero(r)[1]}) for r in results]
+
+
+def test_outliers_are_removed_and_the_object_followed(model, monkeypatch):
+    model.dilation = 20
+    found = moving_spot(model, monkeypatch, [(0,), (8, 160), (24, 160), (40,)])
+    assert found == [[8], [24], [40]]
+
+
+def test_leaving_outliers(model, monkeypatch):
+    model.dilation = 20
+    found = moving_spot(model, monkeypatch, [(0,), (8, 160)], outlier_removal=False)
+    assert found == [[8, 160]]
+
+
+def test_an_object_that_vanished_comes_back_anywhere(model, monkeypatch):
+    model.dilation = 20
+    found = moving_spot(model, monkeypatch, [(0,), (), (), (160,), (168, 0)])
+    assert found == [[], [], [160], [168]]
+
+
+def test_an_object_that_jumped_too_far_is_found_one_frame_later(model, monkeypatch):
+    model.dilation = 20
+    assert moving_spot(model, monkeypatch, [(0,), (160,), (160,)]) == [[], [160]]
+
+
+def test_the_memory_wants_frames_of_one_size():
+    model = VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, recent=1).eval()
+    mask = np.zeros((64, 96), np.uint8)
+    mask[20:40, 30:60] = 1
+    tracker = Tracker(model)
+    tracker.step(torch.randn(3, 64, 96), mask)
+    with pytest.raises(ValueError, match=r"reference frame's size, got \(96, 96\)"):
+        tracker.step(torch.randn(3, 96, 96))
+    model.method = "matching"
+    assert tracker.step(torch.randn(3, 96, 96)).mask.shape == (96, 96)
+
+
+def clip(ids, start=0, later=None):
+    """Six frames of 96x160, of which the first has a mask; frame `later` shows one object more."""
+    for i in range(6):
+        image, mask = frame(start + i, ids, scale=2)
+        known = np.where(mask == ids[-1], 0, mask) if later and i < later else mask
+        yield image, known if i in (0, later) else None
+
+
+def steps(tracker, frames):
+    found = [tracker.step(image, mask) for image, mask in frames]
+    return [step.mask for step in found], [step.probabilities for step in found]
+
+
+def assert_same(found, expected):
+    for masks in zip(found[0], expected[0], strict=True):
+        np.testing.assert_array_equal(*masks)
+    assert all(torch.equal(*pair) for pair in zip(found[1], expected[1], strict=True))
+
+
+def attributes(model):
+    """All that a module and those in it have beside their weights, by name."""
+    return {f"{name}.{key}": copy.copy(value) for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if key not in ("_modules", "_parameters", "_buffers")}
+
+
+def test_a_video_changes_nothing_of_the_network(any_method):
+    model = any_method
+    before, weights = attributes(model), copy.deepcopy(model.state_dict())
+    children = {name: id(module) for name, module in model.named_modules()}
+    steps(Tracker(model), clip((1, 2), later=3))
+    assert attributes(model) == before
+    assert {name: id(module) for name, module in model.named_modules()} == children
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_videos_side_by_side_do_not_meet(any_method):
+    clips = [list(clip((1, 2), later=2)), list(clip((3, 200), start=4))]
+    apart = [steps(Tracker(any_method), frames) for frames in clips]
+    assert any((a != b).any() for a, b in zip(apart[0][0], apart[1][0]))
+    trackers = [Tracker(any_method) for _ in clips]
+    in_turn = [([], []), ([], [])]
+    for frames in zip(*clips):
+        for tracker, found, shown in zip(trackers, in_turn, frames):
+            masks, probabilities = steps(tracker, [shown])
+            found[0].extend(masks)
+            found[1].extend(probabilities)
+    with ThreadPoolExecutor(2) as pool:
+        in_threads = list(pool.map(lambda frames: steps(Tracker(any_method), frames), clips))
+    for found in (in_turn, in_threads):
+        for one, expected in zip(found, apart, strict=True):
+            assert_same(one, expected)
+
+
+def test_a_copy_is_gone_back_to(any_method):
+    frames = list(clip((1, 2), later=4))
+    tracker = Tracker(any_method, threshold=0.4)
+    steps(tracker, frames[:3])
+    kept = tracker.copy()
+    expected = steps(tracker, frames[3:])
+    assert kept.object_ids == (1,) and tracker.object_ids == (1, 2)
+    # elsewhere first: what a copy does is no matter to the one it was copied from
+    steps(kept.copy(), clip((1,), start=3))
+    assert_same(steps(kept, frames[3:]), expected)
+
+
+def test_a_copy_shares_its_tensors(any_method):
+    tracker = Tracker(any_method)
+    steps(tracker, clip((1, 2)))
+    here, there = ({t.data_ptr() for t in tensors(t.state())} for t in (tracker, tracker.copy()))
+    assert here and here == there
+
+
+def tensors(value):
+    """All that are in lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
+def test_a_state_does_not_grow_with_the_video(any_method):
+    tracker, sizes = Tracker(any_method), []
+    tracker.step(*frame(0))
+    for i in range(36):
+        tracker.step(frame(1 + i % 3)[0])
+        sizes.append(sum({t.data_ptr(): t.untyped_storage().nbytes()
+                          for t in tensors(tracker.state())}.values()))
+    assert max(sizes[26:]) <= max(sizes[:26])
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_state_survives_a_file(any_method, at):
+    frames = list(clip((1, 2), later=4))
+    tracker = Tracker(any_method)
+    steps(tracker, frames[:at])
+    file = io.BytesIO()
+    torch.save(tracker.state(), file)
+    expected = steps(tracker, frames[at:])
+    file.seek(0)
+    again = Tracker(any_method)
+    again.load_state(torch.load(file, weights_only=True))
+    assert_same(steps(again, frames[at:]), expected)
+    assert again.object_ids == tracker.object_ids and again.shares == tracker.shares
+
+
+def test_a_memory_and_its_plain_form_are_alike(any_method):
+    tracker = Tracker(any_method)
+    steps(tracker, clip((1, 2)))
+    form = plain(tracker.memory)
+    again = restored(form)
+    assert type(again) is type(tracker.memory) and again.object_ids == [1, 2]
+    for kept, expected in zip(tensors(plain(again)), tensors(form), strict=True):
+        assert torch.equal(kept, expected)
+    assert again.recent.grids.maxlen == tracker.memory.recent.grids.maxlen
+    assert again.sets.later.maxlen == tracker.memory.sets.later.maxlen
+    with pytest.raises(KeyError):
+        restored({"kind": "Popen", "fields": []})
