@@ -19,6 +19,7 @@ from confidence import Confidence, unsure
 from manifest import Manifest, free_folder, keep_apart, stamp
 from media import images
 from media.background import progress
+from media.masks import read_masks, tell_concern
 from media.video import open_clip
 from videomatch import VideoMatch
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         return show_page(args, clip, results, data)
     model = build.model_in_use(args)
     masks = given_masks(args, clip, results, model)
+    options, first = segment.Options(**build.road(args, model)), masks[min(masks)]
+    tell_concern(first, segment.cell(model, first.shape, options))
     ours = (results / "manifest.json").is_file()
     with Manifest(results, build.facts(args, model, {
             "data": data,
@@ -61,8 +64,7 @@ def run(args: argparse.Namespace) -> None:
                   "starts over)")
             return
         kept = kept.all() if before else kept.load(model)
-        frames = segment.track(model, clip, masks, segment.Options(**build.road(args, model)),
-                               kept)
+        frames = segment.track(model, clip, masks, options, kept)
         bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
         sure = Confidence(results / "confidence.csv", kept.index is not None)
         count = segment.drain(bar, [
@@ -93,15 +95,12 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
                 model: VideoMatch) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box and --point make, kept as a file."""
     default = clip.number(0) if args.mask_frame is None else args.mask_frame
-    masks = {}
-    for text in args.mask:
-        number, name = numbered(text)
-        frame = clip.index(default if number is None else number)
-        if frame in masks:
-            raise ValueError(f"--mask {text}: frame {clip.number(frame)} has a mask already")
-        masks[frame] = images.read_own_mask(name)
-    if masks or not (args.box or args.point):
-        return masks
+    if args.mask or not (args.box or args.point):
+        paths: dict[int, list[Path]] = {}
+        for number, name in map(numbered, args.mask):
+            frame = clip.index(default if number is None else number)
+            paths.setdefault(frame, []).append(Path(name))
+        return read_masks(paths)
     frame = clip.index(default)
     image = next(clip.frames(frame), None)
     if image is None:

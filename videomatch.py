@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
+from media.masks import read_masks
 from network.bank import Cells
 from network.decoder import Decoder
 from network.encoder import Encoder
@@ -327,10 +328,8 @@ def main():
 @torch.no_grad()
 def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
-    image, mask = images.read_image(args.reference), images.read_mask(args.mask)
-    images.check_same_shape(args.reference, image.shape, args.mask, mask.shape)
-    if not mask.any():
-        raise ValueError(f"{args.mask}: the reference mask holds no object")
+    image = images.read_image(args.reference)
+    mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
     memory = model.memory([i for i in np.unique(mask).tolist() if i])
     model.refer(preprocess.to_tensor(image)[None], mask[None], [memory])
     for path in args.tests:
