@@ -259,6 +259,8 @@ class Davis:
 def for_training(sequences: list[Sequence]) -> list[Sequence]:
     """Those with masks of two frames at least; the log names the others.
 
+    What their values mean is decided here, and said once rather than by each loader's worker.
+
     Raises:
         ValueError: there are none.
     """
@@ -266,6 +268,8 @@ def for_training(sequences: list[Sequence]) -> list[Sequence]:
     for sequence in sequences:
         if sequence not in fit:
             log.warning("not trained on: %s has one mask only", sequence.name)
+        else:
+            _ = sequence.coding
     if sequences and not fit:
         raise ValueError("nothing to train on: each sequence has one mask only, expected those of "
                          "two frames at least")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHAPE, draw_frame, write_list, write_sequence
+from conftest import SHAPE, draw_frame, write_list
 from PIL import Image
 
 import evaluate
 import main
-from data import layout
 from davis import Davis, for_training
 from media import images
 from metrics import jaccard
@@ -344,9 +343,3 @@ def test_void_that_stands_alone_in_some_frames_stays_void(davis_2017, tmp_path):
         assert set(np.unique(dog.mask(i))) == ({0, 1} if i < 3 else {0})
         Image.fromarray(dog.mask(i)).save(tmp_path / "dog" / path.name)
     assert evaluate.score_folder(tmp_path, [dog], 1)["dog"].j == {1: [1.0] * 4}
-
-
-def test_lists_of_files_with_any_suffix(tmp_path):
-    write_sequence(tmp_path, "ant")
-    write_list(tmp_path, "480p", "val", ["/JPEGImages/480p/ant/00000.png /Annotations/480p/ant/0"])
-    assert layout.listed(tmp_path, "2016", "val") == ["ant"]
