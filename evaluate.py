@@ -296,12 +296,13 @@ def main() -> int:
                                                  "or compare two.")
     parser.add_argument("results", type=Path, nargs="+", help="folder with SEQUENCE/FRAME.png")
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-                        help="the DAVIS folder (default: ./DAVIS)")
+                        help="the data set's folder (default: ./DAVIS)")
     parser.add_argument("--year", "-y", choices=YEARS, help="default: 2016")
     parser.add_argument("--set", "-t", metavar="NAME", default="val",
                         help=f"{', '.join(SETS)}, or another list or folder (default: val)")
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
     try:
         compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
                 args.set)

@@ -74,7 +74,8 @@ def general(add) -> Callable:
 
 def data(add) -> Callable:
     add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-        help="the DAVIS folder, 2016 or 2017 archive (default: ./DAVIS)")
+        help="DAVIS (2016 or 2017 archive), YouTube-VOS and its like, or a folder of your own, see "
+             "docs/training.md (default: ./DAVIS)")
     add("--demo", action="store_true",
         help="a small data set that the toolkit draws itself: to try things without DAVIS")
     add("--year", "-y", choices=YEARS, default=None,

@@ -135,6 +135,7 @@ def main():
     parser.add_argument("--save", metavar="FILE", type=Path,
                         help="write the figure there instead of opening a window")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
     try:
         preview(args)
     except (OSError, ValueError) as error:
