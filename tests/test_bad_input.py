@@ -293,7 +293,6 @@ FLAGS = {  # of an evaluation
     "-m segment --video clip --mask black.png": "no object",
     "-m segment --video clip --mask photo.png": "photo.png|colours",
     "-m segment --video clip --mask 9:first.png": "no frame 9|3 frames",
-    "-m segment --video clip --mask 0:first.png 0:first.png": "frame 0 has a mask already",
     "-m segment --video clip --mask first.png --mask_frame -1": "--mask_frame",
     "-m segment --video clip --box 1 1 9 9 --mask first.png": "--mask, --box|both",
     "-m segment --video clip --box 1 1 0 9": "--box",
