@@ -292,7 +292,7 @@ FLAGS = {  # of an evaluation
     "-m segment --video clip --mask none.png": "none.png|no such file",
     "-m segment --video clip --mask small.png": "--mask small.png|8x9|80x48",
     "-m segment --video clip --mask black.png": "no object",
-    "-m segment --video clip --mask photo.png": "photo.png|colours",
+    "-m segment --video clip --mask photo.png": "photo.png|no object",
     "-m segment --video clip --mask 9:first.png": "no frame 9|3 frames",
     "-m segment --video clip --mask first.png --mask_frame -1": "--mask_frame",
     "-m segment --video clip --box 1 1 9 9 --mask first.png": "--mask, --box|both",
