@@ -91,7 +91,9 @@ class Tab:
         return [entry["message"] for entry in self.driver.get_log("browser")
                 if entry["level"] == "SEVERE"]
 
-    def draw(self, *points, alt=False, answered="clip.version > before"):
+    # an object is added first, which is a change too, but not yet the answer
+    def draw(self, *points, alt=False,
+             answered="(frames.get(view.frame)?.version ?? 0) > before"):
         """Press at the first pixel of the frame, move through the others, let go."""
         from selenium.webdriver import ActionChains
         from selenium.webdriver.common.keys import Keys
