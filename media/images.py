@@ -159,3 +159,13 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if mask.shape == tuple(shape):
         return mask
     return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def reduced(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB with the short side at most `size`, unless that is 0."""
+    height, width = image.shape[:2]
+    scale = size / min(height, width) if size else 1.0
+    if scale >= 1:
+        return image
+    return cv2.resize(image, (round(width * scale), round(height * scale)),
+                      interpolation=cv2.INTER_AREA)
