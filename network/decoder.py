@@ -113,8 +113,9 @@ def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def pooling(before: int, after: int) -> torch.Tensor:
     """(after, before) float32: adaptive average pooling along one side, as a matrix."""
-    first = torch.arange(after)[:, None] * before // after
-    end = -(-(torch.arange(after)[:, None] + 1) * before // after)
+    number = torch.arange(after)[:, None]
+    first = number * before // after
+    end = ((number + 1) * before + after - 1) // after  # rounded up, of no negative number
     place = torch.arange(before)
     inside = ((place >= first) & (place < end)).float()
     return inside / inside.sum(1, keepdim=True)

@@ -171,7 +171,7 @@ def _weighed(values: torch.Tensor, similarity: torch.Tensor, positions: torch.Te
 
 def _by_object(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, N * (VALUE + 1)) -> (N, VALUE, n) values and (N, n) labels."""
-    values, labels = read.T.unflatten(0, (-1, VALUE + 1)).split([VALUE, 1], 1)
+    values, labels = read.T.reshape(-1, VALUE + 1, read.shape[0]).split([VALUE, 1], 1)
     return values, labels[:, 0]
 
 
