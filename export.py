@@ -22,7 +22,7 @@ import preprocess
 from media import files
 from network import graphs
 from network.lite import ENCODED
-from network.rules import VALUE
+from network.rules import RADIUS, VALUE
 from network.tiles import tiles, windows_of_tiles
 from tracker import Tracker
 from videomatch import VideoMatch
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     model = build.model_in_use(args).cpu().eval()
     export(model, args.export_dir)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
-    print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py -o {args.export_dir}")
+    print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 
 
 @torch.no_grad()
@@ -49,9 +49,8 @@ def export(model: VideoMatch, folder: Path) -> None:
         model: with folded BatchNorm, on the CPU.
 
     Raises:
-        ImportError: a package that it takes is missing.
-        ValueError: the model isn't of method "memory", or what was written doesn't compute the
-            same.
+        ValueError: the model isn't of method "memory", a package is missing, or what was written
+            doesn't compute the same.
         OSError: nothing can be written there.
     """
     onnx = lite.package("onnx")
@@ -86,11 +85,12 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
     unit, key, near, shared, *levels = encode(image)
     found = torch.rand(3, h * reader.side, w * reader.side).softmax(0)
     values = torch.rand(4 * h * w, 2 * (VALUE + 1))
-    windows, inside = (torch.from_numpy(x) for x in windows_of_tiles(h, w, 6, 2))
+    windows, inside = (torch.from_numpy(x) for x in windows_of_tiles(h, w, RADIUS, 2))
     of_tile, place = (torch.from_numpy(x) for x in tiles(h, w))
     read = (unit, near, torch.rand(3, h * w), values, torch.rand(h * w, 40),
             torch.randint(len(values), (h * w, 40)), torch.rand(unit.shape[1], 3), found,
-            torch.cat([near, near]).flatten(0, 1), values[:2 * h * w], of_tile, place, inside, windows, *levels)
+            torch.cat([near, near]).flatten(0, 1), values[:2 * h * w], of_tile, place, inside,
+            windows, *levels)
     names = [f"level{i}" for i in range(len(levels))]
     return {"encode": (encode, (image,), [*ENCODED, *names]),
             "values": (graphs.Values(reader), (shared, found), ["values"]),

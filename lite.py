@@ -19,6 +19,7 @@ import numpy as np
 from follow import Follower, enlarged
 from media import drawing, images
 from media.background import progress
+from media.files import keep_apart
 from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
@@ -26,19 +27,19 @@ from network.outliers import decide
 
 DESCRIPTION = "videomatch.json"
 FORMAT = 1  # changes when another lite.py is needed
-DEFAULT = Path("models/lite")
+DEFAULT = Path(__file__).parent / "models" / "lite"
 
 
 def package(name: str):
     """A package that not everybody needs.
 
     Raises:
-        ImportError: it isn't there.
+        ValueError: it isn't there.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{name} is missing: pip install {name}") from error
+        raise ValueError(f"{name} is missing: pip install {name}") from error
 
 
 def load(folder: Path, threads: int = 0) -> tuple[LiteVideoMatch, dict]:
@@ -49,8 +50,8 @@ def load(folder: Path, threads: int = 0) -> tuple[LiteVideoMatch, dict]:
 
     Raises:
         OSError: no such folder, or a file of it is missing.
-        ValueError: not an export, one of another version, or a file of it is damaged.
-        ImportError: onnxruntime is missing.
+        ValueError: not an export, one of another version, or a file of it is damaged; or
+            onnxruntime is missing.
     """
     onnxruntime = package("onnxruntime")
     path = folder / DESCRIPTION
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--results_dir", "-j", type=Path, metavar="DIR", required=True,
         help="masks/ and overlay.mp4 go there; what lies there under these names is replaced")
     add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
-        help=f"the export (default: {DEFAULT})")
+        help="the export (default: models/lite)")
     add("--size", type=int, default=480, metavar="PIXELS",
         help="larger frames are reduced to this short side for the network; 0: the frame's own "
              "(default: 480)")
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         segment(args)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         print(f"lite.py: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -139,6 +140,8 @@ def segment(args: argparse.Namespace) -> None:
     if args.threads < 0:
         raise ValueError(f"--threads: expected at least 0, got {args.threads}")
     clip, first = open_clip(args.clip, [args.mask]), images.read_own_mask(args.mask)
+    keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")],
+               [args.clip, args.mask])
     model, description = load(args.model_load, args.threads)
     count = 0
     with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:

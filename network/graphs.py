@@ -1,7 +1,8 @@
 """The network as graphs without state, which an export writes down: tensors in, tensors out.
 
 What PyTorch runs in several calls, here runs in one where nothing has to be decided between.
-Sizes, numbers of objects and of what is kept may vary. `network.lite` runs them, by names: those of `forward`'s arguments.
+Sizes, numbers of objects and of what is kept may vary. `network.lite` runs them; inputs are called
+as `forward`'s arguments.
 """
 
 import torch

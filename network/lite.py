@@ -4,12 +4,12 @@ What it is to a `Follower`, `videomatch.VideoMatch` is too; what is kept and loo
 `Rules` say. It doesn't know who runs the graphs (`network.graphs` tells what they take), nor files.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from network.bank import Bank, Cells
 from network.memory import Memory
@@ -65,9 +65,8 @@ class LiteReader(Rules):
         h, w = (self.side * side for side in shape)
         if found.shape[1:] == (h, w):
             return found
-        # Pillow's and PyTorch's bilinear reduction, without aliasing, is the same
-        return np.stack([np.asarray(Image.fromarray(channel).resize((w, h), Image.BILINEAR))
-                         for channel in found])
+        rows, columns = _bilinear(found.shape[1], h), _bilinear(found.shape[2], w)
+        return rows @ found @ columns.T
 
     def shares(self, found: np.ndarray) -> np.ndarray:
         count, height, width = found.shape
@@ -120,6 +119,16 @@ class LiteReader(Rules):
             recent_values=np.concatenate([entry.values for entry in recent]), tiles=of_tile,
             place=place, cells=inside, windows=windows,
             **{f"level{i}": level for i, level in enumerate(frames.levels)})[0]
+
+
+@functools.lru_cache(16)
+def _bilinear(before: int, after: int) -> np.ndarray:
+    """(after, before) float32: resizing along one side, without aliasing where it reduces."""
+    step = before / after
+    middles = (np.arange(after)[:, None] + 0.5) * step
+    away = abs(np.arange(before) + 0.5 - middles) / max(1.0, step)
+    weights = (1 - away).clip(min=0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _middles(side: int, cells: int) -> np.ndarray:

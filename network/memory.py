@@ -6,12 +6,9 @@ where frames come from, nor what becomes of the masks, nor whose arrays are held
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import Any
 
 from network.bank import Bank
-
-if TYPE_CHECKING:  # with PyTorch, which need not be there
-    from network.sets import Sets
 
 
 class Memory:
@@ -24,7 +21,7 @@ class Memory:
 
     def __init__(self, object_ids: list[int], every: int = 5):
         self.object_ids = list(object_ids)
-        self.sets: Sets | None = None  # None before the first reference frame
+        self.sets: Any = None  # `Sets`; None before the first reference frame
         self.bank = Bank(every)
 
     def widen(self, object_ids: list[int]) -> None:

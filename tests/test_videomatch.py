@@ -11,6 +11,7 @@ from conftest import ROOT, SHAPE, draw_frame
 from PIL import Image
 
 import preprocess
+import videomatch
 from network import reader, rules
 from network.encoder import Encoder
 from network.parts import around
