@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from network.outliers import decide
 
 DESCRIPTION = "videomatch.json"
 FORMAT = 1  # changes when another lite.py is needed
-DEFAULT = Path(__file__).parent / "models" / "lite"
+DEFAULT = Path("models/lite")
 
 
 def package(name: str):
@@ -58,25 +59,28 @@ def load(folder: Path, threads: int = 0) -> tuple[LiteVideoMatch, dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected an export (python main.py "
                                 f"-m export --export_dir {folder})")
+    sessions: dict[str, Any] = {}
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        version = kept["format"]
+        if kept["format"] != FORMAT:
+            raise ValueError(f"of format {kept['format']}, expected {FORMAT}: export again")
+        graphs = dict(kept["graphs"])
+        model = LiteVideoMatch(lambda name, **inputs: sessions[name].run(None, inputs),
+                               **kept["network"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the description of an export") from error
-    if version != FORMAT:
-        raise ValueError(f"{path}: an export of format {version}, expected {FORMAT}: export again")
+        raise ValueError(f"{path}: not an export that can be used ({error})") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    sessions = {}
-    for name, digest in kept["graphs"].items():
+    for name, digest in graphs.items():
         path = folder / f"{name}.onnx"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, but {DESCRIPTION} beside it names it")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError(f"{path}: damaged, or of another export than {DESCRIPTION} beside it")
         sessions[name] = onnxruntime.InferenceSession(content, options,
                                                       providers=["CPUExecutionProvider"])
-    return LiteVideoMatch(lambda name, **inputs: sessions[name].run(None, inputs),
-                          **kept["network"]), kept
+    return model, kept
 
 
 def normalized(image: np.ndarray, description: dict) -> np.ndarray:
@@ -129,7 +133,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         segment(args)
     except (OSError, ValueError) as error:
-        print(f"lite.py: error: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"lite.py: error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -97,7 +97,7 @@ class LiteReader(Rules):
         labels = mask[rows][:, columns].astype(np.int64)
         for object_id in set(np.unique(mask).tolist()) - set(np.unique(labels).tolist()) - {0}:
             share = _pooled((mask == object_id).astype(np.float32), shape)
-            labels.reshape(-1)[share.argmax()] = object_id
+            labels.flat[share.argmax()] = object_id
         for i, object_id in enumerate((0, *object_ids)):
             sets[labels == object_id] = i
         return sets

@@ -143,7 +143,7 @@ class Reader(nn.Module, Rules):
         read = _weighed(values, best, positions.gather(1, chosen), everywhere)
         before = self.shares(found[1:])
         parts = [scores, (cells.unit @ linear).T, before, best.amax(1), close[1].amax(1),
-                 *_by_object(read), *_by_object(_weighed(close[0], *close[1:], near))]
+                 *_by_object(read), *_by_object(_weighed(close[0], close[1], close[2], near))]
         found = _evidence(*parts)
         return found.reshape(*found.shape[:2], *cells.shape)
 
