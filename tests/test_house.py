@@ -12,6 +12,7 @@ from conftest import ROOT
 # that have no line of their own.
 RANKS = [
     {"bench", "bench_prompts"},
+    {"bench_runtimes"},
     {"main", "road"},
     {"own_video", "export"},
     {"build"},
