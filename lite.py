@@ -132,13 +132,25 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         segment(args)
-    except (OSError, ValueError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            message = f"{error.filename}: {error.strerror}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = explained(error)
+        if message is None:
+            raise
         print(f"lite.py: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def explained(error: Exception) -> str | None:
+    """One line for what a user can mend; None for an error of ours."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as onnxruntime says
+        return "out of memory, which a smaller --size needs less of"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) if isinstance(error, OSError | ValueError) else None
 
 
 def segment(args: argparse.Namespace) -> None:

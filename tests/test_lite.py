@@ -205,6 +205,15 @@ def test_what_cannot_be_done_gets_one_line(change, message, clip, first, exporte
     assert re.search(message, error[-1]) and error[-1].startswith("lite.py: error: ")
 
 
+@pytest.mark.parametrize("error, message", [
+    (MemoryError(), "out of memory"), (Exception("Failed to allocate memory for 9"), "--size"),
+    (OSError(28, "No space left on device", "masks"), "masks: No space left"),
+    (ValueError("a size"), "a size")])
+def test_errors_are_explained(error, message):
+    assert message in lite.explained(error)
+    assert lite.explained(TypeError("ours")) is None
+
+
 def test_a_missing_package_is_named():
     with pytest.raises(ValueError, match="surely_absent is missing: pip install surely_absent"):
         lite.package("surely_absent")
