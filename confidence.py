@@ -30,6 +30,7 @@ class Measures:
         probability: the mean over its mask, in [0, 1]; 0 where it isn't present.
         doubt: pixels in doubt around it, as a share of those of its mask; 1 at most.
         area: share of the frame.
+        similarity: of its cells to what is remembered of it, a cosine; 1 where the mask was given.
         change: its area over that in the frame before, the smaller over the larger, in [0, 1].
         confidence: all of these in one number, in [0, 1].
     """
@@ -41,6 +42,7 @@ class Measures:
     doubt: float
     area: float
     change: float
+    similarity: float
     confidence: float
 
 
@@ -50,7 +52,7 @@ def measure(frame: int, step: Step, before: dict[int, float]) -> list[Measures]:
     Args:
         before: the area of each object in the frame before, where it is known.
     """
-    found, means = [], step.confidence()
+    found, means, alike = [], step.confidence(), step.similarity()
     for object_id, probability in zip(step.object_ids, step.probabilities[1:].cpu().numpy()):
         inside = step.mask == object_id
         count, mean = np.count_nonzero(inside), means[object_id]
@@ -59,7 +61,7 @@ def measure(frame: int, step: Step, before: dict[int, float]) -> list[Measures]:
         area = round(count / inside.size, DIGITS)
         small, large = sorted((area, before.get(object_id, area)))
         change = small / large if large else 1.0
-        values = (mean, doubt, area, change, combined(mean, doubt, change))
+        values = (mean, doubt, area, change, alike[object_id], combined(mean, doubt, change))
         found.append(Measures(frame, object_id, bool(count), *(round(v, DIGITS) for v in values)))
     return found
 

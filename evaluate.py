@@ -173,7 +173,8 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         outputs += [sinks.Masks(options.results / sequence.name, sequence),
                     Confidence(_confidence_of(options.results, sequence), kept.index is not None)]
         if options.videos:
-            outputs.append(sinks.Film(film, sequence, drawing.overlay))
+            outputs.append(sinks.Film(film, sequence, lambda frame:
+                                      drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
             film.unlink(missing_ok=True)  # of other masks
     frames = segment.track(model, sequence, {0: reference}, options, kept)

@@ -27,11 +27,28 @@ class Step:
         probabilities: (N+1, H, W) float32 on the network's device, which sum to 1: background,
             then `object_ids` in order, after outlier removal; of a given mask 0 or 1.
         object_ids: all objects known so far.
+        scores: (N+1, h, w) float32, cosines of each cell with what is remembered; None where the
+            mask was given.
     """
 
     mask: np.ndarray
     probabilities: Array
     object_ids: tuple[int, ...]
+    scores: Array | None = None
+
+    def similarity(self) -> dict[int, float]:
+        """Of each object the mean of its scores over its mask; 1 where the mask was given.
+
+        0 where it has none. Cosines of neighbours in the memory, so in [-1, 1].
+        """
+        if self.scores is None:
+            return dict.fromkeys(self.object_ids, 1.0)
+        found = {}
+        for object_id, scores in zip(self.object_ids, to_numpy(self.scores)[1:]):
+            inside = (self.mask == object_id).astype(np.float32)
+            share = cv2.resize(inside, scores.shape[::-1], interpolation=cv2.INTER_AREA)
+            found[object_id] = float((share * scores).sum() / max(float(share.sum()), 1e-6))
+        return found
 
     def confidence(self) -> dict[int, float]:
         """Of each object the mean of its probability over its mask, in [0, 1]; 0 where it has none.
@@ -82,7 +99,8 @@ class Follower:
             image: (3, H, W) float32, ImageNet-normalised.
             mask: (H, W) uint8 object ids where they are known; its size may differ from the
                 image's. The first one makes a reference frame, later ones further ones, and
-                objects that only they hold are looked for from then on.
+                objects that only they hold are looked for from then on. Objects that a later one
+                lacks are looked for beside those that it holds; if it holds none, none is there.
             shape: (H, W) of the mask that is looked for; None takes the image's.
 
         Raises:
@@ -90,24 +108,35 @@ class Follower:
                 the method is "memory", and the image is of another size than the first.
         """
         if mask is not None:
-            return self._refer(image, np.asarray(mask, dtype=np.uint8))
+            mask = np.asarray(mask, dtype=np.uint8)
+            lacking = [i for i in self.object_ids if mask.any() and not (mask == i).any()]
+            if lacking:
+                after = self._find(image, mask.shape)[2]
+                found = decide(to_numpy(after), self.memory.object_ids, self.threshold)
+                mask = np.where((mask == 0) & np.isin(found, lacking), found, mask)
+            return self._refer(image, mask)
         if self.memory is None:
             raise ValueError("the first frame needs a mask, to know what to look for")
         model, memory = self.model, self.memory
+        frames, found, after, scores = self._find(image, shape)
+        if model.method == "paper":
+            model.update_online(frames, memory, found, after)
+        elif model.method == "memory":
+            model.remember(frames, [memory], after[None])
+        self.previous = decide(to_numpy(after), memory.object_ids, self.threshold)
+        return Step(self.previous, after, self.object_ids, scores)
+
+    def _find(self, image: Array, shape: tuple[int, int] | None) -> tuple[Any, Array, Array, Array]:
+        """A frame encoded; (N+1, H, W) probabilities before and after outlier removal; scores."""
+        model, memory = self.model, self.memory
         frames = model.encode(image[None])
-        found = model.predict(frames, [memory], shape)[0]
+        (found,), (scores,) = model.predict(frames, [memory], shape)
         # a copy: the online update needs the probabilities before as well
         probabilities = to_numpy(found).copy()
         if self.outlier_removal:
             remove_outliers(probabilities, resize_mask(self.previous, probabilities.shape[1:]),
                             self.shares, model.dilation)
-        after = like(probabilities, found)
-        if model.method == "paper":
-            model.update_online(frames, memory, found, after)
-        elif model.method == "memory":
-            model.remember(frames, [memory], after[None])
-        self.previous = decide(probabilities, memory.object_ids, self.threshold)
-        return Step(self.previous, after, self.object_ids)
+        return frames, found, like(probabilities, found), scores
 
     def _refer(self, image: Array, mask: np.ndarray) -> Step:
         """A frame whose mask is known."""

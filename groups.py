@@ -20,6 +20,17 @@ TRAINING_SHAPE = (320, 576)
 UNSET = object()  # a flag that the command line doesn't name
 
 
+def span(text: str) -> tuple[int | None, int | None]:
+    """What --frames takes, A:B, A: or :B."""
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    if not match or not (match[1] or match[2]):
+        raise argparse.ArgumentTypeError(f"expected A:B, frames from A to before B, got {text}")
+    start, stop = (int(number) if number else None for number in match.groups())
+    if stop is not None and stop <= (start or 0):
+        raise argparse.ArgumentTypeError(f"expected a later frame behind the colon, got {text}")
+    return start, stop
+
+
 class Again(argparse.Action):
     """Each time that the flag is named, one list more; argparse's own can't begin with `UNSET`."""
 
@@ -216,10 +227,14 @@ def clip(add) -> Callable:
     add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
         help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
              "for a tunnel, see docs/own_video.md (default: where nothing else shows the object)")
+    add("--frames", metavar="A:B", type=span, default=(None, None),
+        help="only frames A to before B, as --mask counts them; A: and :B leave one end open")
     add("--cutout", metavar="HOW",
-        help="also cut the object out: transparent (PNG files), blur (the background, mp4) or a "
-             "colour such as #00ff00 (mp4)")
-
+        help="also cut the object out: transparent, blur (the background, mp4) or a colour such "
+             "as #00ff00 (mp4)")
+    add("--cutout_format", metavar="FORM", choices=("png", "mov", "webm"), default="png",
+        help="of --cutout transparent: png, a folder of pictures; mov, ProRes 4444 for editors; "
+             "webm, VP9 for web pages (default: png)")
     add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
         help="also write the masks as other tools read them: coco (annotations.json, run "
              "lengths), yolo (labels/, polygons), both with track ids")
@@ -232,6 +247,8 @@ def clip(add) -> Callable:
                args.page)
         expect(args.page is None or not args.overwrite, "--page",
                "no --overwrite beside it, but another --results_dir", args.overwrite)
+        expect(args.frames == (None, None) or args.page is None and (args.mask or shown),
+               "--frames", "no --page beside it", args.frames)
         expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",
                args.finetune)
         for name in ("point", "not_point"):
@@ -245,6 +262,8 @@ def clip(add) -> Callable:
         expect(args.cutout in (None, "transparent", "blur")
                or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",
                "transparent, blur or a colour such as #00ff00", args.cutout)
+        expect(args.cutout_format == "png" or args.cutout == "transparent", "--cutout_format",
+               "--cutout transparent beside it", args.cutout)
 
     return check
 

@@ -1,6 +1,7 @@
 """A clip of one's own, from masks given to files: `-m segment`. It knows flags, no tensors."""
 
 import argparse
+import logging
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from media.files import keep_apart
 from media.video import open_clip
 from videomatch import VideoMatch
 
+log = logging.getLogger("videomatch")
+
+CELL = 13  # pixels that a cell of the network is wide, where frames are enlarged by 1.2
+MANY = 20  # objects
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 
 
@@ -32,12 +37,15 @@ def run(args: argparse.Namespace) -> None:
     sources = sorted(source.iterdir()) if source.is_dir() else [source]
     data = f"{source} ({stamp(path for path in sources if path.is_file())})"
     results = args.results_dir or free_folder(source.stem, data)
-    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4")],
-               [args.video])
+    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4",
+                                         "cutout.mov", "cutout.webm")], [args.video])
     if args.page is not None or not (args.mask or args.box or args.point):
         return show_page(args, clip, results, data)
     model = build.model_in_use(args)
     masks = given_masks(args, clip, results, model)
+    options = segment.Options(**build.road(args, model))
+    options.start, options.stop = part_of(args, clip)
+    warn_of_sizes(masks, options)
     ours = (results / "manifest.json").is_file()
     with Manifest(results, build.facts(args, model, {
             "data": data,
@@ -49,25 +57,29 @@ def run(args: argparse.Namespace) -> None:
                                   for name in (text, text.partition(":")[2])})
         kept = segment.Progress(results / "masks", clip)
         before = manifest.entries.get(CLIP)
-        if before and not all(kept.path_of(i).is_file() for i in range(before["frames"])):
+        if before and not all(kept.path_of(options.start + i).is_file()
+                              for i in range(before["frames"])):
             before = None
         drawn = before["drawn"] if before else {}
         wanted = {"overlay.mp4": None, **{FORMATS[name]: None for name in args.export}}
         if args.cutout:
-            wanted[sinks.cutout_name(args.cutout)] = args.cutout
+            wanted[sinks.cutout_name(args.cutout, args.cutout_format)] = args.cutout
         there = all(drawn.get(name, "") == how and (results / name).exists()
                     for name, how in wanted.items())
         if before and there:
             print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
                   "starts over)")
             return
+        if before and args.cutout == "transparent":
+            log.info("the cut-out's edges are drawn from the masks that are there; --overwrite "
+                     "segments again, for edges from the probabilities")
         kept = kept.all() if before else kept.load(model)
-        frames = segment.track(model, clip, masks, segment.Options(**build.road(args, model)),
-                               kept)
-        bar = progress(frames, desc="frames", total=clip.count or None, unit="frame")
+        frames = segment.track(model, clip, masks, options, kept)
+        total = len(range(clip.count)[options.start:options.stop]) or None
+        bar = progress(frames, desc="frames", total=total, unit="frame")
         sure = Confidence(results / "confidence.csv", kept.index is not None)
         count = segment.drain(bar, [
-            *sinks.of_a_clip(results, clip, args.cutout), sure,
+            *sinks.of_a_clip(results, clip, args.cutout, args.cutout_format), sure,
             *annotations.of_a_clip(results, clip, args.export)], kept,
             lambda _: manifest.begin([results / "masks", results / "cutout"]))
         report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
@@ -100,7 +112,8 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
         frame = clip.index(default if number is None else number)
         if frame in masks:
             raise ValueError(f"--mask {text}: frame {clip.number(frame)} has a mask already")
-        masks[frame] = images.read_own_mask(name)
+        masks[frame] = clip.fit(images.read_own_mask(name))
+        images.check_same_shape(args.video, clip.shape, f"--mask {name}", masks[frame].shape)
     if masks or not (args.box or args.point):
         return masks
     frame = clip.index(default)
@@ -114,6 +127,29 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
     images.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {default}:{path})")
     return {frame: mask}
+
+
+def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:
+    """The first frame of the clip that --frames names, and the first behind the last."""
+    start, stop = args.frames
+    return (0 if start is None else clip.index(start),
+            None if stop is None else clip.index(stop - 1) + 1)
+
+
+def warn_of_sizes(masks: dict[int, np.ndarray], options: segment.Options) -> None:
+    """Say before the work what will be hard: objects smaller than a cell, or very many."""
+    seen = set()
+    for frame, mask in sorted(masks.items()):
+        shape = options.input_shape or images.working_shape(mask.shape, options.size)
+        ids, counts = np.unique(mask[mask > 0], return_counts=True)
+        seen |= set(ids.tolist())
+        for i, count in zip(ids.tolist(), counts.tolist()):
+            if count * shape[0] * shape[1] / mask.size < CELL ** 2:
+                log.warning("frame %d: object %d is smaller than a cell of the network, it may be "
+                            "lost: a larger --size helps (now %dx%d)", frame, i, shape[1],
+                            shape[0])
+    if len(seen) > MANY:
+        log.warning("%d objects: each takes time and memory of its own", len(seen))
 
 
 def numbered(text: str) -> tuple[int | None, str]:

@@ -38,6 +38,8 @@ class Options:
     size: int = 480  # short side of larger frames for the network; 0: the frame's own
     input_shape: tuple[int, int] | None = None  # (H, W) for the network, whatever `size` says
     segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
+    start: int = 0  # the first frame of the clip that counts
+    stop: int | None = None  # the first behind the last; None: the clip's end
     threshold: float = 0.5
     remove_outliers: bool = True
     # fits a copy of the model to a clip, given the reference frame and its mask
@@ -157,24 +159,28 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
         masks: (H, W) uint8 object ids of frames, at least one.
 
     Raises:
-        ValueError: a mask is of another size than the frame, or of a frame that isn't there.
+        ValueError: a mask is of another size than the frame, or of a frame that isn't there or
+            not in the part of the clip that counts.
     """
     model.eval()
     if not clip.has(max(masks)):
         raise ValueError(f"--mask: there is no frame {max(masks)}, the clip has {clip.count} "
                          "frames, counted from 0")
     masks = {frame: clip.fit(mask) for frame, mask in masks.items()}
-    first = min(masks)
+    first, start, stop = min(masks), options.start, options.stop
+    for given in masks:
+        if given < start or stop is not None and given >= stop:
+            raise ValueError(f"--mask: frame {clip.number(given)} is not in --frames")
     reference = next(clip.frames(first))
     if options.adapt:
         model = options.adapt(model, reference, masks[first])
     with ThreadPoolExecutor(1) as pool:
-        for forwards in (False, True) if first else (True,):
-            given = masks if forwards else {first: masks[first]}
-            others = (enumerate(clip.frames(first + 1), first + 1) if forwards else
-                      zip(range(first - 1, -1, -1), clip.backwards(first)))
+        for forwards in (False, True) if first > start else (True,):
+            known = masks if forwards else {first: masks[first]}
+            others = (enumerate(clip.frames(first + 1, stop), first + 1) if forwards else
+                      zip(range(first - 1, start - 1, -1), clip.backwards(first)))
             frames = _reduced(itertools.chain([(first, reference)], others), options)
-            for frame in _way(model, _read(pool, frames), given, options, forwards, progress):
+            for frame in _way(model, _read(pool, frames), known, options, forwards, progress):
                 if forwards or frame.index != first:
                     yield frame
 
@@ -196,7 +202,7 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
     for index, image, small in frames:
         if progress and progress.met(index, forwards):
             # that of the first frame is written on the way forwards only
-            mask = masks[index] if index in masks else progress.mask(index)
+            mask = masks[index] if index == min(masks) else progress.mask(index)
             yield Frame(index, image, None, forwards, tracker, mask)
             continue
         if progress and progress.state is not None and progress.forwards == forwards:
@@ -222,7 +228,8 @@ def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
                                 given.shape)
     tensor = preprocess.to_tensor(small, options.input_shape, tracker.model.device)
     shape = options.segmentation_shape or small.shape[:2]
-    step, known = tracker.step(tensor, given, shape), given
+    step = tracker.step(tensor, given, shape)
+    known = None if given is None else step.mask  # with the objects that it lacked
     if options.segmentation_shape and given is None:
         known = images.resize_mask(step.mask, image.shape[:2])
     return Frame(index, image, step, forwards, tracker, known)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
 NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "cutout",
-                "results_dir", "overwrite"}
+                "cutout_format", "results_dir", "overwrite"}
 SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
 
 
@@ -222,7 +222,8 @@ class Session:
             images.write_mask(path, self.mask(frame))
         with Manifest(self.folder, {**self.facts, "masks": "of the page"}, True) as manifest:
             manifest.begin()
-            segment.drain(self._frames(), sinks.of_a_clip(self.folder, self.clip, cutout))
+            segment.drain(self._frames(), sinks.of_a_clip(
+                self.folder, self.clip, cutout, again=True))
             measures = self.measures()
             confidence.write(self.folder / "confidence.csv", measures)
             report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)

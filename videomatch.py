@@ -8,7 +8,6 @@ is handed in; a `Tracker` drives both. Run by itself it shows the probabilities:
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
-from network.bank import Cells
+from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
@@ -32,27 +31,6 @@ from network.views import sets_of
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
-
-
-@dataclass
-class Frames:
-    """B frames as the network sees them.
-
-    Args:
-        features: (B, C, h, w), those that are matched.
-        levels: (B, C, h, w) features of each level of the backbone, finest first.
-        size: (H, W) of the images.
-        cells: what the reader sees of each; none where there is no reader.
-    """
-
-    features: torch.Tensor
-    levels: list[torch.Tensor]
-    size: tuple[int, int]
-    cells: list[Cells]
-
-    def __getitem__(self, part: slice) -> "Frames":
-        return Frames(self.features[part], [level[part] for level in self.levels], self.size,
-                      self.cells[part])
 
 
 class VideoMatch(Checkpointed):
@@ -194,8 +172,8 @@ class VideoMatch(Checkpointed):
             self.reader.remember(memory.bank, cells, found)
 
     def predict(self, frames: Frames, memories: list[Memory],
-                shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """Probabilities of background and objects.
+                shape: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities, and how like each cell is to what is remembered of each object.
 
         Args:
             memories: that of the video of each frame, with as many objects each.
@@ -203,17 +181,17 @@ class VideoMatch(Checkpointed):
 
         Returns:
             (B, N+1, H, W) float32 that sum to 1 over the channels: background, then the memories'
-            objects in order. Differentiable.
+            objects in order; (B, N+1, h, w) cosines. Differentiable.
 
         Raises:
             RuntimeError: there is no reference frame yet.
             ValueError: the method is "memory", and the frames' size isn't that of the reference.
         """
         if self.method == "memory":
-            logits, _ = self.refine(frames, memories)
+            logits, scores = self.refine(frames, memories)
         else:
-            logits = self.match(frames, memories) / self.temperature
-        return self.enlarged(logits, shape or frames.size)
+            logits = (scores := self.match(frames, memories)) / self.temperature
+        return self.enlarged(logits, shape or frames.size), scores
 
     def match(self, frames: Frames, memories: list[Memory]) -> torch.Tensor:
         """(B, N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
@@ -326,7 +304,7 @@ def show(args) -> None:
     for path in args.tests:
         test = images.read_image(path)
         frames = model.encode(preprocess.to_tensor(test)[None])
-        probabilities = model.predict(frames, [memory])[0].cpu().numpy()
+        probabilities = model.predict(frames, [memory])[0][0].cpu().numpy()
         panels = [
             ("reference frame", image), ("reference mask", drawing.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),

@@ -83,8 +83,8 @@ class Clips(Pairs):
         objects: at most so many are followed.
     """
 
-    DOUBLES = 0.3  # of the pasted objects
-    MORE = 0.45  # chance of a second pasted object, and of another one
+    DOUBLES = 0.5  # of the pasted objects
+    MORE = 0.6  # chance of a second pasted object, and of another one
     OTHERS = 0.2  # of the objects beside the first are not followed
     SWAPS = 0.3  # of the stills' objects are seen before another background
     TOGETHER = 0.6  # of the stills' objects that touch each other move as one

@@ -19,6 +19,9 @@ def _davis_palette() -> np.ndarray:
 
 
 PALETTE = _davis_palette()
+SOFT = 0.8  # pixels, standard deviation of an edge of which only the mask is known
+RAMP = 0.6  # difference of probability from clear to opaque
+EDGE = 5  # pixels: an edge is at most half as wide on each side of the mask's
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -40,9 +43,31 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.nda
     return result
 
 
-def transparent(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB and (H, W) mask -> (H, W, 4) RGBA, opaque on the objects only."""
-    return np.dstack([image, np.where(mask > 0, 255, 0).astype(np.uint8)])
+def soft(mask: np.ndarray, probability: np.ndarray | None = None,
+         threshold: float = 0.5) -> np.ndarray:
+    """How much of each pixel is of an object, soft at the edges.
+
+    Args:
+        mask: (H, W), above 0 on the objects.
+        probability: (H, W) float of all objects together; without it edges are blurred a little.
+        threshold: the probability that an edge lies at.
+
+    Returns:
+        (H, W) uint8 alpha, at least 128 in the mask, below it elsewhere, 0 far from it.
+    """
+    inside = (mask > 0).astype(np.uint8)
+    if probability is None:
+        alpha = cv2.GaussianBlur(255 * inside, (0, 0), SOFT)
+    else:
+        alpha = np.clip((probability - threshold) / RAMP + 0.5, 0, 1)
+        alpha = (255 * alpha * cv2.dilate(inside, np.ones((EDGE, EDGE), np.uint8))).round()
+    # what is on which side of the edge the mask says
+    return np.where(inside, np.maximum(alpha, 128), np.minimum(alpha, 127)).astype(np.uint8)
+
+
+def transparent(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 RGB and (H, W) uint8 -> (H, W, 4) RGBA, black where it can't be seen."""
+    return np.dstack([image * (alpha[..., None] > 0), alpha])
 
 
 def replace_background(image: np.ndarray, mask: np.ndarray, background: str) -> np.ndarray:
@@ -52,9 +77,10 @@ def replace_background(image: np.ndarray, mask: np.ndarray, background: str) -> 
         image, mask: (H, W, 3) uint8 RGB and (H, W) uint8.
         background: "blur" or "#rrggbb".
     """
+    alpha = soft(mask)[..., None] / np.float32(255)
     if background == "blur":
         size = max(image.shape) // 16 | 1
         behind = cv2.GaussianBlur(image, (size, size), 0)
     else:
         behind = np.full_like(image, [int(background[i:i + 2], 16) for i in (1, 3, 5)])
-    return np.where(mask[..., None] > 0, image, behind)
+    return (image * alpha + behind * (1 - alpha)).round().astype(np.uint8)

@@ -35,6 +35,27 @@ class Cells:
 
 
 @dataclass
+class Frames:
+    """B frames as the network sees them.
+
+    Args:
+        features: (B, C, h, w), those that are matched.
+        levels: (B, C, h, w) features of each level of the backbone, finest first.
+        size: (H, W) of the images.
+        cells: what the reader sees of each; none where there is no reader.
+    """
+
+    features: Array
+    levels: list[Array]
+    size: tuple[int, int]
+    cells: list[Cells]
+
+    def __getitem__(self, part: slice) -> "Frames":
+        return Frames(self.features[part], [level[part] for level in self.levels], self.size,
+                      self.cells[part])
+
+
+@dataclass
 class Entry:
     """What is kept of a frame.
 

@@ -102,8 +102,8 @@ class LiteReader(Rules):
             sets[labels == object_id] = i
         return sets
 
-    def read(self, bank: Bank, frames: Frames) -> np.ndarray:
-        """(N, H/4, W/4) logits."""
+    def read(self, bank: Bank, frames: Frames) -> tuple[np.ndarray, np.ndarray]:
+        """(N, H/4, W/4) logits, and (N+1, h, w) scores, as `Reader.read` has them."""
         cells, (h, w) = frames.cells, frames.cells.shape
         scores, values, best, positions = self._far(bank, cells)
         if (missing := K - best.shape[1]) > 0:  # fewer cells than are read of any frame
@@ -112,13 +112,14 @@ class LiteReader(Rules):
         recent = list(bank.recent)
         windows, inside = windows_of_tiles(h, w, RADIUS, len(recent))
         of_tile, place = tiles(h, w)
-        return self.run(
+        logits, = self.run(
             "read", unit=cells.unit, near=cells.near, scores=scores, values=values, best=best,
             positions=positions, linear=bank.linear, found=recent[-1].found,
             recent=np.concatenate([entry.near.reshape(h * w, -1) for entry in recent]),
             recent_values=np.concatenate([entry.values for entry in recent]), tiles=of_tile,
             place=place, cells=inside, windows=windows,
-            **{f"level{i}": level for i, level in enumerate(frames.levels)})[0]
+            **{f"level{i}": level for i, level in enumerate(frames.levels)})
+        return logits, scores.reshape(-1, h, w)
 
 
 @functools.lru_cache(16)
@@ -190,8 +191,8 @@ class LiteVideoMatch:
         self.reader.remember(memories[0].bank, frames.cells, probabilities[0])
 
     def predict(self, frames: Frames, memories: list[Memory],
-                shape: tuple[int, int] | None = None) -> np.ndarray:
-        """(1, N+1, H, W) float32 probabilities.
+                shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(1, N+1, H, W) float32 probabilities, and (1, N+1, h, w) scores.
 
         Raises:
             ValueError: the frame's size isn't that of the reference frame.
@@ -200,8 +201,9 @@ class LiteVideoMatch:
         if frames.cells.shape != bank.shape:
             raise ValueError(f"expected a frame of the reference frame's size, got {frames.size}")
         height, width = shape or frames.size
+        found, scores = self.reader.read(bank, frames)
         logits = [cv2.resize(channel, (width, height), interpolation=cv2.INTER_LINEAR)
-                  for channel in self.reader.read(bank, frames)]
+                  for channel in found]
         logits = np.stack([np.zeros_like(logits[0]), *logits])
         odds = np.exp(logits - logits.max(0))
-        return (odds / odds.sum(0))[None]
+        return (odds / odds.sum(0))[None], scores[None]

@@ -289,7 +289,7 @@ FLAGS = {  # of an evaluation
     "-m segment --video broken.gif --mask first.png": "broken.gif",
     "-m segment --video twins --mask first.png": "a.png|a second frame|a.jpg",
     "-m segment --video clip --mask none.png": "none.png|no such file",
-    "-m segment --video clip --mask small.png": "--mask for frame 0|8x9|80x48",
+    "-m segment --video clip --mask small.png": "--mask small.png|8x9|80x48",
     "-m segment --video clip --mask black.png": "no object",
     "-m segment --video clip --mask photo.png": "photo.png|colours",
     "-m segment --video clip --mask 9:first.png": "no frame 9|3 frames",

@@ -26,6 +26,17 @@ def test_measures_have_known_values():
     assert one.confidence == pytest.approx(0.9 * 0.8 * 0.8 ** 0.5, abs=1e-5)
 
 
+def test_similarity_is_the_mean_score_over_the_mask():
+    mask = np.zeros((8, 12), np.uint8)
+    mask[:4, :4], mask[4:, 8:], mask[:2, 4:8] = 1, 1, 2  # of six cells of 4x4 two, and half of one
+    scores = torch.zeros(4, 2, 3)
+    scores[1] = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.5]])
+    scores[2] = torch.tensor([[0.0, 0.8, 0.0], [0.0, 0.0, 0.0]])
+    known = Step(mask, torch.zeros(4, 8, 12), (1, 2, 3), scores)
+    assert known.similarity() == pytest.approx({1: 0.7, 2: 0.8, 3: 0.0})
+    assert Step(mask, torch.zeros(4, 8, 12), (1, 2, 3)).similarity() == {1: 1, 2: 1, 3: 1}
+
+
 def test_what_vanished_is_not_present_and_not_sure():
     one, = measure(0, step(np.zeros((8, 8))), {1: 0.1})
     assert not one.present and one.confidence == one.probability == one.change == 0
@@ -52,7 +63,7 @@ def test_a_file_is_read_back_and_gone_on_with(tmp_path):
 
 def test_stretches_are_joined_and_the_least_sure_comes_first():
     sure = {1: [0.9, 0.5, 0.9, 0.4, 0.9, 0.9, 0.9, 0.9, 0.55], 2: [0.9] * 8 + [0.1]}
-    measures = [Measures(i, k, True, 1.0, 0.0, 0.1, 1.0, c)
+    measures = [Measures(i, k, True, 1.0, 0.0, 0.1, 1.0, 1.0, c)
                 for k, values in sure.items() for i, c in enumerate(values)]
     assert [str(stretch) for stretch in unsure(measures)] == [
         "frame 8 of object 2", "frames 1 to 3 of object 1", "frame 8 of object 1"]

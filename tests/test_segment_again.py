@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STATE_OF_EACH_FRAME, content, draw_frame, kill_when
+from PIL import Image
 
 import main
 import segment
 from media import images
 from tracker import Tracker
+
+
+def alpha(path):
+    return np.array(Image.open(path))[..., 3]
 
 
 @pytest.fixture
@@ -71,7 +76,10 @@ def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypa
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     green, drawn = (out / "cutout.mp4").read_bytes(), content(out)
     for path, data in content(tmp_path / "whole").items():
-        if not path.name.endswith(".json"):
+        if path.parent.name == "cutout":  # edges of the masks, not of their probabilities
+            assert (alpha(out / path) >= 128).tolist() == (alpha(tmp_path / "whole" / path)
+                                                           >= 128).tolist()
+        elif not path.name.endswith(".json"):
             assert drawn[path] == data
     for how in ("transparent", "#00ff00"):  # are there
         assert main.main(clip("out", "--cutout", how)) == 0

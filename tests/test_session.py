@@ -94,7 +94,8 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
         np.testing.assert_array_equal(images.read_mask(out / "masks" / f"{step:05d}.png"), again)
         np.testing.assert_array_equal(again, shown(client, step))
     cut = np.array(Image.open(out / "cutout" / "00003.png"))
-    np.testing.assert_array_equal(cut[..., 3] > 0, truth(3) > 0)
+    np.testing.assert_array_equal(cut[..., 3] >= 128, truth(3) > 0)
+    assert not cut[cut[..., 3] == 0].any()
 
 
 def _words(command):
@@ -213,7 +214,7 @@ def test_where_a_pass_ends(start, forwards, given, origins, end):
 
 def test_the_least_sure_tenth_is_offered_worst_first():
     def at(frame, value):
-        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, value)
+        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, 0.9, value)
 
     sure = [0.94] * 60
     sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]

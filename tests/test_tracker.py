@@ -79,11 +79,33 @@ def test_confidence_is_the_mean_probability_over_the_mask(model):
     assert replace(step, mask=0 * step.mask).confidence() == {3: 0.0, 7: 0.0}
 
 
+def test_a_later_mask_that_lacks_an_object_does_not_end_it(model):
+    tracker = Tracker(model, outlier_removal=False)
+    tracker.step(*frame(0, (1, 2), scale=4))
+    image, both = frame(2, (1, 2), scale=4)
+    only = np.where(both == 2, 2, 0).astype(np.uint8)
+    expected = tracker.copy().step(image).mask
+    found = tracker.step(image, only).mask
+    np.testing.assert_array_equal(found, np.where(only == 2, 2, expected * (expected == 1)))
+    image, both = frame(4, (1, 2), scale=4)
+    assert intersection_over_union(tracker.step(image).mask == 1, both == 1) > 0.5
+
+
+def test_an_empty_later_mask_means_that_nothing_is_there(model):
+    tracker = Tracker(model)
+    tracker.step(*frame(0, (1, 2), scale=4))
+    image, both = frame(1, (1, 2), scale=4)
+    assert not tracker.step(image, 0 * both).mask.any()
+    image, both = frame(2, (1, 2), scale=4)
+    found = tracker.step(image).mask
+    assert tracker.object_ids == (1, 2) and found.shape == both.shape
+
+
 def test_threshold(model):
     start = Tracker(model, outlier_removal=False)
     start.step(*frame(0))
     test = frame(1)[0]
-    foreground = model.predict(model.encode(test[None]), [start.memory])[0, 1].detach().numpy()
+    foreground = model.predict(model.encode(test[None]), [start.memory])[0][0, 1].detach().numpy()
     for threshold in (0.2, 0.5, 0.9):
         tracker = Tracker(model, threshold, outlier_removal=False)
         tracker.step(*frame(0))
@@ -112,7 +134,7 @@ def moving_spot(model, monkeypatch, places, size=8, **options):
 
     def predict(frames, memories, shape=None):
         mask = torch.from_numpy(next(masks)).float()
-        return torch.stack([1 - mask, mask])[None]
+        return torch.stack([1 - mask, mask])[None], torch.zeros(1, 2, 4, 12)
 
     tracker = Tracker(model, **options)
     tracker.step(torch.zeros(3, *shape), picture(places[0]))

@@ -32,7 +32,7 @@ def reference(model, image, mask):
 
 
 def predict(model, memory, image, shape=None):
-    return model.predict(model.encode(image[None]), [memory], shape)[0]
+    return model.predict(model.encode(image[None]), [memory], shape)[0][0]
 
 
 @pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
@@ -61,7 +61,7 @@ def test_batch_equals_single_frames(model):
     memories = [model.memory([1]) for _ in pairs]
     model.refer(torch.stack([p[0][0] for p in pairs]),
                 torch.stack([torch.from_numpy(p[0][1]) for p in pairs]), memories)
-    batch = model.predict(model.encode(torch.stack([p[1][0] for p in pairs])), memories)
+    batch = model.predict(model.encode(torch.stack([p[1][0] for p in pairs])), memories)[0]
     torch.testing.assert_close(batch, torch.stack(single), atol=1e-4, rtol=1e-4)
 
 
