@@ -47,6 +47,7 @@ from build import device_of
 from data import demo
 from davis import YEARS, Davis, Sequence
 from media import images
+from media.masks import read_mask
 from network import precision
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
@@ -197,13 +198,15 @@ def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequen
     """The sequence with its truth, and what was found, written as ids, which both sides read."""
     for folder in (truth, masks):
         (folder / sequence.name).mkdir(parents=True)
-    for i, path in enumerate(sequence.masks):
-        images.write_mask(truth / sequence.name / path.name, sequence.mask(i))
-    for path in sequence.masks[1:-1]:
-        found = images.read_mask(results / sequence.name / path.name, sequence.single_object)
-        images.write_mask(masks / sequence.name / path.name, found)
+    for i in sequence.labelled:
+        images.write_mask(truth / sequence.name / sequence.mask_name(i), sequence.mask(i))
+    for i in sequence.scored:
+        name = sequence.mask_name(i)
+        found = read_mask(results / sequence.name / name, sequence.single_object)
+        images.write_mask(masks / sequence.name / name, found)
     return replace(sequence, single_object=False, masks=tuple(
-        truth / sequence.name / path.name for path in sequence.masks))
+        mask and truth / sequence.name / sequence.mask_name(i)
+        for i, mask in enumerate(sequence.masks)))
 
 
 def _differences(table: evaluate.Table, others: dict) -> Iterator[float]:

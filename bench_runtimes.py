@@ -115,13 +115,13 @@ def _steps(runtime: str, weights: Path, threads: int):
 
 def main(runtime: str, clip: str, mask: str, weights: str, threads: str, warm: str,
          start: str) -> None:
-    from media import images
+    from media.masks import read_mask
     from media.video import open_clip
     step, precision = _steps(runtime, Path(weights), int(threads))
     times, first = [], 0.0
     for number, image in enumerate(open_clip(clip).frames()):
         before = time.perf_counter()
-        step(image, None if number else images.read_mask(mask))
+        step(image, None if number else read_mask(mask))
         times.append(time.perf_counter() - before)
         if number == 1:
             first = time.time() - float(start)

@@ -152,7 +152,7 @@ def training(args: argparse.Namespace, model: VideoMatch,
 def data(args: argparse.Namespace) -> Davis:
     with distributed.first_alone():
         root = demo.make() if args.demo else args.dataset
-    year = args.year or ("2017" if args.demo else "2016")
+    year = args.year or ("2017" if args.demo else None)
     return Davis(root, year, set_name(args), args.sequences)
 
 

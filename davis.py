@@ -1,40 +1,53 @@
-"""DAVIS data sets: layouts on disk, sequences, and random pairs of frames for training.
+"""Data sets: DAVIS and what is laid out like YouTube-VOS; a sequence is a clip with truth.
 
-Run by itself it downloads them:
+It knows no tensor and no network; where files lie is told by data/layout.py.
+
+Run by itself it downloads DAVIS:
     python davis.py --download DIR [--year 2017]
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from data import download
+from data import download, layout
 from media import images
 from media.clip import FOLDER_FPS, Clip
+from media.coding import Coding
+from media.masks import is_empty
+
+log = logging.getLogger(__name__)
 
 HOME = "https://davischallenge.org"
 YEARS = ("2016", "2017", "all")
-SETS = ("train", "val", "trainval")
+SETS = ("train", "val", "trainval")  # of DAVIS; other lists may lie beside them
 
 
 @dataclass(frozen=True)
 class Sequence(Clip):
-    """A clip whose truth is known: its frames in order, with a mask for each.
+    """A clip with truth: its frames in order, with masks of all of them or of some.
 
     Args:
         name: such as "bear".
-        images, masks: files, of the same number.
+        images: files of the frames.
+        masks: the file of each frame's mask, None where there is none.
         single_object: every non-zero value of a mask is object 1 (DAVIS-2016).
+        later: objects may appear after the first mask (YouTube-VOS and its relatives).
+        asked: frames whose masks a server wants; empty: all.
     """
 
     name: str
     images: tuple[Path, ...]
-    masks: tuple[Path, ...]
+    masks: tuple[Path | None, ...]
     single_object: bool = True
+    later: bool = False
+    asked: tuple[int, ...] = ()
 
     fps = FOLDER_FPS
 
@@ -72,65 +85,141 @@ class Sequence(Clip):
         return images.read_image(self.images[index])
 
     def mask(self, index: int) -> np.ndarray:
-        """(H, W) uint8, 0 background, else the object's id."""
-        return images.read_mask(self.masks[index], self.single_object)
+        """(H, W) uint8, 0 background, else the object's id. Of a labelled frame."""
+        return self.coding.read(self.masks[index])
+
+    def mask_name(self, index: int) -> str:
+        """What the file of a frame's mask is called in results: as the frame, .png."""
+        return f"{self.frame_name(index)}.png"
+
+    @cached_property
+    def labelled(self) -> tuple[int, ...]:
+        """Frames with a mask."""
+        return tuple(i for i, mask in enumerate(self.masks) if mask is not None)
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Frames whose masks are to be written."""
+        return self.asked or tuple(range(len(self)))
+
+    @cached_property
+    def appears(self) -> dict[int, int]:
+        """For each object to be segmented the frame whose mask shows it first."""
+        found: dict[int, int] = {}
+        for i in self.labelled if self.later else self.labelled[:1]:
+            for object_id in np.unique(self.mask(i)).tolist():
+                if object_id:
+                    found.setdefault(object_id, i)
+        return found
+
+    def given(self) -> dict[int, np.ndarray]:
+        """The masks that may be known: (H, W) uint8 of frames where objects appear, only these.
+
+        Raises:
+            ValueError: no mask holds an object.
+        """
+        if not self.appears:
+            raise ValueError(f"{self.masks[self.labelled[0]]}: the first mask holds no object, "
+                             "expected one to look for")
+        return {frame: np.where(np.isin(mask, [i for i, f in self.appears.items() if f == frame]),
+                                mask, 0)
+                for frame in sorted({*self.appears.values()}) for mask in [self.mask(frame)]}
+
+    @cached_property
+    def scored(self) -> tuple[int, ...]:
+        """Frames with truth: labelled, after the first mask, and not the last of the video.
+
+        None where all masks are given ones, of objects that appear there.
+        """
+        if not set(self.labelled) - set(self.appears.values()):
+            return ()
+        return tuple(i for i in self.labelled[1:] if i < len(self) - 1)
+
+    def scored_objects(self, frame: int | None = None) -> list[int]:
+        """The objects that are scored in a frame with truth: those given before; None: in any."""
+        frame = max(self.scored, default=0) if frame is None else frame
+        return sorted(i for i, first in self.appears.items() if first < frame)
+
+    @cached_property
+    def coding(self) -> Coding:
+        """What the values of its masks mean."""
+        return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
+
+    def unfit(self) -> str | None:
+        """Why nothing can be done with it, or None."""
+        if len(self) < 3:
+            return (f"{self.images[0].parent}: {len(self)} frames, expected at least 3, since the "
+                    "first and the last are not scored")
+        if not self.labelled:
+            return f"{self.images[0].parent}: no mask of any of its frames"
+        if is_empty(self.masks[self.labelled[0]]):
+            return (f"{self.masks[self.labelled[0]]}: the first mask holds no object, expected "
+                    "one to look for")
+        return None
 
     def check(self) -> None:
         """Look at every file's header.
 
         Raises:
-            FileNotFoundError: a frame without its mask.
-            ValueError: fewer than three frames, frames of different sizes, or a mask of another
-                size than its frame.
+            OSError: a file can't be read.
+            ValueError: frames of different sizes, or a mask of another size than its frame.
         """
-        if len(self) < 3:
-            raise ValueError(f"{self.images[0].parent}: {len(self)} frames, expected at least 3, "
-                             "since the first and the last are not scored")
         first = images.image_shape(self.images[0], "a frame")
         for image, mask in zip(self.images, self.masks):
             shape = images.image_shape(image, "a frame")
-            mask_shape = images.image_shape(mask, f"the mask of {image}")
             images.check_same_shape(self.images[0], first, image, shape, "a frame")
-            images.check_same_shape(image, shape, mask, mask_shape)
+            if mask is not None:
+                mask_shape = images.image_shape(mask, f"the mask of {image}")
+                images.check_same_shape(image, shape, mask, mask_shape)
 
 
 class Davis:
-    """The sequences of a DAVIS folder, in the order of its lists.
+    """The sequences of a data set: DAVIS in the order of its lists, or what is laid out alike.
 
-    Both archives are read: 2016 lists files (`ImageSets/480p/train.txt`), 2017 lists names
-    (`ImageSets/2016/train.txt`, `ImageSets/2017/train.txt`).
+    - DAVIS, both archives: 2016 lists files (`ImageSets/480p/train.txt`), 2017 lists names
+      (`ImageSets/2017/train.txt`).
+    - YouTube-VOS, MOSE, LVOS: no `ImageSets`; all sequences of the folder, or of its folder
+      named as the set (`train`, `valid`). `meta.json` tells which frames are asked for.
+    - A folder of one's own: `SEQUENCE/images` and `SEQUENCE/masks`, or as either of the above.
+
+    Where there are no lists masks hold ids, objects may appear later, and the year says nothing.
+    What can't be used is left out, and the log says why.
 
     Args:
-        root: the folder with `JPEGImages`, `Annotations` and `ImageSets`.
-        year: "2016", one object in a sequence; "2017", many; "all", both lists joined, many.
-        set: "train", "val" or "trainval".
+        root: the folder.
+        year: of DAVIS: "2016", one object in a sequence; "2017", many; "all", both lists joined,
+            many; None: 2016 where it has that list, else 2017.
+        set: the name of a list, such as "train"; "trainval" joins two.
         names: these sequences only.
 
     Raises:
-        FileNotFoundError: no DAVIS there, no such list, or a frame without its mask.
-        ValueError: an unknown sequence, or a mask of another size than its frame.
+        FileNotFoundError: no data set there, no such list, or a listed sequence isn't there.
+        ValueError: an unknown sequence, a mask of another size than its frame, or nothing left.
     """
 
-    def __init__(self, root: str | Path, year: str = "2016", set: str = "train",
+    def __init__(self, root: str | Path, year: str | None = "2016", set: str = "train",
                  names: list[str] | None = None):
-        self.root = Path(root)
-        if not (self.root / "JPEGImages").is_dir():
+        self.root = layout.home(Path(root), set)
+        places = layout.places(self.root)
+        if not places:
             raise FileNotFoundError(
-                f"{self.root}: no DAVIS data set there, expected a folder with JPEGImages, "
-                f"Annotations and ImageSets. Get it by python davis.py --download "
-                f"DIR or at {HOME} and name it with --dataset, or "
-                "try --demo, which needs none")
-        lists = [self._list(y, s) for y in (("2016", "2017") if year == "all" else (year,))
-                 for s in (("train", "val") if set == "trainval" else (set,))]
-        listed = list(dict.fromkeys(name for names_ in lists for name in names_))
+                f"{root}: no DAVIS data set there, expected a folder with JPEGImages, "
+                f"Annotations and ImageSets, or one with SEQUENCE/images and SEQUENCE/masks. Get "
+                f"it by python davis.py --download DIR or at {HOME} and name it with --dataset, "
+                "or try --demo, which needs none")
+        lists = (self.root / "ImageSets").is_dir()
+        if lists and year is None:
+            year = "2016" if layout.has_list(self.root, "2016", set) else "2017"
+        listed = layout.listed(self.root, year, set) if lists else list(places)
         for name in names or ():
             if name not in listed:
-                raise ValueError(f"unknown sequence {name!r} (--sequences): not in the lists of "
-                                 f"{self.root} for year {year}, set {set}")
-        self.sequences = [self._sequence(name, year == "2016") for name in listed
-                          if not names or name in names]
-        for sequence in self.sequences:
-            sequence.check()
+                where = f"the lists of {self.root} for year {year}, set {set}"
+                raise ValueError(f"unknown sequence {name!r} (--sequences): not in "
+                                 f"{where if lists else self.root}")
+        asked = {} if lists else layout.asked(self.root / "meta.json")
+        chosen = [name for name in listed if not names or name in names]
+        self.sequences = self._fit([self._sequence(name, places, lists and year == "2016",
+                                                   not lists, asked.get(name)) for name in chosen])
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -138,44 +227,53 @@ class Davis:
     def __iter__(self):
         return iter(self.sequences)
 
-    def _list(self, year: str, set: str) -> list[str]:
-        """Names of the sequences in an image set, from whichever list the archive has."""
-        candidates = [self.root / "ImageSets" / year / f"{set}.txt"]
-        if year == "2016":
-            candidates.append(self.root / "ImageSets" / "480p" / f"{set}.txt")
-        for path in candidates:
-            if path.is_file():
-                return self._names(path)
-        raise FileNotFoundError(f"{candidates[0]}: no such list, expected the names of the {set} "
-                                f"sequences of DAVIS-{year}")
-
     @staticmethod
-    def _names(path: Path) -> list[str]:
-        """A line is a name, or /JPEGImages/480p/NAME/00000.jpg and its mask."""
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not a list of sequences, expected text") from error
-        names = [Path(line).parts[3] if line.startswith("/JPEGImages/") and line.count("/") > 3
-                 else line for line in lines if line]
-        for name in names:
-            if name != Path(name).name or name == "..":
-                raise ValueError(f"{path}: expected names of sequences, found {name!r}")
-        if not names:
-            raise ValueError(f"{path}: an empty list, expected names of sequences")
-        return list(dict.fromkeys(names))
+    def _sequence(name: str, places: dict, single_object: bool, later: bool,
+                  asked: frozenset[str] | None) -> Sequence:
+        if name not in places:
+            example, _ = next(iter(places.values()))
+            raise FileNotFoundError(f"{example.parent / name}: no frames of sequence {name} there")
+        frames, masks = layout.files(*places[name])
+        return Sequence(name, frames, masks, single_object, later,
+                        tuple(i for i, file in enumerate(frames) if asked and file.stem in asked))
 
-    def _sequence(self, name: str, single_object: bool) -> Sequence:
-        folder = self.root / "JPEGImages" / "480p" / name
-        images = tuple(sorted(folder.glob("*.jpg")))
-        if not images:
-            raise FileNotFoundError(f"{folder}: no frames (*.jpg) of sequence {name} there")
-        annotations = self.root / "Annotations" / "480p" / name
-        masks = tuple(annotations / f"{image.stem}.png" for image in images)
-        for path in sorted({*annotations.glob("*.png")} - {*masks}):
-            raise FileNotFoundError(f"{folder / path.stem}.jpg: no such frame, expected one for "
-                                    f"the mask {path}")
-        return Sequence(name, images, masks, single_object)
+    def _fit(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those that can be used, each looked at; of the others the log says why not."""
+        unfit = {sequence.name: sequence.unfit() for sequence in sequences}
+        reasons = [reason for reason in unfit.values() if reason]
+        for reason in reasons:
+            log.warning("left out: %s", reason)
+        fit = [sequence for sequence in sequences if not unfit[sequence.name]]
+        if not fit:
+            raise ValueError(f"{self.root}: no sequence is left: {reasons[0]}"
+                             + (f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""))
+        for sequence in fit:
+            sequence.check()
+        partly = [s.name for s in fit if 1 < len(s.labelled) < len(s)]
+        if partly:
+            log.info("masks of some frames only, the others are neither trained nor scored on: %s",
+                     ", ".join(partly[:5]) + (f" and {len(partly) - 5} more" if partly[5:] else ""))
+        return fit
+
+
+def for_training(sequences: list[Sequence]) -> list[Sequence]:
+    """Those with masks of two frames at least; the log names the others.
+
+    What their values mean is decided here, and said once rather than by each loader's worker.
+
+    Raises:
+        ValueError: there are none.
+    """
+    fit = [sequence for sequence in sequences if len(sequence.labelled) > 1]
+    for sequence in sequences:
+        if sequence not in fit:
+            log.warning("not trained on: %s has one mask only", sequence.name)
+        else:
+            _ = sequence.coding
+    if sequences and not fit:
+        raise ValueError("nothing to train on: each sequence has one mask only, expected those of "
+                         "two frames at least")
+    return fit
 
 
 def split(sequences: list[Sequence], share: float, seed: int) -> tuple[list, list]:

@@ -17,7 +17,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import confidence
@@ -31,6 +30,7 @@ from davis import SETS, YEARS, Davis, Sequence
 from manifest import Manifest, stamp
 from media import drawing, images
 from media.background import progress
+from media.coding import Coding
 from media.files import keep_apart, whole
 from videomatch import VideoMatch
 
@@ -67,7 +67,8 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     model.eval()
     if options.results:
         keep_apart([options.results / s.name for s in sequences],
-                   {path.parent for s in sequences for path in (s.images[0], s.masks[0])})
+                   {path.parent for s in sequences
+                    for path in (s.images[0], s.masks[s.labelled[0]])})
     with distributed.first_alone():  # which may overwrite
         manifest = Manifest(options.results, options.facts,
                             options.overwrite and distributed.rank() == 0)
@@ -78,34 +79,41 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     with manifest:
         _segment(model, todo, manifest, options)
         manifest.share()
-    scores = {sequence.name: _score(manifest, sequence.name) for sequence in sequences}
+    scored = [sequence for sequence in sequences if sequence.scored]
+    scores = {sequence.name: _score(manifest, sequence.name) for sequence in scored}
     found = table(scores)
     if distributed.rank():
         return found
+    if len(scored) < len(sequences):
+        log.info("segmented and not scored, since nothing but given masks is known: %s",
+                 ", ".join(s.name for s in sequences if s not in scored))
     seconds = sum(manifest.entries[sequence.name]["seconds"] for sequence in sequences)
     frames = sum(len(s) - 1 for s in sequences)
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
-    if options.results:  # files first: who reads what is printed may have gone
-        earlier = {name: _score(manifest, name) for name in sorted(manifest.entries)
-                   if name not in scores}
+    if options.results and scored:  # files first: who reads what is printed may have gone
+        earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
+                   if name not in scores and entry["j"]}
         write(table(scores | earlier), options.results, options.set_name)
         run = report.Run(options.results.name, options.results, scores, {
-            s.name: confidence.read(_confidence_of(options.results, s)) for s in sequences})
-        path = report.write(options.results / "report.html", sequences, [run],
+            s.name: confidence.read(_confidence_of(options.results, s)) for s in scored})
+        path = report.write(options.results / "report.html", scored, [run],
                             options.facts | {"speed": speed})
-    show(found)
+    if scored:
+        show(found)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
-        print(f"masks and tables: {options.results}, to look at: {path}")
+        print(f"masks and tables: {options.results}, to look at: {path}" if scored
+              else f"masks: {options.results}")
     return found
 
 
 def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
              options: Options) -> None:
     """Segment this process's share of the sequences."""
-    scores: Scores = {name: _score(manifest, name) for name in manifest.entries}
+    scores: Scores = {name: _score(manifest, name)
+                      for name, entry in manifest.entries.items() if entry["j"]}
     todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
                              else todo)
     folders = [options.results / s.name for s in todo] if options.results else []
@@ -122,6 +130,8 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
             score = segment_sequence(model, sequence, options, seen)
             manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
                                             "f": score.f, "data": data})
+            if not sequence.scored:
+                continue
             scores[sequence.name] = score
             bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
 
@@ -131,14 +141,14 @@ def _confidence_of(results: Path, sequence: Sequence) -> Path:
 
 
 def _data(sequence: Sequence) -> str:
-    return stamp((*sequence.images, *sequence.masks))
+    return stamp((*sequence.images, *filter(None, sequence.masks)))
 
 
 def _finished(manifest: Manifest, sequence: Sequence, video: bool) -> bool:
     """Whether it is scored, its files are what they were, and so is what was made of them."""
     return (manifest.entries.get(sequence.name, {}).get("data") == _data(sequence)
-            and all((manifest.folder / sequence.name / mask.name).is_file()
-                    for mask in sequence.masks)
+            and all((manifest.folder / sequence.name / sequence.mask_name(i)).is_file()
+                    for i in sequence.wanted)
             and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
 
 
@@ -159,11 +169,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
     Args:
         seen: called with each frame.
     """
-    reference = sequence.mask(0)
-    if not reference.any():
-        raise ValueError(f"{sequence.masks[0]}: the reference mask holds no object, expected one "
-                         "in the first frame")
-    scores = Score(sequence, [int(i) for i in np.unique(reference) if i])
+    scores = Score(sequence)
     outputs: list[segment.Sink] = [scores]
     kept = None
     if options.results:
@@ -177,22 +183,26 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
                                       drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
             film.unlink(missing_ok=True)  # of other masks
-    frames = segment.track(model, sequence, {0: reference}, options, kept)
+    frames = segment.track(model, sequence, sequence.given(), options, kept)
     segment.drain(frames, outputs, kept, seen)
+    if options.results:  # all of them only serve a run that goes on
+        for i in set(range(len(sequence))) - set(sequence.wanted):
+            (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
     return scores.found
 
 
 class Score(segment.Sink):
-    """J and F of every frame but the first and the last, as the DAVIS protocol has it."""
+    """J and F of frames with truth but the first and the last, as the DAVIS protocol has it."""
 
-    def __init__(self, sequence: Sequence, object_ids: list[int]):
-        self.sequence, self.object_ids = sequence, object_ids
-        self.found = metrics.SequenceScore(object_ids)
+    def __init__(self, sequence: Sequence):
+        self.sequence, self.frames = sequence, set(sequence.scored)
+        self.found = metrics.SequenceScore(sequence.scored_objects())
 
     def write(self, frame: segment.Frame) -> None:
-        if 0 < frame.index < len(self.sequence) - 1:
+        if frame.index in self.frames:
             truth = self.sequence.mask(frame.index)
-            self.found.add(metrics.score_frame(frame.mask, truth, self.object_ids))
+            object_ids = self.sequence.scored_objects(frame.index)
+            self.found.add(metrics.score_frame(frame.mask, truth, object_ids), object_ids)
 
 
 def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Scores:
@@ -207,23 +217,30 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         ValueError: a mask is of another size than the frame.
     """
     found: Scores = {}
-    ids = [[int(i) for i in np.unique(sequence.mask(0)) if i] for sequence in sequences]
-    frames = [(results / sequence.name / truth.name, truth, sequence.single_object, object_ids)
-              for sequence, object_ids in zip(sequences, ids) for truth in sequence.masks[1:-1]]
+    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.coding,
+               sequence.masks[frame], sequence.scored_objects(frame))
+              for sequence in sequences for coding in [_coding(results, sequence)]
+              for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
         scores = pool.map(_score_file, frames, chunksize=8)
-        for sequence, object_ids in zip(progress(sequences, desc="sequences"), ids):
-            score = metrics.SequenceScore(object_ids)
-            for _ in sequence.masks[1:-1]:
-                score.add(next(scores))
+        for sequence in progress(sequences, desc="sequences"):
+            score = metrics.SequenceScore(sequence.scored_objects())
+            for frame in sequence.scored:
+                score.add(next(scores), sequence.scored_objects(frame))
             found[sequence.name] = score
     return found
 
 
-def _score_file(frame: tuple[Path, Path, bool, list[int]]) -> list[tuple[float, float]]:
-    path, truth_path, single_object, object_ids = frame
-    prediction, truth = (images.read_mask(p, single_object) for p in (path, truth_path))
-    images.check_same_shape(truth_path, truth.shape, path, prediction.shape)
+def _coding(results: Path, sequence: Sequence) -> Coding:
+    """What the values of the masks that were found mean, once for all of a sequence."""
+    return Coding.of([results / sequence.name / sequence.mask_name(frame)
+                      for frame in sequence.scored], sequence.single_object)
+
+
+def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]) -> list[tuple[float, float]]:
+    coding, path, true_coding, true_path, object_ids = job
+    prediction, truth = coding.read(path), true_coding.read(true_path)
+    images.check_same_shape(true_path, truth.shape, path, prediction.shape)
     return metrics.score_frame(prediction, truth, object_ids)
 
 
@@ -280,11 +297,13 @@ def main() -> int:
                                                  "or compare two.")
     parser.add_argument("results", type=Path, nargs="+", help="folder with SEQUENCE/FRAME.png")
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-                        help="the DAVIS folder (default: ./DAVIS)")
-    parser.add_argument("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
-    parser.add_argument("--set", "-t", choices=SETS, default="val", help="default: val")
+                        help="the data set's folder (default: ./DAVIS)")
+    parser.add_argument("--year", "-y", choices=YEARS, help="default: 2016")
+    parser.add_argument("--set", "-t", metavar="NAME", default="val",
+                        help=f"{', '.join(SETS)}, or another list or folder (default: val)")
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
     try:
         compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
                 args.set)
@@ -297,7 +316,9 @@ def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> No
     """Score one folder or two: tables, and a report in the last one."""
     if len(folders) > 2:
         raise ValueError(f"expected one or two folders of results, got {len(folders)}")
-    runs = []
+    sequences, runs = [sequence for sequence in sequences if sequence.scored], []
+    if not sequences:
+        raise ValueError("nothing to score: no sequence has masks beside the given ones")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "

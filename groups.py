@@ -87,14 +87,16 @@ def general(add) -> Callable:
 
 def data(add) -> Callable:
     add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-        help="the DAVIS folder, 2016 or 2017 archive (default: ./DAVIS)")
+        help="DAVIS (2016 or 2017 archive), YouTube-VOS and its like, or a folder of your own, see "
+             "docs/training.md (default: ./DAVIS)")
     add("--demo", action="store_true",
         help="a small data set that the toolkit draws itself: to try things without DAVIS")
     add("--year", "-y", choices=YEARS, default=None,
         help="2016: one object in a sequence; 2017: many; all: both lists, many "
              "(default: 2016, for the demo 2017)")
-    add("--set", "-t", choices=SETS, default=None,
-        help="which sequences (default: train for training, val for evaluation)")
+    add("--set", "-t", metavar="NAME", default=None,
+        help=f"which sequences: {', '.join(SETS)}, or another list or folder of the data set "
+             "(default: train for training, val for evaluation)")
     add("--sequences", "-q", metavar="NAME", nargs="+",
         help="only these: to look at a few, or to leave some out")
     add("--no-shuffle", "-u", action="store_true",
@@ -213,7 +215,8 @@ def clip(add) -> Callable:
         help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
         help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
-             "or 0:a.png 120:b.png; each value or palette entry is an object")
+             "or 0:a.png 120:b.png; each value or flat colour is an object; several files of a "
+             "frame are joined")
     add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: the first)")

@@ -21,6 +21,7 @@ from follow import Follower, enlarged
 from media import drawing, images
 from media.background import progress
 from media.files import keep_apart
+from media.masks import read_mask
 from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
@@ -158,7 +159,7 @@ def segment(args: argparse.Namespace) -> None:
         raise ValueError(f"--size: expected 0 or at least 16, got {args.size}")
     if args.threads < 0:
         raise ValueError(f"--threads: expected at least 0, got {args.threads}")
-    clip, first = open_clip(args.clip, [args.mask]), images.read_own_mask(args.mask)
+    clip, first = open_clip(args.clip, [args.mask]), read_mask(args.mask, own=True)
     keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")],
                [args.clip, args.mask])
     model, description = load(args.model_load, args.threads)

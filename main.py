@@ -25,7 +25,7 @@ import own_video
 import train
 import train_prompts
 from data.stills import Stills
-from davis import split
+from davis import for_training, split
 from network import precision
 
 log = logging.getLogger("videomatch")
@@ -102,14 +102,16 @@ def one_line(error: Exception) -> str:
 
 def run_train(args: argparse.Namespace) -> None:
     stills = [still for folder in args.stills for still in Stills(folder)]
-    training, held_out = (split(build.data(args).sequences, args.validation_size, args.seed)
-                          if args.dataset or args.demo else ([], []))
+    sequences = for_training(build.data(args).sequences) if args.dataset or args.demo else []
+    training, held_out = (split(sequences, args.validation_size, args.seed) if sequences
+                          else ([], []))
     if args.prompts:
         return run_train_prompts(args, training, held_out, stills)
     torch.manual_seed(args.seed)
     model = build.model_of(args)
     model.precision = precision.of(args.precision, model.device, model.method, training=True)
-    frames, each = sum(map(len, (*training, *stills))), args.batch_size * distributed.count()
+    frames = sum(len(source.labelled) for source in (*training, *stills))
+    each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s", len(training),
              len(stills), ", ".join(s.name for s in held_out) or "none")
@@ -121,8 +123,8 @@ def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
     stills, apart = train_prompts.split_stills(stills, args.validation_size, args.seed)
     torch.manual_seed(args.seed)
     model = build.model_of(args)
-    iterations = args.epochs * (sum(map(len, training)) + len(stills) if args.iters == -1
-                                else args.iters)
+    frames = sum(len(source.labelled) for source in (*training, *stills))
+    iterations = args.epochs * (frames if args.iters == -1 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s, and %d still images",
              len(training), len(stills),
              ", ".join(sequence.name for sequence in held_out) or "none", len(apart))

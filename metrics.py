@@ -108,9 +108,9 @@ class SequenceScore:
         """Score one frame: two (H, W) uint8 masks of object ids."""
         self.add(score_frame(prediction, truth, list(self.j)))
 
-    def add(self, frame: list[tuple[float, float]]) -> None:
-        """Take what `score_frame` returned for one frame."""
-        for object_id, (j, f) in zip(self.j, frame):
+    def add(self, frame: list[tuple[float, float]], object_ids: list[int] | None = None) -> None:
+        """Take what `score_frame` returned for one frame, of all objects or of some."""
+        for object_id, (j, f) in zip(object_ids or self.j, frame):
             self.j[object_id].append(j)
             self.f[object_id].append(f)
 

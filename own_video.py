@@ -21,13 +21,12 @@ from manifest import Manifest, free_folder, stamp
 from media import images
 from media.background import progress
 from media.files import keep_apart
+from media.masks import read_masks, tell_concern
 from media.video import open_clip
 from videomatch import VideoMatch
 
 log = logging.getLogger("videomatch")
 
-CELL = 13  # pixels that a cell of the network is wide, where frames are enlarged by 1.2
-MANY = 20  # objects
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 
 
@@ -43,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
         return show_page(args, clip, results, data)
     model = build.model_in_use(args)
     masks = given_masks(args, clip, results, model)
-    options = segment.Options(**build.road(args, model))
+    options, first = segment.Options(**build.road(args, model)), masks[min(masks)]
     options.start, options.stop = part_of(args, clip)
-    warn_of_sizes(masks, options)
+    tell_concern(first, segment.cell(model, first.shape, options))
     ours = (results / "manifest.json").is_file()
     with Manifest(results, build.facts(args, model, {
             "data": data,
@@ -106,15 +105,14 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
                 model: VideoMatch) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box and --point make, kept as a file."""
     default = clip.number(0) if args.mask_frame is None else args.mask_frame
-    masks = {}
-    for text in args.mask:
-        number, name = numbered(text)
-        frame = clip.index(default if number is None else number)
-        if frame in masks:
-            raise ValueError(f"--mask {text}: frame {clip.number(frame)} has a mask already")
-        masks[frame] = clip.fit(images.read_own_mask(name))
-        images.check_same_shape(args.video, clip.shape, f"--mask {name}", masks[frame].shape)
-    if masks or not (args.box or args.point):
+    if args.mask or not (args.box or args.point):
+        paths: dict[int, list[Path]] = {}
+        for number, name in map(numbered, args.mask):
+            frame = clip.index(default if number is None else number)
+            paths.setdefault(frame, []).append(Path(name))
+        masks = {frame: clip.fit(mask) for frame, mask in read_masks(paths).items()}
+        for frame, mask in masks.items():
+            images.check_same_shape(args.video, clip.shape, f"--mask {paths[frame][0]}", mask.shape)
         return masks
     frame = clip.index(default)
     image = next(clip.frames(frame), None)
@@ -134,22 +132,6 @@ def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:
     start, stop = args.frames
     return (0 if start is None else clip.index(start),
             None if stop is None else clip.index(stop - 1) + 1)
-
-
-def warn_of_sizes(masks: dict[int, np.ndarray], options: segment.Options) -> None:
-    """Say before the work what will be hard: objects smaller than a cell, or very many."""
-    seen = set()
-    for frame, mask in sorted(masks.items()):
-        shape = options.input_shape or images.working_shape(mask.shape, options.size)
-        ids, counts = np.unique(mask[mask > 0], return_counts=True)
-        seen |= set(ids.tolist())
-        for i, count in zip(ids.tolist(), counts.tolist()):
-            if count * shape[0] * shape[1] / mask.size < CELL ** 2:
-                log.warning("frame %d: object %d is smaller than a cell of the network, it may be "
-                            "lost: a larger --size helps (now %dx%d)", frame, i, shape[1],
-                            shape[0])
-    if len(seen) > MANY:
-        log.warning("%d objects: each takes time and memory of its own", len(seen))
 
 
 def numbered(text: str) -> tuple[int | None, str]:

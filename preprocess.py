@@ -17,13 +17,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from data.motion import recoloured
 from media import drawing, figures, images
+from media.masks import read_masks
 
 log = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-VOID = 255  # "not labelled" in DAVIS masks that hold object ids
-MASK_MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
 
 
 def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None,
@@ -136,6 +135,7 @@ def main():
     parser.add_argument("--save", metavar="FILE", type=Path,
                         help="write the figure there instead of opening a window")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
     try:
         preview(args)
     except (OSError, ValueError) as error:
@@ -143,8 +143,8 @@ def main():
 
 
 def preview(args: argparse.Namespace) -> None:
-    image, mask = images.read_image(args.image), images.read_mask(args.mask)
-    images.check_same_shape(args.image, image.shape, args.mask, mask.shape)
+    image = images.read_image(args.image)
+    mask = read_masks({0: [args.mask]}, image.shape[:2], args.image)[0]
     panels = [("frame and mask", drawing.overlay(image, mask))]
     augment = Augment(image.shape[:2])
     for i in range(5):

@@ -11,8 +11,9 @@ import numpy as np
 import metrics
 from confidence import Measures, unsure
 from davis import Sequence
-from media import files, images
+from media import files
 from media.drawing import PALETTE
+from media.masks import read_mask
 
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
 PICTURE_WIDTH = 480  # pixels
@@ -36,9 +37,12 @@ class Run:
     measures: dict[str, list[Measures]] = field(default_factory=dict)
 
     def j_and_f(self, sequence: str) -> np.ndarray:
-        """(2, T) J and F of the scored frames, averaged over objects."""
+        """(2, T) J and F of the scored frames, averaged over the objects that are there by then."""
         score = self.scores[sequence]
-        return np.array([np.mean(list(values.values()), axis=0) for values in (score.j, score.f)])
+        frames = max(len(values) for values in score.j.values())
+        return np.array([np.nanmean([[np.nan] * (frames - len(one)) + one
+                                     for one in values.values()], axis=0)
+                         for values in (score.j, score.f)])
 
 
 def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[str, str]) -> Path:
@@ -110,7 +114,7 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
     else:
         labels, lines = [run.name for run in runs], [s.mean(0) for s in series]
         chosen = {"they differ most": np.abs(lines[0] - lines[1]).argmax()}
-    frames = {int(index) + 1: word for word, index in reversed(chosen.items())}
+    frames = {sequence.scored[int(index)]: word for word, index in reversed(chosen.items())}
     sure = "".join(_confidence(run.measures[sequence.name]) for run in runs
                    if sequence.name in run.measures)
     pictures = "".join(_figure(sequence, run, frame, frames[frame], len(runs) > 1)
@@ -158,11 +162,11 @@ def _curves(lines, labels, title: str = "Over time", colours=CURVES) -> str:
 
 
 def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool) -> str:
-    score = run.j_and_f(sequence.name)[:, frame - 1].mean()
+    score = run.j_and_f(sequence.name)[:, sequence.scored.index(frame)].mean()
     whose = f"{html.escape(run.name)}, " if compared else ""
     picture = errors(sequence.image(frame),
-                     images.read_mask(run.results / sequence.name
-                                          / sequence.masks[frame].name, sequence.single_object),
+                     read_mask(run.results / sequence.name / sequence.mask_name(frame),
+                               sequence.single_object),
                      sequence.mask(frame))
     caption = f"{whose}frame {frame}, {word}: J&amp;F {score:.3f}"
     return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"

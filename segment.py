@@ -24,6 +24,7 @@ from follow import enlarged
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
+from media.masks import read_mask
 from network.outliers import decide
 from tracker import Step, Tracker
 from videomatch import VideoMatch
@@ -124,7 +125,7 @@ class Progress:
                 or (index > self.index) != forwards)
 
     def mask(self, index: int) -> np.ndarray:
-        return images.read_mask(self.path_of(index))
+        return read_mask(self.path_of(index))
 
     def path_of(self, index: int) -> Path:
         """Of a frame's mask."""
@@ -238,6 +239,13 @@ def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
 def reduced(image: np.ndarray, options: Options) -> np.ndarray:
     """(H, W, 3) uint8 RGB: what the network sees of a frame."""
     return images.reduced(image, 0 if options.input_shape else options.size)
+
+
+def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
+    """The side of a feature cell, in pixels of an (H, W) frame."""
+    small = options.input_shape or images.working_shape(shape, options.size)
+    finer = 1.0 if model.method == "memory" else model.upsample_factor
+    return model.encoder.spec.stride / (model.zoom * finer) * min(shape) / min(small)
 
 
 def _reduced(frames: Iterable[tuple[int, np.ndarray]],

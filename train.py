@@ -234,9 +234,10 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
     model.eval()
     scores = []
     for sequence in sequences:
-        tracker, mask = Tracker(model, outlier_removal=False), sequence.mask(0)
-        tracker.step(preprocess.to_tensor(sequence.image(0), shape), mask)
-        for frame in range(2, len(sequence), 2):
+        first, *others = sequence.labelled
+        tracker, mask = Tracker(model, outlier_removal=False), sequence.mask(first)
+        tracker.step(preprocess.to_tensor(sequence.image(first), shape), mask)
+        for frame in others[1::2] or others:
             image = preprocess.to_tensor(sequence.image(frame), shape)
             result = tracker.step(image, shape=mask.shape).mask
             truth = sequence.mask(frame)

@@ -84,10 +84,10 @@ class Scenes(Dataset):
             stills = not self.sequences or (self.stills and rng.random() < STILLS)
             sources = self.stills if stills else self.sequences
             source = sources[rng.integers(len(sources))]
-            frame = int(rng.integers(len(source)))
+            frame = int(rng.choice(source.labelled))
             mask = source.mask(frame)
             ids, counts = np.unique(mask, return_counts=True)
-            ids = ids[(ids > 0) & (ids != preprocess.VOID) & (counts >= SMALLEST)]
+            ids = ids[(ids > 0) & (counts >= SMALLEST)]
             if len(ids):
                 return source.image(frame), mask == rng.choice(ids)
 
@@ -295,8 +295,9 @@ def measured(model: VideoMatch, sources: list, count: int) -> list[dict]:
     """
     prompt, rows = looking.prompter(model), []
     for source in sources:
-        image, mask = source.image(0), source.mask(0)
-        for object_id in sorted(set(np.unique(mask).tolist()) - {0, preprocess.VOID}):
+        first = source.labelled[0]
+        image, mask = source.image(first), source.mask(first)
+        for object_id in np.unique(mask[mask > 0]).tolist():
             truth = mask == object_id
             rng = np.random.default_rng(len(rows))
             box = clicks.box_of(truth)

@@ -8,6 +8,7 @@ is handed in; a `Tracker` drives both. Run by itself it shows the probabilities:
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
+from media.masks import read_masks
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
@@ -271,21 +273,19 @@ class VideoMatch(Checkpointed):
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:
     if list(image.shape[-2:]) == list(size):
         return image
-    return F.interpolate(image, size=list(size), mode="bilinear", align_corners=False,
-                         antialias=antialias)
+    return F.interpolate(image, list(size), mode="bilinear", antialias=antialias)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Show the foreground and background probabilities of test frames.")
+    parser = argparse.ArgumentParser(description="Show the probabilities of test frames.")
     parser.add_argument("reference", type=Path, help="the reference frame")
     parser.add_argument("mask", type=Path, help="the mask of the object in the reference frame")
     parser.add_argument("tests", type=Path, nargs="+", metavar="TEST", help="frames to search")
     parser.add_argument("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"],
                         metavar="PATH", help="checkpoint (default: the one in models/)")
-    parser.add_argument("--save", metavar="DIR", type=Path,
-                        help="write the figures there instead of opening windows")
+    parser.add_argument("--save", metavar="DIR", type=Path, help="write figures, open no windows")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
     try:
         show(args)
     except (OSError, ValueError) as error:
@@ -294,11 +294,11 @@ def main():
 
 @torch.no_grad()
 def show(args) -> None:
+    if len({path.stem for path in args.tests}) < len(args.tests):
+        raise ValueError("two test frames of one name, whose figures would be one file")
     model = VideoMatch.load(args.model_load).eval()
-    image, mask = images.read_image(args.reference), images.read_mask(args.mask)
-    images.check_same_shape(args.reference, image.shape, args.mask, mask.shape)
-    if not mask.any():
-        raise ValueError(f"{args.mask}: the reference mask holds no object")
+    image = images.read_image(args.reference)
+    mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
     memory = model.memory([i for i in np.unique(mask).tolist() if i])
     model.refer(preprocess.to_tensor(image)[None], mask[None], [memory])
     for path in args.tests:

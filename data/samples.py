@@ -34,7 +34,7 @@ class Pairs(Dataset):
 
     def __init__(self, sequences: Iterable[Source], augment: Augment):
         self.frames: list[tuple[Source, int]] = [(sequence, i) for sequence in sequences
-                                                 for i in range(len(sequence))]
+                                                 for i in sequence.labelled]
         self.augment = augment
 
     def __len__(self) -> int:
@@ -55,12 +55,12 @@ class Pairs(Dataset):
     def _reference(self, sequence: Source, rng,
                    wanted: int | None = None) -> tuple[int, np.ndarray, int]:
         """A random frame with an object (`wanted`, or any), its mask, and one of its objects."""
-        for frame in rng.permutation(len(sequence)).tolist():
+        for frame in rng.permutation(sequence.labelled).tolist():
             mask = sequence.mask(frame)
             ids = np.unique(mask[mask > 0] if wanted is None else mask[mask == wanted])
             if len(ids):
                 return frame, mask, int(rng.choice(ids))
-        raise ValueError(f"{sequence.masks[0].parent}: no object in any mask")
+        raise ValueError(f"{sequence.masks[sequence.labelled[0]].parent}: no object in any mask")
 
 
 class Clips(Pairs):
@@ -195,9 +195,9 @@ class Clips(Pairs):
 
     def _walk(self, sequence: Source, start: int, step: int) -> list[int]:
         """Frames of a clip, mirrored at both ends of the sequence."""
-        last = len(sequence) - 1
+        last, start = len(sequence.labelled) - 1, sequence.labelled.index(start)
         chosen = [last - abs(last - abs(start + step * i)) for i in range(self.length)]
-        return [min(max(i, 0), last) for i in chosen]
+        return [sequence.labelled[min(max(i, 0), last)] for i in chosen]
 
     def _other(self, own: Source, rng) -> Source:
         """Another still or sequence, of both kinds alike; `own` where there is none."""

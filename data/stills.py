@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from media import images
+from media.coding import VOID
 
 log = logging.getLogger(__name__)
 
 TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2")
+MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
 HALF = 128  # a grey mask that reaches it is that of one object, maybe with soft edges
 
 
@@ -30,6 +32,8 @@ class Still:
     name: str
     images: tuple[Path]
     masks: tuple[Path]
+
+    labelled = (0,)  # frames with a mask
 
     def __len__(self) -> int:
         return 1
@@ -50,7 +54,8 @@ class Still:
         if image.mode in ("L", "LA"):
             grey = np.array(image.getchannel(0))
             return (grey >= HALF).view(np.uint8) if grey.max() >= HALF else grey
-        return images.read_mask(path)
+        ids = np.array(image, dtype=np.uint8)
+        return np.where(ids == VOID, ids.max(initial=0, where=ids != VOID) == 0, ids)
 
     def check(self) -> None:
         """Look at both headers.
@@ -63,7 +68,7 @@ class Still:
         mask_shape = images.image_shape(self.masks[0], f"the mask of {self.images[0]}")
         images.check_same_shape(self.images[0], shape, self.masks[0], mask_shape)
         with Image.open(self.masks[0]) as mask:
-            if mask.mode not in images.MASK_MODES:
+            if mask.mode not in MODES:
                 raise ValueError(f"{self.masks[0]}: expected a grey or palette mask of 8 bits, "
                                  f"found an image of mode {mask.mode}")
 

@@ -16,8 +16,7 @@ from media import images, spool
 
 log = logging.getLogger(__name__)
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-ANIMATIONS = (*IMAGES, ".gif", ".apng", ".avif")  # what Pillow reads; a single picture too
+ANIMATIONS = (*images.SUFFIXES, ".gif", ".apng", ".avif")  # what Pillow reads; a single picture too
 MOVING = ("GIF", "PNG", "WEBP", "AVIF")  # Pillow finds several pictures in a photo (MPO) as well
 FOLDER_FPS = 24.0  # of a folder of frames, which tells none
 
@@ -93,11 +92,11 @@ class Folder(Clip):
 
     def __init__(self, path: Path, masks: Iterable[str | Path] = ()):
         self.path, self.fps = path, FOLDER_FPS
-        self.files = sorted(_frame_files(path, masks), key=lambda file: (_natural(file.stem), file))
+        self.files = _frame_files(path, masks)
         self.count = len(self.files)
         if not self.files:
             raise FileNotFoundError(f"{path}: no frames there, expected images "
-                                    f"({', '.join(IMAGES)})")
+                                    f"({', '.join(images.SUFFIXES)})")
         names: dict[str, Path] = {}
         for file in self.files:
             if (other := names.setdefault(file.stem, file)) != file:
@@ -143,8 +142,7 @@ class Folder(Clip):
 def _frame_files(path: Path, masks: Iterable[str | Path]) -> list[Path]:
     """The images of a folder that are frames; what is left out is said."""
     named = {Path(mask).resolve() for mask in masks}
-    files = [file for file in path.iterdir()
-             if file.suffix.lower() in IMAGES and not file.name.startswith(".")]  # ._* of a Mac
+    files = images.files_in(path)
     # those that the toolkit made, of a box or by --annotate; unless there is nothing else
     made = {file for file in files if re.fullmatch(r"mask_\d{5,}\.png", file.name)}
     left_out = {file for file in files if file.resolve() in named}
@@ -154,12 +152,6 @@ def _frame_files(path: Path, masks: Iterable[str | Path]) -> list[Path]:
         log.info("%s: masks, not frames: %s", path,
                  ", ".join(sorted(file.name for file in left_out)))
     return [file for file in files if file not in left_out]
-
-
-def _natural(name: str) -> list[str | int]:
-    """Sorts numbers by their value: text and numbers in turn."""
-    return [int(part) if i % 2 else part.casefold()
-            for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def _numbers(files: list[Path]) -> list[int]:

@@ -1,110 +1,45 @@
-"""Images and masks as files: what they mean, read and written.
+"""Images as files, read and written, and masks written; what a mask file means: media/masks.py.
 
 It knows of arrays only: no tensor, no network, no data set.
 """
 
-import logging
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from media.drawing import PALETTE
 from media.files import whole
 
-log = logging.getLogger(__name__)
-
-VOID = 255  # "not labelled" in DAVIS masks that hold object ids
-MASK_MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8 RGB.
+    """Read an image file as (H, W, 3) uint8 RGB, turned as its EXIF orientation tells.
+
+    Grey of 16 bits is scaled by the whole range, whatever part of it a frame uses: else a clip
+    would flicker.
 
     Raises:
         OSError: no such file, or not a whole image; the message names it.
     """
-    return np.array(open_image(path, "an image").convert("RGB"))
+    image = open_image(path, "an image")
+    if image.mode.startswith(("I", "F")):
+        return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
-def read_mask(path: str | Path, single_object: bool = False) -> np.ndarray:
-    """Read a mask file as (H, W) uint8: 0 background, else the object's id.
-
-    Masks come as 0/1, as 0/255 grey (also with an alpha channel, which is dropped) and as
-    palette or grey with object ids. 255 is the object where it is the only value, else void,
-    which counts as background.
-
-    Args:
-        single_object: every non-zero value is object 1, as DAVIS-2016 has it.
-
-    Raises:
-        OSError: no such file, or not a whole image.
-        ValueError: an image that is not a mask, such as RGB or 16 bit.
-    """
-    image = open_image(path, "a mask")
-    if image.mode not in MASK_MODES:
-        raise ValueError(f"{path}: expected a grey or palette mask of 8 bits, "
-                         f"found an image of mode {image.mode}")
-    if image.mode == "LA":
-        image = image.getchannel("L")
-    mask = np.array(image, dtype=np.uint8)
-    if single_object:
-        return (mask > 0).view(np.uint8)
-    return _object_ids(mask)
-
-
-def read_own_mask(path: str | Path) -> np.ndarray:
-    """Read a mask that somebody painted, as `read_mask` does, and what paint programs make of it.
-
-    Grey stored as RGB, and soft edges: where only one value other than 0 covers a square of 3x3
-    pixels anywhere, the others are the edge of that object, and half its value is the limit.
-    The log says so.
-
-    Raises:
-        OSError, ValueError: as for `read_mask`; also for a coloured image, for soft edges
-            around several objects, and for an object of 255 beside others.
-    """
-    image = open_image(path, "a mask")
-    if image.mode in ("RGB", "RGBA"):
-        channels = np.array(image.convert("RGB"))
-        if (channels != channels[..., :1]).any():
-            raise ValueError(f"{path}: expected a grey or palette mask, found colours: save it as "
-                             "a palette PNG with a number for each object")
-        values = channels[..., 0]
-    elif image.mode in ("L", "LA"):
-        values = np.array(image.getchannel(0))
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """(H, W) of 16 or 32 bits -> uint8; what is a fraction runs from 0 to 1."""
+    if np.issubdtype(values.dtype, np.floating):
+        whole_range = 1.0 if values.max(initial=0) <= 1 else 255.0
     else:
-        return read_mask(path)
-    levels = [int(v) for v in np.unique(values) if v]
-    solid = [v for v in levels if _has_interior(values == v)]
-    if VOID in solid and len(solid) > 1:
-        raise ValueError(f"{path}: {VOID} beside {solid[0]} would mean \"not labelled\", expected "
-                         "another value for that object, or 0 where there is none")
-    soft = [v for v in levels if v not in solid]
-    if not soft or not solid:
-        return _object_ids(values)
-    if len(solid) > 1:
-        raise ValueError(f"{path}: {len(soft)} values of soft edges around {len(solid)} objects, "
-                         "expected one value for each object and 0 elsewhere")
-    log.info("%s: soft edges, so what is at least half as bright as the object (%d) belongs to it",
-             path, solid[0])
-    return (2 * values.astype(int) >= solid[0]).astype(np.uint8)
-
-
-def _has_interior(mask: np.ndarray) -> bool:
-    return cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).any()
-
-
-def _object_ids(mask: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 values of a file -> object ids; 255 where it is the only value, else void."""
-    if mask.max() == VOID:
-        void = mask == VOID
-        if np.count_nonzero(void) == np.count_nonzero(mask):
-            return void.view(np.uint8)
-        mask[void] = 0
-    return mask
+        whole_range = 255 if values.dtype != np.uint16 and values.max(initial=0) <= 255 else 65535
+    return (values.clip(0, whole_range) * (255 / whole_range)).round().astype(np.uint8)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -124,23 +59,42 @@ def write_mask(path: str | Path, mask: np.ndarray) -> None:
 def image_shape(path: str | Path, what: str) -> tuple[int, int]:
     """(H, W) of an image file, from its header; raises as `read_image` does."""
     with _naming(path, what), Image.open(path) as image:
+        # a PNG that doesn't tell at its start would be decoded to look at its end
+        # a TIFF has been turned by Pillow already
+        tells = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        if tells and image.getexif().get(ORIENTATION, 1) >= 5:  # turned by 90 degrees
+            return image.width, image.height
         return image.height, image.width
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The images in a folder, by name, frame_2 before frame_10; hidden files are none."""
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES
+                   and not file.name.startswith(".") and file.is_file()), key=natural)
+
+
+def natural(path: Path) -> tuple:
+    """A key to sort by: numbers in names count by their value, 2 before 10."""
+    return [int(part) if i % 2 else part.casefold()
+            for i, part in enumerate(re.split("([0-9]+)", path.stem))], path.name
 
 
 def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tuple[int, ...],
                      what: str = "a mask") -> None:
     """Raise a ValueError that names `path` unless its (H, W, ...) is that of `expected_path`."""
     if expected[:2] != shape[:2]:
+        turned = " (turned by 90 degrees?)" if expected[:2] == shape[1::-1] else ""
         raise ValueError(f"{path}: {what} of {shape[1]}x{shape[0]} pixels, expected "
-                         f"{expected[1]}x{expected[0]} as in {expected_path}")
+                         f"{expected[1]}x{expected[0]} as in {expected_path}{turned}")
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
-    """An image file, read by Pillow; raises as `read_image` does."""
+    """An image file, read by Pillow and turned as a viewer shows it; raises as `read_image`."""
     with _naming(path, what):
         image = Image.open(path)
         image.load()
-        return image
+        turned = image.getexif().get(ORIENTATION, 1) > 1
+        return ImageOps.exif_transpose(image) if turned else image
 
 
 @contextmanager

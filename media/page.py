@@ -16,6 +16,7 @@ import socket
 import webbrowser
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from media import images
+from media.masks import read_mask
 
 HTML = Path(__file__).with_suffix(".html")
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: a tunnel may have another
@@ -207,14 +209,18 @@ def _jpeg(image: np.ndarray, quality: int = 92) -> bytes:
 def _read_mask(content: bytes, shape: tuple[int, int]) -> np.ndarray:
     """A mask that a browser sent; raises a ValueError that says what is wrong with it."""
     try:
-        size = Image.open(io.BytesIO(content)).size  # before anything is unpacked
+        image = Image.open(io.BytesIO(content))  # its header, before anything is unpacked
+        size, kind = image.size, str(image.format).lower()
     except Exception:
         raise ValueError("this is not an image file that holds a mask") from None
     images.check_same_shape("the clip", shape, "this file", size[::-1])
     try:
-        return images.read_own_mask(io.BytesIO(content))  # type: ignore[arg-type]
+        with TemporaryDirectory() as folder:
+            path = Path(folder, f"mask.{kind}")
+            path.write_bytes(content)
+            return read_mask(path, own=True)
     except (OSError, ValueError) as error:
-        raise ValueError(re.sub(r"<_io.BytesIO[^>]*>", "this file", str(error))) from None
+        raise ValueError(str(error).replace(str(path), "this file")) from None
 
 
 def application(session, token: str, html: str | None = None) -> Starlette:

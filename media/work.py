@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from media import files, images
+from media.masks import read_mask
 
 MOST_OBJECTS = 254  # 255 means "not labelled" in a mask
 
@@ -89,7 +90,7 @@ class Work:
         kind = "given" if frame in self.given else "found" if frame in self.found else None
         if kind is None:
             return None
-        mask = images.read_mask(self._path(kind, frame))
+        mask = read_mask(self._path(kind, frame))
         known = np.zeros(256, np.uint8)
         for thing in self.objects:
             known[thing.id] = thing.id

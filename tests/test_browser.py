@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, overlap, truth
 from PIL import Image
 
-from media import images
+from media.masks import read_mask
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -49,7 +49,7 @@ class Server:
         self.process.stdout.close()
 
     def masks(self, kind="found"):
-        return {int(path.stem): images.read_mask(path)
+        return {int(path.stem): read_mask(path)
                 for path in sorted((self.folder / "page" / kind).glob("*.png"))}
 
 
@@ -194,7 +194,7 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
     page.run("#export")
     page.wait("at('exported').textContent.includes('python main.py')")
     for i in range(12):
-        mask = images.read_mask(server.folder / "masks" / f"{i:05d}.png")
+        mask = read_mask(server.folder / "masks" / f"{i:05d}.png")
         cut = np.array(Image.open(server.folder / "cutout" / f"{i:05d}.png"))
         assert overlap(mask > 0, truth(i) > 0) > 0.6
         np.testing.assert_array_equal(cut[..., 3] > 0, mask > 0)

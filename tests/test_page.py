@@ -49,7 +49,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(client):
 @pytest.mark.parametrize("path, content, status, message", [
     ("/mask/0", b"no image", 400, "not an image"),
     ("/mask/0", png(np.ones((48, 80), np.uint8)), 400, "80x48 pixels, expected 160x96"),
-    ("/mask/0", png(draw_frame(0)[0].repeat(2, 0).repeat(2, 1)), 400, "expected a grey"),
+    ("/mask/0", png(draw_frame(0)[0].repeat(2, 0).repeat(2, 1)), 400, "expected a mask"),
     ("/mask/0", png(np.ones(SHAPE, np.uint8))[:60], 400, "this file"),
     ("/mask/99", png(np.ones(SHAPE, np.uint8)), 400, "no frame 99"),
     ("/mask/0", bytes(MOST_MASK + 1), 413, "bytes at most"),

@@ -9,6 +9,7 @@ from PIL import Image
 
 import main
 from media import drawing, images
+from media.masks import read_mask
 
 FRAMES = 10
 
@@ -100,7 +101,7 @@ def test_a_cutouts_edges_are_soft_and_nothing_lies_under_them(clip, tmp_path):
     assert main.main([*clip, "--cutout", "transparent"]) == 0
     for number in (5, 8, 14):
         picture = np.array(Image.open(tmp_path / "out" / "cutout" / f"{number:05d}.png"))
-        mask = images.read_mask(tmp_path / "out" / "masks" / f"{number:05d}.png")
+        mask = read_mask(tmp_path / "out" / "masks" / f"{number:05d}.png")
         alpha = picture[..., 3]
         np.testing.assert_array_equal(alpha >= 128, mask > 0)
         soft = (alpha > 0) & (alpha < 255)

@@ -9,82 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw_frame
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import preprocess
 from media import images
-from media.images import read_mask, resize_mask, write_mask
+from media.images import resize_mask, write_mask
+from media.masks import read_mask
 from preprocess import Augment, to_image, to_tensor
 
 GRID = np.array([[0, 1, 2], [0, 0, 1]], np.uint8)
-
-
-def grey(values) -> Image.Image:
-    return Image.fromarray(np.array(values, np.uint8))
-
-
-def palette(values) -> Image.Image:
-    image = grey(values)
-    image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0] + [90] * 3 * 253)
-    return image
-
-
-def with_alpha(values) -> Image.Image:
-    opaque_in_part = np.arange(GRID.size, dtype=np.uint8).reshape(GRID.shape) * 50
-    return Image.merge("LA", [grey(values), grey(opaque_in_part)])
-
-
-ONE = (GRID > 0).astype(np.uint8)
-VOID = np.array([[0, 1, 2], [255, 0, 255]], np.uint8)
-KINDS = {  # image, its mode in the file, the mask
-    "1 bit": (grey(ONE * 255).convert("1"), "1", ONE),
-    "grey 0/1": (grey(ONE), "L", ONE),
-    "grey 0/255": (grey(ONE * 255), "L", ONE),
-    "grey ids": (grey(GRID), "L", GRID),
-    "grey ids with void": (grey(VOID), "L", np.where(VOID == 255, 0, VOID)),
-    "grey, all object": (grey(np.full((2, 3), 255)), "L", np.ones((2, 3), np.uint8)),
-    "grey, empty": (grey(np.zeros((2, 3))), "L", np.zeros((2, 3), np.uint8)),
-    "grey 0/255 and alpha": (with_alpha(ONE * 255), "LA", ONE),
-    "grey ids and alpha": (with_alpha(GRID), "LA", GRID),
-    "palette ids": (palette(GRID), "P", GRID),
-    "palette ids with void": (palette(VOID), "P", np.where(VOID == 255, 0, VOID)),
-    "palette 0/255": (palette(ONE * 255), "P", ONE),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_mask_is_read(tmp_path, kind):
-    image, mode, expected = KINDS[kind]
-    path = tmp_path / "mask.png"
-    image.save(path)
-    assert Image.open(path).mode == mode
-    mask = read_mask(path)
-    assert mask.dtype == np.uint8
-    np.testing.assert_array_equal(mask, expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_single_object_makes_every_value_one(tmp_path, kind):
-    image, _, expected = KINDS[kind]
-    image.save(tmp_path / "mask.png")
-    if "void" in kind:
-        expected = VOID  # DAVIS-2016 knows no void
-    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", single_object=True),
-                                  (expected > 0).astype(np.uint8))
-
-
-@pytest.mark.parametrize("image, mode", [
-    (Image.new("RGB", (3, 2)), "RGB"), (Image.new("RGBA", (3, 2)), "RGBA"),
-    (Image.fromarray(GRID.astype(np.uint16) * 1000), "I")])
-def test_images_that_are_no_masks_are_refused(tmp_path, image, mode):
-    image.save(tmp_path / "mask.png")
-    with pytest.raises(ValueError) as caught:
-        read_mask(tmp_path / "mask.png")
-    assert str(tmp_path / "mask.png") in str(caught.value)
-    assert f"mode {mode}" in str(caught.value)
 
 
 def truncated(path):
@@ -128,23 +61,6 @@ def test_written_mask_has_the_davis_palette(tmp_path):
     assert image.mode == "P"
     assert image.getpalette()[:15] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128]
     np.testing.assert_array_equal(np.array(image), GRID)
-
-
-SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)
-MASKS = st.sets(st.integers(0, 255), min_size=1, max_size=4).flatmap(
-    lambda ids: hnp.arrays(np.uint8, SHAPES, elements=st.sampled_from(sorted(ids))))
-
-
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(MASKS)
-def test_mask_round_trip(tmp_path_factory, mask):
-    """Ids below 255 come back; 255 is object 1 if it is the only one, else void."""
-    path = tmp_path_factory.getbasetemp() / "round_trip.png"
-    write_mask(path, mask)
-    lonely = all(value in (0, 255) for value in mask.flat)
-    void = 1 if lonely else 0
-    expected = [[void if value == 255 else value for value in row] for row in mask.tolist()]
-    np.testing.assert_array_equal(read_mask(path), expected)
 
 
 @pytest.mark.parametrize("pixel, expected", [
@@ -322,7 +238,7 @@ def test_preview_of_bad_input_ends_with_one_error_line(tmp_path, frame_and_mask)
 
 @pytest.mark.parametrize("arguments, words", [
     (("frame.jpg", "small.png"), ["small.png", "4x2", "80x48"]),
-    (("frame.jpg", "frame.jpg"), ["frame.jpg", "RGB"]),
+    (("frame.jpg", "frame.jpg"), ["frame.jpg", "picture"]),
     (("nothing.jpg", "mask.png"), ["nothing.jpg"]),
     (("frame.jpg", "."), ["."]),
     (("frame.jpg",), ["mask"]),

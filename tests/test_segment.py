@@ -1,6 +1,5 @@
 """Clips of one's own: the same masks from a video and from a folder, from any frame."""
 
-import logging
 
 import cv2
 import numpy as np
@@ -12,6 +11,7 @@ import main
 import segment
 import sinks
 from media import figures, images, video
+from media.masks import read_mask
 from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
 
@@ -47,7 +47,7 @@ def write(path, mask):
 
 
 def masks_in(folder):
-    return [images.read_mask(path) for path in sorted((folder / "masks").iterdir())]
+    return [read_mask(path) for path in sorted((folder / "masks").iterdir())]
 
 
 def overlap(a, b):
@@ -178,50 +178,6 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
         assert picture[~mask].std() < 0.7 * frame[~mask].std()
 
 
-def soft_disc(size=60, radius=20):
-    y, x = np.mgrid[:size, :size] - size / 2
-    return np.clip((radius - np.hypot(x, y)) / 3 + 0.5, 0, 1)
-
-
-def test_soft_edges_are_told_from_ids(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    disc = soft_disc()
-    Image.fromarray((disc * 200).round().astype(np.uint8)).save(tmp_path / "soft.png")
-    mask = images.read_own_mask(tmp_path / "soft.png")
-    assert "soft.png: soft edges" in caplog.text
-    np.testing.assert_array_equal(mask, disc >= 0.5)
-    Image.fromarray((disc * 200).round().astype(np.uint8)).convert("LA").save(tmp_path / "la.png")
-    np.testing.assert_array_equal(images.read_own_mask(tmp_path / "la.png"), mask)
-    Image.fromarray((disc * 255).round().astype(np.uint8)).convert("RGB").save(tmp_path / "s.jpg")
-    assert overlap(images.read_own_mask(tmp_path / "s.jpg") > 0, disc >= 0.5) > 0.97
-
-
-@pytest.mark.parametrize("values", [(1, 2), (80, 160), (255,), (1, 2, 3)])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_ids_stay_ids(values, mode, tmp_path, caplog):
-    mask = np.zeros((40, 60), np.uint8)
-    for i, value in enumerate(values):
-        mask[5:20, 15 * i + 3:15 * i + 12] = value
-    Image.fromarray(mask).convert(mode).save(tmp_path / "ids.png")
-    found = images.read_own_mask(tmp_path / "ids.png")
-    np.testing.assert_array_equal(found, mask if values != (255,) else mask > 0)
-    assert "soft" not in caplog.text
-
-
-def test_white_beside_other_objects_is_refused(tmp_path):
-    mask = np.zeros((40, 60), np.uint8)
-    mask[5:20, 3:12], mask[5:20, 20:30] = 128, 255
-    Image.fromarray(mask).save(tmp_path / "two.png")
-    with pytest.raises(ValueError, match="two.png: 255 beside 128"):
-        images.read_own_mask(tmp_path / "two.png")
-
-
-def test_colours_are_no_mask(tmp_path):
-    Image.fromarray(draw_frame(0)[0]).save(tmp_path / "frame.png")
-    with pytest.raises(ValueError, match="frame.png: expected a grey or palette mask, found col"):
-        images.read_own_mask(tmp_path / "frame.png")
-
-
 @pytest.mark.parametrize("flags, message", [
     ([], "--video: expected a video"),
     (["--video", "nowhere.mp4", "--mask", "m.png"], "nowhere.mp4: no such file"),
@@ -236,7 +192,6 @@ def test_colours_are_no_mask(tmp_path):
     (["--video", "CLIP", "-o", "BARE", "--box", "1", "1", "9", "9"], "-m train --prompts"),
     (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
     (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
-    (["--video", "CLIP", "--mask", "MASK", "0:MASK"], "frame 0 has a mask already"),
     (["--video", "CLIP", "--mask", "SMALL"], "expected 160x96"),
     (["--video", "CLIP", "--mask", "EMPTY"], "holds no object"),
     (["--video", "MASK", "--mask", "MASK"], "mask.txt"),

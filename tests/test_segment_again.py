@@ -12,6 +12,7 @@ from PIL import Image
 import main
 import segment
 from media import images
+from media.masks import read_mask
 from tracker import Tracker
 
 
@@ -56,7 +57,7 @@ def test_a_killed_clip_goes_on_in_either_direction(last, kept, cutout, clip, tmp
     assert content(killed) == content(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     found = list((killed / "masks").iterdir())
-    assert len(found) == 16 and any(2 in images.read_mask(path) for path in found)
+    assert len(found) == 16 and any(2 in read_mask(path) for path in found)
 
 
 def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypatch):
@@ -118,10 +119,10 @@ def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     # a mask of the results, put right by hand, is an input that stays
     edited = tmp_path / "out" / "masks" / "00012.png"
-    images.write_mask(edited, images.read_mask(tmp_path / "12.png"))
+    images.write_mask(edited, read_mask(tmp_path / "12.png"))
     again = clip("out", "--overwrite", masks=["7:7.png", "12:out/masks/00012.png"])
     assert main.main(again) == 0
-    np.testing.assert_array_equal(images.read_mask(edited), images.read_mask(tmp_path / "12.png"))
+    np.testing.assert_array_equal(read_mask(edited), read_mask(tmp_path / "12.png"))
 
 
 def test_what_is_refused_at_once_leaves_no_manifest(clip, tmp_path, capsys):

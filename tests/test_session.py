@@ -13,7 +13,7 @@ import main
 import passes
 import session as sessions
 from confidence import Measures
-from media import images
+from media.masks import read_mask
 from media.work import Found
 
 FRAMES, SHAPE = 12, (96, 160)
@@ -90,8 +90,8 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     assert (out / "command.txt").read_text().strip() == run["command"]
     assert main.main(_words(run["command"])) == 0
     for step in range(FRAMES):
-        again = images.read_mask(tmp_path / "out_again" / "masks" / f"{step:05d}.png")
-        np.testing.assert_array_equal(images.read_mask(out / "masks" / f"{step:05d}.png"), again)
+        again = read_mask(tmp_path / "out_again" / "masks" / f"{step:05d}.png")
+        np.testing.assert_array_equal(read_mask(out / "masks" / f"{step:05d}.png"), again)
         np.testing.assert_array_equal(again, shown(client, step))
     cut = np.array(Image.open(out / "cutout" / "00003.png"))
     np.testing.assert_array_equal(cut[..., 3] >= 128, truth(3) > 0)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ class CountedClips(Counted, Clips):
 @pytest.mark.parametrize("first", [0, 9, 33])
 def test_stills_come_first_and_longer_clips_last(first, sequences, options, monkeypatch):
     monkeypatch.setattr(samples, "Clips", CountedClips)
-    stills = [range(1)] * 7  # whatever they are, of one frame each
+    stills = [SimpleNamespace(labelled=(0,))] * 7  # whatever they are, of one frame each
     options.iterations, options.batch_size = 40, 25
     every, drawn = ([batch for batch in samples.batches(
         CountedClips, sequences[0], stills, None, options, range(start, 40))]

@@ -16,6 +16,7 @@ import train_prompts
 from data.stills import Stills
 from davis import Davis
 from media import images
+from media.masks import read_mask
 from media.shown import Prompts
 from network.encoder import Encoder
 from tracker import Tracker
@@ -168,7 +169,7 @@ def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_p
                       "12", "30", "--not_point", "1", "1", "-j", str(out), "-c", "cpu"]) == 0
     assert asked == [Prompts([(8, 6, 20, 16)], [(9, 9), (10, 10)], [(1, 1)]),
                      Prompts([], [(12, 30)], [])]
-    kept = images.read_mask(out / "mask_00000.png")
+    kept = read_mask(out / "mask_00000.png")
     np.testing.assert_array_equal(kept, draw_frame(0, (1, 2))[1])
     assert f"--mask 0:{out / 'mask_00000.png'}" in capsys.readouterr().out
 

@@ -1,0 +1,132 @@
+"""Mask files: those of a person read and joined, and what is to be said of them before the work.
+
+What values mean is decided in media/coding.py. It knows no frame number but the caller's.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from media import images
+from media.coding import VOID, Coding
+from media.layers import border, is_transparent
+
+log = logging.getLogger(__name__)
+
+MANY = 32  # objects
+NAMED = 8  # at most, in a line of the log
+
+
+def read_mask(path: str | Path, single_object: bool = False, own: bool = False) -> np.ndarray:
+    """Read a mask file by itself as (H, W) uint8; see `Coding.of` for arguments and errors."""
+    return Coding.of([path], single_object, own).read(path)
+
+
+def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = None,
+               clip: str | Path = "the clip") -> dict[int, np.ndarray]:
+    """Read a person's own masks, all before anything is done with any.
+
+    Several files of one frame are joined: ids that are free are kept, an id that another file of
+    the frame has already becomes the next one that is free.
+
+    Args:
+        paths: the mask files of each frame, by its number.
+        shape: (H, W) of the frames of `clip`, None if unknown.
+
+    Returns:
+        (H, W) uint8 for each frame, the first with an object; an empty later mask says that no
+        object is visible.
+
+    Raises:
+        OSError, ValueError: as `Coding.of` and `Coding.read` do; also for a mask of another size
+            and a first mask without an object. They name the file.
+    """
+    known: dict[tuple, int] = {}
+    found, white = {}, []
+    like, shape_of = (clip, shape) if shape else (None, None)
+    for frame in sorted(paths):
+        parts = []
+        for path in paths[frame]:
+            coding = Coding.of([path], own=True, known=known)
+            mask = coding.read(path)
+            if shape_of is None:
+                like, shape_of = path, mask.shape
+            images.check_same_shape(like, shape_of, path, mask.shape)
+            if (mask > 0).mean() > 0.5 and (border(mask) > 0).mean() > 0.9:
+                log.warning("%s: objects cover the border of the frame; if object and background "
+                            "are swapped, invert the mask", path)
+            if coding.numbers is not None and coding.numbers[VOID] == 1 and mask.any():
+                white.append((frame, path))
+            parts.append((path, mask))
+        found[frame] = _join(frame, parts)
+        if frame == min(paths) and not found[frame].any():
+            raise ValueError(f"{paths[frame][0]}: the mask holds no object, expected one in the "
+                             f"first mask (frame {frame})")
+    frames = dict.fromkeys(frame for frame, _ in white)
+    if len(frames) > 1 and all(len(paths[frame]) == 1 for frame in frames):
+        log.info("%s: white is object 1 in each of them, the same object; another object needs "
+                 "another number (such as 2)", ", ".join(Path(path).name for _, path in white))
+    return found
+
+
+def _join(frame: int, parts: list[tuple[Path, np.ndarray]]) -> np.ndarray:
+    """The masks of one frame in one; where they overlap the later file's object is in front."""
+    joined = np.zeros_like(parts[0][1])
+    if len(parts) == 1:
+        return parts[0][1]
+    told = []
+    for path, mask in parts:
+        taken = set(np.unique(joined).tolist())
+        fresh = joined.copy()
+        for object_id in np.unique(mask[mask > 0]).tolist():
+            new = object_id
+            if new in taken:
+                new = next((i for i in range(1, VOID) if i not in taken), None)
+                if new is None:
+                    raise ValueError(f"{path}: more than {VOID - 1} objects in frame {frame}")
+            taken.add(new)
+            fresh[mask == object_id] = new
+            told.append(f"{Path(path).name} {new}")
+        overlap = np.count_nonzero((joined > 0) & (mask > 0))
+        if overlap:
+            log.warning("%s: overlaps the other masks of frame %d in %d pixels, which go to it",
+                        path, frame, overlap)
+        joined = fresh
+    log.info("frame %d: objects %s", frame, ", ".join(told))
+    return joined
+
+
+def is_empty(path: str | Path) -> bool:
+    """Whether all of a mask file is black, 0, or transparent; raises OSError as `read_mask`."""
+    image = images.open_image(path, "a mask")
+    if is_transparent(image):
+        return False
+    return not np.any(image.convert("RGB").getextrema() if "A" in image.mode
+                      else image.getextrema())
+
+
+def tell_concern(mask: np.ndarray, cell: float) -> None:
+    """Warn of what `concern` has to say."""
+    if said := concern(mask, cell):
+        log.warning("%s", said)
+
+
+def concern(mask: np.ndarray, cell: float) -> str | None:
+    """What is to be said of a first mask before the work, with the flag that helps; or None.
+
+    Args:
+        mask: (H, W) uint8.
+        cell: side of a feature cell, in pixels of the mask.
+    """
+    ids, areas = np.unique(mask[mask > 0], return_counts=True)
+    small, said = ids[areas < cell ** 2].tolist(), []
+    if len(ids) > MANY:
+        said.append(f"{len(ids)} objects take time and memory for each: fewer at a time, or a "
+                    "smaller -p, if it is too much")
+    if small:
+        word = "object" if len(small) == 1 else f"{len(small)} objects,"
+        names = ", ".join(map(str, small[:NAMED])) + (" ..." if len(small) > NAMED else "")
+        said.append(f"{word} {names}: smaller than a feature cell ({cell:.3g} pixels wide), which "
+                    "a larger --size, or -p, makes smaller")
+    return "; ".join(said) or None

@@ -1,0 +1,345 @@
+"""Data sets as they lie on disk: levels, suffixes, lists, YouTube-VOS and folders of one's own."""
+
+import codecs
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHAPE, draw_frame, write_list
+from PIL import Image
+
+import evaluate
+import main
+from davis import Davis, for_training
+from media import images
+from metrics import jaccard
+
+
+def write(frames: Path, masks: Path, count=6, labelled=None, suffix="jpg", ids=(1, 2), later=0,
+          step=1) -> None:
+    """Frames 0, step, 2·step, ... and masks of some; the last id appears at frame `later`."""
+    frames.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for i in range(count):
+        image, mask = draw_frame(i, ids)
+        Image.fromarray(image).save(frames / f"{i * step:05d}.{suffix}")
+        if labelled is None or i in labelled:
+            images.write_mask(masks / f"{i * step:05d}.png",
+                              np.where((mask == ids[-1]) & (i < later), 0, mask))
+
+
+def youtube(root: Path, **kwargs) -> Path:
+    for name in kwargs.pop("names", ("0a1b", "2c3d")):
+        write(root / "JPEGImages" / name, root / "Annotations" / name, **kwargs)
+    return root
+
+
+def names(dataset) -> list[str]:
+    return [sequence.name for sequence in dataset]
+
+
+@pytest.mark.parametrize("level", ["480p", "1080p", "Full-Resolution", "."])
+@pytest.mark.parametrize("suffix", ["jpg", "JPG", "jpeg", "png", "bmp", "webp"])
+def test_frames_of_any_kind_at_any_level(tmp_path, level, suffix):
+    write(tmp_path / "JPEGImages" / level / "ant", tmp_path / "Annotations" / level / "ant",
+          suffix=suffix)
+    write_list(tmp_path, "2017", "val", ["ant"])
+    (ant,) = Davis(tmp_path, "2017", "val")
+    assert len(ant) == 6 and [path.suffix for path in ant.images] == [f".{suffix}"] * 6
+    assert [path.name for path in ant.masks] == [f"{i:05d}.png" for i in range(6)]
+    np.testing.assert_array_equal(ant.mask(4), draw_frame(4, (1, 2))[1])
+
+
+def test_of_two_levels_the_usual_one_is_read(tmp_path):
+    for level in ("1080p", "480p"):
+        write(tmp_path / "JPEGImages" / level / "ant", tmp_path / "Annotations" / level / "ant")
+    write_list(tmp_path, "2016", "val", ["ant"])
+    assert Davis(tmp_path, "2016", "val").sequences[0].images[0].parts[-3] == "480p"
+
+
+@pytest.mark.parametrize("encode", [
+    lambda text: codecs.BOM_UTF8 + text.encode(), lambda text: text.encode("utf-16"),
+    lambda text: text.replace("\n", "\r\n").encode()])
+def test_lists_as_windows_writes_them(davis_2017, encode):
+    path = davis_2017 / "ImageSets" / "2017" / "train.txt"
+    path.write_bytes(encode("bee\nant\n"))
+    assert names(Davis(davis_2017, "2017")) == ["bee", "ant"]
+
+
+@pytest.mark.parametrize("year, set_name", [("2017", "test-dev"), (None, "test-dev"),
+                                            ("2017", "mine"), (None, "train")])
+def test_any_list_there_is(davis_2017, year, set_name):
+    write_list(davis_2017, "2017", set_name, ["bee"])
+    if set_name == "train":
+        write_list(davis_2017, "2016", "train", ["bee"])
+    assert names(Davis(davis_2017, year, set_name)) == ["bee"]
+
+
+def test_a_list_that_is_not_there_is_told_with_those_that_are(davis_2017):
+    with pytest.raises(FileNotFoundError) as caught:
+        Davis(davis_2017, "2017", "test-dev")
+    assert "2017/test-dev.txt" in str(caught.value) and "2016/val.txt" in str(caught.value)
+
+
+def test_junk_is_no_frame_and_no_mask(davis_2016):
+    for kind in ("JPEGImages", "Annotations"):
+        folder = davis_2016 / kind / "480p"
+        suffix = "jpg" if kind == "JPEGImages" else "png"
+        (folder / ".DS_Store").write_text("junk")
+        for name in (f"._00000.{suffix}", "Thumbs.db", ".DS_Store", "notes.txt"):
+            (folder / "ant" / name).write_text("junk")
+    assert [len(sequence) for sequence in Davis(davis_2016)] == [6, 6, 6]
+
+
+def test_frames_are_in_natural_order(tmp_path):
+    write(tmp_path / "a" / "images", tmp_path / "a" / "masks", count=12)
+    for kind in ("images", "masks"):
+        for path in sorted((tmp_path / "a" / kind).iterdir()):
+            path.rename(path.with_name(f"frame_{int(path.stem)}{path.suffix}"))
+    (sequence,) = Davis(tmp_path)
+    assert [path.stem for path in sequence.images] == [f"frame_{i}" for i in range(12)]
+    for i in range(12):
+        np.testing.assert_array_equal(sequence.mask(i), draw_frame(i, (1, 2))[1])
+        assert sequence.frame_name(i) == f"frame_{i}"
+
+
+@pytest.mark.parametrize("frames, masks", [
+    ("{}/images", "{}/masks"), ("{}/JPEGImages", "{}/Annotations"), ("images/{}", "masks/{}"),
+    ("JPEGImages/{}", "Annotations/{}"), ("JPEGImages/480p/{}", "Annotations/480p/{}")])
+def test_folders_of_ones_own(tmp_path, frames, masks):
+    for name in ("clip10", "clip2"):
+        write(tmp_path / frames.format(name), tmp_path / masks.format(name))
+    dataset = Davis(tmp_path)
+    assert names(dataset) == ["clip2", "clip10"]
+    assert [len(sequence.labelled) for sequence in dataset] == [6, 6]
+    assert set(dataset.sequences[0].mask(0).flat) == {0, 1, 2}  # though the year says 2016
+
+
+def test_a_folder_may_be_one_sequence(tmp_path):
+    write(tmp_path / "cat" / "images", tmp_path / "cat" / "masks")
+    (cat,) = Davis(tmp_path / "cat")
+    assert cat.name == "cat" and len(cat) == 6
+
+
+def test_a_set_may_be_a_folder(tmp_path):
+    youtube(tmp_path / "train", names=["a"])
+    youtube(tmp_path / "valid", names=["b"])
+    for set_name, expected in (("train", "a"), ("val", "b"), ("valid", "b")):
+        assert names(Davis(tmp_path, set=set_name)) == [expected]
+
+
+def test_first_masks_only(tmp_path):
+    """As the servers that score YouTube-VOS, MOSE and LVOS give them: nothing to score here."""
+    for sequence in Davis(youtube(tmp_path, labelled=[0])):
+        assert sequence.labelled == (0,) and sequence.scored == ()
+        assert sequence.appears == {1: 0, 2: 0} and list(sequence.given()) == [0]
+        assert sequence.wanted == tuple(range(6))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_object_that_appears_later(tmp_path, complete):
+    """Only what may be known is given: of the later mask the new object alone."""
+    root = youtube(tmp_path, labelled=None if complete else [0, 3], later=3, names=["a"])
+    (sequence,) = Davis(root)
+    assert sequence.appears == {1: 0, 2: 3}
+    given = sequence.given()
+    assert [np.unique(given[i]).tolist() for i in given] == [[0, 1], [0, 2]] and 3 in given
+    assert sequence.scored == ((1, 2, 3, 4) if complete else ())
+    if complete:
+        assert [sequence.scored_objects(i) for i in (1, 3, 4)] == [[1], [1], [1, 2]]
+        assert sequence.scored_objects() == [1, 2]
+
+
+def test_in_davis_the_first_mask_names_the_objects(tmp_path):
+    write(tmp_path / "JPEGImages/480p/a", tmp_path / "Annotations/480p/a", later=3)
+    write_list(tmp_path, "2017", "val", ["a"])
+    (sequence,) = Davis(tmp_path, "2017", "val")
+    assert sequence.appears == {1: 0} and list(sequence.given()) == [0]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_frames_that_are_asked_for(tmp_path, marked):
+    root = youtube(tmp_path, count=11, labelled=[0, 5], later=5, names=["a", "b"])
+    videos = {"a": {"objects": {"1": {"category": "ant", "frames": ["00000", "00005", "00010"]},
+                                "2": {"category": "bee", "frames": ["00005", "00010"]}}}}
+    (root / "meta.json").write_bytes((codecs.BOM_UTF8 if marked else b"")
+                                     + json.dumps({"videos": videos}).encode())
+    a, b = Davis(root)
+    assert a.wanted == (0, 5, 10) and b.wanted == tuple(range(11))
+
+
+@pytest.mark.parametrize("content", ['{"videos":{}}', "{}", "[]", '{"videos": {"a": {}}}',
+                                     '{"videos": {"a": {"objects": []}}}'])
+def test_meta_that_asks_for_nothing(tmp_path, content):
+    (youtube(tmp_path, names=["a"]) / "meta.json").write_text(content)
+    assert Davis(tmp_path).sequences[0].wanted == tuple(range(6))
+
+
+def test_meta_that_is_broken_is_named(tmp_path):
+    (youtube(tmp_path) / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match="meta.json: expected what YouTube-VOS has there"):
+        Davis(tmp_path)
+
+
+def test_frames_without_a_mask_are_known(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (sequence,) = Davis(youtube(tmp_path, labelled=[1, 3, 4, 5], names=["a"]))
+    assert sequence.labelled == (1, 3, 4, 5) and sequence.scored == (3, 4)
+    assert sequence.masks[0] is None
+    assert "masks of some frames only" in caplog.text and ": a" in caplog.text
+
+
+def spoil_short(root):
+    for kind in ("JPEGImages", "Annotations"):
+        for path in sorted((root / kind / "480p" / "bee").iterdir())[2:]:
+            path.unlink()
+
+
+def spoil_empty(root):
+    Image.new("L", SHAPE[::-1]).save(root / "Annotations" / "480p" / "bee" / "00000.png")
+
+
+def spoil_no_mask(root):
+    for path in (root / "Annotations" / "480p" / "bee").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (spoil_short, ["480p/bee: 2 frames", "at least 3"]),
+    (spoil_empty, ["Annotations/480p/bee/00000.png: the first mask holds no object"]),
+    (spoil_no_mask, ["480p/bee: no mask"])])
+def test_what_can_not_be_used_is_left_out_and_named(davis_2016, spoil, words, caplog):
+    spoil(davis_2016)
+    assert names(Davis(davis_2016)) == ["ant", "cat"]
+    assert all(word in caplog.text for word in ["left out", *words])
+    with pytest.raises(ValueError) as caught:
+        Davis(davis_2016, names=["bee"])
+    assert all(word in str(caught.value) for word in ["no sequence is left", *words])
+
+
+def test_a_mask_without_its_frame_is_named(davis_2016):
+    images.write_mask(davis_2016 / "Annotations/480p/bee/00009.png", np.ones(SHAPE, np.uint8))
+    with pytest.raises(FileNotFoundError, match="bee/00009.jpg: no such frame.*bee/00009.png"):
+        Davis(davis_2016)
+
+
+def test_two_frames_of_one_name_are_refused(davis_2016):
+    Image.new("RGB", SHAPE[::-1]).save(davis_2016 / "JPEGImages/480p/bee/00002.png")
+    with pytest.raises(ValueError, match="bee/00002.*a second file of that name"):
+        Davis(davis_2016)
+
+
+def test_sequences_of_one_mask_are_not_trained_on(tmp_path, caplog):
+    youtube(tmp_path, names=["a"], labelled=[0])
+    youtube(tmp_path, names=["b"], labelled=[0, 2])
+    sequences = Davis(tmp_path).sequences
+    assert names(for_training(sequences)) == ["b"]
+    assert "not trained on: a" in caplog.text
+    with pytest.raises(ValueError, match="nothing to train on"):
+        for_training(sequences[:1])
+
+
+def test_a_sequence_is_a_clip(tmp_path):
+    (sequence,) = Davis(youtube(tmp_path, names=["a"], suffix="png"))
+    assert (sequence.count, sequence.shape, sequence.fps) == (6, SHAPE, 24.0)
+    frames = [draw_frame(i, (1, 2))[0] for i in range(6)]
+    np.testing.assert_array_equal(list(sequence.frames(2)), frames[2:])
+    np.testing.assert_array_equal(list(sequence.frames(1, 4)), frames[1:4])
+    np.testing.assert_array_equal(list(sequence.backwards(3)), frames[2::-1])
+    assert [sequence.frame_name(i) for i in range(2)] == ["00000", "00001"]
+
+
+# -- through the command line
+
+def run(root, *flags) -> int:
+    return main.main(["-m", "eval", "-c", "cpu", "-d", str(root), "-p", "96", "160", *flags])
+
+
+def test_youtube_vos_is_segmented_and_written_as_its_server_wants(tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    root = youtube(tmp_path / "set", count=11, labelled=[0, 5], later=5, names=["a"])
+    youtube(root, count=4, labelled=[0], names=["b"])
+    videos = {"a": {"objects": {"1": {"frames": ["00000", "00005", "00010"]},
+                                "2": {"frames": ["00005", "00010"]}}}}
+    (root / "meta.json").write_text(json.dumps({"videos": videos}))
+    assert run(root, "-j", str(tmp_path / "out")) == 0
+    written = {name: sorted(path.name for path in (tmp_path / "out" / name).iterdir())
+               for name in ("a", "b")}
+    assert written == {"a": ["00000.png", "00005.png", "00010.png"],
+                       "b": [f"{i:05d}.png" for i in range(4)]}
+    found = {}
+    for path in sorted((tmp_path / "out" / "a").iterdir()):
+        image = Image.open(path)
+        assert image.mode == "P" and image.size == SHAPE[::-1]
+        assert image.getpalette()[3:9] == [128, 0, 0, 0, 128, 0]
+        found[path.stem] = np.array(image)
+    assert not (found["00000"] == 2).any()
+    assert jaccard(found["00005"] == 2, draw_frame(5, (1, 2))[1] == 2) == 1  # as given
+    assert "segmented and not scored" in caplog.text
+    assert not list((tmp_path / "out").glob("*results*.csv"))
+    assert run(root, "-j", str(tmp_path / "out")) == 0
+    assert "2 sequences were finished before" in caplog.text
+
+
+def test_what_has_truth_is_scored_and_the_rest_segmented(tmp_path, capsys):
+    youtube(tmp_path, names=["a"], labelled=[0])
+    youtube(tmp_path, names=["b"], later=2)
+    youtube(tmp_path, names=["c"], labelled=[0, 2, 4])
+    assert run(tmp_path, "-j", str(tmp_path / "out")) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]]
+    assert rows == ["b_1", "b_2", "c_1", "c_2", "all"]
+    assert len(list((tmp_path / "out" / "a").iterdir())) == 6
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_an_object_is_scored_from_its_second_frame_on(tmp_path):
+    """A perfect answer of the first object alone: the second one counts where it is looked for."""
+    (sequence,) = Davis(youtube(tmp_path / "set", names=["b"], later=2))
+    for i in range(6):
+        images.write_mask(tmp_path / "found" / "b" / f"{i:05d}.png",
+                          np.where(sequence.mask(i) == 2, 0, sequence.mask(i)))
+    score = evaluate.score_folder(tmp_path / "found", [sequence], 1)["b"]
+    assert score.j == {1: [1.0] * 4, 2: [0.0] * 2}  # frames 1 to 4, and 3 and 4
+
+
+@pytest.mark.parametrize("code", [
+    lambda mask: Image.fromarray((mask > 0).astype(np.uint8)),
+    lambda mask: Image.fromarray((mask > 0).astype(np.uint8) * 255),
+    lambda mask: Image.fromarray(mask > 0),
+    lambda mask: Image.fromarray((mask > 0).astype(np.uint8) * 255).convert("RGBA")])
+@pytest.mark.parametrize("year", ["2016", "2017"])
+def test_codings_of_the_same_masks_score_alike(davis_2016, tmp_path, code, year):
+    write_list(davis_2016, "2017", "train", ["ant"])
+    (ant,) = Davis(davis_2016, year, names=["ant"])
+    (tmp_path / "ant").mkdir()
+    for i in range(6):
+        code(ant.mask(i)).save(tmp_path / "ant" / f"{i:05d}.png")
+    assert evaluate.score_folder(tmp_path, [ant], 1)["ant"].j == {1: [1.0] * 4}
+
+
+def test_predictions_in_daviss_colours_are_scored(davis_2017, tmp_path):
+    (dog,) = Davis(davis_2017, "2017", "val")
+    (tmp_path / "dog").mkdir()
+    for i, path in enumerate(dog.masks):
+        images.write_mask(tmp_path / "ids.png", dog.mask(i))
+        Image.open(tmp_path / "ids.png").convert("RGB").save(tmp_path / "dog" / path.name)
+    assert evaluate.score_folder(tmp_path, [dog], 1)["dog"].j == {1: [1.0] * 4, 2: [1.0] * 4}
+
+
+def test_void_that_stands_alone_in_some_frames_stays_void(davis_2017, tmp_path):
+    """In the truth: a prediction without it is right."""
+    folder = davis_2017 / "Annotations/480p/dog"
+    for i, path in enumerate(sorted(folder.iterdir())):
+        mask = np.array(Image.open(path))
+        mask[mask == 2] = 255
+        if i > 2:
+            mask[mask == 1] = 0
+        Image.fromarray(mask).save(path)
+    (dog,) = Davis(davis_2017, "2017", "val")
+    (tmp_path / "dog").mkdir()
+    for i, path in enumerate(dog.masks):
+        assert set(np.unique(dog.mask(i))) == ({0, 1} if i < 3 else {0})
+        Image.fromarray(dog.mask(i)).save(tmp_path / "dog" / path.name)
+    assert evaluate.score_folder(tmp_path, [dog], 1)["dog"].j == {1: [1.0] * 4}
