@@ -2,6 +2,7 @@
 
     python bench.py [--json FILE]
     python bench.py --video [--json FILE]
+    python bench.py --runtimes [--json FILE]
     python bench.py --scorer RESULTS -d DAVIS [--json FILE]
 
 For each encoder and upsample factor it prints seconds a frame (median, and the range of the
@@ -13,12 +14,15 @@ of copies, whichever takes longer.
 With --video it measures the whole road of a frame instead, from its file to its mask, with the
 shipped weights: seconds by part, of one object and of five, in frames of 360, 480 and 720 rows.
 
+With --runtimes it measures PyTorch against onnxruntime on an export (`bench_runtimes`).
+
 With --scorer it measures J and F, of the masks in RESULTS, against the package
 vos-benchmark with as many processes.
 """
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -31,10 +35,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 import torch.nn.functional as F
 
+import bench_runtimes
 import evaluate
+import export
 import preprocess
 from build import device_of
 from data import demo
@@ -249,6 +256,27 @@ def bench_video(args: argparse.Namespace) -> dict:
             "threads": torch.get_num_threads(), "rows": found}
 
 
+def bench_runtimes_of(args: argparse.Namespace) -> dict:
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
+    model.encoder.fold_batchnorm()
+    drawn = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]),
+                                  args.frames + bench_runtimes.WARM + 1))
+    with tempfile.TemporaryDirectory() as name:
+        folder, clips = Path(name), {}
+        export.export(model, folder / "export")
+        for rows in args.rows:
+            shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
+            clips[rows] = folder / f"{rows}", folder / f"{rows}.png"
+            images.write_mask(clips[rows][1], images.resize_mask(drawn[0][1], shape))
+            for i, (image, _) in enumerate(drawn):
+                images.write_image(clips[rows][0] / f"{i:05d}.png",
+                                   cv2.resize(image, shape[::-1]))
+        found = bench_runtimes.in_turn(clips, SHIPPED["mobilenet"], folder / "export",
+                                       args.threads, args.repeats)
+    bench_runtimes.table(found)
+    return {"torch": torch.__version__, "machine": platform.machine(), "rows": found}
+
+
 def bench_matching(args: argparse.Namespace) -> dict:
     device = device_of(args.cuda_device)
     floor_rates = rates(device)
@@ -281,8 +309,12 @@ def main() -> int:
     add("--cuda_device", "-c", metavar="DEVICE", help="id of a CUDA device, or cpu, or mps")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--video", action="store_true", help="measure the whole road of a frame instead")
-    add("--rows", type=int, nargs="+", default=(360, 480, 720), metavar="H",
-        help="of its frames (default: 360 480 720)")
+    add("--runtimes", action="store_true",
+        help="measure PyTorch against onnxruntime, a whole clip each, instead")
+    add("--threads", type=int, nargs="+", default=(1, 2), metavar="N",
+        help="of either of them (default: 1 2)")
+    add("--rows", type=int, nargs="+", metavar="H",
+        help="of its frames (default: 360 480, for --video 720 too)")
     add("--frames", type=int, default=12, metavar="N",
         help="of a clip that are measured (default: 12)")
     add("--scorer", type=Path, metavar="RESULTS",
@@ -292,7 +324,9 @@ def main() -> int:
     add("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
     args = parser.parse_args()
     try:
+        args.rows = args.rows or ((360, 480, 720) if args.video else (360, 480))
         figures = (bench_scorers(args) if args.scorer else
+                   bench_runtimes_of(args) if args.runtimes else
                    bench_video(args) if args.video else bench_matching(args))
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))

@@ -27,11 +27,11 @@ import segment
 import sinks
 from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
-from manifest import Manifest, keep_apart, stamp
+from manifest import Manifest, stamp
 from media import drawing, images
 from media.background import progress
 from media.coding import Coding
-from media.files import whole
+from media.files import keep_apart, whole
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import annotations
+import lite
 import train
 from davis import SETS, YEARS
 from network.encoder import BACKBONES
 from videomatch import METHODS
 
-MODES = ("train", "eval", "segment")
+MODES = ("train", "eval", "segment", "export")
 LEVELS = ("debug", "info", "warn", "fatal")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TRAINING_SHAPE = (320, 576)
@@ -63,8 +64,9 @@ def shape(args: argparse.Namespace, name: str) -> None:
 
 def general(add) -> Callable:
     add("--mode", "-m", choices=MODES, default="train",
-        help="train; segment sequences of a data set and score them; or segment a clip of your "
-             "own (default: train); -m MODE -h shows the flags of one mode")
+        help="train; segment sequences of a data set and score them; segment a clip of your own; "
+             "or export a checkpoint for lite.py (default: train); -m MODE -h shows the flags of "
+             "one mode")
     add("--logger", "-f", metavar="LEVEL", choices=LEVELS, default="info",
         help="debug, info, warn or fatal; debug also shows where an error came from "
              "(default: info)")
@@ -310,6 +312,18 @@ def table(add) -> Callable:
     return check
 
 
+def export(add) -> Callable:
+    add("--export_dir", metavar="DIR", type=Path, default=lite.DEFAULT,
+        help="where the graphs go that lite.py runs without PyTorch (default: models/lite)")
+
+    def check(args) -> None:
+        expect(args.precision in (None, "fp32"), "--precision", "fp32 to export", args.precision)
+        expect(args.input_image_shape is None, "--input_image_shape", "none: exported graphs take "
+               "frames of any size", args.input_image_shape)
+
+    return check
+
+
 @dataclass(frozen=True)
 class Group:
     title: str
@@ -321,7 +335,8 @@ GROUPS = (Group("general", MODES, general),
           Group("data (train, eval)", ("train", "eval"), data),
           Group("model", MODES, model),
           Group("training (train)", ("train",), training),
-          Group("fitting (train; with --finetune eval, segment)", MODES, fitting),
+          Group("fitting (train; with --finetune eval, segment)", MODES[:3], fitting),
           Group("a clip of your own (segment)", ("segment",), clip),
           Group("results (eval, segment)", ("eval", "segment"), results),
-          Group("evaluation (eval)", ("eval",), table))
+          Group("evaluation (eval)", ("eval",), table),
+          Group("export (export)", ("export",), export))

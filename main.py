@@ -4,6 +4,7 @@
     python main.py -m train -d DAVIS -s models/vm.pth
     python main.py -m eval -d DAVIS -t val -o models/vm.pth -j results
     python main.py -m segment --video CLIP.mp4 --page
+    python main.py -m export
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 import build
 import distributed
 import evaluate
+import export
 import flags
 import own_video
 import train
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         distributed.start()
         if distributed.rank():
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
-        {"train": run_train, "eval": run_eval, "segment": own_video.run}[args.mode](args)
+        {"train": run_train, "eval": run_eval, "segment": own_video.run,
+         "export": export.run}[args.mode](args)
         distributed.end()
     except BrokenPipeError:  # nobody reads what is printed; every file was written before
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -106,19 +106,6 @@ class Manifest:
             self.entries |= entries
 
 
-def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to write where something is read from.
-
-    Raises:
-        ValueError: an output is an input, holds it, or would lie right in it.
-    """
-    for output in (path.resolve() for path in outputs):
-        for source in (path.resolve() for path in inputs):
-            if output == source or output in source.parents or source == output.parent:
-                raise ValueError(f"{output}: would be written, but {source} is read: name another "
-                                 "folder with --results_dir (-j)")
-
-
 def made_from(folder: Path) -> str | None:
     """The data that a folder's results were made from; None where no manifest tells."""
     path = folder / "manifest.json"

@@ -17,9 +17,10 @@ import session
 import sinks
 from annotations import FORMATS
 from confidence import Confidence, unsure
-from manifest import Manifest, free_folder, keep_apart, stamp
+from manifest import Manifest, free_folder, stamp
 from media import images
 from media.background import progress
+from media.files import keep_apart
 from media.masks import read_masks, tell_concern
 from media.video import open_clip
 from videomatch import VideoMatch

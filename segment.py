@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 import preprocess
 from checkpoint import save
+from follow import enlarged
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
@@ -81,9 +81,7 @@ class Frame:
     @cached_property
     def probabilities(self) -> np.ndarray:
         """(N+1, H, W) float32, as the step has them, enlarged."""
-        height, width = self.image.shape[:2]
-        return np.stack([cv2.resize(channel, (width, height), interpolation=cv2.INTER_LINEAR)
-                         for channel in self.step.probabilities.cpu().numpy()])
+        return enlarged(self.step.probabilities, self.image.shape[:2])
 
 
 class Progress:
@@ -238,23 +236,14 @@ def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
     return Frame(index, image, step, forwards, tracker, known)
 
 
-def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
-    """(H, W) of a frame for the network: the short side at most `size`, unless that is 0."""
-    scale = size / min(shape) if size else 1.0
-    return shape if scale >= 1 else (round(shape[0] * scale), round(shape[1] * scale))
-
-
 def reduced(image: np.ndarray, options: Options) -> np.ndarray:
     """(H, W, 3) uint8 RGB: what the network sees of a frame."""
-    shape = working_shape(image.shape[:2], 0 if options.input_shape else options.size)
-    if shape == image.shape[:2]:
-        return image
-    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+    return images.reduced(image, 0 if options.input_shape else options.size)
 
 
 def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
     """The side of a feature cell, in pixels of an (H, W) frame."""
-    small = options.input_shape or working_shape(shape, options.size)
+    small = options.input_shape or images.working_shape(shape, options.size)
     finer = 1.0 if model.method == "memory" else model.upsample_factor
     return model.encoder.spec.stride / (model.zoom * finer) * min(shape) / min(small)
 

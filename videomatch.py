@@ -9,7 +9,6 @@ is handed in; a `Tracker` drives both. Run by itself it shows the probabilities:
 
 import argparse
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,17 @@ import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
 from media.masks import read_masks
-from network.bank import Frames
+from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.memory import Memory
 from network.outliers import decide
 from network.prompts import PromptDecoder
-from network.reader import EVIDENCE, Reader, View, best_other
-from network.views import CLOSER, around, cell_labels, near, sets_of, thinned
+from network.reader import EVIDENCE, Reader, best_other
+from network.rules import View
+from network.sets import refer
+from network.views import sets_of
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -146,33 +147,22 @@ class VideoMatch(Checkpointed):
             for memory, cells, x, y in zip(memories, frames.cells, image, mask):
                 views = [View(cells, y)]
                 if not self.training:
-                    views += self._closer(x, y, memory.object_ids)
+                    y = F.interpolate(y[None, None].float(), size=x.shape[1:],
+                                      mode="nearest-exact")[0, 0].long()
+                    views += self.reader.closer(self._look, x, y, memory.object_ids)
                 self.reader.refer(memory.bank, views, memory.object_ids)
         if self.method != "memory" or self.training:
             for memory, features, y in zip(memories, frames.features, mask):
                 grid = self._grid(features)
-                memory.refer([(grid, sets_of(y, grid.shape, memory.object_ids))])
+                refer(memory, [(grid, sets_of(y, grid.shape, memory.object_ids))])
         return frames
+
+    def _look(self, image: torch.Tensor, scale: float) -> Cells:
+        return self.encode(image[None], scale).cells[0]
 
     def _grid(self, features: torch.Tensor) -> Grid:
         """(C, h, w), to match with all features; beside keys, in training, on the small grid."""
         return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
-
-    def _closer(self, image: torch.Tensor, mask: torch.Tensor, object_ids) -> Iterator[View]:
-        """(3, H, W) and (H, W): how each object and what is around it would look from nearer.
-
-        An object that comes closer is found by these. Those of all objects together are no more
-        cells than a frame has.
-        """
-        mask = F.interpolate(mask[None, None].float(), size=image.shape[1:],
-                             mode="nearest-exact")[0, 0].long()
-        for object_id in set(object_ids) & set(mask.unique().tolist()):
-            for scale in CLOSER:
-                part = around(mask == object_id, scale)
-                cells = self.encode(image[None, :, *part], scale).cells[0]
-                kept = near(cell_labels(mask[None][:, *part], cells.shape)[0] == object_id)
-                yield View(cells, mask[part], thinned(kept, kept.numel() // (
-                    len(CLOSER) * len(object_ids))))
 
     def remember(self, frames: Frames, memories: list[Memory], probabilities: torch.Tensor) -> None:
         """Keep frames for those to come.

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, whatever ends the program in between."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,3 +35,15 @@ def write(path: str | Path, content: str | bytes) -> None:
     with whole(path) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
 
+
+def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write where something is read from.
+
+    Raises:
+        ValueError: an output is an input, holds it, or would lie right in it.
+    """
+    for output in (path.resolve() for path in outputs):
+        for source in (path.resolve() for path in inputs):
+            if output == source or output in source.parents or source == output.parent:
+                raise ValueError(f"{output}: would be written, but {source} is read: name another "
+                                 "folder with --results_dir (-j)")

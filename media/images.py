@@ -113,3 +113,17 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if mask.shape == tuple(shape):
         return mask
     return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """(H, W) of a frame for the network: the short side at most `size`, unless that is 0."""
+    scale = size / min(shape) if size else 1.0
+    return shape if scale >= 1 else (round(shape[0] * scale), round(shape[1] * scale))
+
+
+def reduced(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB at its `working_shape`."""
+    shape = working_shape(image.shape[:2], size)
+    if shape == image.shape[:2]:
+        return image
+    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)

@@ -1,7 +1,8 @@
 """What `--method memory` keeps of a video: keys and values of the cells of some of its frames.
 
 It grows with reference frames, never with the video. What it holds is replaced, never changed in
-place, so that copies share it. How keys and values are made, and read, `reader` knows.
+place, so that copies share it. How keys and values are made, and read, `reader` knows; whether they
+are tensors or arrays, nobody here.
 """
 
 import copy
@@ -9,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
+from network.arrays import Array, library
 
 LATER = 0.3  # weight of the newest frame in the sums over later frames
 
@@ -24,9 +25,9 @@ class Cells:
         near: (h, w, NEAR) unit vectors, to be compared with those of cells near by.
     """
 
-    unit: torch.Tensor
-    key: torch.Tensor
-    near: torch.Tensor
+    unit: Array
+    key: Array
+    near: Array
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,8 +45,8 @@ class Frames:
         cells: what the reader sees of each; none where there is no reader.
     """
 
-    features: torch.Tensor
-    levels: list[torch.Tensor]
+    features: Array
+    levels: list[Array]
     size: tuple[int, int]
     cells: list[Cells]
 
@@ -66,11 +67,11 @@ class Entry:
         values: (h*w, N * (VALUE + 1)), of each object values, and its share of the cell.
     """
 
-    key: torch.Tensor
-    near: torch.Tensor | None
-    shared: torch.Tensor
-    found: torch.Tensor
-    values: torch.Tensor
+    key: Array
+    near: Array | None
+    shared: Array
+    found: Array
+    values: Array
 
 
 class Bank:
@@ -85,31 +86,32 @@ class Bank:
     def __init__(self, every: int = 5, later: int = 4, recent: int = 2):
         self.every, self.count = every, 0
         self.given: list[Entry] = []  # of reference frames, which never leave
-        self.labels: list[torch.Tensor] = []  # of each of those (h*w,) the set of each cell
+        self.labels: list[Array] = []  # of each of those (h*w,) the set of each cell
         # of each set the (m, KEY) keys and (m, ...) values of its cells there, maybe none
-        self.sets: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.sets: list[tuple[Array, Array]] = []
         self.later: deque[Entry] = deque(maxlen=later)
         self.recent: deque[Entry] = deque(maxlen=recent)
         # for linear labels: (C, C) features times features, (C, N+1) times labels
-        self.given_sums: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.later_sums: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.linear: torch.Tensor | None = None  # (C, N+1) that makes labels of features
+        self.given_sums: list[tuple[Array, Array]] = []
+        self.later_sums: tuple[Array, Array] | None = None
+        self.linear: Array | None = None  # (C, N+1) that makes labels of features
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """(h, w) of the frames; None before the first."""
         return tuple(self.recent[-1].near.shape[:2]) if self.recent else None
 
-    def refer(self, views: list[tuple[Entry, torch.Tensor]], sums) -> None:
+    def refer(self, views: list[tuple[Entry, Array]], sums) -> None:
         """Keep a reference frame, as it is and as it looks from nearer, with the sets of cells."""
         self.given += [replace(entry, near=None) for entry, _ in views]
         self.labels += [labels for _, labels in views]
         self.given_sums = [*self.given_sums, sums]
         self.recent.append(views[0][0])
         self.count += 1
-        keys, values = (torch.cat([getattr(entry, name) for entry in self.given])
+        xp = library(self.labels[0])
+        keys, values = (xp.concatenate([getattr(entry, name) for entry in self.given])
                         for name in ("key", "values"))
-        labels = torch.cat(self.labels)
+        labels = xp.concatenate(self.labels)
         self.sets = [(keys[labels == i], values[labels == i])
                      for i in range(len(views[0][0].found))]
 
@@ -122,17 +124,17 @@ class Bank:
             self.later.append(replace(entry, near=None))
         return long
 
-    def sum_up(self, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def sum_up(self, sums: tuple[Array, Array]) -> None:
         """Count a later frame in: the newer the more."""
         before = self.later_sums or sums
-        self.later_sums = tuple(torch.lerp(old, new, LATER) for old, new in zip(before, sums))
+        first, second = (old + (new - old) * LATER for old, new in zip(before, sums))
+        self.later_sums = first, second
 
     def widen(self, objects: int) -> None:
         """There are more objects now, which no frame so far shows; values are still to be made."""
         def wider(x, axis):
-            shape = list(x.shape)
-            shape[axis] = objects + 1 - shape[axis]
-            return torch.cat([x, x.new_zeros(shape)], axis)
+            nothing = 0 * (x[:1] if axis == 0 else x[:, :1])
+            return library(x).concatenate([x, *[nothing] * (objects + 1 - x.shape[axis])], axis)
 
         self.change(lambda entry: replace(entry, found=wider(entry.found, 0)))
         self.given_sums = [(a, wider(b, 1)) for a, b in self.given_sums]

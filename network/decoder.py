@@ -75,15 +75,21 @@ class Decoder(nn.Module):
         evidence, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
             for x in (evidence, previous, *levels))
+        shared = self.shared(levels)
+        # one by one: five at once take longer, since caches are small. `split` keeps them NHWC
+        return torch.cat([self.decode(*own, shared)
+                          for own in zip(evidence.split(1), previous.split(1))])
+
+    def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What all objects of a frame have in common, for `decode`."""
         levels = [*levels, F.avg_pool2d(levels[-1], 2, ceil_mode=True)]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
-        shared = [block.project_shared(level) for block, level in zip(self.blocks, levels)]
-        # one by one: five at once take longer, since caches are small. `split` keeps them NHWC
-        return torch.cat([self._decode(*own, shared)
-                          for own in zip(evidence.split(1), previous.split(1))])
+        return [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
-    def _decode(self, evidence, previous, shared):
+    def decode(self, evidence: torch.Tensor, previous: torch.Tensor,
+               shared: list[torch.Tensor]) -> torch.Tensor:
+        """As `forward`, of all objects at once."""
         x = None
         for i in reversed(range(len(shared))):
             own = [_resized(previous if i < self.finer else evidence, shared[i])]
@@ -98,5 +104,18 @@ def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if x.shape[-2:] == size:
         return x
     if x.shape[-2] > size[0]:
+        if torch.onnx.is_in_onnx_export():  # which pools to sizes that are constant only
+            rows, columns = (pooling(a, b) for a, b in zip(x.shape[-2:], size))
+            return rows @ x @ columns.T
         return F.adaptive_avg_pool2d(x, size)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def pooling(before: int, after: int) -> torch.Tensor:
+    """(after, before) float32: adaptive average pooling along one side, as a matrix."""
+    number = torch.arange(after)[:, None]
+    first = number * before // after
+    end = ((number + 1) * before + after - 1) // after  # rounded up, of no negative number
+    place = torch.arange(before)
+    inside = ((place >= first) & (place < end)).float()
+    return inside / inside.sum(1, keepdim=True)

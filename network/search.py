@@ -9,10 +9,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
-GROUP = 16  # columns of which only the best is looked at further; a power of 2
+from network.tiles import GROUP, TILE, group_size, windows_of_tiles
+
 ROWS = 256  # of one product, so that it stays in a CPU's cache
-TILE = (4, 8)  # cells whose windows are looked into by one product
-NOTHING = -1e4  # added to the similarity of what isn't there
 
 
 def nearest(query: torch.Tensor, keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +29,7 @@ def nearest(query: torch.Tensor, keys: torch.Tensor, k: int) -> tuple[torch.Tens
         (n, K) similarities in float32, in no order, and (n, K) rows of `keys`; K = min(k, m).
     """
     k = min(k, len(keys))
-    size = min(GROUP, len(keys) // (4 * k)) if k else 0
+    size = group_size(len(keys), k)
     if size < 2 or torch.is_grad_enabled():
         return (query @ keys.T).float().topk(k, dim=1, sorted=False)
     groups = len(keys) // size
@@ -87,19 +86,6 @@ def windows(query: torch.Tensor, others: list[torch.Tensor], k: int,
 @functools.lru_cache(8)
 def _windows(h: int, w: int, radius: int, frames: int,
              device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tiles, cells of a tile, m) 0 within a window, else NOTHING, and (tiles, m) which cells.
-
-    m are those that lie in the windows of a tile, frame by frame.
-    """
-    (high, wide), side = TILE, 2 * radius
-    y, x = (torch.arange(-(-n // step))[:, None] * step + torch.arange(step + side) - radius
-            for n, step in ((h, high), (w, wide)))  # (rows, high + side), (columns, wide + side)
-    y, x = torch.broadcast_tensors(y[:, None, :, None], x[None, :, None])
-    exists = ((y >= 0) & (y < h) & (x >= 0) & (x < w)).flatten(2).flatten(0, 1)
-    cells = (y * w + x).clamp(0, h * w - 1).flatten(2).flatten(0, 1)
-    down, along = ((torch.arange(step + side) - torch.arange(step)[:, None] - radius).abs()
-                   <= radius for step in TILE)
-    near = (down[:, None, :, None] & along[None, :, None]).flatten(2).flatten(0, 1)
-    mask = torch.where(near & exists[:, None], 0.0, NOTHING).repeat(1, 1, frames)
-    cells = torch.cat([cells + i * h * w for i in range(frames)], 1)
-    return mask.to(device), cells.to(device)
+    """As `windows_of_tiles`, on a device."""
+    mask, cells = windows_of_tiles(h, w, radius, frames)
+    return torch.from_numpy(mask).to(device), torch.from_numpy(cells).to(device)

@@ -9,7 +9,8 @@ import torch
 
 from network.bank import Bank, Entry
 from network.matching import Grid
-from network.memory import Memory, Sets
+from network.memory import Memory
+from network.sets import Sets
 
 KINDS = {kind.__name__: kind for kind in (Memory, Sets, Bank, Entry, Grid)}
 

@@ -1,13 +1,12 @@
-"""How a reference frame is looked at: masks on feature cells, and parts of it from nearer.
+"""Masks on feature cells.
 
-It knows neither the encoder nor what becomes of what is seen.
+It knows neither the encoder nor what becomes of the cells.
 """
 
 import torch
 import torch.nn.functional as F
 
-CLOSER = (2.0, 4.0)  # how many times nearer the reference frame is looked at too
-MARGIN = 2  # cells around an object that are looked at with it
+from network.parts import sets_of_labels
 
 
 def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -25,39 +24,4 @@ def cell_labels(mask: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 def sets_of(mask: torch.Tensor, shape: tuple[int, int], object_ids) -> torch.Tensor:
     """(H, W) object ids -> (h, w) the set of each feature cell, -1 for none."""
-    labels = cell_labels(mask[None], shape)[0]
-    sets = torch.full_like(labels, -1)
-    for i, object_id in enumerate((0, *object_ids)):
-        sets[labels == object_id] = i
-    return sets
-
-
-def near(cells: torch.Tensor) -> torch.Tensor:
-    """(h, w) bool: those that are at most `MARGIN` cells from one of `cells`."""
-    return F.max_pool2d(cells[None].float(), 2 * MARGIN + 1, 1, MARGIN)[0] > 0
-
-
-def thinned(chosen: torch.Tensor, most: int) -> torch.Tensor:
-    """(h, w) bool: at most so many of them, evenly spread."""
-    places = chosen.flatten().nonzero()[:, 0]
-    if len(places) > most:
-        places = places[torch.linspace(0, len(places) - 1, most, device=places.device).long()]
-    kept = torch.zeros_like(chosen)
-    kept.view(-1)[places] = True
-    return kept
-
-
-def around(mask: torch.Tensor, scale: float) -> tuple[slice, slice]:
-    """Rows and columns of the part of a frame that shows an object `scale` times as near.
-
-    Args:
-        mask: (H, W) bool, somewhere true: the object, whose middle is that of the part, or as
-            close to it as the frame's edges allow.
-    """
-    part = []
-    for found, side in zip(mask.nonzero(as_tuple=True), mask.shape):
-        length = max(1, round(side / scale))
-        middle = (int(found.min()) + int(found.max()) + 1) / 2
-        first = min(max(0, round(middle - length / 2)), side - length)
-        part.append(slice(first, first + length))
-    return part[0], part[1]
+    return sets_of_labels(cell_labels(mask[None], shape)[0], object_ids)

@@ -17,13 +17,15 @@ from conftest import ROOT, draw_frame, write_list, write_sequence
 from PIL import Image
 from torchvision import models
 
+import bench_runtimes
+import export
 import prompts
 import train_prompts
 from data import demo, download
 from media import page
 from videomatch import VideoMatch
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({line.strip() for page in PAGES
                    for line in re.findall(r"python \w+\.py[^`\n]*", page.read_text())})
 EXAMPLES = [code for page in PAGES
@@ -32,8 +34,17 @@ QUICKLY = {"train": ["-i", "1", "-r", "-1", "-p", "32", "48", "--workers", "0"],
            "bench": ["-en", "mobilenet", "-p", "32", "48", "-uf", "1", "--repeats", "1"]}
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    model = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth").eval()
+    model.encoder.fold_batchnorm()
+    folder = tmp_path_factory.mktemp("lite")
+    export.export(model, folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, exported):
     """What the commands name: DAVIS, a clip with its mask, results, a checkpoint, weights."""
     for set_name, names in (("train", ("ant", "bee")), ("val", ("blackswan",))):
         for name in names:
@@ -64,6 +75,7 @@ def folder(tmp_path, monkeypatch):
     shown = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth")
     prompts.add(shown)
     shown.save(tmp_path / "models/my.pth")
+    shutil.copytree(exported, tmp_path / "models/lite")
     name = Path(models.MobileNet_V2_Weights.IMAGENET1K_V1.url).name
     weights = tmp_path / "hub/checkpoints" / name
     weights.parent.mkdir(parents=True)
@@ -76,6 +88,8 @@ def folder(tmp_path, monkeypatch):
     # the checkpoint in models/ may be older than the part that is shown objects
     monkeypatch.setattr(prompts, "masks_of", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
+    monkeypatch.setattr(bench_runtimes, "measured", lambda *_: {
+        "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})
     monkeypatch.setattr(page, "serve", lambda *_: None)
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(plt, "show", lambda: None)

@@ -7,7 +7,7 @@ import pytest
 
 import flags
 
-MODES = ("train", "eval", "segment")
+MODES = ("train", "eval", "segment", "export")
 SEGMENT = "-m segment --video clip.mp4 --mask first.png"
 
 

@@ -12,8 +12,9 @@ from conftest import ROOT
 # that have no line of their own.
 RANKS = [
     {"bench", "bench_prompts"},
+    {"bench_runtimes"},
     {"main", "road"},
-    {"own_video"},
+    {"own_video", "export"},
     {"build"},
     {"flags"},
     {"groups"},
@@ -25,9 +26,9 @@ RANKS = [
     {"passes"},
     {"annotations", "confidence", "sinks"},
     {"segment"},
-    {"tracker"},
+    {"tracker", "lite"},
     {"prompts"},
-    {"videomatch"},
+    {"videomatch", "follow"},
     {"checkpoint"},
     {"data.samples", "data.stills"},
     {"davis"},

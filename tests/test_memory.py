@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from network.matching import Grid, soft_match
-from network.memory import Sets
+from network.sets import Sets
 
 
 def draw(seed, frames, channels=6, h=5, w=7, factor=1.0):

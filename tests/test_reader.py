@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from network import reader as module
+from network import rules
 from network.bank import Bank
 from network.decoder import Decoder
-from network.reader import EVIDENCE, VALUE, Reader, View, best_other
+from network.reader import EVIDENCE, Reader, best_other
+from network.rules import VALUE, View
 from network.state import plain, restored
 
 H, W, C, SIDE = 5, 7, 20, 2
@@ -120,7 +122,7 @@ def test_linear_labels_are_those_of_the_ridge_regression(reader):
         evidence, _ = reader.read(bank, query)
     x = reader.look(features(0)).unit.double().detach()
     labels = F.avg_pool2d(one_hot(ids(0, 2), 2)[None], SIDE)[0].flatten(1).T.double()
-    weights = (labels / (labels.mean(0) + module.LEAST)).sum(1)
+    weights = (labels / (labels.mean(0) + rules.LEAST)).sum(1)
     root = (weights / weights.sum()).sqrt()[:, None]
     # as rows beside the data
     rows = torch.cat([x * root, module.RIDGE ** 0.5 * torch.eye(C).double()])

@@ -12,9 +12,11 @@ from PIL import Image
 
 import preprocess
 import videomatch
-from network import reader
+from network import reader, rules
 from network.encoder import Encoder
-from videomatch import VideoMatch, around, cell_labels
+from network.parts import around
+from network.views import cell_labels
+from videomatch import VideoMatch
 
 
 def frame(step, ids=(1,), scale=1):
@@ -209,7 +211,7 @@ def test_an_object_that_comes_closer_matches_the_closer_views(monkeypatch):
     monkeypatch.setattr(reader, "K_SET", 1)
     found = []
     for views in ((2.0,), ()):
-        monkeypatch.setattr(videomatch, "CLOSER", views)
+        monkeypatch.setattr(rules, "CLOSER", views)
         with torch.no_grad():
             memory = reference(model, image, mask)
             scores = model.refine(model.encode(closer[None]), [memory])[1][0]

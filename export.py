@@ -1,0 +1,131 @@
+"""A checkpoint as graphs that onnxruntime runs without PyTorch: `-m export`; `lite.py` tracks.
+
+A folder of graphs (`network.graphs`) and one JSON, which tells what a checkpoint's configuration
+tells, and of each graph the digest. It knows flags, and nothing of videos.
+"""
+
+import argparse
+import hashlib
+import inspect
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import build
+import lite
+import preprocess
+from media import files
+from network import graphs
+from network.lite import ENCODED
+from network.rules import RADIUS, VALUE
+from network.tiles import tiles, windows_of_tiles
+from tracker import Tracker
+from videomatch import VideoMatch
+
+log = logging.getLogger(__name__)
+
+OPSET = 18
+CELLS = 6, 10  # of the frame that is traced; sizes may vary afterwards
+CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ, on noise
+
+
+def run(args: argparse.Namespace) -> None:
+    model = build.model_in_use(args).cpu().eval()
+    export(model, args.export_dir)
+    size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
+    print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
+
+
+@torch.no_grad()
+def export(model: VideoMatch, folder: Path) -> None:
+    """Write graphs and JSON, checked, and run once.
+
+    Args:
+        model: with folded BatchNorm, on the CPU.
+
+    Raises:
+        ValueError: the model isn't of method "memory", a package is missing, or what was written
+            doesn't compute the same.
+        OSError: nothing can be written there.
+    """
+    onnx = lite.package("onnx")
+    if model.method != "memory":
+        raise ValueError("-m export: expected a checkpoint that was trained for --method memory, "
+                         "and no other --method")
+    if model.zoom < 1:
+        raise ValueError(f"-m export: expected a model that sees frames enlarged, not {model.zoom} "
+                         "as large")
+    written = {}
+    for name, (graph, inputs, outputs) in _graphs(model).items():
+        content = _traced(graph, inputs, outputs)
+        onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+        files.write(folder / f"{name}.onnx", content)
+        written[name] = hashlib.sha256(content).hexdigest()
+    files.write(folder / lite.DESCRIPTION, json.dumps({
+        "format": lite.FORMAT, "weights": model.facts.get("digest") or model.digest(),
+        "config": model.configuration(),
+        "mean": preprocess.IMAGENET_MEAN, "std": preprocess.IMAGENET_STD,
+        "network": {"stride": model.encoder.spec.stride, "zoom": model.zoom,
+                    "dilation": model.dilation, "side": model.reader.side,
+                    "ridge": model.reader.ridge().item()},
+        "graphs": written}, indent=1))
+    _compare(model, lite.load(folder)[0])
+
+
+def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
+    """Of each graph the module, inputs to trace it with, and what its outputs are called."""
+    (h, w), reader, spec = CELLS, model.reader, model.encoder.spec
+    encode = graphs.Encode(model.encoder, reader)
+    image = torch.rand(1, 3, h * spec.stride, w * spec.stride)
+    unit, key, near, shared, *levels = encode(image)
+    found = torch.rand(3, h * reader.side, w * reader.side).softmax(0)
+    values = torch.rand(4 * h * w, 2 * (VALUE + 1))
+    windows, inside = (torch.from_numpy(x) for x in windows_of_tiles(h, w, RADIUS, 2))
+    of_tile, place = (torch.from_numpy(x) for x in tiles(h, w))
+    read = (unit, near, torch.rand(3, h * w), values, torch.rand(h * w, 40),
+            torch.randint(len(values), (h * w, 40)), torch.rand(unit.shape[1], 3), found,
+            torch.cat([near, near]).flatten(0, 1), values[:2 * h * w], of_tile, place, inside,
+            windows, *levels)
+    names = [f"level{i}" for i in range(len(levels))]
+    return {"encode": (encode, (image,), [*ENCODED, *names]),
+            "values": (graphs.Values(reader), (shared, found), ["values"]),
+            "nearest": (graphs.Nearest(), (key, torch.stack([key, key])), ["best", "positions"]),
+            "read": (graphs.Read(reader, model.decoder), read, ["logits"])}
+
+
+def _traced(graph: nn.Module, inputs: tuple, outputs: list[str]) -> bytes:
+    names = [name for name, parameter in inspect.signature(graph.forward).parameters.items()
+             if parameter.kind != parameter.VAR_POSITIONAL]
+    names += [f"level{i}" for i in range(len(inputs) - len(names))]
+    # batches of images are of one, colours and channels as many as they are
+    axes = {name: {axis: f"{name}_{axis}" for axis in range(x.dim()) if x.dim() != 4 or axis > 1}
+            for name, x in zip(names, inputs)}
+    content = io.BytesIO()
+    with warnings.catch_warnings():  # of sizes that are constants in the trace, as they are
+        warnings.simplefilter("ignore")
+        torch.onnx.export(graph.eval(), inputs, content, dynamo=False, opset_version=OPSET,
+                          input_names=names, output_names=outputs, dynamic_axes=axes)
+    return content.getvalue()
+
+
+def _compare(model: VideoMatch, export) -> None:
+    """Follow noise of another size, with two objects, by both."""
+    random = torch.Generator().manual_seed(0)
+    frames = torch.rand(3, 3, 90, 150, generator=random)
+    mask = torch.zeros(90, 150, dtype=torch.uint8)
+    mask[20:60, 20:60], mask[30:70, 90:130] = 1, 2
+    one, other = Tracker(model), lite.Follower(export)
+    precision, model.precision = model.precision, torch.float32
+    for i, frame in enumerate(frames):
+        found = [tracker.step(image, None if i else mask.numpy()).probabilities
+                 for tracker, image in ((one, frame), (other, frame.numpy()))]
+    model.precision = precision
+    apart = (found[0] - torch.from_numpy(found[1])).abs().max().item()
+    log.info("probabilities of the export and of PyTorch differ by %.1e at most", apart)
+    if not apart < CLOSE:
+        raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {apart}")

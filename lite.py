@@ -1,0 +1,177 @@
+"""A clip's masks without PyTorch, by an export of a checkpoint (`main.py -m export`).
+
+    python lite.py CLIP.mp4 FIRST.png -j OUT
+
+It takes what requirements-lite.txt names. Masks are those of `main.py -m segment` at --precision
+fp32, forwards from the first frame.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from follow import Follower, enlarged
+from media import drawing, images
+from media.background import progress
+from media.files import keep_apart
+from media.masks import read_mask
+from media.video import open_clip
+from media.writer import VideoWriter
+from network.lite import LiteVideoMatch
+from network.outliers import decide
+
+DESCRIPTION = "videomatch.json"
+FORMAT = 1  # changes when another lite.py is needed
+DEFAULT = Path("models/lite")
+
+
+def package(name: str):
+    """A package that not everybody needs.
+
+    Raises:
+        ValueError: it isn't there.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{name} is missing: pip install {name}") from error
+
+
+def load(folder: Path, threads: int = 0) -> tuple[LiteVideoMatch, dict]:
+    """The network of an export, and its description.
+
+    Args:
+        threads: of onnxruntime; 0 takes all cores.
+
+    Raises:
+        OSError: no such folder, or a file of it is missing.
+        ValueError: not an export, one of another version, or a file of it is damaged; or
+            onnxruntime is missing.
+    """
+    onnxruntime = package("onnxruntime")
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected an export (python main.py "
+                                f"-m export --export_dir {folder})")
+    sessions: dict[str, Any] = {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["format"] != FORMAT:
+            raise ValueError(f"of format {kept['format']}, expected {FORMAT}: export again")
+        graphs = dict(kept["graphs"])
+        model = LiteVideoMatch(lambda name, **inputs: sessions[name].run(None, inputs),
+                               **kept["network"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an export that can be used ({error})") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    for name, digest in graphs.items():
+        path = folder / f"{name}.onnx"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, but {DESCRIPTION} beside it names it")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError(f"{path}: damaged, or of another export than {DESCRIPTION} beside it")
+        sessions[name] = onnxruntime.InferenceSession(content, options,
+                                                      providers=["CPUExecutionProvider"])
+    return model, kept
+
+
+def normalized(image: np.ndarray, description: dict) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (3, H, W) float32, as the network was trained on."""
+    mean, std = (np.array(description[name], np.float32) for name in ("mean", "std"))
+    return ((image.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+
+
+def masks(clip, first: np.ndarray, model: LiteVideoMatch, description: dict, size: int = 480):
+    """Each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
+
+    Args:
+        first: (H, W) uint8 object ids of the first frame.
+        size: short side of larger frames for the network; 0: the frame's own.
+
+    Raises:
+        ValueError: the mask is of another size than the frames, or holds no object.
+    """
+    follower = Follower(model)
+    first = clip.fit(first)
+    for i, image in enumerate(clip.frames()):
+        if i == 0:
+            images.check_same_shape("frame 0", image.shape, "the mask", first.shape)
+        small = images.reduced(image, size)
+        step = follower.step(normalized(small, description), None if i else first)
+        mask = step.mask
+        if mask.shape != image.shape[:2]:
+            mask = decide(enlarged(step.probabilities, image.shape[:2]), step.object_ids,
+                          follower.threshold)
+        yield image, mask
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Cut objects out of a clip, given their mask in its first frame, by an export "
+                    "of a checkpoint; PyTorch isn't needed.")
+    add = parser.add_argument
+    add("clip", type=Path, help="a video, an animation or a folder of frames")
+    add("mask", type=Path, help="mask of the first frame; each value is an object")
+    add("--results_dir", "-j", type=Path, metavar="DIR", required=True,
+        help="masks/ and overlay.mp4 go there; what lies there under these names is replaced")
+    add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
+        help="the export (default: models/lite)")
+    add("--size", type=int, default=480, metavar="PIXELS",
+        help="larger frames are reduced to this short side for the network; 0: the frame's own "
+             "(default: 480)")
+    add("--threads", type=int, default=0, metavar="N", help="of onnxruntime; 0: all cores")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        segment(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = explained(error)
+        if message is None:
+            raise
+        print(f"lite.py: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explained(error: Exception) -> str | None:
+    """One line for what a user can mend; None for an error of ours."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as onnxruntime says
+        return "out of memory, which a smaller --size needs less of"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) if isinstance(error, OSError | ValueError) else None
+
+
+def segment(args: argparse.Namespace) -> None:
+    if args.size and args.size < 16:
+        raise ValueError(f"--size: expected 0 or at least 16, got {args.size}")
+    if args.threads < 0:
+        raise ValueError(f"--threads: expected at least 0, got {args.threads}")
+    clip, first = open_clip(args.clip, [args.mask]), read_mask(args.mask, own=True)
+    keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")],
+               [args.clip, args.mask])
+    model, description = load(args.model_load, args.threads)
+    count = 0
+    with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:
+        frames = masks(clip, first, model, description, args.size)
+        for image, mask in progress(frames, desc="frames", total=clip.count or None):
+            images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png", mask)
+            film.write(drawing.overlay(image, mask), clip.time(count))
+            count += 1
+    print(f"{count} frames: masks, overlay.mp4 in {args.results_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The tracker without PyTorch: an export, equal masks, a machine without torch, bad files."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, draw_frame, overlap, truth
+from PIL import Image
+
+import export
+import lite
+import main
+import preprocess
+from data import demo
+from network import lite as network
+from network import search, tiles, views
+from network.decoder import pooling
+from network.parts import near, thinned
+from tracker import Tracker
+from videomatch import SHIPPED, VideoMatch
+
+# what requirements.txt has and requirements-lite.txt has not
+ABSENT = ("torch", "torchvision", "matplotlib", "filelock", "starlette", "uvicorn", "onnx")
+WITHOUT = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The shipped checkpoint in float32."""
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
+    model.encoder.fold_batchnorm()
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(exact, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    export.export(exact, folder)
+    return folder
+
+
+@pytest.fixture
+def first(tmp_path):
+    """The mask of the first frame of `clip`."""
+    Image.fromarray(truth(0)).save(tmp_path / "first.png")
+    return tmp_path / "first.png"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-c", WITHOUT, str(ROOT / "lite.py"),
+                           *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_path):
+    done = run(clip, first, "-j", tmp_path / "out", "-o", exported, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "12 frames" in done.stdout and (tmp_path / "out/overlay.mp4").is_file()
+    for step in range(12):
+        found = np.array(Image.open(tmp_path / f"out/masks/{step:05d}.png"))
+        assert overlap(found == 1, truth(step) == 1) > 0.8, step
+
+
+def test_requirements_name_what_is_there():
+    def names(file):
+        return set(re.findall(r"^([\w-]+)", (ROOT / file).read_text(), re.MULTILINE))
+
+    wanted = names("requirements-lite.txt")
+    assert "torch" not in wanted
+    assert wanted - names("requirements.txt") == {"onnxruntime", "opencv-python-headless"}
+    assert set(ABSENT) - {"onnx"} == names("requirements.txt") - wanted - {"opencv-python"}
+
+
+def followed(exact, exported, frames, given, shape=None):
+    """Both trackers' steps through (H, W, 3) frames; `given` are masks by frame."""
+    network, description = lite.load(exported, 1)
+    one, other = Tracker(exact), lite.Follower(network)
+    for i, image in enumerate(frames):
+        yield (one.step(preprocess.to_tensor(image), given.get(i), shape),
+               other.step(lite.normalized(image, description), given.get(i), shape))
+
+
+@pytest.mark.parametrize("name, rows", [("stroll", 0), ("meeting", 180)])
+def test_masks_are_those_of_pytorch(name, rows, exact, exported):
+    drawn = list(demo.draw(demo.SCENES["val"][name], frames=9))
+    frames = [lite.images.reduced(image, rows) for image, _ in drawn]
+    overlaps = []
+    for expected, found in followed(exact, exported, frames, {0: drawn[0][1]}):
+        assert found.object_ids == expected.object_ids
+        overlaps += [overlap(found.mask == i, expected.mask == i) for i in found.object_ids]
+        np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
+    assert np.mean(overlaps) >= 0.999 and min(overlaps) >= 0.99
+
+
+def test_later_masks_and_objects_are_those_of_pytorch(exact, exported):
+    """A second reference frame, with an object that the first hasn't, and one that leaves again."""
+    frames, masks = zip(*(draw_frame(step, (1, 2)) for step in range(8)))
+    frames = [image.repeat(2, 0).repeat(2, 1) for image in frames]
+    masks = [mask.repeat(2, 0).repeat(2, 1) for mask in masks]
+    given = {0: np.where(masks[0] == 1, 1, 0), 3: masks[3], 6: np.where(masks[6] == 2, 2, 0)}
+    for expected, found in followed(exact, exported, frames, given, (70, 110)):
+        assert found.object_ids == expected.object_ids
+        difference = np.abs(found.probabilities - expected.probabilities.numpy())
+        assert difference.max() < 0.02 and difference.mean() < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (17, 200), (48, 33)])
+def test_frames_of_few_cells(shape, exact, exported):
+    random = np.random.default_rng(0)
+    frames = list(random.integers(0, 255, (4, *shape, 3), dtype=np.uint8))
+    mask = np.zeros(shape, np.uint8)
+    mask[2:9, 3:12] = 1
+    for expected, found in followed(exact, exported, frames, {0: mask}):
+        difference = np.abs(found.probabilities - expected.probabilities.numpy())
+        assert difference.max() < 0.02 and difference.mean() < 1e-3
+
+
+def test_a_frame_of_another_size_is_refused(exported):
+    network, description = lite.load(exported, 1)
+    follower = lite.Follower(network)
+    with pytest.raises(ValueError, match="needs a mask"):
+        follower.step(np.zeros((3, 48, 80), np.float32))
+    image, mask = draw_frame(0)
+    follower.step(lite.normalized(image, description), mask)
+    with pytest.raises(ValueError, match="of the reference frame's size"):
+        follower.step(np.zeros((3, 90, 80), np.float32))
+
+
+def test_a_video_that_grows_is_followed_in_a_copy_too(exported):
+    """What a copy sees changes nothing in what it was taken from."""
+    network, description = lite.load(exported, 1)
+    follower = lite.Follower(network)
+    frames = [lite.normalized(draw_frame(step)[0], description) for step in range(8)]
+    follower.step(frames[0], draw_frame(0)[1])
+    other = follower.copy()
+    found = [[one.step(frame).probabilities for frame in frames[1:]] for one in (other, follower)]
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def damaged(folder, what, tmp_path):
+    folder = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    kept = folder / lite.DESCRIPTION
+    if what == "truncated":
+        path = folder / "read.onnx"
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif what == "missing":
+        (folder / "read.onnx").unlink()
+    elif what == "version":
+        kept.write_text(json.dumps(json.loads(kept.read_text()) | {"format": 99}))
+    elif what == "no json":
+        kept.write_text("format: 1")
+    elif what == "other json":
+        kept.write_text(json.dumps({"format": lite.FORMAT}))
+    return folder
+
+
+@pytest.mark.parametrize("what, message", [
+    ("truncated", r"read\.onnx: damaged"), ("missing", r"read\.onnx: no such file"),
+    ("version", "format 99, expected 1: export again"), ("no json", "not an export"),
+    ("other json", "not an export")])
+def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
+    folder = damaged(exported, what, tmp_path)
+    assert lite.main([str(clip), str(first), "-j", str(tmp_path / "out"), "-o", str(folder)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and re.search(message, error[0])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"-o": "nowhere"}, "nowhere.*no such file, expected an export"),
+    ({"--size": "3"}, "--size"), ({"--threads": "-1"}, "--threads"),
+    ({"mask": (20, 20)}, "mask of 20x20 pixels, expected 160x96"),
+    ({"mask": 0}, "holds no object"), ({"-j": "clip"}, "is read")])
+def test_what_cannot_be_done_gets_one_line(change, message, clip, first, exported, tmp_path,
+                                           capsys):
+    if "mask" in change:
+        empty = np.zeros(change["mask"] or (96, 160), np.uint8)
+        empty[3:9, 3:9] = bool(change["mask"])
+        Image.fromarray(empty).save(first)
+    arguments = {"-j": tmp_path / "out", "-o": exported, "--threads": 1} | {
+        flag: value for flag, value in change.items() if flag != "mask"}
+    source = clip
+    if arguments["-j"] == "clip":  # whose masks/ is the clip
+        source = Path(shutil.copytree(clip, tmp_path / "out/masks"))
+        arguments["-j"] = tmp_path / "out"
+    flags = [str(part) for pair in arguments.items() for part in pair]
+    assert lite.main([str(source), str(first), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, error[-1]) and error[-1].startswith("lite.py: error: ")
+
+
+@pytest.mark.parametrize("error, message", [
+    (MemoryError(), "out of memory"), (Exception("Failed to allocate memory for 9"), "--size"),
+    (OSError(28, "No space left on device", "masks"), "masks: No space left"),
+    (ValueError("a size"), "a size")])
+def test_errors_are_explained(error, message):
+    assert message in lite.explained(error)
+    assert lite.explained(TypeError("ours")) is None
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(ValueError, match="surely_absent is missing: pip install surely_absent"):
+        lite.package("surely_absent")
+
+
+def test_what_main_exports_can_be_loaded(tmp_path, capsys):
+    assert main.main(["-m", "export", "--export_dir", str(tmp_path / "lite")]) == 0
+    assert "MB" in capsys.readouterr().out
+    _, description = lite.load(tmp_path / "lite")
+    assert description["config"]["encoder"] == "mobilenet"
+
+
+def test_a_checkpoint_without_memory_cannot_be_exported(model, tmp_path, capsys):
+    model.save(tmp_path / "vm.pth")
+    assert main.main(["-m", "export", "-o", str(tmp_path / "vm.pth"),
+                      "--export_dir", str(tmp_path / "lite")]) == 2
+    assert "--method memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before, after", [((480, 854), (144, 256)), ((90, 70), (128, 96)),
+                                           ((90, 70), (40, 90))])
+def test_resizing_without_aliasing(before, after):
+    found = np.random.default_rng(0).random((2, *before), dtype=np.float32)
+    reader = network.LiteReader(lambda *_: [], 4, 0.1)
+    expected = F.interpolate(torch.from_numpy(found)[None], size=after, mode="bilinear",
+                             align_corners=False, antialias=True)[0]
+    resized = reader.pixels(found, (after[0] // 4, after[1] // 4)) if not after[1] % 4 else (
+        network._bilinear(before[0], after[0]) @ found @ network._bilinear(before[1], after[1]).T)
+    np.testing.assert_allclose(resized, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape, cells", [((48, 80), (3, 5)), ((90, 61), (7, 4)), ((9, 9), (9, 9)),
+                                          ((854, 480), (53, 30))])
+def test_masks_on_cells(shape, cells):
+    mask = np.zeros(shape, np.uint8)
+    mask[2:shape[0] // 2, 1:shape[1] // 3] = 1
+    mask[-1, -1], mask[shape[0] // 2:, :2] = 5, 3
+    reader = network.LiteReader(lambda *_: [], 4, 0.1)
+    expected = views.sets_of(torch.from_numpy(mask), cells, [1, 5])
+    np.testing.assert_array_equal(reader.sets_of(mask, cells, [1, 5]), expected.numpy())
+
+
+@pytest.mark.parametrize("before, after", [(9, 5), (10, 5), (7, 3), (5, 5), (1, 1)])
+def test_adaptive_pooling_as_a_matrix(before, after):
+    x = torch.rand(1, 1, before, 1)
+    torch.testing.assert_close(pooling(before, after) @ x, F.adaptive_avg_pool2d(x, (after, 1)))
+
+
+@pytest.mark.parametrize("h, w", [(4, 8), (5, 9), (1, 3), (13, 22)])
+def test_every_cell_is_in_a_tile(h, w):
+    cells, place = tiles.tiles(h, w)
+    np.testing.assert_array_equal(cells.reshape(-1)[place], np.arange(h * w))
+    assert cells.shape == (len(tiles.windows_of_tiles(h, w, 2, 1)[1]), 32)
+
+
+def test_the_nearest_are_those_of_pytorch(exported):
+    query, keys = (F.normalize(torch.randn(n, 64), dim=1) for n in (50, 700))
+    reader = lite.load(exported, 1)[0].reader
+    for count in (3, 16, 17, 130, 700):
+        with torch.no_grad():
+            expected = search.nearest(query, keys[:count], 16)[0].sort(1, descending=True).values
+        best, positions = reader.nearest(query.numpy(), keys[:count].numpy(), 16)
+        np.testing.assert_allclose(best, expected.numpy(), atol=2e-5)
+        np.testing.assert_allclose(best, np.take_along_axis((query @ keys.T).numpy(), positions, 1),
+                                   atol=2e-5)
+
+
+def test_cells_around_an_object_by_either_library():
+    cells = np.random.default_rng(0).random((9, 12)) > 0.95
+    grown = F.max_pool2d(torch.from_numpy(cells)[None].float(), 5, 1, 2)[0] > 0
+    for x in (cells, torch.from_numpy(cells)):
+        np.testing.assert_array_equal(np.asarray(near(x)), grown.numpy())
+        assert np.asarray(thinned(near(x), 7)).sum() == min(7, int(grown.sum()))
