@@ -91,12 +91,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
     report = Report(model, optimizer, schedule, training, held_out, options, stills)
-    done = report.resume() if options.resume else None
-    if done is None:
-        if not options.overwrite:
-            report.check_free()
-        done = 0
-        report(done)
+    done = report.begin()
     total = options.iterations if report.stale < options.patience else done
     augment = preprocess.Augment(options.shape, options.augment)
     drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
@@ -270,6 +265,16 @@ class Report:
         self.best, self.stale = -1.0, 0
         self.start = time.monotonic()
         self.state = options.save.with_suffix(".state")
+
+    def begin(self) -> int:
+        """The iteration to go on from; at 0 with a first report."""
+        done = self.resume() if self.options.resume else None
+        if done is None:
+            if not self.options.overwrite:
+                self.check_free()
+            done = 0
+            self(done)
+        return done
 
     def resume(self) -> int | None:
         """Go back to the last report of an earlier run: its iteration; None if there is none."""

@@ -174,12 +174,7 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
         optimizer, RATE * options.learning_rate, total_steps=steps,
         pct_start=max(WARM_UP, 1.5 / steps))
     report = Report(model, optimizer, schedule, sequences, held_out, options, stills)
-    done = report.resume() if options.resume else None
-    if done is None:
-        if not options.overwrite:
-            report.check_free()
-        done = 0
-        report(done)
+    done = report.begin()
     with train.interruptible() as interrupted:
         bar = progress(total=options.iterations, initial=done, desc="training",
                        disable=distributed.rank() > 0)
