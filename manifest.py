@@ -46,17 +46,14 @@ class Manifest:
             for old in (*folder.glob(f"*{FINISHED}"), *folder.glob(".*.progress"), path):
                 old.unlink(missing_ok=True)
         elif path.is_file():
-            self._compare(_read(path), made_by)
+            before = _read(path)
+            for name in differing(before, made_by):
+                old, new = (made.get(name, "none") for made in (before, made_by))
+                raise ValueError(f"{folder}: holds results of other {name} ({old!r}, now {new!r}): "
+                                 "name another folder, or start over (--overwrite)")
             self.entries = {old.name.removesuffix(FINISHED): _read(old)
                             for old in folder.glob(f"*{FINISHED}")}
         self.known = path.is_file() or overwrite
-
-    def _compare(self, before: dict[str, str], now: dict[str, str]) -> None:
-        for name in sorted({*before, *now}):
-            old, new = before.get(name, "none"), now.get(name, "none")
-            if old != new:
-                raise ValueError(f"{self.folder}: holds results of other {name} ({old!r}, now "
-                                 f"{new!r}): name another folder, or start over (--overwrite)")
 
     def begin(self, folders: Iterable[Path] = ()) -> None:
         """Say what makes the results, before the first of them is written; once is enough.
@@ -106,17 +103,23 @@ class Manifest:
             self.entries |= entries
 
 
-def made_from(folder: Path) -> str | None:
-    """The data that a folder's results were made from; None where no manifest tells."""
+def made_by(folder: Path) -> dict[str, str] | None:
+    """What made a folder's results; None where no manifest tells."""
     path = folder / "manifest.json"
-    return _read(path).get("data") if path.is_file() else None
+    return _read(path) if path.is_file() else None
+
+
+def differing(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What two results were not made by alike: the names, sorted."""
+    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
 def free_folder(name: str, data: str) -> Path:
     """results/NAME, or with a number behind it where that holds the results of other data."""
     folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
                for number in itertools.count(1))
-    return next(folder for folder in folders if made_from(folder) in (None, data))
+    return next(folder for folder in folders
+                if (made := made_by(folder)) is None or made.get("data") == data)
 
 
 def stamp(paths: Iterable[Path]) -> str:

@@ -17,7 +17,7 @@ import session
 import sinks
 from annotations import FORMATS
 from confidence import Confidence, unsure
-from manifest import Manifest, free_folder, stamp
+from manifest import Manifest, differing, free_folder, made_by, stamp
 from media import images
 from media.background import progress
 from media.files import keep_apart
@@ -45,13 +45,15 @@ def run(args: argparse.Namespace) -> None:
     options, first = segment.Options(**build.road(args, model)), masks[min(masks)]
     options.start, options.stop = part_of(args, clip)
     tell_concern(first, segment.cell(model, first.shape, options))
-    ours = (results / "manifest.json").is_file()
-    with Manifest(results, build.facts(args, model, {
-            "data": data,
-            "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
-                               for frame, mask in sorted(masks.items()))}),
-            args.overwrite) as manifest:
-        if args.overwrite and ours:
+    facts = build.facts(args, model, {
+        "data": data, "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
+                                         for frame, mask in sorted(masks.items()))})
+    made, again = made_by(results), args.overwrite
+    if not again and made and differing(made, facts) == ["masks"]:
+        log.info("%s: was made from other masks, and is made anew from these", results)
+        again = True
+    with Manifest(results, facts, again) as manifest:
+        if again and made:
             sinks.clear(results, {Path(name).resolve() for text in args.mask
                                   for name in (text, text.partition(":")[2])})
         kept = segment.Progress(results / "masks", clip)
@@ -135,6 +137,11 @@ def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:
 
 
 def numbered(text: str) -> tuple[int | None, str]:
-    """What --mask takes, [N:]FILE: the frame's number, if there is one, and the file."""
+    """What --mask takes, [N:]FILE: the frame's number, if there is one, and the file.
+
+    A file may be called 12:30.png, as clocks name them; it is meant where there is no 30.png.
+    """
     number, colon, name = text.partition(":")
-    return (int(number), name) if colon and number.isdecimal() else (None, text)
+    if not colon or not number.isdecimal() or Path(text).is_file() and not Path(name).is_file():
+        return None, text
+    return int(number), name

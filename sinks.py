@@ -114,14 +114,18 @@ def clear(folder: Path, inputs: set[Path]) -> None:
 
 
 def cut_out(frame: Frame) -> np.ndarray:
-    """(H, W, 4) RGBA: the objects, with soft edges where their probabilities are known."""
+    """(H, W, 4) RGBA: the objects, with soft edges, by their probabilities where these are known.
+
+    Only what the mask holds can be seen: the outer half of an edge is more of the background.
+    """
     if frame.step is None or frame.known is not None:
-        return drawing.transparent(frame.image, drawing.soft(frame.mask))
-    height, width = frame.image.shape[:2]
-    background = cv2.resize(frame.step.probabilities[0].cpu().numpy(), (width, height),
-                            interpolation=cv2.INTER_LINEAR)
-    alpha = drawing.soft(frame.mask, 1 - background, frame.tracker.threshold)
-    return drawing.transparent(frame.image, alpha)
+        alpha = drawing.soft(frame.mask)
+    else:
+        height, width = frame.image.shape[:2]
+        background = cv2.resize(frame.step.probabilities[0].cpu().numpy(), (width, height),
+                                interpolation=cv2.INTER_LINEAR)
+        alpha = drawing.soft(frame.mask, 1 - background, frame.tracker.threshold)
+    return drawing.transparent(frame.image, np.where(frame.mask > 0, alpha, 0).astype(np.uint8))
 
 
 def of_a_clip(folder: Path, clip: Clip, cutout: str | None = None, form: str = "png",

@@ -90,7 +90,13 @@ def _figure(window: bool, size: tuple[float, float]):
     """An empty figure of (width, height) inches."""
     if window:
         return _pyplot().figure(figsize=size, layout="constrained")
-    from matplotlib.figure import Figure  # which takes a second, and evaluation may never need it
+    # on import matplotlib looks for the backend that MPLBACKEND names, and fails without it
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure  # takes a second, and evaluation may never need it
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure(figsize=size, layout="constrained")
 
 

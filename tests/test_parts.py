@@ -104,6 +104,7 @@ def test_a_cutouts_edges_are_soft_and_nothing_lies_under_them(clip, tmp_path):
         mask = read_mask(tmp_path / "out" / "masks" / f"{number:05d}.png")
         alpha = picture[..., 3]
         np.testing.assert_array_equal(alpha >= 128, mask > 0)
+        np.testing.assert_array_equal(alpha > 0, mask > 0)
         soft = (alpha > 0) & (alpha < 255)
         assert soft.any() and not picture[alpha == 0].any()
         band = cv2.dilate((mask > 0).astype(np.uint8), np.ones((9, 9))) > 0

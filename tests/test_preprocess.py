@@ -210,9 +210,16 @@ def frame_and_mask(tmp_path):
     return tmp_path / "frame.jpg", tmp_path / "mask.png"
 
 
-def preview(folder, *arguments) -> subprocess.CompletedProcess:
+def preview(folder, *arguments, backend="Agg") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "preprocess.py", *arguments], cwd=folder,
-                          env=os.environ | {"MPLBACKEND": "Agg"}, capture_output=True, text=True)
+                          env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True)
+
+
+def test_a_figure_needs_no_backend_of_a_notebook(tmp_path, frame_and_mask):
+    result = preview(tmp_path, *frame_and_mask, "--save", "figure.png",
+                     backend="module://not_installed.backend")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "figure.png").is_file()
 
 
 @pytest.mark.parametrize("save", ["figures/preview.png", None])

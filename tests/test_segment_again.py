@@ -13,6 +13,7 @@ import main
 import segment
 from media import images
 from media.masks import read_mask
+from own_video import numbered
 from tracker import Tracker
 
 
@@ -100,13 +101,21 @@ def test_clips_of_something_else_are_not_mixed(clip, tmp_path, capsys):
     before = content(tmp_path / "out")
     shutil.copytree(tmp_path / "clip", tmp_path / "other")
     for arguments, what in ((clip("out", "-k", "7", masks=["7:7.png"]), "flags"),
-                            (clip("out"), "masks"), (clip("out", masks=["8:7.png"]), "masks"),
-                            (clip("out", masks=["7:6.png"]), "masks"),
                             (clip("out", "--video", str(tmp_path / "other"), masks=["7:7.png"]),
                              "data")):
         assert main.main(arguments) == 2
         assert f"holds results of other {what}" in capsys.readouterr().err
         assert content(tmp_path / "out") == before
+
+
+def test_other_masks_of_a_clip_make_its_results_anew(clip, tmp_path, caplog):
+    """As the line at the end of a run tells to mend a mask and run again."""
+    assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
+    with caplog.at_level("INFO"):
+        assert main.main(clip("out")) == 0
+    assert "was made from other masks" in caplog.text
+    assert main.main(clip("whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("first", ["transparent", "blur"])
@@ -162,3 +171,12 @@ def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
     finally:
         signal.signal(signal.SIGINT, before)
     assert Kept.frames == [0, 1, 2]
+
+
+def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "12:30.png").touch()
+    assert numbered("12:30.png") == (None, "12:30.png")
+    assert numbered("12:31.png") == (12, "31.png")
+    (tmp_path / "30.png").touch()
+    assert numbered("12:30.png") == (12, "30.png")
