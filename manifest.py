@@ -48,7 +48,7 @@ class Manifest:
         elif path.is_file():
             before = _read(path)
             for name in differing(before, made_by):
-                old, new = (made.get(name, "none") for made in (before, made_by))
+                old, new = before.get(name, "none"), made_by.get(name, "none")
                 raise ValueError(f"{folder}: holds results of other {name} ({old!r}, now {new!r}): "
                                  "name another folder, or start over (--overwrite)")
             self.entries = {old.name.removesuffix(FINISHED): _read(old)
