@@ -24,6 +24,7 @@ import flags
 import own_video
 import train
 import train_prompts
+from build import device_of
 from data.stills import Stills
 from davis import for_training, split
 from network import precision
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         distributed.start()
         if distributed.rank():
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
+        device_of(args.cuda_device)  # what isn't there is told before anything is read
         {"train": run_train, "eval": run_eval, "segment": own_video.run,
          "export": export.run}[args.mode](args)
         distributed.end()
