@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # of each kind of file: encoder, pixels, options, the longest side that it takes
 KINDS = {
     # without mbtree, whose vector code reads past the rows of small frames: the file would differ
-    ".mp4": ("libx264", "yuv420p", {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"},
+    ".mp4": ("libx264", "yuv420p", {"preset": "superfast", "crf": "18", "x264-params": "mbtree=0"},
              16384),
     ".mov": ("prores_ks", "yuva444p10le", {"profile": "4444", "vendor": "apl0"}, 65535),
     # without alternate references, which lose the transparency
