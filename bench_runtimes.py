@@ -93,9 +93,9 @@ def _steps(runtime: str, weights: Path, threads: int):
     """What follows a frame, (H, W, 3) uint8 RGB with its mask or None; and the precision."""
     if runtime == "onnxruntime":
         import lite
-        network, description = lite.load(weights, threads)
+        network = lite.load(weights, threads)
         follower = lite.Follower(network)
-        return (lambda image, mask: follower.step(lite.normalized(image, description), mask),
+        return (lambda image, mask: follower.step(network.normalized(image), mask),
                 "float32")
     import torch
 

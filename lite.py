@@ -1,6 +1,7 @@
 """A clip's masks without PyTorch, by an export of a checkpoint (`main.py -m export`).
 
     python lite.py CLIP.mp4 FIRST.png -j OUT
+    python lite.py CLIP.mp4 --box X Y W H -j OUT
 
 It takes what requirements-lite.txt names. Masks are those of `main.py -m segment` at --precision
 fp32, forwards from the first frame.
@@ -26,9 +27,10 @@ from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
 from network.outliers import decide
+from prompts import in_order, masks_of
 
 DESCRIPTION = "videomatch.json"
-FORMAT = 1  # changes when another lite.py is needed
+FORMAT = 2  # changes when another lite.py is needed
 DEFAULT = Path("models/lite")
 
 
@@ -44,8 +46,8 @@ def package(name: str):
         raise ValueError(f"{name} is missing: pip install {name}") from error
 
 
-def load(folder: Path, threads: int = 0) -> tuple[LiteVideoMatch, dict]:
-    """The network of an export, and its description.
+def load(folder: Path, threads: int = 0) -> LiteVideoMatch:
+    """The network of an export.
 
     Args:
         threads: of onnxruntime; 0 takes all cores.
@@ -81,16 +83,10 @@ def load(folder: Path, threads: int = 0) -> tuple[LiteVideoMatch, dict]:
             raise ValueError(f"{path}: damaged, or of another export than {DESCRIPTION} beside it")
         sessions[name] = onnxruntime.InferenceSession(content, options,
                                                       providers=["CPUExecutionProvider"])
-    return model, kept
+    return model
 
 
-def normalized(image: np.ndarray, description: dict) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (3, H, W) float32, as the network was trained on."""
-    mean, std = (np.array(description[name], np.float32) for name in ("mean", "std"))
-    return ((image.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
-
-
-def masks(clip, first: np.ndarray, model: LiteVideoMatch, description: dict, size: int = 480):
+def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
     """Each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
 
     Args:
@@ -106,7 +102,7 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, description: dict, siz
         if i == 0:
             images.check_same_shape("frame 0", image.shape, "the mask", first.shape)
         small = images.reduced(image, size)
-        step = follower.step(normalized(small, description), None if i else first)
+        step = follower.step(model.normalized(small), None if i else first)
         mask = step.mask
         if mask.shape != image.shape[:2]:
             mask = decide(enlarged(step.probabilities, image.shape[:2]), step.object_ids,
@@ -116,11 +112,17 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, description: dict, siz
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Cut objects out of a clip, given their mask in its first frame, by an export "
-                    "of a checkpoint; PyTorch isn't needed.")
+        description="Cut objects out of a clip, given their mask in its first frame, or a box "
+                    "around each, by an export of a checkpoint; PyTorch isn't needed.")
     add = parser.add_argument
     add("clip", type=Path, help="a video, an animation or a folder of frames")
-    add("mask", type=Path, help="mask of the first frame; each value is an object")
+    add("mask", type=Path, nargs="?", help="mask of the first frame; each value is an object")
+    add("--box", type=int, nargs=4, metavar=("X", "Y", "W", "H"), action="append", default=[],
+        help="no mask at hand: the object is in this box; once for each object")
+    add("--point", type=int, nargs="+", metavar="X Y", action="append", default=[],
+        help="no mask at hand: these pixels are on the object; once for each object")
+    add("--not_point", type=int, nargs="+", metavar="X Y", action="append", default=[],
+        help="these pixels are not on it; once for each object")
     add("--results_dir", "-j", type=Path, metavar="DIR", required=True,
         help="masks/ and overlay.mp4 go there; what lies there under these names is replaced")
     add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
@@ -159,13 +161,26 @@ def segment(args: argparse.Namespace) -> None:
         raise ValueError(f"--size: expected 0 or at least 16, got {args.size}")
     if args.threads < 0:
         raise ValueError(f"--threads: expected at least 0, got {args.threads}")
-    clip, first = open_clip(args.clip, [args.mask]), read_mask(args.mask, own=True)
-    keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")],
-               [args.clip, args.mask])
-    model, description = load(args.model_load, args.threads)
+    if (args.mask is None) == (not args.box and not args.point):
+        raise ValueError("expected a mask of the first frame, or else --box or --point")
+    for values in (*args.point, *args.not_point):
+        if len(values) % 2:
+            raise ValueError(f"--point, --not_point: expected pairs of numbers, X Y, got {values}")
+    given = [args.mask] if args.mask else []
+    clip = open_clip(args.clip, given)
+    keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")], [args.clip, *given])
+    model = load(args.model_load, args.threads)
+    if args.mask:
+        first = read_mask(args.mask, own=True)
+    else:
+        first = masks_of(model, next(clip.frames()), in_order(
+            args.box, args.point, args.not_point))
+        path = args.results_dir / f"mask_{clip.frame_name(0)}.png"
+        images.write_mask(path, first)
+        print(f"the mask that this run starts from: {path}")
     count = 0
     with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:
-        frames = masks(clip, first, model, description, args.size)
+        frames = masks(clip, first, model, args.size)
         for image, mask in progress(frames, desc="frames", total=clip.count or None):
             images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png", mask)
             film.write(drawing.overlay(image, mask), clip.time(count))

@@ -1,24 +1,20 @@
 """One frame: from what a person shows of objects to their masks.
 
 What is shown tells which part of the frame to look at, and that part is encoded enlarged: an
-object that is small in the frame isn't small to the network. How the person is asked, and what
-becomes of the mask, is not known here.
+object that is small in the frame isn't small to the network. It imports no PyTorch: `VideoMatch`
+looks, or an export of it. How the person is asked, and what becomes of the mask, is not known here.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-import preprocess
 from media.shown import Prompts
-from network.prompts import PromptDecoder
-from videomatch import VideoMatch
 
 AREA = 320 * 480  # pixels that the network sees, about
 STEP = 32  # pixels, which the sides of what it sees are multiples of
@@ -32,30 +28,25 @@ NARROWEST = 0.6  # the shorter side of what is seen is so much of the longer one
 Prompter = Callable[[np.ndarray, Prompts], np.ndarray]
 
 
-def add(model: VideoMatch) -> PromptDecoder:
-    """The part of a model that is shown objects; a new one, untrained, where there is none."""
-    if model.prompts is None:
-        model.prompts = PromptDecoder(tuple(model.encoder.spec.levels.values())).to(model.device)
-    return model.prompts
-
-
-def prompter(model: VideoMatch) -> Prompter:
+def prompter(model: Any) -> Prompter:
     """(H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask; see `prompt`."""
-    return partial(prompt, model.eval())
+    return partial(prompt, model)
 
 
-def prompt(model: VideoMatch, image: np.ndarray, prompts: Prompts) -> np.ndarray:
+def prompt(model: Any, image: np.ndarray, prompts: Prompts) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) bool, the object that the prompts show; see `logits`."""
     return logits(model, image, prompts) > 0
 
 
-@torch.no_grad()
-def logits(model: VideoMatch, image: np.ndarray, prompts: Prompts) -> np.ndarray:
+def logits(model: Any, image: np.ndarray, prompts: Prompts) -> np.ndarray:
     """How sure it is that each pixel is of the object that the prompts show.
 
     Clicks alone don't tell how large the object is, and a mask so far may be far too small. So
     where what is found would have been looked for in quite another part of the frame, it is looked
     for again, there.
+
+    Args:
+        model: the network, as `VideoMatch` is one.
 
     Returns:
         (H, W) float32, above 0 on the object; minus infinity in parts that weren't looked at.
@@ -65,9 +56,6 @@ def logits(model: VideoMatch, image: np.ndarray, prompts: Prompts) -> np.ndarray
             for it.
     """
     check(prompts, image.shape[:2])
-    if model.prompts is None:
-        raise ValueError("expected a checkpoint that can be shown objects by boxes and clicks: "
-                         "-m train --prompts -o CHECKPOINT makes one of this")
     shown, part = prompts, around(prompts, image.shape[:2])
     for _ in range(LOOKS):
         found = _look(model, image, shown, part)
@@ -133,17 +121,13 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
                          f"{prompts.mask.shape[1]}x{prompts.mask.shape[0]}")
 
 
-def _look(model: VideoMatch, image: np.ndarray, prompts: Prompts,
+def _look(model: Any, image: np.ndarray, prompts: Prompts,
           part: tuple[slice, slice]) -> np.ndarray:
     """(H, W) float32 logits, of what is found in a part of a frame."""
-    patch, shown = part_of(image, prompts, part)
-    tensor = preprocess.to_tensor(patch)[None].to(model.device)
-    seen = model.prompts.look(tensor, *model.encoder.pyramid(tensor))
-    size = [side.stop - side.start for side in part]
-    answer = F.interpolate(model.prompts(seen, shown)[None, None], size=size, mode="bilinear",
-                           align_corners=False)
+    height, width = (side.stop - side.start for side in part)
+    answer = model.look(*part_of(image, prompts, part))
     found = np.full(image.shape[:2], -np.inf, np.float32)
-    found[part] = answer[0, 0].cpu().numpy()
+    found[part] = cv2.resize(answer, (width, height), interpolation=cv2.INTER_LINEAR)
     return found
 
 
@@ -195,7 +179,7 @@ def _within(middle: float, length: float, side: int) -> slice:
     return slice(first, first + whole)
 
 
-def masks_of(model: VideoMatch, image: np.ndarray, objects: list[Prompts]) -> np.ndarray:
+def masks_of(model: Any, image: np.ndarray, objects: list[Prompts]) -> np.ndarray:
     """Several objects of one frame: what is shown of one is not any other.
 
     Returns:

@@ -25,7 +25,7 @@ from data.stills import Still
 from davis import Sequence
 from media.background import progress
 from media.shown import Prompts
-from network.prompts import Seen
+from network.prompts import PromptDecoder, Seen
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
         ValueError: `options.resume`, and the state is that of a run with other options.
     """
     torch.manual_seed(options.seed)
-    decoder = looking.add(model)
+    decoder = add(model)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
     steps = options.iterations + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -195,6 +195,13 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
                 break
     log.info("saved in %s", options.save)
     return report.best
+
+
+def add(model: VideoMatch) -> PromptDecoder:
+    """The part of a model that is shown objects; a new one, untrained, where there is none."""
+    if model.prompts is None:
+        model.prompts = PromptDecoder(tuple(model.encoder.spec.levels.values())).to(model.device)
+    return model.prompts
 
 
 def rounds(model: VideoMatch, optimizer, sequences, stills, options: train.Options, first: int,
@@ -288,7 +295,7 @@ def measured(model: VideoMatch, sources: list, count: int) -> list[dict]:
         Of each object its name, and J: of the true "box", of one whose sides are moved by up to
         `JITTER` of its own ("jittered"), and a list, of one to `count` "clicks".
     """
-    prompt, rows = looking.prompter(model), []
+    prompt, rows = looking.prompter(model.eval()), []
     for source in sources:
         first = source.labelled[0]
         image, mask = source.image(first), source.mask(first)

@@ -19,13 +19,14 @@ import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
 from media.masks import read_masks
+from media.shown import Prompts
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.memory import Memory
 from network.outliers import decide
-from network.prompts import PromptDecoder
+from network.prompts import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, best_other
 from network.rules import View
 from network.sets import refer
@@ -81,13 +82,13 @@ class VideoMatch(Checkpointed):
         self.top_k, self.temperature, self.dilation = top_k, temperature, dilation
         self.refined, self.zoom = refined, zoom
         self.method, self.confidence = "memory" if refined else "matching", 0.95
+        spec = encoder.spec
+        channels = tuple(spec.levels.values())
         if refined:
-            spec, finer = encoder.spec, encoder.spec.finer
-            self.reader = Reader(spec.channels, spec.finest, 2 ** finer)
+            self.reader = Reader(spec.channels, spec.finest, 2 ** spec.finer)
             # NHWC, as in the encoder
-            self.decoder = Decoder(EVIDENCE, tuple(spec.levels.values()), finer).to(
+            self.decoder = Decoder(EVIDENCE, channels, spec.finer).to(
                 memory_format=torch.channels_last)
-        channels = tuple(encoder.spec.levels.values())
         self.prompts = PromptDecoder(channels) if prompts else None
         self.precision = torch.float32
 
@@ -249,6 +250,11 @@ class VideoMatch(Checkpointed):
         labels = torch.where(best > self.confidence, labels + 1, -1)
         labels[(before[0] < 0.5) & (after[0] > self.confidence)] = 0
         memory.sets.update(grid, labels)
+
+    def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> (H/2, W/2) float32, above 0 on the object that is shown in it."""
+        tensor = preprocess.to_tensor(image)[None].to(self.device)
+        return looked(self.encoder, self.prompts, tensor, prompts).cpu().numpy()
 
     def configuration(self) -> dict:
         # unless it is there nothing is said of it: older models keep their digest

@@ -3,6 +3,7 @@
 PyTorch isn't imported here: whoever hands in a tensor has done so.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -27,3 +28,13 @@ def to_numpy(x: Array) -> np.ndarray:
 def like(x: np.ndarray, other: Array) -> Array:
     """The same values in the library of `other`, and on its device."""
     return x if isinstance(other, np.ndarray) else library(other).from_numpy(x).to(other.device)
+
+
+@functools.lru_cache(16)
+def bilinear(before: int, after: int) -> np.ndarray:
+    """(after, before) float32: resizing along one side, without aliasing where it reduces."""
+    step = before / after
+    middles = (np.arange(after)[:, None] + 0.5) * step
+    away = abs(np.arange(before) + 0.5 - middles) / max(1.0, step)
+    weights = (1 - away).clip(min=0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

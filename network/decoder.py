@@ -92,14 +92,15 @@ class Decoder(nn.Module):
         """As `forward`, of all objects at once."""
         x = None
         for i in reversed(range(len(shared))):
-            own = [_resized(previous if i < self.finer else evidence, shared[i])]
+            own = [resized(previous if i < self.finer else evidence, shared[i])]
             if x is not None:
-                own.append(_resized(x, shared[i]))
+                own.append(resized(x, shared[i]))
             x = self.blocks[i](shared[i], torch.cat(own, 1))
         return self.score(F.relu(x))[:, 0]
 
 
-def _resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(..., h, w) -> (..., H, W) as `like`: interpolated, or averaged where that is smaller."""
     size = like.shape[-2:]
     if x.shape[-2:] == size:
         return x

@@ -6,11 +6,13 @@ as `forward`'s arguments.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from network.bank import Cells
 from network.decoder import Decoder
 from network.encoder import Encoder
+from network.prompts import PromptDecoder, Seen
 from network.reader import Reader, best_other
 from network.rules import K_NEAR, K
 
@@ -82,3 +84,24 @@ class Read(nn.Module):
         before = found[1:]
         previous = torch.stack([before, best_other(before)], 1)
         return self.decoder.decode(evidence, previous, self.decoder.shared(list(levels)))
+
+
+class Show(nn.Module):
+    """What a person showed of an object in a frame, to its logits."""
+
+    def __init__(self, prompts: PromptDecoder, finer: int):
+        super().__init__()
+        self.prompts, self.finer = prompts, finer
+
+    def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
+                *levels):
+        """(H/2, W/2).
+
+        Args:
+            image: (1, 3, H, W) normalised, sides of whole cells of the coarsest level.
+            unit, levels: of it, as `Encode` gives them.
+            known, points, ...: see `PromptDecoder.answer`.
+        """
+        coarse = unit.T.reshape(1, unit.shape[1], *levels[self.finer].shape[2:])
+        seen = Seen(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
+        return self.prompts.answer(seen, known, [points, not_points, fine_points, fine_not_points])

@@ -4,14 +4,16 @@ What it is to a `Follower`, `videomatch.VideoMatch` is too; what is kept and loo
 `Rules` say. It doesn't know who runs the graphs (`network.graphs` tells what they take), nor files.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from media.shown import Prompts
+from network.arrays import bilinear
 from network.bank import Bank, Cells
+from network.evidence import clicked, evidence
 from network.memory import Memory
 from network.rules import K_SET, RADIUS, K, Rules, View
 from network.tiles import NOTHING, group_size, tiles, windows_of_tiles
@@ -65,7 +67,7 @@ class LiteReader(Rules):
         h, w = (self.side * side for side in shape)
         if found.shape[1:] == (h, w):
             return found
-        rows, columns = _bilinear(found.shape[1], h), _bilinear(found.shape[2], w)
+        rows, columns = bilinear(found.shape[1], h), bilinear(found.shape[2], w)
         return rows @ found @ columns.T
 
     def shares(self, found: np.ndarray) -> np.ndarray:
@@ -122,16 +124,6 @@ class LiteReader(Rules):
         return logits, scores.reshape(-1, h, w)
 
 
-@functools.lru_cache(16)
-def _bilinear(before: int, after: int) -> np.ndarray:
-    """(after, before) float32: resizing along one side, without aliasing where it reduces."""
-    step = before / after
-    middles = (np.arange(after)[:, None] + 0.5) * step
-    away = abs(np.arange(before) + 0.5 - middles) / max(1.0, step)
-    weights = (1 - away).clip(min=0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
 def _middles(side: int, cells: int) -> np.ndarray:
     """Of each cell the pixel that its middle is in, as PyTorch rounds it ("nearest-exact")."""
     where = (np.arange(cells, dtype=np.float32) + np.float32(0.5)) * np.float32(side / cells)
@@ -154,14 +146,42 @@ class LiteVideoMatch:
         stride: pixels of the network's image on each side of a cell.
         zoom: frames are enlarged by this before the encoder, at least 1.
         dilation: of outlier removal, in pixels.
+        mean, std: of the colours of images that the encoder is used to, in [0, 1].
+        shown: it can be shown objects.
         side, ridge: see `LiteReader`.
     """
 
     method = "memory"
 
-    def __init__(self, run: Run, stride: int, zoom: float, dilation: int, side: int, ridge: float):
+    def __init__(self, run: Run, stride: int, zoom: float, dilation: int, mean: list[float],
+                 std: list[float], shown: bool, side: int, ridge: float):
         self.run, self.stride, self.zoom, self.dilation = run, stride, zoom, dilation
-        self.reader = LiteReader(run, side, ridge)
+        self.mean, self.std = np.float32(mean), np.float32(std)
+        self.shown, self.reader = shown, LiteReader(run, side, ridge)
+
+    def normalized(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> (3, H, W) float32, as the network was trained on."""
+        return ((image.astype(np.float32) / 255 - self.mean) / self.std).transpose(2, 0, 1)
+
+    def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> (H/2, W/2) float32, above 0 on the object that is shown in it.
+
+        Raises:
+            ValueError: the checkpoint that was exported was not trained for it.
+        """
+        if not self.shown:
+            raise ValueError("expected an export of a checkpoint that can be shown objects by "
+                             "boxes and clicks")
+        size, image = image.shape[:2], np.ascontiguousarray(self.normalized(image)[None])
+        unit, _, near, _, *levels = self.run("encode", image=image)
+        shapes = near.shape[:2], levels[0].shape[2:]
+        names = "points", "not_points", "fine_points", "fine_not_points"
+        clicks = [clicked(points, size, shape) for shape in shapes
+                  for points in (prompts.points, prompts.not_points)]
+        return self.run("show", image=image, unit=unit,
+                        known=evidence(prompts, size, shapes[1])[None],
+                        **dict(zip(names, clicks)),
+                        **{f"level{i}": level for i, level in enumerate(levels)})[0]
 
     def encode(self, image: np.ndarray, scale: float = 1.0) -> Frames:
         """(1, 3, H, W) float32, ImageNet-normalised -> its features."""

@@ -73,7 +73,7 @@ def folder(tmp_path, monkeypatch, exported):
         {"name": "object", "box": 0.5, "jittered": 0.5, "clicks": [0.5] * count}])
     (tmp_path / "models").mkdir()
     shown = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth")
-    prompts.add(shown)
+    train_prompts.add(shown)
     shown.save(tmp_path / "models/my.pth")
     shutil.copytree(exported, tmp_path / "models/lite")
     name = Path(models.MobileNet_V2_Weights.IMAGENET1K_V1.url).name

@@ -18,9 +18,11 @@ import export
 import lite
 import main
 import preprocess
+import prompts
 from data import demo
+from media.shown import Prompts
+from network import arrays, search, tiles, views
 from network import lite as network
-from network import search, tiles, views
 from network.decoder import pooling
 from network.parts import near, thinned
 from tracker import Tracker
@@ -77,6 +79,40 @@ def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_
         assert overlap(found == 1, truth(step) == 1) > 0.8, step
 
 
+SHOWN = [Prompts([(14, 10, 44, 36)]), Prompts(points=[(36, 28)]),
+         Prompts([(14, 10, 44, 36)], [(36, 28), (20, 20)], [(80, 20)], truth(0) == 1)]
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=["box", "click", "all"])
+def test_what_is_shown_gets_the_same_mask(shown, exact, exported):
+    network, image = lite.load(exported, 1), draw_frame(0)[0].repeat(2, 0).repeat(2, 1)
+    one, other = (prompts.logits(model, image, shown) for model in (exact, network))
+    seen = np.isfinite(one)
+    np.testing.assert_array_equal(seen, np.isfinite(other))
+    np.testing.assert_allclose(one[seen], other[seen], atol=2e-3)
+    assert overlap(other > 0, truth(0) == 1) > 0.5
+
+
+def test_a_clip_is_segmented_from_a_box_where_there_is_no_torch(clip, exported, tmp_path):
+    done = run(clip, "--box", 14, 10, 44, 36, "-j", tmp_path / "out", "-o", exported)
+    assert done.returncode == 0, done.stderr
+    shown = np.array(Image.open(tmp_path / "out/mask_00000.png"))
+    assert overlap(shown == 1, truth(0) == 1) > 0.5
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "out/masks/00000.png")), shown)
+
+
+@pytest.mark.parametrize("more, message", [
+    ([], "expected a mask of the first frame, or else --box or --point"),
+    (["FIRST", "--box", 1, 2, 3, 4], "expected a mask of the first frame, or else"),
+    (["--point", 1, 2, 3], "--point, --not_point: expected pairs of numbers"),
+    (["--box", 0, 0, 999, 3], "--box 0 0 999 3: expected a part of the frame")])
+def test_what_is_shown_is_checked(more, message, clip, first, exported, tmp_path, capsys):
+    more = [str(first) if value == "FIRST" else str(value) for value in more]
+    assert lite.main([str(clip), *more, "-j", str(tmp_path / "out"), "-o", str(exported)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_requirements_name_what_is_there():
     def names(file):
         return set(re.findall(r"^([\w-]+)", (ROOT / file).read_text(), re.MULTILINE))
@@ -89,11 +125,11 @@ def test_requirements_name_what_is_there():
 
 def followed(exact, exported, frames, given, shape=None):
     """Both trackers' steps through (H, W, 3) frames; `given` are masks by frame."""
-    network, description = lite.load(exported, 1)
+    network = lite.load(exported, 1)
     one, other = Tracker(exact), lite.Follower(network)
     for i, image in enumerate(frames):
         yield (one.step(preprocess.to_tensor(image), given.get(i), shape),
-               other.step(lite.normalized(image, description), given.get(i), shape))
+               other.step(network.normalized(image), given.get(i), shape))
 
 
 @pytest.mark.parametrize("name, rows", [("stroll", 0), ("meeting", 180)])
@@ -132,21 +168,21 @@ def test_frames_of_few_cells(shape, exact, exported):
 
 
 def test_a_frame_of_another_size_is_refused(exported):
-    network, description = lite.load(exported, 1)
+    network = lite.load(exported, 1)
     follower = lite.Follower(network)
     with pytest.raises(ValueError, match="needs a mask"):
         follower.step(np.zeros((3, 48, 80), np.float32))
     image, mask = draw_frame(0)
-    follower.step(lite.normalized(image, description), mask)
+    follower.step(network.normalized(image), mask)
     with pytest.raises(ValueError, match="of the reference frame's size"):
         follower.step(np.zeros((3, 90, 80), np.float32))
 
 
 def test_a_video_that_grows_is_followed_in_a_copy_too(exported):
     """What a copy sees changes nothing in what it was taken from."""
-    network, description = lite.load(exported, 1)
+    network = lite.load(exported, 1)
     follower = lite.Follower(network)
-    frames = [lite.normalized(draw_frame(step)[0], description) for step in range(8)]
+    frames = [network.normalized(draw_frame(step)[0]) for step in range(8)]
     follower.step(frames[0], draw_frame(0)[1])
     other = follower.copy()
     found = [[one.step(frame).probabilities for frame in frames[1:]] for one in (other, follower)]
@@ -172,7 +208,7 @@ def damaged(folder, what, tmp_path):
 
 @pytest.mark.parametrize("what, message", [
     ("truncated", r"read\.onnx: damaged"), ("missing", r"read\.onnx: no such file"),
-    ("version", "format 99, expected 1: export again"), ("no json", "not an export"),
+    ("version", "format 99, expected 2: export again"), ("no json", "not an export"),
     ("other json", "not an export")])
 def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
     folder = damaged(exported, what, tmp_path)
@@ -222,7 +258,8 @@ def test_a_missing_package_is_named():
 def test_what_main_exports_can_be_loaded(tmp_path, capsys):
     assert main.main(["-m", "export", "--export_dir", str(tmp_path / "lite")]) == 0
     assert "MB" in capsys.readouterr().out
-    _, description = lite.load(tmp_path / "lite")
+    lite.load(tmp_path / "lite")
+    description = json.loads((tmp_path / "lite" / lite.DESCRIPTION).read_text())
     assert description["config"]["encoder"] == "mobilenet"
 
 
@@ -241,7 +278,7 @@ def test_resizing_without_aliasing(before, after):
     expected = F.interpolate(torch.from_numpy(found)[None], size=after, mode="bilinear",
                              align_corners=False, antialias=True)[0]
     resized = reader.pixels(found, (after[0] // 4, after[1] // 4)) if not after[1] % 4 else (
-        network._bilinear(before[0], after[0]) @ found @ network._bilinear(before[1], after[1]).T)
+        arrays.bilinear(before[0], after[0]) @ found @ arrays.bilinear(before[1], after[1]).T)
     np.testing.assert_allclose(resized, expected.numpy(), atol=1e-5)
 
 
@@ -271,7 +308,7 @@ def test_every_cell_is_in_a_tile(h, w):
 
 def test_the_nearest_are_those_of_pytorch(exported):
     query, keys = (F.normalize(torch.randn(n, 64), dim=1) for n in (50, 700))
-    reader = lite.load(exported, 1)[0].reader
+    reader = lite.load(exported, 1).reader
     for count in (3, 16, 17, 130, 700):
         with torch.no_grad():
             expected = search.nearest(query, keys[:count], 16)[0].sort(1, descending=True).values

@@ -15,7 +15,8 @@ import train_prompts
 from data import clicks
 from media.shown import Prompts
 from network.encoder import Encoder
-from network.prompts import EVIDENCE, FAR, NEAR, PromptDecoder, evidence, likeness
+from network.evidence import FAR, NEAR, clicked, evidence
+from network.prompts import K, PromptDecoder, likeness, sets, similarities
 from videomatch import VideoMatch
 
 
@@ -36,7 +37,7 @@ def seen(model, seed=0, size=(64, 96)):
 def test_boxes_become_depths():
     size, shape = (32, 48), (8, 12)
     boxes = [(8, 4, 16, 20), (30, 10, 12, 8)]
-    found = evidence(Prompts(boxes), size, shape).numpy()
+    found = evidence(Prompts(boxes), size, shape)
     for row in range(8):
         for column in range(12):
             x, y = 4 * column + 2, 4 * row + 2
@@ -50,7 +51,7 @@ def test_boxes_become_depths():
 
 def test_clicks_become_nearness():
     points, off = [(3, 5), (40, 20)], [(20, 11)]
-    found = evidence(Prompts(points=points, not_points=off), (32, 48), (8, 12)).numpy()
+    found = evidence(Prompts(points=points, not_points=off), (32, 48), (8, 12))
     for row in range(8):
         for column in range(12):
             for channel, given_points in ((4, points), (6, off)):
@@ -65,20 +66,57 @@ def test_clicks_become_nearness():
 def test_a_mask_becomes_its_share_of_each_cell_and_its_absence_is_told():
     mask = np.zeros((32, 48), bool)
     mask[8:16, 16:32] = True
-    found = evidence(Prompts([(0, 0, 4, 4)], mask=mask), (32, 48), (8, 12)).numpy()
+    found = evidence(Prompts([(0, 0, 4, 4)], mask=mask), (32, 48), (8, 12))
     assert (found[8] == 1).all() and found[9, 2:4, 5:7].min() > 0.8
     assert found[9].mean() == pytest.approx(mask.mean(), abs=0.01)
-    empty = evidence(Prompts([(0, 0, 4, 4)], mask=0 * mask), (32, 48), (8, 12)).numpy()
+    empty = evidence(Prompts([(0, 0, 4, 4)], mask=0 * mask), (32, 48), (8, 12))
     assert (empty[8] == 1).all() and not empty[9].any()
+
+
+def test_points_are_in_cells_and_beside_the_image_in_the_nearest():
+    points = [(0, 0), (47.4, 31.4), (-9, 16), (99, -5), (23, 8)]
+    np.testing.assert_array_equal(clicked(points, (32, 48), (8, 12)), [0, 95, 48, 11, 29])
+    assert clicked([], (32, 48), (8, 12)).shape == (0,)
 
 
 def test_likeness_is_the_cosine_with_the_most_alike_click():
     cells = torch.nn.functional.normalize(torch.randn(1, 5, 3, 4), dim=1)
-    found = likeness(cells, [(0, 0), (39.4, 29.4)], (30, 40))[0, 0]
+    found = likeness(cells, torch.tensor([0, 11]))[0, 0]
     flat = cells[0].flatten(1)
     cosines = torch.stack([flat[:, 0] @ flat, flat[:, -1] @ flat]).amax(0).view(3, 4)
     torch.testing.assert_close(found, cosines)
-    assert not likeness(cells, [], (30, 40)).any()
+    assert not likeness(cells, torch.tensor([], dtype=torch.long)).any()
+
+
+def test_similarity_is_the_mean_cosine_with_the_k_most_alike_others_of_a_set():
+    cells = torch.nn.functional.normalize(torch.randn(1, 6, 5, 7), dim=1)
+    large = torch.zeros(1, 1, 5, 7)
+    large.view(-1)[torch.randperm(35)[:12]] = 1
+    small = torch.zeros(1, 1, 5, 7)
+    small[..., 2, :K] = 1
+    found, too_few = similarities(cells, large, small)
+    flat = cells[0].flatten(1).double().numpy()
+    for i in range(35):
+        others = [j for j in range(35) if large.view(-1)[j] and j != i]
+        best = np.sort(flat[:, i] @ flat[:, others])[-K:]
+        assert found.view(-1)[i].item() == pytest.approx(best.mean(), abs=1e-5)
+    assert not too_few.any()
+
+
+def test_the_mask_so_far_says_what_is_inside_and_without_one_the_box():
+    mask = np.zeros((32, 48), bool)
+    mask[8:16, 16:32] = True
+    box = Prompts([(16, 8, 20, 20)])
+    for shown in (box, Prompts(box.boxes, mask=mask), Prompts(points=[(20, 12)])):
+        inside, outside = (x[0, 0].numpy() > 0.5 for x in sets(
+            torch.from_numpy(evidence(shown, (32, 48), (8, 12)))[None]))
+        assert not (inside & outside).any()
+        assert inside.any() == outside.any() == bool(shown.boxes)
+        if shown.mask is not None:
+            np.testing.assert_array_equal(inside, mask[::4, ::4])
+        elif shown.boxes:  # a margin on both sides of the box's lies in neither
+            assert inside[3:6, 5:8].all() and inside.sum() == 9
+            assert (~outside).sum() == 25
 
 
 def test_the_order_of_clicks_and_boxes_says_nothing(shown):
@@ -113,7 +151,6 @@ def test_every_channel_of_evidence_counts(shown):
                Prompts(base.boxes, base.points, base.not_points, ~mask),
                Prompts(base.boxes, base.points, base.not_points)]
     view = seen(shown)
-    assert shown.prompts._evidence(view, base).shape == (1, EVIDENCE, 16, 24)
     with torch.no_grad():
         answer = shown.prompts(view, base)
         assert all((shown.prompts(view, other) - answer).abs().max() > 1e-6 for other in changed)

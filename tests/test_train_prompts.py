@@ -79,7 +79,7 @@ def test_training_changes_the_new_part_only_and_goes_on(davis_2016, stills_dir, 
 
 def test_the_road_of_a_video_doesnt_know_the_new_part(checkpoint):
     bare, shown = VideoMatch.load(checkpoint).eval(), VideoMatch.load(checkpoint).eval()
-    prompts.add(shown)
+    train_prompts.add(shown)
     steps = []
     for model in (bare, shown):
         tracker = Tracker(model)
@@ -120,7 +120,7 @@ def test_held_out_stills_are_apart():
 def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_path, monkeypatch,
                                                     capsys):
     model = VideoMatch.load(checkpoint)
-    prompts.add(model)
+    train_prompts.add(model)
     model.save(tmp_path / "shown.pth")
     truths = [draw_frame(0, (1, 2))[1] == i for i in (1, 2)]
 
@@ -154,7 +154,7 @@ def clip_dir(tmp_path):
 def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_path, monkeypatch,
                                                      capsys):
     model = VideoMatch.load(checkpoint)
-    prompts.add(model)
+    train_prompts.add(model)
     model.save(tmp_path / "shown.pth")
     asked = []
 
@@ -176,7 +176,7 @@ def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_p
 
 def test_nothing_found_is_one_line(clip_dir, checkpoint, tmp_path, capsys):
     model = VideoMatch.load(checkpoint)
-    torch.nn.init.constant_(prompts.add(model).score.bias, -100)
+    torch.nn.init.constant_(train_prompts.add(model).score.bias, -100)
     model.save(tmp_path / "shown.pth")
     assert main.main(["-m", "segment", "--video", str(clip_dir), "-o", str(tmp_path / "shown.pth"),
                       "--box", "8", "6", "20", "16", "-c", "cpu"]) == 2
