@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from media import images
-from media.coding import VOID
+from media.masks import read_mask
 
 log = logging.getLogger(__name__)
 
 TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2")
-MODES = ("1", "L", "LA", "P")  # what Pillow calls grey, grey + alpha and palette
-HALF = 128  # a grey mask that reaches it is that of one object, maybe with soft edges
 
 
 @dataclass(frozen=True)
@@ -43,34 +40,19 @@ class Still:
         return images.read_image(self.images[index])
 
     def mask(self, index: int = 0) -> np.ndarray:
-        """(H, W) uint8, 0 background, else the object's id.
-
-        A palette or a dark grey (below 128) is read as ids, 255 of a palette as background, or
-        as the object if there is no other. A brighter grey, such as 0/255, is one object where
-        it is at least 128: public sets have soft edges, or masks as JPEG.
-        """
-        path = self.masks[index]
-        image = images.open_image(path, "a mask")
-        if image.mode in ("L", "LA"):
-            grey = np.array(image.getchannel(0))
-            return (grey >= HALF).view(np.uint8) if grey.max() >= HALF else grey
-        ids = np.array(image, dtype=np.uint8)
-        return np.where(ids == VOID, ids.max(initial=0, where=ids != VOID) == 0, ids)
+        """(H, W) uint8, 0 background, else the object's id; see `media.masks.read_mask`."""
+        return read_mask(self.masks[index])
 
     def check(self) -> None:
         """Look at both headers.
 
         Raises:
             OSError: a file that is no image.
-            ValueError: sizes that differ, or a mask that is coloured or of 16 bits.
+            ValueError: sizes that differ.
         """
         shape = images.image_shape(self.images[0], "an image")
         mask_shape = images.image_shape(self.masks[0], f"the mask of {self.images[0]}")
         images.check_same_shape(self.images[0], shape, self.masks[0], mask_shape)
-        with Image.open(self.masks[0]) as mask:
-            if mask.mode not in MODES:
-                raise ValueError(f"{self.masks[0]}: expected a grey or palette mask of 8 bits, "
-                                 f"found an image of mode {mask.mode}")
 
 
 class Stills:
