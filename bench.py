@@ -4,6 +4,7 @@
     python bench.py --video [--json FILE]
     python bench.py --runtimes [--json FILE]
     python bench.py --scorer RESULTS -d DAVIS [--json FILE]
+    python bench.py --prompts -d DAVIS [-o CHECKPOINT] [--json FILE]
 
 For each encoder and upsample factor it prints seconds a frame (median, and the range of the
 repeats), the memory that matching takes at its peak beyond model and features, how many times
@@ -14,15 +15,16 @@ of copies, whichever takes longer.
 With --video it measures the whole road of a frame instead, from its file to its mask, with the
 shipped weights: seconds by part, of one object and of five, in frames of 360, 480 and 720 rows.
 
-With --runtimes it measures PyTorch against onnxruntime on an export (`bench_runtimes`).
+With --runtimes it measures PyTorch against onnxruntime on an export (`benchmarks.runtimes`).
 
 With --scorer it measures J and F, of the masks in RESULTS, against the package
 vos-benchmark with as many processes.
+
+With --prompts it measures masks from boxes and clicks (`benchmarks.prompts`).
 """
 
 import argparse
 import ctypes
-import itertools
 import json
 import os
 import platform
@@ -35,24 +37,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 import torch.nn.functional as F
 
-import bench_runtimes
 import evaluate
 import export
 import preprocess
+from benchmarks import prompts, runtimes
+from benchmarks.road import road, seconds
 from build import device_of
 from data import demo
-from davis import YEARS, Davis, Sequence
+from davis import SETS, YEARS, Davis, Sequence
 from media import images
 from media.masks import read_mask
 from network import precision
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
 from network.views import cell_labels
-from road import road, seconds
 from videomatch import SHIPPED, VideoMatch
 
 FACTORS = (1.0, 1.8, 4.0)
@@ -256,25 +257,23 @@ def bench_video(args: argparse.Namespace) -> dict:
             "threads": torch.get_num_threads(), "rows": found}
 
 
-def bench_runtimes_of(args: argparse.Namespace) -> dict:
+def bench_runtimes(args: argparse.Namespace) -> dict:
     model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
     model.encoder.fold_batchnorm()
-    drawn = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]),
-                                  args.frames + bench_runtimes.WARM + 1))
     with tempfile.TemporaryDirectory() as name:
-        folder, clips = Path(name), {}
+        folder = Path(name)
         export.export(model, folder / "export")
-        for rows in args.rows:
-            shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
-            clips[rows] = folder / f"{rows}", folder / f"{rows}.png"
-            images.write_mask(clips[rows][1], images.resize_mask(drawn[0][1], shape))
-            for i, (image, _) in enumerate(drawn):
-                images.write_image(clips[rows][0] / f"{i:05d}.png",
-                                   cv2.resize(image, shape[::-1]))
-        found = bench_runtimes.in_turn(clips, SHIPPED["mobilenet"], folder / "export",
-                                       args.threads, args.repeats)
-    bench_runtimes.table(found)
+        clips = runtimes.drawn(folder, args.rows, args.frames + runtimes.WARM + 1)
+        found = runtimes.in_turn(clips, SHIPPED["mobilenet"], folder / "export", args.threads,
+                                 args.repeats)
+    runtimes.table(found)
     return {"torch": torch.__version__, "machine": platform.machine(), "rows": found}
+
+
+def bench_prompts(args: argparse.Namespace) -> dict:
+    model = VideoMatch.load(args.model_load).eval().to(device_of(args.cuda_device))
+    return prompts.measured(model, Davis(args.dataset, args.year, args.set).sequences,
+                            args.repeats)
 
 
 def bench_matching(args: argparse.Namespace) -> dict:
@@ -319,14 +318,20 @@ def main() -> int:
         help="of a clip that are measured (default: 12)")
     add("--scorer", type=Path, metavar="RESULTS",
         help="measure the scoring of these masks (SEQUENCE/FRAME.png) instead of the matching")
+    add("--prompts", action="store_true",
+        help="measure masks from boxes and clicks on first frames instead")
     add("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-        help="the DAVIS folder that they belong to (default: ./DAVIS)")
+        help="the DAVIS folder, for --scorer and --prompts (default: ./DAVIS)")
     add("--year", "-y", choices=YEARS, default="2016", help="default: 2016")
+    add("--set", "-t", choices=SETS, default="val", help="for --prompts (default: val)")
+    add("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"], metavar="PATH",
+        help="checkpoint, for --prompts (default: the one in models/)")
     args = parser.parse_args()
     try:
         args.rows = args.rows or ((360, 480, 720) if args.video else (360, 480))
         figures = (bench_scorers(args) if args.scorer else
-                   bench_runtimes_of(args) if args.runtimes else
+                   bench_prompts(args) if args.prompts else
+                   bench_runtimes(args) if args.runtimes else
                    bench_video(args) if args.video else bench_matching(args))
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 import build
+import eight_bit
 import lite
 import preprocess
+from davis import Davis, for_training
 from media import files
 from media.shown import Prompts
 from network import graphs
@@ -37,8 +39,11 @@ CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ
 
 
 def run(args: argparse.Namespace) -> None:
+    sequences = for_training(Davis(args.eight_bit).sequences) if args.eight_bit else []
     model = build.model_in_use(args).cpu().eval()
     export(model, args.export_dir)
+    if sequences:
+        eight_bit.quantize(args.export_dir, sequences)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 

@@ -74,6 +74,8 @@ def load(folder: Path, threads: int = 0) -> LiteVideoMatch:
         raise ValueError(f"{path}: not an export that can be used ({error})") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # each graph has threads of its own: those that wait must leave the cores to the others'
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, digest in graphs.items():
         path = folder / f"{name}.onnx"
         if not path.is_file():

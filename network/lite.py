@@ -19,6 +19,7 @@ from network.rules import K_SET, RADIUS, K, Rules, View
 from network.tiles import NOTHING, group_size, tiles, windows_of_tiles
 
 Run = Callable[..., list[np.ndarray]]  # a graph's name and its inputs by theirs -> its outputs
+ROWS = 512  # that are compared at once: their products fit into caches
 ENCODED = ("unit", "key", "near", "shared")  # outputs of the first graph; levels follow
 
 
@@ -90,7 +91,9 @@ class LiteReader(Rules):
         size = max(1, group_size(len(keys), k))
         groups = len(keys) // size
         keys = keys[:groups * size].reshape(size, groups, -1)
-        return self.run("nearest", query=query, keys=keys)
+        found = [self.run("nearest", query=query[i:i + ROWS], keys=keys)
+                 for i in range(0, len(query), ROWS)]
+        return [np.concatenate(parts) for parts in zip(*found)]
 
     def sets_of(self, mask: np.ndarray, shape: tuple[int, int], object_ids) -> np.ndarray:
         """As `views.sets_of`."""

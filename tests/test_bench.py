@@ -7,7 +7,7 @@ import torch
 from conftest import draw_frame
 
 import bench
-import bench_runtimes
+from benchmarks import runtimes
 from media import images
 
 
@@ -51,14 +51,14 @@ def test_memory_is_that_of_the_call():
 
 
 def test_each_runtime_follows_a_clip_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_runtimes, "WARM", 1)
-    monkeypatch.setattr(bench_runtimes.measured, "__defaults__", (1,))
+    monkeypatch.setattr(runtimes, "WARM", 1)
+    monkeypatch.setattr(runtimes.measured, "__defaults__", (1,))
     monkeypatch.setattr("sys.argv", ["bench.py", "--runtimes", "--rows", "64", "--threads", "1",
                                      "--frames", "2", "--repeats", "1",
                                      "--json", str(tmp_path / "b.json")])
     assert bench.main() == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert [row["runtime"] for row in rows] == list(bench_runtimes.RUNTIMES)
+    assert [row["runtime"] for row in rows] == list(runtimes.RUNTIMES)
     assert all(row["first"] > row["seconds"] > 0 for row in rows)
     assert [row["precision"] for row in rows[1:]] == ["float32", "float32"]
     assert capsys.readouterr().out.count("pytorch") == 2
@@ -66,4 +66,4 @@ def test_each_runtime_follows_a_clip_in_a_process_of_its_own(tmp_path, monkeypat
 
 def test_a_runtime_that_fails_is_named(tmp_path):
     with pytest.raises(OSError, match="onnxruntime: .*expected an export"):
-        bench_runtimes.measured("onnxruntime", tmp_path, tmp_path / "a.png", tmp_path, 1)
+        runtimes.measured("onnxruntime", tmp_path, tmp_path / "a.png", tmp_path, 1)

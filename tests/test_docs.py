@@ -17,10 +17,10 @@ from conftest import ROOT, draw_frame, write_list, write_sequence
 from PIL import Image
 from torchvision import models
 
-import bench_runtimes
 import export
 import prompts
 import train_prompts
+from benchmarks import runtimes
 from data import demo, download
 from media import page
 from videomatch import VideoMatch
@@ -88,7 +88,7 @@ def folder(tmp_path, monkeypatch, exported):
     # the checkpoint in models/ may be older than the part that is shown objects
     monkeypatch.setattr(prompts, "masks_of", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
-    monkeypatch.setattr(bench_runtimes, "measured", lambda *_: {
+    monkeypatch.setattr(runtimes, "measured", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})
     monkeypatch.setattr(page, "serve", lambda *_: None)
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))

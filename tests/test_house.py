@@ -11,10 +11,10 @@ from conftest import ROOT
 # new at the root has to be put into one of the lines. A wing's name stands for all files in it
 # that have no line of their own.
 RANKS = [
-    {"bench", "bench_prompts"},
-    {"bench_runtimes"},
-    {"main", "road"},
+    {"bench"},
+    {"main", "benchmarks"},
     {"own_video", "export"},
+    {"eight_bit"},
     {"build"},
     {"flags"},
     {"groups"},
@@ -37,7 +37,7 @@ RANKS = [
     {"network", "media", "distributed"},
     {"media.shown"},
 ]
-WINGS = {"network", "media", "data"}
+WINGS = {"network", "media", "data", "benchmarks"}
 TORCH = {"torch", "torchvision", "triton"}
 FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile",
          "urllib", "zipfile"}

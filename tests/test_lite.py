@@ -263,6 +263,19 @@ def test_what_main_exports_can_be_loaded(tmp_path, capsys):
     assert description["config"]["encoder"] == "mobilenet"
 
 
+def test_an_export_of_8_bits_is_smaller_and_finds_the_same(davis_2017, clip, first, tmp_path):
+    folder = tmp_path / "lite8"
+    assert main.main(["-m", "export", "--export_dir", str(folder), "--eight_bit",
+                      str(davis_2017)]) == 0
+    assert (folder / "encode.onnx").stat().st_size < 2e6  # of 1.8 million weights
+    network = lite.load(folder, 1)
+    follower = lite.Follower(network)
+    for step in range(6):
+        image = draw_frame(step)[0].repeat(2, 0).repeat(2, 1)
+        mask = follower.step(network.normalized(image), None if step else truth(0)).mask
+        assert overlap(mask == 1, truth(step) == 1) > 0.8, step
+
+
 def test_a_checkpoint_without_memory_cannot_be_exported(model, tmp_path, capsys):
     model.save(tmp_path / "vm.pth")
     assert main.main(["-m", "export", "-o", str(tmp_path / "vm.pth"),

@@ -8,7 +8,7 @@ import torch
 from conftest import draw_frame, write_sequence
 from PIL import Image
 
-import bench_prompts
+import bench
 import main
 import preprocess
 import prompts
@@ -132,10 +132,11 @@ def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_
         return wanted
 
     monkeypatch.setattr(prompts, "prompt", prompt)
-    monkeypatch.setattr("sys.argv", ["bench_prompts.py", "-d", str(davis_2017), "-y", "2017", "-o",
-                                     str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu",
-                                     "--json", str(tmp_path / "b.json")])
-    assert bench_prompts.main() == 0
+    monkeypatch.setattr("sys.argv", [
+        "bench.py", "--prompts", "-d", str(davis_2017), "-y", "2017", "-o",
+        str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu", "--json",
+        str(tmp_path / "b.json")])
+    assert bench.main() == 0
     figures = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["dog_1", "dog_2"]
     assert figures["mean"] == pytest.approx({"true box": 0.6, "moved box": 0.6, "1 clicks": 0.6,

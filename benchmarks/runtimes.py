@@ -4,6 +4,7 @@ Each is measured in a process of its own, which imports nothing of the other; st
 `bench.py --runtimes`. It knows neither what a network is made of nor other benchmarks.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -13,6 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import cv2
+
+from data import demo
+from media import images
 
 RUNTIMES = ("pytorch", "pytorch fp32", "onnxruntime")
 WARM = 20  # frames before those that are measured, until the memory is full
@@ -37,8 +43,9 @@ def measured(runtime: str, clip: Path, mask: Path, weights: Path, threads: int,
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, __file__, runtime, str(clip), str(mask), str(weights), str(threads),
-         str(warm), str(time.time())], env=environment, capture_output=True, text=True)
+        [sys.executable, "-m", __spec__.name, runtime, str(clip.resolve()), str(mask.resolve()),
+         str(weights.resolve()), str(threads), str(warm), str(time.time())], env=environment,
+        cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{runtime}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -54,6 +61,18 @@ def table(rows: list[dict]) -> None:
         print(f"{row['rows']:5} {row['threads']:7} {row['runtime']:13} {row['seconds']:8.3f} "
               f"[{row['least']:.3f}, {row['most']:.3f}] {row['first']:6.2f} "
               f"{'?' if peak is None else round(peak / 2**20):>6}  {row['precision']}")
+
+
+def drawn(folder: Path, rows: list[int], frames: int) -> dict[int, tuple[Path, Path]]:
+    """Clips of the demo data: by rows, a folder of frames and the mask of the first."""
+    pictures, clips = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames)), {}
+    for height in rows:
+        shape = height, round(height * demo.SHAPE[1] / demo.SHAPE[0])
+        clips[height] = folder / f"{height}", folder / f"{height}.png"
+        images.write_mask(clips[height][1], images.resize_mask(pictures[0][1], shape))
+        for i, (image, _) in enumerate(pictures):
+            images.write_image(clips[height][0] / f"{i:05d}.png", cv2.resize(image, shape[::-1]))
+    return clips
 
 
 def in_turn(clips: dict[int, tuple[Path, Path]], checkpoint: Path, export: Path, threads,
