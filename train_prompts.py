@@ -20,7 +20,7 @@ import metrics
 import preprocess
 import prompts as looking
 import train
-from data import clicks
+from data import clicks, crowds
 from data.stills import Still
 from davis import Sequence
 from media.background import progress
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STILLS = 0.6  # of the scenes, where there are sequences too
 BOXES = 0.6  # of the scenes begin with a box, the others with a click
+CROWDED = 0.5  # of the scenes get more objects, half of them doubles
 JITTER = 0.1  # of a box's sides
 MARGINS = (0.2, 0.8)  # seen around what is shown, as `looking.MARGIN`
 MASKED = 0.25  # of the clicked scenes begin with a mask that is wrong here and there
@@ -63,6 +64,9 @@ class Scenes(Dataset):
         """(3, H, W) normalised float32, (H, W) bool, prompts in its pixels, rounds: see `Scene`."""
         rng = np.random.default_rng((self.seed, index))
         image, truth = self._object(rng)
+        if self.augment and rng.random() < CROWDED:
+            others = crowds.others_of(image, truth, [self._object(rng)])
+            image, truth = crowds.crowd(image, truth, others, rng)
         if self.augment and rng.random() < 0.5:
             image, truth = image[:, ::-1].copy(), truth[:, ::-1].copy()
         shown, part, rounds = shows(truth, rng)

@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 from conftest import draw_frame
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from data import clicks
+from data import clicks, crowds
 
 MASKS = arrays(bool, (7, 9))
 
@@ -102,3 +103,23 @@ def test_a_person_clicks_until_nothing_is_wrong():
 
 
 # training
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_crowd_hides_little_of_the_object_and_changes_nothing_of_the_rest_of_it(seed):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 60, (60, 90, 3), dtype=np.uint8)
+    mask = np.zeros((60, 90), bool)
+    mask[20:45, 30:60] = True
+    image[mask] = 200
+    other = np.zeros((60, 90), bool)
+    other[5:30, 5:20] = True
+    others = crowds.others_of(image, mask, [(np.full_like(image, 130), other)])
+    assert [cutout.ids.sum() for cutout in others] == [mask.sum(), other.sum()]
+    crowded, left = crowds.crowd(image, mask, others, rng)
+    assert not (left & ~mask).any() and left.sum() >= crowds.LEFT * mask.sum()
+    # the blurred edge of what is in front may reach into it
+    within = cv2.erode(left.astype(np.uint8), np.ones((7, 7))) > 0
+    np.testing.assert_array_equal(crowded[within], image[within])
+    assert (crowded != image).any()
+    assert image[mask].min() == 200  # in place nothing changes
