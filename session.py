@@ -26,8 +26,9 @@ from manifest import Manifest
 from media import figures, files, images
 from media.clip import Clip
 from media.edits import Edits
+from media.masks import concern
 from media.shown import Prompts
-from media.work import Work
+from media.work import Found, Work
 from passes import Passes, States, end_of_pass
 from tracker import Tracker
 from videomatch import VideoMatch
@@ -70,7 +71,8 @@ class Session:
         self.count = clip.count or sum(1 for _ in clip.frames())
         self._read = lru_cache(CACHED)(lambda frame: next(clip.frames(frame)))
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
-        self.shape = self.work.shape
+        height, width = self.shape = self.work.shape
+        self.cell = segment.cell(model, (height, width), options)
         self.states = States(folder / "page" / "states", lambda: Tracker(
             model, options.threshold, options.remove_outliers), facts)
         self.passes = Passes(clip, options, self.image, self.work, self.states)
@@ -108,7 +110,7 @@ class Session:
         with self.lock:
             work = self.work
             frames = {frame: {"given": frame in work.given, "version": version,
-                              "sure": self._sure(frame)}
+                              "sure": _sure(work.found.get(frame))}
                       for frame, version in self.edits.changed.items() if version > since}
             return {"version": self.edits.version, "count": self.count, "fps": self.clip.fps,
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
@@ -123,13 +125,6 @@ class Session:
                 if frame not in self.work.given for row in found.measures)
         return [one for one in rows if one.object_id in known]
 
-    def _sure(self, frame: int) -> dict[int, float] | None:
-        """Of each object the confidence in the found mask; None where none was found."""
-        if frame not in self.work.found:
-            return None
-        rows = (Measures(*row) for row in self.work.found[frame].measures)
-        return {one.object_id: one.confidence for one in rows}
-
     def segment_from(self, start: int, way: str) -> None:
         """Find the masks behind a frame, `way` "forwards", "backwards" or "both", in a thread.
 
@@ -141,17 +136,20 @@ class Session:
                 raise ValueError(f"frame {start} has no mask to start from: draw one first")
             ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
             total = sum(abs(end - start) - 1 for _, end in ends)
-            self._start({"kind": "segment", "frame": start, "way": way, "total": total},
+            self._start({"kind": "segment", "frame": start, "way": way, "total": total,
+                         "concern": concern(self.work.mask(start), self.cell)},
                         lambda: self._segment(start, [forwards for forwards, _ in ends]))
 
     def stop(self) -> None:
         """End what is under way after the frame that it is at; what was found stays."""
         self.stopping.set()
 
-    def export(self, cutout: str | None = None) -> None:
+    def export(self, cutout: str | None = None, form: str = "png") -> None:
         """Write masks, overlay and cut-out as the command line does, and that command line."""
+        form = form if cutout == "transparent" else "png"
         with self.lock:
-            self._start({"kind": "export", "total": self.count}, lambda: self._export(cutout))
+            self._start({"kind": "export", "total": self.count},
+                        lambda: self._export(cutout, form))
 
     def close(self) -> None:
         """End what is under way, and wait for it."""
@@ -216,22 +214,23 @@ class Session:
                         self.count)
             self.count = frame + 1
 
-    def _export(self, cutout: str | None) -> None:
+    def _export(self, cutout: str | None, form: str) -> None:
         given = {frame: self.folder / f"mask_{frame:05d}.png" for frame in sorted(self.work.given)}
         for frame, path in given.items():
             images.write_mask(path, self.mask(frame))
         with Manifest(self.folder, {**self.facts, "masks": "of the page"}, True) as manifest:
             manifest.begin()
             segment.drain(self._frames(), sinks.of_a_clip(
-                self.folder, self.clip, cutout, again=True))
+                self.folder, self.clip, cutout, form, again=True))
             measures = self.measures()
             confidence.write(self.folder / "confidence.csv", measures)
             report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
-        again = [*self.command, "--mask", *(f"{frame}:{path}" for frame, path in given.items()),
-                 *(["--cutout", cutout] if cutout else []), "-j", f"{self.folder}_again"]
-        files.write(self.folder / "command.txt", shlex.join(again) + "\n")
+        masks = [f"{frame}:{path}" for frame, path in given.items()]
+        again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form), "-j",
+                            f"{self.folder}_again"])
+        files.write(self.folder / "command.txt", again + "\n")
         with self.lock:
-            self.run = self.run | {"folder": str(self.folder), "command": shlex.join(again)}
+            self.run = self.run | {"folder": str(self.folder), "command": again}
 
     def _frames(self) -> Iterator[segment.Frame]:
         """The clip with the masks that are known; elsewhere they are empty."""
@@ -245,6 +244,19 @@ class Session:
             with self.lock:
                 self._progress(began)
             yield segment.Frame(frame, image, None, True, None, mask)
+
+
+def _sure(found: Found | None) -> dict[int, float] | None:
+    """Of each object the confidence in a mask that was found; None where none was."""
+    if found is None:
+        return None
+    rows = (Measures(*row) for row in found.measures)
+    return {one.object_id: one.confidence for one in rows}
+
+
+def _flags_of(cutout: str | None, form: str) -> list[str]:
+    return [*(["--cutout", cutout] if cutout else []),
+            *(["--cutout_format", form] if form != "png" else [])]
 
 
 def check_page(port: int | None) -> None:

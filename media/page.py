@@ -181,7 +181,8 @@ ACTIONS = {
     "segment": lambda session, fields: session.segment_from(
         fields.whole("frame"), fields.choice("way", ("forwards", "backwards", "both"))),
     "stop": lambda session, fields: session.stop(),
-    "export": lambda session, fields: session.export(_cutout(fields)),
+    "export": lambda session, fields: session.export(
+        _cutout(fields), fields.choice("format", ("png", "mov", "webm", None)) or "png"),
 }
 
 

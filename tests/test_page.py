@@ -83,7 +83,8 @@ def test_a_body_without_a_length_is_bounded_too(client):
     ("change", {"object": 1, "name": "x" * 61}, "name"),
     ("change", {"object": 1, "name": "a\nb"}, "name"),
     ("change", {"object": 1, "hidden": "yes"}, "hidden"),
-    ("export", {"cutout": "../../etc"}, "cutout"), ("export", {"cutout": []}, "cutout")])
+    ("export", {"cutout": "../../etc"}, "cutout"), ("export", {"cutout": []}, "cutout"),
+    ("export", {"cutout": "transparent", "format": "../x"}, "format: expected one of png")])
 def test_fields_are_checked(action, fields, message, client):
     do(client, "add")
     answer = do(client, action, **fields)

@@ -98,6 +98,26 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     assert not cut[cut[..., 3] == 0].any()
 
 
+def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
+    client.put("/mask/0", content=png(truth(0)))
+    do(client, "export", cutout="transparent", format="mov")
+    run = finished(client.session)
+    assert run["ended"] == "done", run
+    assert (tmp_path / "out" / "cutout.mov").stat().st_size > 1000
+    assert "--cutout transparent --cutout_format mov" in run["command"]
+    do(client, "export", cutout="blur", format="mov")  # whose format there is only one of
+    assert "--cutout_format" not in finished(client.session)["command"]
+    assert (tmp_path / "out" / "cutout.mp4").is_file()
+
+
+def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
+    mask = truth(0)
+    mask[90:92, 5:7] = 2
+    client.put("/mask/0", content=png(mask))
+    do(client, "segment", frame=0, way="forwards")
+    assert "object 2: smaller than a feature cell" in finished(client.session)["concern"]
+
+
 def _words(command):
     words = shlex.split(command)
     assert words[:2] == ["python", "main.py"]
