@@ -166,8 +166,10 @@ def asked(path: Path) -> dict[str, frozenset[str]]:
     videos = content.get("videos", {}) if isinstance(content, dict) else {}
     for name, video in videos.items():
         objects = video.get("objects") if isinstance(video, dict) else None
-        frames = [frame for one in objects.values() for frame in one.get("frames", ())
-                  ] if isinstance(objects, dict) else []
+        # others, LVOS among them, tell of objects in other words, and ask for all frames
+        known = objects.values() if isinstance(objects, dict) else ()
+        frames = [frame for one in known if isinstance(one, dict)
+                  for frame in one.get("frames", ())]
         if frames:
             found[name] = frozenset(map(str, frames))
     return found

@@ -171,7 +171,10 @@ def test_frames_that_are_asked_for(tmp_path, marked):
 
 
 @pytest.mark.parametrize("content", ['{"videos":{}}', "{}", "[]", '{"videos": {"a": {}}}',
-                                     '{"videos": {"a": {"objects": []}}}'])
+                                     '{"videos": {"a": {"objects": []}}}',
+                                     '{"videos": {"a": {"objects": {"1": "person"}}}}',
+                                     '{"videos": {"a": {"objects": {"1": {"frame_range": '
+                                     '{"start": "00001", "end": "00004"}}}}}}'])
 def test_meta_that_asks_for_nothing(tmp_path, content):
     (youtube(tmp_path, names=["a"]) / "meta.json").write_text(content)
     assert Davis(tmp_path).sequences[0].wanted == tuple(range(6))
