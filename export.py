@@ -20,7 +20,6 @@ import build
 import eight_bit
 import lite
 import preprocess
-from davis import Davis, for_training
 from media import files
 from media.shown import Prompts
 from network import graphs
@@ -39,21 +38,19 @@ CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ
 
 
 def run(args: argparse.Namespace) -> None:
-    sequences = for_training(Davis(args.eight_bit).sequences) if args.eight_bit else []
     model = build.model_in_use(args).cpu().eval()
-    export(model, args.export_dir)
-    if sequences:
-        eight_bit.quantize(args.export_dir, sequences)
+    export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 
 
 @torch.no_grad()
-def export(model: VideoMatch, folder: Path) -> None:
+def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
     """Write graphs and JSON, checked, and run once.
 
     Args:
         model: with folded BatchNorm, on the CPU.
+        small: weights of 8 bits.
 
     Raises:
         ValueError: the model isn't of method "memory", a package is missing, or what was written
@@ -70,6 +67,8 @@ def export(model: VideoMatch, folder: Path) -> None:
     written = {}
     for name, (graph, inputs, outputs) in _graphs(model).items():
         content = _traced(graph, inputs, outputs)
+        if small:
+            content = eight_bit.rounded(content)
         onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
         files.write(folder / f"{name}.onnx", content)
         written[name] = hashlib.sha256(content).hexdigest()
@@ -81,7 +80,10 @@ def export(model: VideoMatch, folder: Path) -> None:
                     "dilation": model.dilation, "side": model.reader.side,
                     "ridge": model.reader.ridge().item(), "shown": model.prompts is not None},
         "graphs": written}, indent=1))
-    _compare(model, lite.load(folder))
+    apart = _apart(model, lite.load(folder))
+    log.info("probabilities of the export and of PyTorch differ by %.1e at most", apart)
+    if not (small or apart < CLOSE):
+        raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {apart}")
 
 
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
@@ -126,8 +128,8 @@ def _traced(graph: nn.Module, inputs: tuple, outputs: list[str]) -> bytes:
     return content.getvalue()
 
 
-def _compare(model: VideoMatch, export) -> None:
-    """Follow noise of another size, with two objects, by both."""
+def _apart(model: VideoMatch, export) -> float:
+    """The largest difference of probabilities: both follow noise, and are shown an object."""
     random = torch.Generator().manual_seed(0)
     frames = torch.rand(3, 3, 90, 150, generator=random)
     mask = torch.zeros(90, 150, dtype=torch.uint8)
@@ -145,7 +147,4 @@ def _compare(model: VideoMatch, export) -> None:
                  for network in (model, export)]
         apart.append((found[0] - found[1]).abs().max().item())
     model.precision = precision
-    log.info("probabilities of the export and of PyTorch differ by %.1e at most", max(apart))
-    if not max(apart) < CLOSE:
-        raise ValueError("-m export: the export's probabilities differ from PyTorch's by "
-                         f"{max(apart)}")
+    return max(apart)
