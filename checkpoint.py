@@ -57,14 +57,18 @@ class Checkpointed(nn.Module):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             model = cls.configured(checkpoint["config"])
-            model.load_state_dict(checkpoint["model"])
+            try:
+                model.load_state_dict(checkpoint["model"])
+            except RuntimeError as error:  # names or sizes, which may be hundreds
+                raise ValueError("of another version, whose weights are others: train again, or "
+                                 "take the one in models/") from error
             model.facts = dict(checkpoint["facts"])
             for name, tensor in model.state_dict().items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{name} holds values that are not finite")
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"{path}: not a checkpoint of this toolkit ({reason})") from error
+            raise ValueError(f"{path}: not a checkpoint that this version reads ({reason})") from error
         return model
 
 

@@ -290,3 +290,13 @@ def test_the_surest_object_gets_a_pixel_and_others_points_are_not_its_own(shown,
                             [Prompts(points=[(0, 3)]), Prompts([(2, 0, 4, 4)], [(5, 1)])])
     np.testing.assert_array_equal(mask, [[0] * 6, [2] * 6, [2] * 6, [1, 1, 2, 2, 2, 2]])
     assert asked[0].not_points == [(5, 1)] and asked[1].not_points == [(0, 3)]
+
+
+def test_a_checkpoint_with_another_decoder_is_said_to_be_of_another_version(shown, tmp_path):
+    shown.save(tmp_path / "shown.pth")
+    content = torch.load(tmp_path / "shown.pth", weights_only=True)
+    content["model"] = {name: value for name, value in content["model"].items()
+                        if "attention" not in name}
+    torch.save(content, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r"old.pth: not a checkpoint .* \(of another version"):
+        VideoMatch.load(tmp_path / "old.pth")
