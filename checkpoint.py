@@ -68,7 +68,8 @@ class Checkpointed(nn.Module):
                     raise ValueError(f"{name} holds values that are not finite")
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"{path}: not a checkpoint that this version reads ({reason})") from error
+            raise ValueError(f"{path}: not a checkpoint that this version reads "
+                             f"({reason})") from error
         return model
 
 

@@ -57,11 +57,6 @@ def cut_out(image: np.ndarray, ids: np.ndarray, margin: int = 3) -> Cutout | Non
     return Cutout(image[box], ids[box], (int(left), int(top)), tuple(map(bool, cut)))
 
 
-def areas(ids: np.ndarray) -> np.ndarray:
-    """(256,) how many pixels of a mask (H, W) have which id; much quicker than `np.bincount`."""
-    return cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel().astype(int)
-
-
 def smooth(rng, frames: int, step: float, far: bool = False, size: tuple = ()) -> np.ndarray:
     """(frames, *size) values on a smooth way from 0, about `step` from one to the next.
 

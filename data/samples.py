@@ -12,6 +12,7 @@ from data import motion, scenes
 from data.motion import Layer
 from data.stills import Still
 from davis import Sequence
+from media.drawing import areas
 from preprocess import Augment, to_tensor
 
 Source = Sequence | Still
@@ -120,7 +121,7 @@ class Clips(Pairs):
         None of them is `hidden`, and one is to be seen in another frame too, else there are none.
         """
         least = self.LEAST * masks[0].numel()
-        seen = np.array([motion.areas(mask) for mask in masks.numpy()]) > least
+        seen = np.array([areas(mask) for mask in masks.numpy()]) > least
         seen[0, hidden] = False
         known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
         again = [i for i in known if seen[1:, i].any()]
@@ -223,7 +224,7 @@ class Clips(Pairs):
             poses, shape: see `scenes.pasted`.
         """
         count = 1 + int((rng.random(2) < self.MORE).sum()) if rng.random() < self.paste else 0
-        free = np.flatnonzero(sum(motion.areas(mask) for mask in masks) == 0)
+        free = np.flatnonzero(sum(areas(mask) for mask in masks) == 0)
         layers = []
         for label in free[free > 0][:count].tolist():
             other = self._other(own, rng)

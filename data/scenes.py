@@ -9,6 +9,7 @@ import numpy as np
 
 from data import motion
 from data.motion import Cutout, Layer, posed, smooth, turned
+from media.drawing import areas
 
 LEAVES = 0.12  # share of the objects that leave the frame once
 STREAKS = 0.3  # and of those that their motion blurs
@@ -197,13 +198,13 @@ def hidden(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[i
     Args:
         before, after: (H, W) ids of the first frame, without and with the layers in front.
     """
-    whole = motion.areas(before).astype(float)
+    whole = areas(before).astype(float)
     for layer in layers:
         cutout = layer.cutouts[0]
         if cutout:
             scale = np.abs(np.linalg.det(layer.poses[0, :, :2]))
-            whole += scale * motion.areas(np.ascontiguousarray(cutout.ids))
-    left = motion.areas(after)
+            whole += scale * areas(np.ascontiguousarray(cutout.ids))
+    left = areas(after)
     return [i for i in range(1, 256) if left[i] < SEEN * whole[i]]
 
 

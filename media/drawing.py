@@ -37,17 +37,16 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.nda
     colours = cv2.LUT(cv2.merge([mask] * 3), PALETTE[:, None])  # (H, W, 3)
     blended = cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
     result = cv2.copyTo(blended, mask, image.copy())
-    for object_id in ids_in(mask):
+    for object_id in np.flatnonzero(areas(mask)[1:]) + 1:
         contours, _ = cv2.findContours((mask == object_id).astype(np.uint8), cv2.RETR_CCOMP,
                                        cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(result, contours, -1, (255, 255, 255), 1)
     return result
 
 
-def ids_in(mask: np.ndarray) -> list[int]:
-    """The objects of an (H, W) uint8 mask, by counting: `np.unique` sorts all pixels."""
-    counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
-    return (np.flatnonzero(counts[1:]) + 1).tolist()
+def areas(ids: np.ndarray) -> np.ndarray:
+    """(256,) how many pixels of a mask (H, W) have which id; much quicker than `np.bincount`."""
+    return cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel().astype(int)
 
 
 def soft(mask: np.ndarray, probability: np.ndarray | None = None,
