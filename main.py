@@ -23,11 +23,11 @@ import export
 import flags
 import own_video
 import train
-import train_prompts
 from build import device_of
 from data.stills import Stills
 from davis import for_training, split
 from network import precision
+from training import prompts as train_prompts
 
 log = logging.getLogger("videomatch")
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 import prompts
-import train_prompts
 from davis import Sequence
 from media.shown import Prompts
+from training import prompts as train_prompts
 from videomatch import VideoMatch
 
 CLICKS = 8  # of a simulated person

@@ -19,10 +19,10 @@ from torchvision import models
 
 import export
 import prompts
-import train_prompts
 from benchmarks import runtimes
 from data import demo, download
 from media import page
+from training import prompts as train_prompts
 from videomatch import VideoMatch
 
 PAGES = [ROOT / "README.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]

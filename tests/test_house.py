@@ -19,8 +19,8 @@ RANKS = [
     {"flags"},
     {"groups"},
     {"evaluate"},
-    {"train_prompts"},
     {"train"},
+    {"training"},
     {"session"},
     {"report", "manifest"},
     {"passes"},
@@ -37,7 +37,7 @@ RANKS = [
     {"network", "media", "distributed"},
     {"media.shown"},
 ]
-WINGS = {"network", "media", "data", "benchmarks"}
+WINGS = {"network", "media", "data", "benchmarks", "training"}
 TORCH = {"torch", "torchvision", "triton"}
 FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile",
          "urllib", "zipfile"}

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 import preprocess
 import prompts
-import train_prompts
 from data import clicks
 from media.shown import Prompts
 from network.encoder import Encoder
 from network.evidence import FAR, NEAR, clicked, evidence
 from network.prompts import K, PromptDecoder, likeness, sets, similarities
+from training import prompts as train_prompts
 from videomatch import VideoMatch
 
 

@@ -19,6 +19,7 @@ from data.samples import Clips, Pairs
 from davis import Davis, split
 from network import losses
 from preprocess import Augment
+from training import report
 from videomatch import SHIPPED, VideoMatch
 
 ONE = torch.tensor([[0.9, 0.2], [0.4, 0.6]])  # of an object
@@ -71,7 +72,7 @@ def sequences(davis_2016):
     return split(Davis(davis_2016).sequences, 0.3, seed=0)
 
 
-def reports(options):
+def lines_of(options):
     return [json.loads(line) for line in
             options.save.with_suffix(".jsonl").read_text().splitlines()]
 
@@ -112,7 +113,7 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
     loaded = VideoMatch.load(options.save)
     assert (loaded.method, loaded.refined) == ("memory", True)
     if loaded.facts["iteration"] == 2:
-        assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
+        assert np.mean(report.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 18, 19, 20, 400])
@@ -145,14 +146,14 @@ def test_finetuning_fits_a_copy_to_the_first_frame(sequences, options):
 def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options):
     options.plot = True
     best = train.train(model, *sequences, options)
-    lines = reports(options)
+    lines = lines_of(options)
     assert [line["iteration"] for line in lines] == [0, 2, 4]
     assert best == max(line["held_out_iou"] for line in lines)
     assert lines[0]["loss"] is None and lines[1]["loss"] > 0
     loaded = VideoMatch.load(options.save)
     assert loaded.facts["held_out_iou"] == best
     assert loaded.facts["held_out"] == [s.name for s in sequences[1]]
-    assert np.mean(train.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
+    assert np.mean(report.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
     with Image.open(options.save.with_suffix(".png")) as curves:
         assert curves.size[0] > 300
 
@@ -160,7 +161,7 @@ def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options
 def test_without_held_out_sequences_the_last_weights_are_kept(model, sequences, options):
     options.plot, options.patience = True, 1
     assert np.isnan(train.train(model, sum(sequences, []), [], options))
-    assert [line["held_out_iou"] for line in reports(options)] == [None] * 3
+    assert [line["held_out_iou"] for line in lines_of(options)] == [None] * 3
     loaded = VideoMatch.load(options.save)
     assert loaded.facts == {"iteration": 4, "held_out": []}
     for name, value in model.state_dict().items():
@@ -182,15 +183,15 @@ def test_another_run_is_not_resumed(fact, value, model, sequences, options):
 def test_validation_at_the_end_only(model, sequences, options):
     options.report = -1
     train.train(model, *sequences, options)
-    assert [line["iteration"] for line in reports(options)] == [0, 4]
+    assert [line["iteration"] for line in lines_of(options)] == [0, 4]
 
 
 def test_early_stopping(model, sequences, options, monkeypatch):
     scores = iter([0.5, 0.4, 0.6, 0.6, 0.3, 0.9])
-    monkeypatch.setattr(train, "validate", lambda *_: [next(scores)])
+    monkeypatch.setattr(report, "validate", lambda *_: [next(scores)])
     options.iterations, options.report, options.patience = 20, 1, 2
     assert train.train(model, *sequences, options) == 0.6
-    assert [line["iteration"] for line in reports(options)] == [0, 1, 2, 3, 4]
+    assert [line["iteration"] for line in lines_of(options)] == [0, 1, 2, 3, 4]
     assert VideoMatch.load(options.save).facts["iteration"] == 2
 
 
@@ -205,7 +206,7 @@ def test_interrupt_finishes_the_iteration_and_saves(model, sequences, options, m
     monkeypatch.setattr(train, "step", interrupted_step)
     options.iterations, options.report = 50, 25
     train.train(model, *sequences, options)
-    assert [line["iteration"] for line in reports(options)] == [0, 1]
+    assert [line["iteration"] for line in lines_of(options)] == [0, 1]
     assert options.save.is_file()
     assert signal.getsignal(signal.SIGINT) is before
     assert threading.current_thread() is threading.main_thread()
@@ -231,7 +232,7 @@ def test_training_raises_the_held_out_iou(sequences, options):
             weight += 0.4 * weight.std() * torch.randn_like(weight) * (weight.ndim == 4)
     options.learning_rate, options.iterations, options.report = 3e-4, 30, -1
     train.train(model, *sequences, options)
-    before, after = (line["held_out_iou"] for line in reports(options))
+    before, after = (line["held_out_iou"] for line in lines_of(options))
     assert after > before + 0.05
 
 

@@ -12,7 +12,6 @@ import bench
 import main
 import preprocess
 import prompts
-import train_prompts
 from data.stills import Stills
 from davis import Davis
 from media import images
@@ -20,6 +19,7 @@ from media.masks import read_mask
 from media.shown import Prompts
 from network.encoder import Encoder
 from tracker import Tracker
+from training import prompts as train_prompts
 from videomatch import VideoMatch
 
 
@@ -182,3 +182,22 @@ def test_nothing_found_is_one_line(clip_dir, checkpoint, tmp_path, capsys):
     assert main.main(["-m", "segment", "--video", str(clip_dir), "-o", str(tmp_path / "shown.pth"),
                       "--box", "8", "6", "20", "16", "-c", "cpu"]) == 2
     assert "nothing was found of object 1" in capsys.readouterr().err
+
+
+def test_a_tracker_trained_further_keeps_what_boxes_and_clicks_need(davis_2016, stills_dir,
+                                                                    checkpoint, tmp_path, caplog,
+                                                                    capsys):
+    shown, further = tmp_path / "shown.pth", tmp_path / "further.pth"
+    assert train(davis_2016, stills_dir, checkpoint, shown, "-i", "2") == 0
+    command = ["-m", "train", "-d", str(davis_2016), "-o", str(shown), "-s", str(further), "-i",
+               "2", "-r", "2", "--workers", "0", "-vs", "0", "-c", "cpu", "-p", "96", "160"]
+    with caplog.at_level("INFO"):
+        assert main.main(command) == 0
+    assert "the encoder stays as it is" in caplog.text
+    before, after = VideoMatch.load(shown), VideoMatch.load(further)
+    changed = {name.split(".")[0] for name, value in before.state_dict().items()
+               if not torch.equal(after.state_dict()[name], value)}
+    assert changed == {"reader", "decoder"}
+    assert after.facts["prompts"] == before.facts["prompts"]
+    assert main.main([*command, "--method", "matching", "--overwrite"]) == 2
+    assert "--method matching: trains the encoder alone" in capsys.readouterr().err

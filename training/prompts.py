@@ -2,7 +2,7 @@
 
 The encoder stays as it is, so a scene is encoded once and then shown and mended click by click:
 each step takes one round of each of several scenes, and a scene that was mended for long enough
-makes room for another. Losses, reports and resuming are those of `train.py`.
+makes room for another. Reports and resuming are those of every training.
 """
 
 import logging
@@ -19,13 +19,14 @@ import distributed
 import metrics
 import preprocess
 import prompts as looking
-import train
 from data import clicks, crowds
 from data.stills import Still
 from davis import Sequence
-from media.background import progress
+from media.background import interruptible, progress
 from media.shown import Prompts
 from network.prompts import PromptDecoder, Seen
+from training.options import Options, one_cycle
+from training.report import Report
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ MASKED = 0.25  # of the clicked scenes begin with a mask that is wrong here and 
 KEPT = 0.75  # of the rounds show the mask so far
 ROUNDS = {"box": (1, 1, 2, 3), "click": range(1, 9)}
 SMALLEST = 60  # pixels: what is smaller isn't shown
-WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 RATE = 10  # times the learning rate of an encoder, since it begins from nothing
 GRADIENT = 5.0  # the largest norm of a gradient
 CHECKED = 30  # held-out frames at most
@@ -157,7 +157,7 @@ class Scene:
 
 
 def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Still],
-                  held_out: list, options: train.Options) -> float:
+                  held_out: list, options: Options) -> float:
     """Fit the part of a model that is shown objects, and nothing else of it.
 
     Args:
@@ -173,13 +173,10 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
     torch.manual_seed(options.seed)
     decoder = add(model)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
-    steps = options.iterations + 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE * options.learning_rate, total_steps=steps,
-        pct_start=max(WARM_UP, 1.5 / steps))
-    report = Report(model, optimizer, schedule, sequences, held_out, options, stills)
+    schedule = one_cycle(optimizer, RATE * options.learning_rate, options.iterations)
+    report = PromptReport(model, optimizer, schedule, sequences, held_out, options, stills)
     done = report.begin()
-    with train.interruptible() as interrupted:
+    with interruptible() as interrupted:
         bar = progress(total=options.iterations, initial=done, desc="training",
                        disable=distributed.rank() > 0)
         while done < options.iterations and report.stale < options.patience:
@@ -208,7 +205,7 @@ def add(model: VideoMatch) -> PromptDecoder:
     return model.prompts
 
 
-def rounds(model: VideoMatch, optimizer, sequences, stills, options: train.Options, first: int,
+def rounds(model: VideoMatch, optimizer, sequences, stills, options: Options, first: int,
            last: int):
     """The losses of the steps from one report to the next, as they are made.
 
@@ -275,8 +272,8 @@ def mend(scene: Scene, logits: torch.Tensor) -> None:
     scene.prompts, scene.rounds = (scene.prompts, []) if more is None else (more, left)
 
 
-class Report(train.Report):
-    """`train.Report`, of the masks of boxes, of one and of three clicks."""
+class PromptReport(Report):
+    """As of every training, of the masks of boxes, of one and of three clicks."""
 
     def __init__(self, *args):
         super().__init__(*args)
