@@ -273,9 +273,9 @@ def clip(add) -> Callable:
 
 def results(add) -> Callable:
     add("--size", metavar="PIXELS", type=int, default=480,
-        help="larger frames are reduced to this short side for the network, and masks get the "
-             "frame's size back: higher for small objects in large frames, at a cost in time; 0: "
-             "the frame's own (default: 480)")
+        help="short side at which the network sees frames, smaller ones enlarged up to twice; "
+             "masks get the frame's size back: higher for small objects in large frames, lower "
+             "for speed; 0: the frame's own (default: 480)")
     add("--results_dir", "-j", metavar="DIR", type=Path,
         help="write masks and tables there (default: for a clip results/NAME, for the demo "
              "results/demo, else only print the table)")

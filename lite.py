@@ -93,7 +93,7 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
 
     Args:
         first: (H, W) uint8 object ids of the first frame.
-        size: short side of larger frames for the network; 0: the frame's own.
+        size: short side of frames for the network, see `images.working_shape`; 0: their own.
 
     Raises:
         ValueError: the mask is of another size than the frames, or holds no object.
@@ -103,7 +103,7 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
     for i, image in enumerate(clip.frames()):
         if i == 0:
             images.check_same_shape("frame 0", image.shape, "the mask", first.shape)
-        small = images.reduced(image, size)
+        small = images.scaled(image, size)
         step = follower.step(model.normalized(small), None if i else first)
         mask = step.mask
         if mask.shape != image.shape[:2]:
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
         help="the export (default: models/lite)")
     add("--size", type=int, default=480, metavar="PIXELS",
-        help="larger frames are reduced to this short side for the network; 0: the frame's own "
-             "(default: 480)")
+        help="short side of frames for the network, smaller ones enlarged up to twice; 0: the "
+             "frame's own (default: 480)")
     add("--threads", type=int, default=0, metavar="N", help="of onnxruntime; 0: all cores")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -187,5 +187,5 @@ class Passes:
 
     def _follow(self, tracker: Tracker, frame: int, image: np.ndarray,
                 mask: np.ndarray | None) -> segment.Frame:
-        return segment.follow(tracker, frame, image, segment.reduced(image, self.options), mask,
+        return segment.follow(tracker, frame, image, segment.scaled(image, self.options), mask,
                               self.options)

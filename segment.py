@@ -36,7 +36,7 @@ KEPT_EVERY = 20.0  # seconds from one state that a run can go on from to the nex
 class Options:
     """What the masks depend on beside model, clip and given masks; the flags of `main.py`."""
 
-    size: int = 480  # short side of larger frames for the network; 0: the frame's own
+    size: int = 480  # short side for the network, see `images.working_shape`; 0: the frame's own
     input_shape: tuple[int, int] | None = None  # (H, W) for the network, whatever `size` says
     segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
     start: int = 0  # the first frame of the clip that counts
@@ -180,7 +180,7 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
             known = masks if forwards else {first: masks[first]}
             others = (enumerate(clip.frames(first + 1, stop), first + 1) if forwards else
                       zip(range(first - 1, start - 1, -1), clip.backwards(first)))
-            frames = _reduced(itertools.chain([(first, reference)], others), options)
+            frames = _scaled(itertools.chain([(first, reference)], others), options)
             for frame in _way(model, _read(pool, frames), known, options, forwards, progress):
                 if forwards or frame.index != first:
                     yield frame
@@ -217,7 +217,7 @@ def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
     """A tracker's next frame.
 
     Args:
-        image, small: (H, W, 3) uint8 RGB, the frame and, as `reduced` makes it, what the network
+        image, small: (H, W, 3) uint8 RGB, the frame and, as `scaled` makes it, what the network
             sees of it.
         given: (H, W) uint8 object ids where a mask was given.
 
@@ -236,9 +236,9 @@ def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
     return Frame(index, image, step, forwards, tracker, known)
 
 
-def reduced(image: np.ndarray, options: Options) -> np.ndarray:
+def scaled(image: np.ndarray, options: Options) -> np.ndarray:
     """(H, W, 3) uint8 RGB: what the network sees of a frame."""
-    return images.reduced(image, 0 if options.input_shape else options.size)
+    return images.scaled(image, 0 if options.input_shape else options.size)
 
 
 def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
@@ -248,11 +248,11 @@ def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
     return model.encoder.spec.stride / (model.zoom * finer) * min(shape) / min(small)
 
 
-def _reduced(frames: Iterable[tuple[int, np.ndarray]],
+def _scaled(frames: Iterable[tuple[int, np.ndarray]],
              options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Each frame with what the network sees of it."""
     for index, image in frames:
-        yield index, image, reduced(image, options)
+        yield index, image, scaled(image, options)
 
 
 class Sink:

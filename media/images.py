@@ -16,6 +16,7 @@ from media.files import whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112  # the EXIF tag
+ENLARGED = 2  # times at most, for the network: small things need cells of their own
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -116,14 +117,19 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
-    """(H, W) of a frame for the network: the short side at most `size`, unless that is 0."""
-    scale = size / min(shape) if size else 1.0
-    return shape if scale >= 1 else (round(shape[0] * scale), round(shape[1] * scale))
+    """(H, W) of a frame for the network: the short side is `size`, unless that is 0.
+
+    Or `ENLARGED` times the frame's own where that is less.
+    """
+    scale = min(size / min(shape), ENLARGED) if size else 1.0
+    return round(shape[0] * scale), round(shape[1] * scale)
 
 
-def reduced(image: np.ndarray, size: int) -> np.ndarray:
+def scaled(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 RGB at its `working_shape`."""
     shape = working_shape(image.shape[:2], size)
     if shape == image.shape[:2]:
         return image
-    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+    smaller = shape[0] < image.shape[0]
+    return cv2.resize(image, shape[::-1],
+                      interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)

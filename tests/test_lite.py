@@ -136,7 +136,7 @@ def followed(exact, exported, frames, given, shape=None):
 @pytest.mark.parametrize("name, rows", [("stroll", 0), ("meeting", 180)])
 def test_masks_are_those_of_pytorch(name, rows, exact, exported):
     drawn = list(demo.draw(demo.SCENES["val"][name], frames=9))
-    frames = [lite.images.reduced(image, rows) for image, _ in drawn]
+    frames = [lite.images.scaled(image, rows) for image, _ in drawn]
     overlaps = []
     for expected, found in followed(exact, exported, frames, {0: drawn[0][1]}):
         assert found.object_ids == expected.object_ids

@@ -21,9 +21,9 @@ def evaluate(tmp_path, capsys):
         write_sequence(tmp_path / "davis", name, frames=5, ids=ids, value=None)
     write_list(tmp_path / "davis", "2017", "val", ["ant", "bee"])
 
-    def run(name):
+    def run(name, *more):
         assert main.main(["-m", "eval", "-d", str(tmp_path / "davis"), "-y", "2017", "-c", "cpu",
-                          "-j", str(tmp_path / name)]) == 0
+                          "-j", str(tmp_path / name), *more]) == 0
         masks = {path.relative_to(tmp_path / name): path.read_bytes()
                  for path in (tmp_path / name).rglob("*.png")}
         return capsys.readouterr().out.split("8 frames in")[0], masks
@@ -37,10 +37,11 @@ def test_masks_and_table_repeat_exactly(evaluate):
 
 
 def test_the_table_is_the_same_with_more_threads(evaluate, threads):
+    # in bfloat16, where a processor has it, another order of sums shows in the third digit
     threads(1)
-    one, _ = evaluate("one")
+    one, _ = evaluate("one", "--precision", "fp32")
     threads(2)
-    two, _ = evaluate("two")
+    two, _ = evaluate("two", "--precision", "fp32")
     assert one == two and "bee_2" in one
 
 

@@ -54,6 +54,21 @@ def overlap(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
+def test_the_network_sees_every_frame_at_about_one_size():
+    for shape, size, expected in [((240, 432), 480, (480, 864)), ((360, 480), 480, (480, 640)),
+                                  ((1080, 1920), 480, (480, 853)), ((90, 50), 480, (180, 100)),
+                                  ((480, 854), 480, (480, 854)), ((90, 50), 0, (90, 50))]:
+        assert images.working_shape(shape, size) == expected
+    image = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    means = image.reshape(2, 2, 3, 2, 3).mean((1, 3))
+    assert np.abs(images.scaled(image, 2) - means).max() <= 0.5
+    assert images.scaled(image, 4) is image
+    # between two pixels, a quarter of the way from the nearer one
+    larger = images.scaled(image, 8).astype(float)
+    np.testing.assert_allclose(larger[0, 1:3], np.tensordot([[.75, .25], [.25, .75]], image[0, :2],
+                                                            1), atol=0.6)
+
+
 def test_video_and_folder_give_the_same_masks(clip_file, clip_folder, tmp_path):
     mask = write(tmp_path / "first.png", truth(0))
     for source, out in ((clip_file, "a"), (clip_folder, "b")):
