@@ -5,8 +5,8 @@ import numpy as np
 
 from data.motion import Cutout, cut_out
 
-COUNT = (1, 5)  # objects are added, at least, and fewer than
-HEIGHT = (0.6, 1.5)  # of them, as a share of the object's
+COUNT = (1, 6)  # objects are added, at least, and fewer than
+HEIGHT = (0.3, 1.5)  # of them, as a share of the object's
 SQUARE = 1.3  # by so much their sides may be stretched
 IN_FRONT = 0.25  # of them are, where that leaves enough of the object, the others behind it
 LEFT = 0.7  # of the object is enough

@@ -85,7 +85,8 @@ class Clips(Pairs):
     """
 
     DOUBLES = 0.5  # of the pasted objects
-    MORE = 0.6  # chance of a second pasted object, and of another one
+    MORE = 0.5  # chance of each of four more of them
+    PARTS = 0.25  # of what moves as one in stills has a part that is an object of its own
     OTHERS = 0.2  # of the objects beside the first are not followed
     SWAPS = 0.3  # of the stills' objects are seen before another background
     TOGETHER = 0.6  # of the stills' objects that touch each other move as one
@@ -93,7 +94,7 @@ class Clips(Pairs):
     TRIES = 10  # at a clip whose reference frame holds an object
 
     def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4, gap: int = 5,
-                 paste: float = 0.75, objects: int = 4, stills: list[Still] | None = None):
+                 paste: float = 0.75, objects: int = 6, stills: list[Still] | None = None):
         if frames < 2:
             raise ValueError(f"a clip has at least two frames, got {frames}")
         super().__init__([*sequences, *(stills or [])], augment)
@@ -165,16 +166,14 @@ class Clips(Pairs):
             back = motion.fill(image, ids)
             focus = whole.center if whole else rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
         poses = scenes.camera(rng, self.length, far, back.shape[:2], shape, focus)
-        layers = []
-        together = rng.random() < self.TOGETHER
-        for group in scenes.groups(ids) if together else [[i] for i in np.unique(ids[ids > 0])]:
-            part = np.where(np.isin(ids, group), ids, 0).astype(np.uint8)
+        layers, parts = [], self._parts(ids, rng)
+        for part in parts:
             if swap:
                 cutouts = [motion.cut_out(image, part)] * self.length
                 layers.append(scenes.pasted(rng, cutouts, poses, shape, far))
             else:
                 layers.append(scenes.own(rng, image, part, poses, shape, far))
-        layers += self._pasted(still, [ids], poses, shape, self._step(rng), far, rng)
+        layers += self._pasted(still, [ids, *parts], poses, shape, self._step(rng), far, rng)
         layers = [layers[i] for i in rng.permutation(len(layers))]
         bends = motion.smooth(rng, self.length, 0.004 * max(back.shape), far,
                               (motion.MESH, motion.MESH, 2)).astype(np.float32)
@@ -190,6 +189,15 @@ class Clips(Pairs):
             images = scenes.lit(rng, images, far)
         return (torch.stack([to_tensor(x) for x in images]), torch.from_numpy(np.array(masks)),
                 scenes.hidden(layers, np.zeros(shape, np.uint8), masks[0]))
+
+    def _parts(self, ids: np.ndarray, rng) -> list[np.ndarray]:
+        """(H, W) ids of a still -> the same of what moves as one each, maybe cut in two."""
+        together = rng.random() < self.TOGETHER
+        groups = scenes.groups(ids) if together else [[i] for i in np.unique(ids[ids > 0])]
+        parts = [np.where(np.isin(ids, group), ids, 0).astype(np.uint8) for group in groups]
+        free = np.flatnonzero(areas(ids) == 0)
+        return [scenes.parted(rng, part, new) if new and rng.random() < self.PARTS else part
+                for part, new in itertools.zip_longest(parts, free[1:len(parts) + 1])]
 
     def _step(self, rng) -> int:
         return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
@@ -223,7 +231,7 @@ class Clips(Pairs):
             masks: (H, W) each, of the clip: what is pasted gets ids that they don't hold.
             poses, shape: see `scenes.pasted`.
         """
-        count = 1 + int((rng.random(2) < self.MORE).sum()) if rng.random() < self.paste else 0
+        count = 1 + int((rng.random(4) < self.MORE).sum()) if rng.random() < self.paste else 0
         free = np.flatnonzero(sum(areas(mask) for mask in masks) == 0)
         layers = []
         for label in free[free > 0][:count].tolist():

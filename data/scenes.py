@@ -13,9 +13,10 @@ from media.drawing import areas
 
 LEAVES = 0.12  # share of the objects that leave the frame once
 STREAKS = 0.3  # and of those that their motion blurs
-SIZE = (0.1, 0.5)  # of a pasted object: the root of its share of the frame
+SIZE = (0.05, 0.5)  # of a pasted object: the root of its share of the frame
 LARGEST = 1.6  # enlargement of what is pasted
 TOUCH = 9  # pixels between objects that move as one
+PART = (0.1, 0.5)  # of an object that is cut in two
 SEEN = 0.15  # of an object, in the reference frame, if it is to be known
 
 
@@ -61,6 +62,18 @@ def groups(ids: np.ndarray) -> list[list[int]]:
         apart = [other for other in joined if not other & place]
         joined = [*apart, place.union(*(other for other in joined if other & place))]
     return [sorted(i for i in group if i > 0) for group in joined]
+
+
+def parted(rng, ids: np.ndarray, new: int) -> np.ndarray:
+    """(H, W) ids -> the same, but that a part of one object, what is nearest to a point of it, is
+    another: as a bag is that someone carries, it goes where the object goes."""
+    rows, columns = np.nonzero(ids == rng.choice(np.unique(ids[ids > 0])))
+    point = rng.integers(len(rows))
+    far = np.hypot(rows - rows[point], columns - columns[point])
+    part = far <= np.quantile(far, rng.uniform(*PART))
+    ids = ids.copy()
+    ids[rows[part], columns[part]] = new
+    return ids
 
 
 def own(rng, image: np.ndarray, ids: np.ndarray, poses: np.ndarray, shape: tuple[int, int],

@@ -145,8 +145,8 @@ def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
 def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     sequences = grey_sequences(tmp_path, "ab", frames=6)
     clips = Clips(sequences, AsIs(), frames=3, paste=1)
-    counts = Counter()
-    for seed in range(60):
+    clips.MORE, counts = 0.3, Counter()
+    for seed in range(120):
         images, masks = clips[seed % 12, seed]
         own = [0, 0]
         assert set(masks.unique().tolist()) == set(masks[0].unique().tolist())
@@ -155,7 +155,7 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
                                                 for m in (masks == i).byte().numpy()])) > 0
             # frames of one sequence are darker than those of the other
             foreign = (images[inside].float().mean(1) > 100) != bool(seed % 12 // 6)
-            if len(foreign):
+            if len(foreign) > 60:  # a small thing is edges mostly
                 share = foreign.float().mean()
                 assert share < 0.1 or share > 0.9  # edges are mixed
                 own[int(share > 0.5)] += 1

@@ -32,6 +32,19 @@ def test_a_cutout_moved_by_whole_pixels_is_copied():
     assert (frame[outside] == before[outside]).all()
 
 
+def test_a_part_of_an_object_is_one_of_its_own():
+    ids = np.zeros((40, 60), np.uint8)
+    ids[5:35, 10:50], ids[:4] = 3, 7
+    for seed in range(20):
+        found = scenes.parted(np.random.default_rng(seed), ids, 9)
+        new = found == 9
+        np.testing.assert_array_equal(np.where(new, ids, 0) > 0, new)  # of what was an object
+        np.testing.assert_array_equal(found[~new], ids[~new])
+        (one,) = np.unique(ids[new])
+        assert 0.08 < np.count_nonzero(new) / np.count_nonzero(ids == one) < 0.55
+        assert cv2.connectedComponents(new.astype(np.uint8))[0] == 2
+
+
 def test_a_thing_turned_by_a_quarter_is_rotated():
     image = np.random.default_rng(1).integers(0, 255, (21, 21, 3), dtype=np.uint8)
     pose = scenes.posed(scenes.turned(np.array([np.pi / 2]), np.ones(1), np.zeros(1)),

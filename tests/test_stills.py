@@ -151,7 +151,7 @@ def test_a_clip_of_a_still_has_the_form_of_all_clips(root):
         assert (images.shape, images.dtype) == ((4, 3, *SHAPE), torch.float32)
         assert (masks.shape, masks.dtype) == ((4, *SHAPE), torch.uint8)
         known = masks[0].unique().tolist()
-        assert known[-1] <= 4 and set(known) - {0} == set(range(1, known[-1] + 1))
+        assert known[-1] <= 6 and set(known) - {0} == set(range(1, known[-1] + 1))
         assert set(masks.unique().tolist()) == set(known)
         assert masks[1:].any()
         counts.add(known[-1])
@@ -225,7 +225,7 @@ def test_ids_of_a_mask_may_be_any(tmp_path):
     image.putpalette(bytes(range(256)) * 3)
     image.save(path)
     clips = stills_clips(tmp_path, paste=1)
-    assert max(int(clips[0, seed][1].max()) for seed in range(20)) in (2, 3, 4)
+    assert max(int(clips[0, seed][1].max()) for seed in range(20)) in (2, 3, 4, 5, 6)
 
 
 def test_pairs_of_a_still_are_two_views_of_it(root):
