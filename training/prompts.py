@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 STILLS = 0.6  # of the scenes, where there are sequences too
 BOXES = 0.6  # of the scenes begin with a box, the others with a click
-CROWDED = 0.5  # of the scenes get more objects, half of them doubles
+# of the scenes get more objects, half of them doubles: a click alone can't tell how far they go
+CROWDED = {"box": 0.1, "click": 0.6}
 JITTER = 0.1  # of a box's sides
 MARGINS = (0.2, 0.8)  # seen around what is shown, as `looking.MARGIN`
 MASKED = 0.25  # of the clicked scenes begin with a mask that is wrong here and there
@@ -64,12 +65,13 @@ class Scenes(Dataset):
         """(3, H, W) normalised float32, (H, W) bool, prompts in its pixels, rounds: see `Scene`."""
         rng = np.random.default_rng((self.seed, index))
         image, truth = self._object(rng)
-        if self.augment and rng.random() < CROWDED:
+        begun = "box" if rng.random() < BOXES else "click"
+        if self.augment and rng.random() < CROWDED[begun]:
             others = crowds.others_of(image, truth, [self._object(rng)])
             image, truth = crowds.crowd(image, truth, others, rng)
         if self.augment and rng.random() < 0.5:
             image, truth = image[:, ::-1].copy(), truth[:, ::-1].copy()
-        shown, part, rounds = shows(truth, rng)
+        shown, part, rounds = shows(truth, rng, begun)
         patch, shown = looking.part_of(image, shown, part)
         truth, before = (None if mask is None else cv2.resize(
             mask.astype(np.uint8), patch.shape[1::-1],
@@ -96,26 +98,30 @@ class Scenes(Dataset):
                 return source.image(frame), mask == rng.choice(ids)
 
 
-def shows(truth: np.ndarray, rng) -> tuple[Prompts, tuple[slice, slice], int]:
-    """What a person shows of an object at first, the part that is looked at, and for how long."""
+def shows(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, slice], int]:
+    """What a person shows of an object at first, the part that is looked at, and for how long.
+
+    Args:
+        begun: with a "box" or a "click".
+    """
     shape, margin = truth.shape, rng.uniform(*MARGINS)
     box = clicks.jittered(clicks.box_of(truth), JITTER, shape, rng)
     if rng.random() < 0.5:  # too large or too small on all sides
         box = grown(box, rng.uniform(-JITTER, JITTER), shape)
     part = looking.around(Prompts([box]), shape, margin)
-    if rng.random() < BOXES:
-        return Prompts([box]), part, int(rng.choice(ROUNDS["box"]))
+    rounds = int(rng.choice(ROUNDS[begun]))
+    if begun == "box":
+        return Prompts([box]), part, rounds
     if rng.random() < 0.5:
         part = slice(0, shape[0]), slice(0, shape[1])
-    rounds = int(rng.choice(ROUNDS["click"]))
-    begun = Prompts(points=[clicks.first_click(truth, rng)])
+    shown = Prompts(points=[clicks.first_click(truth, rng)])
     if rng.random() < MASKED:
         wrong = spoilt(truth, box, rng)
         click = clicks.next_click(wrong, truth)
         if wrong.any() and click is not None:
-            begun = Prompts(mask=wrong)
-            (begun.points if click[1] else begun.not_points).append(click[0])
-    return begun, part, rounds
+            shown = Prompts(mask=wrong)
+            (shown.points if click[1] else shown.not_points).append(click[0])
+    return shown, part, rounds
 
 
 def grown(box, share: float, shape: tuple[int, int]) -> tuple[int, int, int, int]:
