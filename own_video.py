@@ -13,7 +13,6 @@ import flags
 import prompts
 import report
 import segment
-import session
 import sinks
 from annotations import FORMATS
 from confidence import Confidence, unsure
@@ -23,6 +22,7 @@ from media.background import progress
 from media.files import keep_apart
 from media.masks import read_masks, tell_concern
 from media.video import open_clip
+from page import session
 from videomatch import VideoMatch
 
 log = logging.getLogger("videomatch")

@@ -21,7 +21,7 @@ import export
 import prompts
 from benchmarks import runtimes
 from data import demo, download
-from media import page
+from page import server as page
 from training import prompts as train_prompts
 from videomatch import VideoMatch
 

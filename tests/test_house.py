@@ -21,9 +21,9 @@ RANKS = [
     {"evaluate"},
     {"train"},
     {"training"},
-    {"session"},
+    {"page.session"},
     {"report", "manifest"},
-    {"passes"},
+    {"page.passes"},
     {"annotations", "confidence", "sinks"},
     {"segment"},
     {"tracker", "lite"},
@@ -33,11 +33,11 @@ RANKS = [
     {"data.samples", "data.stills"},
     {"davis"},
     {"preprocess", "metrics"},
-    {"data"},  # the demo, downloads
+    {"data", "page"},  # the demo, downloads; the page's server and what it keeps
     {"network", "media", "distributed"},
     {"media.shown"},
 ]
-WINGS = {"network", "media", "data", "benchmarks", "training"}
+WINGS = {"network", "media", "data", "benchmarks", "training", "page"}
 TORCH = {"torch", "torchvision", "triton"}
 FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile",
          "urllib", "zipfile"}

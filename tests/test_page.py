@@ -8,8 +8,8 @@ import pytest
 from conftest import TOKEN, do, draw_frame, png, truth
 
 import main
-import session as sessions
-from media.page import MOST_JSON, MOST_MASK
+from page import session as sessions
+from page.server import MOST_JSON, MOST_MASK
 
 FRAMES, SHAPE = 12, (96, 160)
 
@@ -114,9 +114,9 @@ def test_the_page_is_refused_what_it_cannot_do(clip, tmp_path, monkeypatch, caps
 
 
 def test_a_missing_package_is_named(clip, monkeypatch, capsys):
-    monkeypatch.setitem(main.sys.modules, "media.page", None)
-    import media
-    monkeypatch.delattr(media, "page")
+    monkeypatch.setitem(main.sys.modules, "page.server", None)
+    import page
+    monkeypatch.delattr(page, "server")
     assert main.main(["-m", "segment", "--video", str(clip), "--page"]) == 2
     assert "--page: expected the package" in capsys.readouterr().err
 

@@ -10,11 +10,11 @@ from conftest import do, overlap, png, shown, truth
 from PIL import Image
 
 import main
-import passes
-import session as sessions
 from confidence import Measures
 from media.masks import read_mask
-from media.work import Found
+from page import passes
+from page import session as sessions
+from page.work import Found
 
 FRAMES, SHAPE = 12, (96, 160)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from media import images
 from media.shown import Prompts
-from media.work import Work
+from page.work import Work
 
 UNDONE = 100  # steps that can be taken back
 

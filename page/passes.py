@@ -19,7 +19,7 @@ import segment
 from checkpoint import save
 from confidence import measure
 from media.clip import Clip
-from media.work import Found, Work
+from page.work import Found, Work
 from tracker import Tracker
 
 log = logging.getLogger(__name__)

@@ -25,11 +25,11 @@ from confidence import UNSURE, Measures, Stretch, unsure
 from manifest import Manifest
 from media import figures, files, images
 from media.clip import Clip
-from media.edits import Edits
 from media.masks import concern
 from media.shown import Prompts
-from media.work import Found, Work
-from passes import Passes, States, end_of_pass
+from page.edits import Edits
+from page.passes import Passes, States, end_of_pass
+from page.work import Found, Work
 from tracker import Tracker
 from videomatch import VideoMatch
 
@@ -269,7 +269,7 @@ def check_page(port: int | None) -> None:
         raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
                          "open a page in")
     try:
-        from media import page  # noqa: F401
+        from page import server  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--page: expected the package {error.name}, pip install -r "
                          "requirements.txt brings it") from error
@@ -282,11 +282,11 @@ def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) 
         masks: (H, W) uint8 of frames, given to begin with.
         port: None or 0 takes a free one.
     """
-    from media import page  # whose packages only this needs
+    from page import server  # whose packages only this needs
     try:
         for frame, mask in masks.items():
             session.edits.give(frame, mask)
-        page.serve(session, port or 0, figures.has_browser())
+        server.serve(session, port or 0, figures.has_browser())
     finally:
         session.close()
     print(f"all that was given and found is in {session.work.folder}")

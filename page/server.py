@@ -31,7 +31,7 @@ from starlette.routing import Route
 from media import images
 from media.masks import read_mask
 
-HTML = Path(__file__).with_suffix(".html")
+HTML = Path(__file__).with_name("page.html")
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # with any port: a tunnel may have another
 MOST_JSON, MOST_MASK = 2**18, 2**24  # bytes of a body
 THUMBNAIL = 144  # pixels wide
