@@ -15,6 +15,7 @@ import groups
 import train
 from data import demo
 from davis import Davis
+from media import images
 from network import precision
 from network.encoder import Encoder
 from videomatch import SHIPPED, VideoMatch
@@ -113,6 +114,7 @@ def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> 
              if value != default[name] and name not in LEFT_OUT}
     return {"flags": " ".join(f"--{name} {value}" for name, value in given.items()) or "default",
             **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
+            "frames": f"enlarged {images.ENLARGED} times at most",  # states of others don't fit
             "arithmetic": f"{model.precision} on {model.device.type}",
             "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
 

@@ -155,7 +155,7 @@ class Follower:
         return Step(mask, like(known, frames.features), self.object_ids)
 
 
-def enlarged(probabilities: Array, shape: Sequence[int]) -> np.ndarray:
-    """(N+1, h, w) probabilities -> (N+1, H, W) float32, those of pixels of a larger frame."""
+def resized(probabilities: Array, shape: Sequence[int]) -> np.ndarray:
+    """(N+1, h, w) probabilities -> (N+1, H, W) float32, of a frame of another size."""
     return np.stack([cv2.resize(channel, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
                      for channel in to_numpy(probabilities)])

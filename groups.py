@@ -124,8 +124,9 @@ def model(add) -> Callable:
         help="of the softmax over scores: lower for more decided probabilities "
              "(default: the checkpoint's, else 0.05)")
     add("--dilation", metavar="PIXELS", type=int,
-        help="how far from its last place an object may be found: lower where look-alikes are "
-             "near, higher for fast objects (default: the checkpoint's, else 100)")
+        help="how far from its last place an object may be found, where frames have the size that "
+             "--size gives them: lower where look-alikes are near, higher for fast objects "
+             "(default: the checkpoint's, else 100)")
     add("--method", choices=METHODS,
         help="matching: with the reference frame only; paper: with its online update too; memory: "
              "with recent frames and a learned refinement (default: memory where the checkpoint "

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from follow import Follower, enlarged
+from follow import Follower, resized
 from media import drawing, images
 from media.background import progress
 from media.files import keep_apart
@@ -107,7 +107,7 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
         step = follower.step(model.normalized(small), None if i else first)
         mask = step.mask
         if mask.shape != image.shape[:2]:
-            mask = decide(enlarged(step.probabilities, image.shape[:2]), step.object_ids,
+            mask = decide(resized(step.probabilities, image.shape[:2]), step.object_ids,
                           follower.threshold)
         yield image, mask
 

@@ -20,7 +20,7 @@ import torch
 
 import preprocess
 from checkpoint import save
-from follow import enlarged
+from follow import resized
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
@@ -54,11 +54,11 @@ class Frame:
     Args:
         index: its number in the clip, from 0.
         image: (H, W, 3) uint8 RGB.
-        step: what the tracker knows of it, maybe at a smaller size; None where an earlier run
+        step: what the tracker knows of it, maybe at another size; None where an earlier run
             found the mask.
         forwards: the way on which it was met.
         tracker: at this frame; a sink that wants to go back to it takes a copy in time.
-        known: (H, W) uint8 mask, where it isn't to be decided from enlarged probabilities: given,
+        known: (H, W) uint8 mask, where it isn't to be decided from resized probabilities: given,
             found by an earlier run, or decided at a size of its own.
     """
 
@@ -80,8 +80,8 @@ class Frame:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(N+1, H, W) float32, as the step has them, enlarged."""
-        return enlarged(self.step.probabilities, self.image.shape[:2])
+        """(N+1, H, W) float32, as the step has them, resized."""
+        return resized(self.step.probabilities, self.image.shape[:2])
 
 
 class Progress:
@@ -249,7 +249,7 @@ def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
 
 
 def _scaled(frames: Iterable[tuple[int, np.ndarray]],
-             options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+            options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Each frame with what the network sees of it."""
     for index, image in frames:
         yield index, image, scaled(image, options)

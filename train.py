@@ -63,6 +63,8 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
     report = Report(model, optimizer, schedule, training, held_out, options, stills)
+    if model.prompts is not None:
+        report.run["trained"] = "all but the encoder"
     done = report.begin()
     total = options.iterations if report.stale < options.patience else done
     augment = preprocess.Augment(options.shape, options.augment)

@@ -14,6 +14,7 @@ TURN, GROWTH, STRETCH = math.radians(4), 0.05, 0.03  # standard deviations, a fr
 SHIFT = 0.03  # of the frame's width, likewise
 BEND = 0.008  # of the object's size
 COARSE = 8  # pixels from one point to the next at which a bend is computed
+SHARP = 0.7  # scale down to which neighbours are enough to interpolate between
 JUMP = 4  # times as much between frames that are far apart
 
 
@@ -83,6 +84,14 @@ def posed(linear: np.ndarray, anchor: np.ndarray, place: np.ndarray) -> np.ndarr
     return np.concatenate([linear, (place - moved)[..., None]], 2)
 
 
+def smoothed(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """An image as far out of focus as it has to be to be shrunk by a (2, 3) pose without grain."""
+    scale = np.sqrt(np.abs(np.linalg.det(pose[:, :2])))
+    if scale > SHARP:
+        return image
+    return cv2.GaussianBlur(image, (0, 0), 0.5 * np.sqrt(scale ** -2 - 1))
+
+
 @dataclass
 class Layer:
     """What moves as one: its cut-out in each frame, where that lies, and how it is bent.
@@ -111,7 +120,8 @@ class Layer:
         if (low >= high).any():
             return
         maps = warp_maps(pose, bend, cutout, low, high)
-        part = cv2.remap(cutout.image, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        part = cv2.remap(smoothed(cutout.image, pose), *maps, cv2.INTER_LINEAR,
+                         borderMode=cv2.BORDER_REPLICATE)
         ids = cv2.remap(cutout.ids, *maps, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
         solid = np.where(cutout.ids > 0, np.float32(1), np.float32(0))
         alpha = cv2.remap(solid, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)

@@ -197,7 +197,7 @@ class Clips(Pairs):
         parts = [np.where(np.isin(ids, group), ids, 0).astype(np.uint8) for group in groups]
         free = np.flatnonzero(areas(ids) == 0)
         return [scenes.parted(rng, part, new) if new and rng.random() < self.PARTS else part
-                for part, new in itertools.zip_longest(parts, free[1:len(parts) + 1])]
+                for part, new in itertools.zip_longest(parts, free[free > 0][:len(parts)])]
 
     def _step(self, rng) -> int:
         return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
@@ -312,7 +312,7 @@ def batches(kind: type[Pairs], sequences: list[Sequence], stills: list, augment:
 
     Args:
         kind: `Pairs`, or `Clips`, for which stills go through `PHASES`.
-        options: `train.Options`.
+        options: `training.options.Options`.
     """
     each, start = options.batch_size * distributed.count(), 0
     for until, share, frames in PHASES if stills else [(1.0, 0.0, CLIP)]:

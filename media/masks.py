@@ -128,5 +128,5 @@ def concern(mask: np.ndarray, cell: float) -> str | None:
         word = "object" if len(small) == 1 else f"{len(small)} objects,"
         names = ", ".join(map(str, small[:NAMED])) + (" ..." if len(small) > NAMED else "")
         said.append(f"{word} {names}: smaller than a feature cell ({cell:.3g} pixels wide), which "
-                    "a larger --size, or -p, makes smaller")
+                    "a larger --size (to twice the frame's own) or -p makes smaller")
     return "; ".join(said) or None

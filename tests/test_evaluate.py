@@ -190,7 +190,7 @@ def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results,
     monkeypatch.setattr(Tracker, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(model, [sequence], evaluate.Options(results=results, videos=True,
-                                                                size=0))
+                                                                  size=0))
     assert slow_writes == [f"{i:05d}.png" for i in range(5)]  # the frame under way ends whole
     np.testing.assert_array_equal(segmented[0].mask, sequence.mask(0))
     for path, found in zip(sorted((results / "ant").iterdir()), segmented, strict=True):

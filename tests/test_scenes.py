@@ -54,6 +54,17 @@ def test_a_thing_turned_by_a_quarter_is_rotated():
     assert np.abs(found.astype(int) - np.rot90(image, -1)).max() <= 1
 
 
+def test_what_shrinks_is_averaged():
+    noise = np.random.default_rng(2).integers(0, 255, (160, 160, 3), dtype=np.uint8)
+    ids = np.ones((160, 160), np.uint8)
+    frame, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.uint8)
+    pose, bend = np.array([[[0.2, 0, 4], [0, 0.2, 4]]]), np.zeros((1, motion.MESH, motion.MESH, 2))
+    motion.Layer([motion.cut_out(noise, ids)], pose, bend.astype(np.float32)).paste(0, frame, mask)
+    inside = frame[8:32, 8:32].astype(float)
+    # the mean of 25 independent pixels has a fifth of their standard deviation, 74
+    assert 4 < inside.std() < 22 and abs(inside.mean() - 127) < 5
+
+
 def test_a_constant_bend_is_a_shift_and_a_ramp_stretches():
     image = np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (80, 1, 3))
     bend = np.zeros((motion.MESH, motion.MESH, 2), np.float32)

@@ -1,4 +1,4 @@
-"""How to train: what can be chosen, and how the learning rate goes."""
+"""How to train: what can be chosen, and how the learning rate goes. It knows no flag."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 STILLS = 0.6  # of the scenes, where there are sequences too
 BOXES = 0.6  # of the scenes begin with a box, the others with a click
-# of the scenes get more objects, half of them doubles: a click alone can't tell how far they go
+# of the scenes get more objects, half of them doubles: a box tells by itself which is meant
 CROWDED = {"box": 0.1, "click": 0.6}
 JITTER = 0.1  # of a box's sides
 MARGINS = (0.2, 0.8)  # seen around what is shown, as `looking.MARGIN`

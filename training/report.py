@@ -1,4 +1,7 @@
-"""What is done from time to time in a training: validate, log, keep weights and state."""
+"""What is done from time to time in a training: validate, log, keep weights and state.
+
+It doesn't know what a step is.
+"""
 
 import json
 import logging
