@@ -16,7 +16,7 @@ from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
 from network.losses import LOSSES
-from training.options import Options, one_cycle
+from training.options import GRADIENT, Options, one_cycle
 from training.report import Report
 from videomatch import VideoMatch
 
@@ -26,7 +26,6 @@ DECODER_RATE = 10  # times the learning rate of the encoder, which is trained al
 KEY_RATE = 3  # likewise of what compares cells, which starts well
 KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
-GRADIENT = 5.0  # the largest norm of a gradient
 START = 16  # images of which the first keys are made
 FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 

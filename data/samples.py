@@ -195,9 +195,8 @@ class Clips(Pairs):
         together = rng.random() < self.TOGETHER
         groups = scenes.groups(ids) if together else [[i] for i in np.unique(ids[ids > 0])]
         parts = [np.where(np.isin(ids, group), ids, 0).astype(np.uint8) for group in groups]
-        free = np.flatnonzero(areas(ids) == 0)
         return [scenes.parted(rng, part, new) if new and rng.random() < self.PARTS else part
-                for part, new in itertools.zip_longest(parts, free[free > 0][:len(parts)])]
+                for part, new in itertools.zip_longest(parts, unused([ids])[:len(parts)])]
 
     def _step(self, rng) -> int:
         return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
@@ -232,9 +231,8 @@ class Clips(Pairs):
             poses, shape: see `scenes.pasted`.
         """
         count = 1 + int((rng.random(4) < self.MORE).sum()) if rng.random() < self.paste else 0
-        free = np.flatnonzero(sum(areas(mask) for mask in masks) == 0)
         layers = []
-        for label in free[free > 0][:count].tolist():
+        for label in unused(masks)[:count]:
             other = self._other(own, rng)
             double = other is own or not far and rng.random() < self.DOUBLES
             source = own if double else other
@@ -255,6 +253,11 @@ class Clips(Pairs):
                                    np.where(source.mask(i) == object_id, label, 0).astype(np.uint8))
                  for i in set(chosen)}
         return [found[i] for i in chosen]
+
+
+def unused(masks: list[np.ndarray]) -> list[int]:
+    """Ids from 1 on that none of the (H, W) masks holds."""
+    return (1 + np.flatnonzero(sum(areas(mask) for mask in masks)[1:] == 0)).tolist()
 
 
 class PairSampler(Sampler):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+GRADIENT = 5.0  # the largest norm of a gradient
 WARM_UP = 0.05  # share of the iterations in which the learning rate rises
 
 

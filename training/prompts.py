@@ -25,7 +25,7 @@ from davis import Sequence
 from media.background import interruptible, progress
 from media.shown import Prompts
 from network.prompts import PromptDecoder, Seen
-from training.options import Options, one_cycle
+from training.options import GRADIENT, Options, one_cycle
 from training.report import Report
 from videomatch import VideoMatch
 
@@ -42,7 +42,6 @@ KEPT = 0.75  # of the rounds show the mask so far
 ROUNDS = {"box": (1, 1, 2, 3), "click": range(1, 9)}
 SMALLEST = 60  # pixels: what is smaller isn't shown
 RATE = 10  # times the learning rate of an encoder, since it begins from nothing
-GRADIENT = 5.0  # the largest norm of a gradient
 CHECKED = 30  # held-out frames at most
 
 
