@@ -99,11 +99,12 @@ def run(args: argparse.Namespace) -> None:
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     session.check_page(args.page)
     model = build.model_in_use(args)
+    masks = given_masks(args, clip, results, model)
     session.open_page(session.Session(
         model, clip, results, segment.Options(**build.road(args, model)),
         prompts.prompter(model), build.facts(args, model, {"data": data}),
         session.repeating(args, flags.defaults())),
-        given_masks(args, clip, results, model), args.page)
+        masks, given_presence(args, clip, masks), args.page)
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,

@@ -79,6 +79,10 @@ class Clip:
         """An (H, W) mask painted on a frame as it is stored, at `shape`; any other as it is."""
         return images.resize_mask(mask, self.shape) if mask.shape == self.stored else mask
 
+    def start_of(self, frame: int) -> int:
+        """The last frame up to this one that decoding can start from."""
+        return 0
+
     def _read(self, start: int) -> Iterator[np.ndarray]:
         raise NotImplementedError
 
@@ -134,6 +138,9 @@ class Folder(Clip):
             image = images.read_image(file)
             images.check_same_shape(self.files[0], self.shape, file, image.shape, "a frame")
             yield image
+
+    def start_of(self, frame: int) -> int:
+        return frame
 
     def _restart(self, end: int) -> int:
         return end - 1

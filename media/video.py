@@ -117,6 +117,9 @@ class Video(Clip):
     def has(self, frame: int) -> bool:
         return next(self._decode(frame), None) is not None
 
+    def start_of(self, frame: int) -> int:
+        return self._keys[bisect_right(self._keys, frame) - 1]
+
     def time(self, frame: int) -> float:
         known = len(self._seconds)
         if frame < known:
@@ -162,7 +165,7 @@ class Video(Clip):
 
     def _seek(self, start: int) -> tuple[int, Iterator[av.VideoFrame]]:
         """The last key frame up to `start`, and the frames from it on."""
-        key = self._keys[bisect_right(self._keys, start) - 1]
+        key = self.start_of(start)
         if key:
             frames = self._decode_from(self._stamps[key])
             first = next(frames, None)

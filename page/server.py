@@ -160,6 +160,12 @@ def _stroke(session, fields: Fields) -> None:
                          bool(fields.flag("erase")))
 
 
+def _mark(session, fields: Fields, word: str) -> None:
+    on = fields.flag("on")
+    session.edits.mark(fields.whole("frame"), fields.whole("object", 1, 254), word,
+                       True if on is None else on)
+
+
 def _cutout(fields: Fields) -> str | None:
     value = fields.text("cutout") or None
     if not (value in (None, "transparent", "blur") or re.fullmatch("#[0-9a-fA-F]{6}", value)):
@@ -172,6 +178,8 @@ ACTIONS = {
     "box": _box,
     "point": _point,
     "stroke": _stroke,
+    "absent": lambda session, fields: _mark(session, fields, "absent"),
+    "gone": lambda session, fields: _mark(session, fields, "gone"),
     "forget": lambda session, fields: session.edits.forget(fields.whole("frame")),
     "undo": lambda session, fields: {"frame": session.edits.undo()},
     "add": lambda session, fields: {"object": session.edits.add_object()},
@@ -249,7 +257,7 @@ def application(session, token: str, html: str | None = None) -> Starlette:
         return Response(_jpeg(image), media_type="image/jpeg", headers=FOREVER)
 
     def thumbnail(request: Request) -> Response:
-        image = session.image(request.path_params["frame"])
+        image = session.thumbnail(request.path_params["frame"])
         size = THUMBNAIL, max(1, round(THUMBNAIL * image.shape[0] / image.shape[1]))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         return Response(_jpeg(small, 80), media_type="image/jpeg", headers=FOREVER)
