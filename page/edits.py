@@ -6,7 +6,7 @@ what makes a mask of them is handed in.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import cv2
@@ -165,7 +165,7 @@ class Edits:
                    set(self.work.presence.gone.get(frame, ())))
 
     def _give(self, frame: int, mask: np.ndarray | None, prompts: dict[int, Prompts],
-              absent: set[int] = frozenset(), gone: set[int] = frozenset()) -> None:
+              absent: Set[int] = frozenset(), gone: Set[int] = frozenset()) -> None:
         """Keep what a person says of a frame, and how to take it back; prompts of the frame that
         it doesn't come from count no more, and objects that the mask shows are there."""
         work, presence = self.work, self.work.presence
@@ -186,7 +186,7 @@ class Edits:
         self._set(frame, mask, set(absent) - held, set(gone) - held)
         self.prompts[frame] = dict(prompts)
 
-    def _set(self, frame: int, mask: np.ndarray | None, absent: set[int], gone: set[int]) -> None:
+    def _set(self, frame: int, mask: np.ndarray | None, absent: Set[int], gone: Set[int]) -> None:
         reaching = bool(self.work.presence.gone)  # into later frames, whose masks are others then
         self.work.give(frame, mask, absent, gone)
         self.change(frame)

@@ -139,8 +139,8 @@ class States:
                 if kept == forwards and 0 <= (frame - other) * way <= self.REACH]
         for _, other in sorted(near):
             one = self._loaded(forwards, other)
-            if one and one.made.holds(other, said):
-                return other, one.tracker.copy(), Made(one.made.origin, dict(one.made.said))
+            if one and one[1].holds(other, said):
+                return other, one[0].copy(), Made(one[1].origin, dict(one[1].said))
         return None
 
     def clear(self) -> None:
@@ -155,11 +155,11 @@ class States:
         del self.kept[forwards, frame]
         self._path(forwards, frame).unlink(missing_ok=True)
 
-    def _loaded(self, forwards: bool, frame: int) -> Kept | None:
+    def _loaded(self, forwards: bool, frame: int) -> tuple[Tracker, Made] | None:
         """The state, read if it is on disk only; None where it can't be."""
         kept = self.kept[forwards, frame]
-        if isinstance(kept.tracker, Tracker):
-            return kept
+        if isinstance(kept.tracker, Tracker) and kept.made:
+            return kept.tracker, kept.made
         tracker = self.make()
         try:
             content = torch.load(kept.tracker, map_location=tracker.model.device,
@@ -171,7 +171,7 @@ class States:
             self._forget(forwards, frame)
             return None
         self.kept[forwards, frame] = Kept(tracker, made, _tensors(content["state"]))
-        return self.kept[forwards, frame]
+        return tracker, made
 
 
 def _tensors(value) -> dict[int, int]:
@@ -232,13 +232,15 @@ class Passes:
         work, way = self.work, 1 if forwards else -1
         near = self.states.nearest(start, forwards, work.keys())
         if near:
-            (other, tracker, made), known = near, work.given
+            other, tracker, made = near
             frames = list(range(other + way, start + way, way))
+            known = work.given.intersection(frames)
         else:
             tracker = self.states.make()
-            frames = known = [frame for frame in sorted(work.given) if frame < start]
+            frames = [frame for frame in sorted(work.given) if frame < start]
             if start in work.given or work.mask(start).any():
-                frames = known = [*frames, start]
+                frames.append(start)
+            known = set(frames)
             while frames and not work.mask(frames[0]).any():
                 frames = frames[1:]
             if not frames:

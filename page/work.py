@@ -12,6 +12,7 @@ only the size of its frames.
 
 import json
 import zlib
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,8 +114,8 @@ class Work:
         """The mask that a person gave for a frame, also with objects that were deleted since."""
         return read_mask(self._path("given", frame)) if frame in self.given else None
 
-    def give(self, frame: int, mask: np.ndarray | None, absent: set[int] = frozenset(),
-             gone: set[int] = frozenset()) -> None:
+    def give(self, frame: int, mask: np.ndarray | None, absent: Set[int] = frozenset(),
+             gone: Set[int] = frozenset()) -> None:
         """Keep what a person said about a frame, in place of what was said before.
 
         Args:
