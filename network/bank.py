@@ -64,7 +64,8 @@ class Entry:
         near: (h, w, NEAR), or None where it is not needed.
         shared: (1, WIDTH, h, w), what values are made of beside `found`.
         found: (N+1, H, W) probabilities.
-        values: (h*w, N * (VALUE + 1)), of each object values, and its share of the cell.
+        values: (h*w, M * (VALUE + 1)), of each object values, and its share of the cell; after
+            several objects those of their union.
     """
 
     key: Array

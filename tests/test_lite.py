@@ -209,7 +209,7 @@ def damaged(folder, what, tmp_path):
 
 @pytest.mark.parametrize("what, message", [
     ("truncated", r"read\.onnx: damaged"), ("missing", r"read\.onnx: no such file"),
-    ("version", "format 99, expected 2: export again"), ("no json", "not an export"),
+    ("version", "format 99, expected 3: export again"), ("no json", "not an export"),
     ("other json", "not an export")])
 def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
     folder = damaged(exported, what, tmp_path)
