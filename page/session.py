@@ -246,12 +246,13 @@ class Session:
             yield segment.Frame(frame, image, None, True, None, mask)
 
 
-def _sure(found: Found | None) -> dict[int, float] | None:
-    """Of each object the confidence in a mask that was found; None where none was."""
+def _sure(found: Found | None) -> dict[int, float | None] | None:
+    """The confidence in each object of a predicted mask, None for an object that isn't visible;
+    None where there is no predicted mask."""
     if found is None:
         return None
     rows = (Measures(*row) for row in found.measures)
-    return {one.object_id: one.confidence for one in rows}
+    return {one.object_id: one.confidence if one.present else None for one in rows}
 
 
 def _flags_of(cutout: str | None, form: str) -> list[str]:
