@@ -25,8 +25,8 @@ log = logging.getLogger("videomatch")
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
             "overwrite", "video", "mask", "mask_frame", "box", "point", "not_point",
-            "page", "cutout", "cutout_format", "export", "export_dir", "eight_bit", "dataset",
-            "model_load", "cuda_device", "precision"}
+            "page", "page_host", "cutout", "cutout_format", "export", "export_dir", "eight_bit",
+            "dataset", "model_load", "cuda_device", "precision"}
 
 
 def device_of(name: str | None) -> torch.device:

@@ -231,6 +231,10 @@ def clip(add) -> Callable:
     add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
         help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
              "for a tunnel, see docs/own_video.md (default: where nothing else shows the object)")
+    add("--page_host", metavar="ADDRESS", nargs="+",
+        help="the address that --page listens on, 0.0.0.0 in a container or to let other machines "
+             "in; then the names of proxies that the page is opened through, if any "
+             "(default: 127.0.0.1, this machine alone)")
     add("--frames", metavar="A:B", type=span, default=(None, None),
         help="only frames A to before B, as --mask counts them; A: and :B leave one end open")
     add("--cutout", metavar="HOW",
@@ -251,6 +255,8 @@ def clip(add) -> Callable:
                args.page)
         expect(args.page is None or not args.overwrite, "--page",
                "no --overwrite beside it, but another --results_dir", args.overwrite)
+        expect(args.page_host is None or args.page is not None, "--page_host", "--page beside it",
+               "none")
         expect(args.frames == (None, None) or args.page is None and (args.mask or shown),
                "--frames", "no --page beside it", args.frames)
         expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",

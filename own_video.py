@@ -100,7 +100,7 @@ def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
         model, clip, results, segment.Options(**build.road(args, model)),
         prompts.prompter(model), build.facts(args, model, {"data": data}),
         session.repeating(args, flags.defaults())),
-        given_masks(args, clip, results, model), args.page)
+        given_masks(args, clip, results, model), args.page, args.page_host or ["127.0.0.1"])
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,

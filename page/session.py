@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
-NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "cutout",
-                "cutout_format", "results_dir", "overwrite"}
+NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "page_host",
+                "cutout", "cutout_format", "results_dir", "overwrite"}
 SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
 
 
@@ -246,12 +246,13 @@ class Session:
             yield segment.Frame(frame, image, None, True, None, mask)
 
 
-def _sure(found: Found | None) -> dict[int, float] | None:
-    """Of each object the confidence in a mask that was found; None where none was."""
+def _sure(found: Found | None) -> dict[int, float | None] | None:
+    """The confidence in each object of a predicted mask, None for an object that isn't visible;
+    None where there is no predicted mask."""
     if found is None:
         return None
     rows = (Measures(*row) for row in found.measures)
-    return {one.object_id: one.confidence for one in rows}
+    return {one.object_id: one.confidence if one.present else None for one in rows}
 
 
 def _flags_of(cutout: str | None, form: str) -> list[str]:
@@ -275,18 +276,20 @@ def check_page(port: int | None) -> None:
                          "requirements.txt brings it") from error
 
 
-def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) -> None:
+def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None,
+              hosts: list[str]) -> None:
     """Work on a session in a browser until Ctrl+C; `check_page` comes first.
 
     Args:
         masks: (H, W) uint8 of frames, given to begin with.
         port: None or 0 takes a free one.
+        hosts: as for `server.serve`.
     """
     from page import server  # whose packages only this needs
     try:
         for frame, mask in masks.items():
             session.edits.give(frame, mask)
-        server.serve(session, port or 0, figures.has_browser())
+        server.serve(session, port or 0, figures.has_browser(), hosts)
     finally:
         session.close()
     print(f"all that was given and found is in {session.work.folder}")
