@@ -217,7 +217,8 @@ def clip(add) -> Callable:
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
         help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
              "or 0:a.png 120:b.png; each value or flat colour is an object; several files of a "
-             "frame are joined")
+             "frame are joined. N:absent=2 says that object 2 is not in frame N, N:gone=2 that it "
+             "is gone from there on")
     add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: the first)")

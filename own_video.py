@@ -21,6 +21,7 @@ from media import images
 from media.background import progress
 from media.files import keep_apart
 from media.masks import read_masks, tell_concern
+from media.presence import Presence, parse_mark
 from media.video import open_clip
 from page import session
 from videomatch import VideoMatch
@@ -44,10 +45,12 @@ def run(args: argparse.Namespace) -> None:
     masks = given_masks(args, clip, results, model)
     options, first = segment.Options(**build.road(args, model)), masks[min(masks)]
     options.start, options.stop = part_of(args, clip)
+    options.presence = given_presence(args, clip, masks)
     tell_concern(first, segment.cell(model, first.shape, options))
     facts = build.facts(args, model, {
         "data": data, "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
-                                         for frame, mask in sorted(masks.items()))})
+                                         for frame, mask in sorted(masks.items()))
+        + told(options.presence)})
     made, again = made_by(results), args.overwrite
     if not again and made and differing(made, facts) == ["masks"]:
         log.info("%s: was made from other masks, and is made anew from these", results)
@@ -110,8 +113,12 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
     if args.mask or not (args.box or args.point):
         paths: dict[int, list[Path]] = {}
         for number, name in map(numbered, args.mask):
+            if is_mark(name):
+                continue
             frame = clip.index(default if number is None else number)
             paths.setdefault(frame, []).append(Path(name))
+        if args.mask and not paths:
+            raise ValueError("--mask: expected a mask beside what is absent or gone: FIRST.png")
         masks = {frame: clip.fit(mask) for frame, mask in read_masks(paths).items()}
         for frame, mask in masks.items():
             images.check_same_shape(args.video, clip.shape, f"--mask {paths[frame][0]}", mask.shape)
@@ -127,6 +134,46 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
     images.write_mask(path, mask)
     print(f"the mask that this run starts from: {path} (again: --mask {default}:{path})")
     return {frame: mask}
+
+
+def is_mark(name: str) -> bool:
+    """Whether --mask says absent=ID or gone=ID there; a file of that name is a file."""
+    return parse_mark(name) is not None and not Path(name).is_file()
+
+
+def given_presence(args: argparse.Namespace, clip, masks: dict[int, np.ndarray]) -> Presence:
+    """What --mask N:absent=ID and N:gone=ID say.
+
+    Raises:
+        ValueError: there is no frame number, or no earlier mask holds the object, or one of the
+            same frame does.
+    """
+    found = Presence(shown={frame: set(np.unique(mask[mask > 0]).tolist())
+                            for frame, mask in masks.items()})
+    for number, name in map(numbered, args.mask):
+        if not is_mark(name):
+            continue
+        if number is None:
+            raise ValueError(f"--mask {name}: expected a frame number, N:{name}")
+        word, object_ids = parse_mark(name)
+        frame = clip.index(number)
+        known = set().union(*(ids for other, ids in found.shown.items() if other < frame))
+        for object_id in sorted(object_ids):
+            if object_id not in known:
+                raise ValueError(f"--mask {number}:{name}: expected an object that a mask of an "
+                                 f"earlier frame holds, none holds {object_id}")
+            if object_id in found.shown.get(frame, ()):
+                raise ValueError(f"--mask {number}:{name}: the mask of the same frame holds object "
+                                 f"{object_id}")
+        getattr(found, word).setdefault(frame, set()).update(object_ids)
+    return found
+
+
+def told(presence: Presence) -> str:
+    """Marks as the run metadata have them; nothing where there are none."""
+    return "".join(f", frame {frame}: {word} {','.join(map(str, sorted(ids)))}"
+                   for word in ("absent", "gone")
+                   for frame, ids in sorted(getattr(presence, word).items()))
 
 
 def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:

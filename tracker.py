@@ -5,6 +5,8 @@ clips: images come as tensors, masks leave as arrays, and what becomes of them i
 What happens from frame to frame is in `follow`.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 
@@ -19,9 +21,9 @@ class Tracker(Follower):
 
     @torch.no_grad()
     def step(self, image: torch.Tensor, mask: np.ndarray | None = None,
-             shape: tuple[int, int] | None = None) -> Step:
+             shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
         """As `Follower.step`."""
-        return super().step(image, mask, shape)
+        return super().step(image, mask, shape, absent)
 
     def state(self) -> dict:
         """All but network and settings, as numbers, lists and tensors, for `load_state`."""

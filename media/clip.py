@@ -168,7 +168,7 @@ class Animation(Clip):
     """A GIF, an APNG, an animated WebP as Pillow decodes it; one picture is a clip of one frame."""
 
     def __init__(self, path: Path):
-        self.path, self._starts = path, [0.0]
+        self.path, self._starts = path, {0: 0.0}  # each reader adds the same: threads may share it
         with images.open_image(path, "a picture or an animation") as image:
             self.count = getattr(image, "n_frames", 1) if image.format in MOVING else 1
             duration = image.info.get("duration", 0)  # milliseconds a frame
@@ -192,9 +192,8 @@ class Animation(Clip):
                                 frame, self.count, error)
                     self.count = frame
                     return
-                if frame + 1 == len(self._starts):
-                    duration = image.info.get("duration", 0) / 1000 or 1 / self.fps
-                    self._starts.append(self._starts[-1] + duration)
+                duration = image.info.get("duration", 0) / 1000 or 1 / self.fps
+                self._starts[frame + 1] = self._starts[frame] + duration
                 if frame >= start:
                     yield picture
 

@@ -82,6 +82,8 @@ def decide(probabilities: np.ndarray, object_ids: Sequence[int],
         threshold: a pixel belongs to an object where the probability of all objects together is
             above it, in [0, 1].
     """
+    if not object_ids:
+        return np.zeros(probabilities.shape[1:], np.uint8)
     # channel by channel: `argmax` along the first axis takes many times as long
     mask, best = np.full(probabilities.shape[1:], object_ids[0], np.uint8), probabilities[1]
     for object_id, channel in zip(object_ids[1:], probabilities[2:]):
