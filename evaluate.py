@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from manifest import Manifest, stamp
 from media import drawing, images
 from media.background import progress
 from media.coding import Coding
-from media.files import keep_apart, whole
+from media.files import hold, keep_apart, whole
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -62,23 +63,31 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         A row of `metrics.MEASURES` for each sequence (for each object where there are many).
 
     Raises:
-        ValueError: what is in `options.results` was made with other facts.
+        ValueError: what is in `options.results` was made with other facts, or another run is
+            writing there.
     """
     model.eval()
     if options.results:
         keep_apart([options.results / s.name for s in sequences],
                    {path.parent for s in sequences
                     for path in (s.images[0], s.masks[s.labelled[0]])})
-    with distributed.first_alone():  # which may overwrite
-        manifest = Manifest(options.results, options.facts,
-                            options.overwrite and distributed.rank() == 0)
-    todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
-    todo = distributed.gather(todo)[0]  # before any process finishes one
-    if len(todo) < len(sequences):
-        log.info("%d sequences were finished before", len(sequences) - len(todo))
-    with manifest:
+    with ExitStack() as held:
+        with distributed.first_alone():  # which locks the folder, and may overwrite
+            if options.results and distributed.rank() == 0:
+                held.enter_context(hold(options.results))
+            manifest = Manifest(options.results, options.facts,
+                                options.overwrite and distributed.rank() == 0)
+        todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
+        todo = distributed.gather(todo)[0]  # before any process finishes one
+        if len(todo) < len(sequences):
+            log.info("%d sequences were finished before", len(sequences) - len(todo))
         _segment(model, todo, manifest, options)
         manifest.share()
+        return _conclude(sequences, manifest, options)
+
+
+def _conclude(sequences: list[Sequence], manifest: Manifest, options: Options) -> Table:
+    """Write and print the table of sequences that are all segmented, and the report."""
     scored = [sequence for sequence in sequences if sequence.scored]
     scores = {sequence.name: _score(manifest, sequence.name) for sequence in scored}
     found = table(scores)

@@ -39,7 +39,8 @@ CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ
 
 def run(args: argparse.Namespace) -> None:
     model = build.model_in_use(args).cpu().eval()
-    export(model, args.export_dir, args.eight_bit)
+    with files.hold(args.export_dir, instead="another folder (--export_dir)"):
+        export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 

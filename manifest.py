@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 import distributed
 from media import files
 
@@ -21,6 +19,8 @@ FINISHED = ".finished.json"
 
 class Manifest:
     """The record of a results folder, kept up to date after each video.
+
+    It reads, deletes and writes, so `files.hold` the folder first.
 
     Args:
         folder: None keeps nothing on disk.
@@ -36,7 +36,6 @@ class Manifest:
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
         self.folder, self.made_by = folder, made_by
-        self.lock: BaseFileLock | None = None
         self.entries: dict[str, dict] = {}
         self.begun = False
         if folder is None:
@@ -58,38 +57,20 @@ class Manifest:
     def begin(self, folders: Iterable[Path] = ()) -> None:
         """Say what makes the results, before the first of them is written; once is enough.
 
-        From then on other runs are kept away.
-
         Args:
             folders: where they go.
 
         Raises:
-            ValueError: another run is writing there, or something else than this toolkit wrote
-                there before.
+            ValueError: something else than this toolkit wrote there before.
         """
         if self.folder is None or distributed.rank() or self.begun:
             return
         self.begun = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.folder}: another run is writing there, expected a folder of "
-                             "its own (-j)") from None
         for folder in folders:
             if not self.known and folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"{folder}: holds files that no manifest tells of: name another "
                                  "folder (-j), or write over them (--overwrite)")
         files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.lock:
-            self.lock.release()
-            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     def finish(self, name: str, entry: dict) -> None:
         """Keep what is known of a video now that all of its files are there."""

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from confidence import Confidence, unsure
 from manifest import Manifest, differing, free_folder, made_by, stamp
 from media import images
 from media.background import progress
-from media.files import keep_apart
+from media.files import hold, keep_apart
 from media.masks import read_masks, tell_concern
 from media.presence import Presence, parse_mark
 from media.video import open_clip
@@ -41,6 +42,12 @@ def run(args: argparse.Namespace) -> None:
                                          "cutout.mov", "cutout.webm")], [args.video])
     if args.page is not None or not (args.mask or args.box or args.point):
         return show_page(args, clip, results, data)
+    with hold(results):
+        segment_clip(args, clip, results, data)
+
+
+def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> None:
+    """Write masks and what else the flags name into a results folder that this run holds."""
     model = build.model_in_use(args)
     masks = given_masks(args, clip, results, model)
     options, first = segment.Options(**build.road(args, model)), masks[min(masks)]
@@ -55,39 +62,40 @@ def run(args: argparse.Namespace) -> None:
     if not again and made and differing(made, facts) == ["masks"]:
         log.info("%s: was made from other masks, and is made anew from these", results)
         again = True
-    with Manifest(results, facts, again) as manifest:
-        if again and made:
-            sinks.clear(results, {Path(name).resolve() for text in args.mask
-                                  for name in (text, text.partition(":")[2])})
-        kept = segment.Progress(results / "masks", clip)
-        before = manifest.entries.get(CLIP)
-        if before and not all(kept.path_of(options.start + i).is_file()
-                              for i in range(before["frames"])):
-            before = None
-        drawn = before["drawn"] if before else {}
-        wanted = {"overlay.mp4": None, **{FORMATS[name]: None for name in args.export}}
-        if args.cutout:
-            wanted[sinks.cutout_name(args.cutout, args.cutout_format)] = args.cutout
-        there = all(drawn.get(name, "") == how and (results / name).exists()
-                    for name, how in wanted.items())
-        if before and there:
-            print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
-                  "starts over)")
-            return
-        if before and args.cutout == "transparent":
-            log.info("the cut-out's edges are drawn from the masks that are there; --overwrite "
-                     "segments again, for edges from the probabilities")
-        kept = kept.all() if before else kept.load(model)
-        frames = segment.track(model, clip, masks, options, kept)
-        total = len(range(clip.count)[options.start:options.stop]) or None
-        bar = progress(frames, desc="frames", total=total, unit="frame")
-        sure = Confidence(results / "confidence.csv", kept.index is not None)
-        count = segment.drain(bar, [
-            *sinks.of_a_clip(results, clip, args.cutout, args.cutout_format), sure,
-            *annotations.of_a_clip(results, clip, args.export)], kept,
-            lambda _: manifest.begin([results / "masks", results / "cutout"]))
-        report.write_clip(results / "report.html", source.name, sure.measures, manifest.made_by)
-        manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
+    manifest = Manifest(results, facts, again)
+    if again and made:
+        sinks.clear(results, {Path(name).resolve() for text in args.mask
+                              for name in (text, text.partition(":")[2])})
+    kept = segment.Progress(results / "masks", clip)
+    before = manifest.entries.get(CLIP)
+    if before and not all(kept.path_of(options.start + i).is_file()
+                          for i in range(before["frames"])):
+        before = None
+    drawn = before["drawn"] if before else {}
+    wanted = {"overlay.mp4": None, **{FORMATS[name]: None for name in args.export}}
+    if args.cutout:
+        wanted[sinks.cutout_name(args.cutout, args.cutout_format)] = args.cutout
+    there = all(drawn.get(name, "") == how and (results / name).exists()
+                for name, how in wanted.items())
+    if before and there:
+        print(f"{before['frames']} frames were finished before, in {results} (--overwrite "
+              "starts over)")
+        return
+    if before and args.cutout == "transparent":
+        log.info("the cut-out's edges are drawn from the masks that are there; --overwrite "
+                 "segments again, for edges from the probabilities")
+    kept = kept.all() if before else kept.load(model)
+    frames = segment.track(model, clip, masks, options, kept)
+    total = len(range(clip.count)[options.start:options.stop]) or None
+    bar = progress(frames, desc="frames", total=total, unit="frame")
+    sure = Confidence(results / "confidence.csv", kept.index is not None)
+    count = segment.drain(bar, [
+        *sinks.of_a_clip(results, clip, args.cutout, args.cutout_format), sure,
+        *annotations.of_a_clip(results, clip, args.export)], kept,
+        lambda _: manifest.begin([results / "masks", results / "cutout"]))
+    report.write_clip(results / "report.html", args.video.resolve().name, sure.measures,
+                      manifest.made_by)
+    manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
     outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
     print(f"{count} frames: {outputs} in {results}, to look at: report.html")
     if looks := unsure(sure.measures):
@@ -99,11 +107,13 @@ def run(args: argparse.Namespace) -> None:
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     session.check_page(args.page)
     model = build.model_in_use(args)
+    with hold(results) if args.box or args.point else nullcontext():  # whose mask is written there
+        masks = given_masks(args, clip, results, model)
     session.open_page(session.Session(
         model, clip, results, segment.Options(**build.road(args, model)),
         prompts.prompter(model), build.facts(args, model, {"data": data}),
         session.repeating(args, flags.defaults())),
-        given_masks(args, clip, results, model), args.page, args.page_host or ["127.0.0.1"])
+        masks, args.page, args.page_host or ["127.0.0.1"])
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,

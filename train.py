@@ -69,7 +69,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     augment = preprocess.Augment(options.shape, options.augment)
     drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
                     options, range(done, total))
-    with interruptible() as interrupted:
+    with report, interruptible() as interrupted:
         bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
                        total=total)
         for iteration, batch in enumerate(bar, start=done + 1):

@@ -22,7 +22,7 @@ import report
 import segment
 import sinks
 from confidence import UNSURE, Measures, Stretch, unsure
-from manifest import Manifest
+from manifest import Manifest, made_by
 from media import figures, files, images
 from media.clip import Clip
 from media.masks import concern
@@ -215,22 +215,31 @@ class Session:
             self.count = frame + 1
 
     def _export(self, cutout: str | None, form: str) -> None:
+        with files.hold(self.folder):
+            again = self._write_results(cutout, form)
+        with self.lock:
+            self.run = self.run | {"folder": str(self.folder), "command": again}
+
+    def _write_results(self, cutout: str | None, form: str) -> str:
+        """Replace what an earlier export or run wrote; the command line that repeats it."""
+        made_before = made_by(self.folder) is not None
+        manifest = Manifest(self.folder, {**self.facts, "masks": "of the page"}, made_before)
+        manifest.begin([self.folder / "masks", self.folder / "cutout"])
         given = {frame: self.folder / f"mask_{frame:05d}.png" for frame in sorted(self.work.given)}
+        if made_before:  # else nothing there is of this toolkit, and must stay
+            sinks.clear(self.folder, set())
         for frame, path in given.items():
             images.write_mask(path, self.mask(frame))
-        with Manifest(self.folder, {**self.facts, "masks": "of the page"}, True) as manifest:
-            manifest.begin()
-            segment.drain(self._frames(), sinks.of_a_clip(
-                self.folder, self.clip, cutout, form, again=True))
-            measures = self.measures()
-            confidence.write(self.folder / "confidence.csv", measures)
-            report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
+        segment.drain(self._frames(), sinks.of_a_clip(
+            self.folder, self.clip, cutout, form, again=True))
+        measures = self.measures()
+        confidence.write(self.folder / "confidence.csv", measures)
+        report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
         masks = [f"{frame}:{path}" for frame, path in given.items()]
         again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form), "-j",
                             f"{self.folder}_again"])
         files.write(self.folder / "command.txt", again + "\n")
-        with self.lock:
-            self.run = self.run | {"folder": str(self.folder), "command": again}
+        return again
 
     def _frames(self) -> Iterator[segment.Frame]:
         """The clip with the masks that are known; elsewhere they are empty."""

@@ -30,7 +30,7 @@ from tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 # what requirements.txt has and requirements-lite.txt has not
-ABSENT = ("torch", "torchvision", "matplotlib", "filelock", "starlette", "uvicorn", "onnx")
+ABSENT = ("torch", "torchvision", "matplotlib", "starlette", "uvicorn", "onnx")
 WITHOUT = f"""
 import runpy, sys
 class Absent:

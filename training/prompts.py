@@ -181,7 +181,7 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
     schedule = one_cycle(optimizer, RATE * options.learning_rate, options.iterations)
     report = PromptReport(model, optimizer, schedule, sequences, held_out, options, stills)
     done = report.begin()
-    with interruptible() as interrupted:
+    with report, interruptible() as interrupted:
         bar = progress(total=options.iterations, initial=done, desc="training",
                        disable=distributed.rank() > 0)
         while done < options.iterations and report.stale < options.patience:
