@@ -135,7 +135,7 @@ class Follower:
         probabilities = to_numpy(found).copy()
         if self.outlier_removal:
             remove_outliers(probabilities, resize_mask(self.previous, probabilities.shape[1:]),
-                            self.shares, model.dilation)
+                            memory.object_ids, self.shares, model.dilation)
         return frames, found, like(probabilities, found), scores
 
     def _refer(self, image: Array, mask: np.ndarray) -> Step:
