@@ -49,7 +49,6 @@ from build import device_of
 from data import demo
 from davis import SETS, YEARS, Davis, Sequence
 from media import images
-from media.masks import read_mask
 from network import precision
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
@@ -201,10 +200,11 @@ def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequen
         (folder / sequence.name).mkdir(parents=True)
     for i in sequence.labelled:
         images.write_mask(truth / sequence.name / sequence.mask_name(i), sequence.mask(i))
+    coding = sequence.coding_in(results)
     for i in sequence.scored:
         name = sequence.mask_name(i)
-        found = read_mask(results / sequence.name / name, sequence.single_object)
-        images.write_mask(masks / sequence.name / name, found)
+        images.write_mask(masks / sequence.name / name,
+                          coding.read(results / sequence.name / name))
     return replace(sequence, single_object=False, masks=tuple(
         mask and truth / sequence.name / sequence.mask_name(i)
         for i, mask in enumerate(sequence.masks)))

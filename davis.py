@@ -18,7 +18,7 @@ import numpy as np
 
 from data import download, layout
 from media import images
-from media.clip import FOLDER_FPS, Clip
+from media.clip import FOLDER_FPS, Clip, file_numbers
 from media.coding import Coding
 from media.masks import is_empty
 
@@ -76,6 +76,14 @@ class Sequence(Clip):
 
     def _restart(self, end: int) -> int:
         return end - 1
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.images
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        return file_numbers(self.images)
 
     def frame_name(self, frame: int) -> str:
         return self.images[frame].stem
@@ -144,6 +152,11 @@ class Sequence(Clip):
     def coding(self) -> Coding:
         """What the values of its masks mean."""
         return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
+
+    def coding_in(self, results: Path) -> Coding:
+        """What the values of predicted masks in `results`/NAME mean, decided once for all."""
+        return Coding.of([results / self.name / self.mask_name(frame) for frame in self.scored],
+                         self.single_object)
 
     def unfit(self) -> str | None:
         """Why nothing can be done with it, or None."""

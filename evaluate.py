@@ -106,7 +106,7 @@ def _conclude(sequences: list[Sequence], manifest: Manifest, options: Options) -
                    if name not in scores and entry["j"]}
         write(table(scores | earlier), options.results, options.set_name)
         run = report.Run(options.results.name, options.results, scores, {
-            s.name: confidence.read(_confidence_of(options.results, s)) for s in scored})
+            s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
         path = report.write(options.results / "report.html", scored, [run],
                             options.facts | {"speed": speed})
     if scored:
@@ -186,7 +186,8 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         kept = kept.load(model)
         film = options.results / f"{sequence.name}.mp4"
         outputs += [sinks.Masks(options.results / sequence.name, sequence),
-                    Confidence(_confidence_of(options.results, sequence), kept.index is not None)]
+                    Confidence(_confidence_of(options.results, sequence), sequence,
+                               kept.index is not None)]
         if options.videos:
             outputs.append(sinks.Film(film, sequence, lambda frame:
                                       drawing.overlay(frame.image, frame.mask)))
@@ -228,7 +229,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
     found: Scores = {}
     frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.coding,
                sequence.masks[frame], sequence.scored_objects(frame))
-              for sequence in sequences for coding in [_coding(results, sequence)]
+              for sequence in sequences for coding in [sequence.coding_in(results)]
               for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
         scores = pool.map(_score_file, frames, chunksize=8)
@@ -238,12 +239,6 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
                 score.add(next(scores), sequence.scored_objects(frame))
             found[sequence.name] = score
     return found
-
-
-def _coding(results: Path, sequence: Sequence) -> Coding:
-    """What the values of the masks that were found mean, once for all of a sequence."""
-    return Coding.of([results / sequence.name / sequence.mask_name(frame)
-                      for frame in sequence.scored], sequence.single_object)
 
 
 def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]) -> list[tuple[float, float]]:

@@ -165,7 +165,8 @@ class Follower:
         if model.method == "memory":
             keep_identities(probabilities, previous, memory.object_ids, self.threshold)
         if self.outlier_removal:
-            remove_outliers(probabilities, previous, self.shares, model.dilation)
+            remove_outliers(probabilities, previous, memory.object_ids, self.shares,
+                            model.dilation)
         return frames, found, like(probabilities, found), scores
 
     def _refer(self, image: Array, mask: np.ndarray) -> Step:

@@ -16,7 +16,7 @@ import report
 import segment
 import sinks
 from annotations import FORMATS
-from confidence import Confidence, unsure
+from confidence import Confidence, frames_to_review
 from manifest import Manifest, differing, free_folder, made_by, stamp
 from media import images
 from media.background import progress
@@ -29,6 +29,7 @@ from videomatch import VideoMatch
 
 log = logging.getLogger("videomatch")
 
+SHOWN = 3  # stretches to review, of those in the report
 CLIP = "clip"  # what the manifest calls the one video of -m segment
 
 
@@ -55,9 +56,9 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     options.presence = given_presence(args, clip, masks)
     tell_concern(first, segment.cell(model, first.shape, options))
     facts = build.facts(args, model, {
-        "data": data, "masks": ", ".join(f"frame {frame}: CRC {zlib.crc32(mask.tobytes()):08x}"
-                                         for frame, mask in sorted(masks.items()))
-        + told(options.presence)})
+        "data": data, "masks": ", ".join(
+            f"frame {clip.number(frame)}: CRC {zlib.crc32(mask.tobytes()):08x}"
+            for frame, mask in sorted(masks.items())) + presence_text(options.presence, clip)})
     made, again = made_by(results), args.overwrite
     if not again and made and differing(made, facts) == ["masks"]:
         log.info("%s: was made from other masks, and is made anew from these", results)
@@ -88,20 +89,21 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     frames = segment.track(model, clip, masks, options, kept)
     total = len(range(clip.count)[options.start:options.stop]) or None
     bar = progress(frames, desc="frames", total=total, unit="frame")
-    sure = Confidence(results / "confidence.csv", kept.index is not None)
+    sure = Confidence(results / "confidence.csv", clip, kept.index is not None)
     count = segment.drain(bar, [
         *sinks.of_a_clip(results, clip, args.cutout, args.cutout_format), sure,
         *annotations.of_a_clip(results, clip, args.export)], kept,
         lambda _: manifest.begin([results / "masks", results / "cutout"]))
-    report.write_clip(results / "report.html", args.video.resolve().name, sure.measures,
+    predicted = [one for one in sure.measures if one.frame not in masks]
+    report.write_clip(results / "report.html", args.video.resolve().name, clip, predicted,
                       manifest.made_by)
     manifest.finish(CLIP, {"frames": count, "drawn": drawn | wanted})
     outputs = "masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
     print(f"{count} frames: {outputs} in {results}, to look at: report.html")
-    if looks := unsure(sure.measures):
-        first = min(masks)
-        print(f"look at {' and '.join(map(str, looks[:3]))}; mend one mask and run again with "
-              f"--mask {first}:FIRST.png {looks[0].first}:MENDED.png")
+    if review := frames_to_review(predicted):
+        print(f"to review first: {', '.join(stretch.text(clip) for stretch in review[:SHOWN])}; if "
+              "a mask there is wrong, correct it and run again with --mask "
+              f"{clip.number(min(masks))}:FIRST.png {clip.number(review[0].first)}:MENDED.png")
 
 
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
@@ -125,14 +127,16 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
         for number, name in map(numbered, args.mask):
             if is_mark(name):
                 continue
-            frame = clip.index(default if number is None else number)
-            paths.setdefault(frame, []).append(Path(name))
+            number = default if number is None else number
+            clip.index(number)  # that there is such a frame is checked before any file is read
+            paths.setdefault(number, []).append(Path(name))
         if args.mask and not paths:
             raise ValueError("--mask: expected a mask beside what is absent or gone: FIRST.png")
-        masks = {frame: clip.fit(mask) for frame, mask in read_masks(paths).items()}
-        for frame, mask in masks.items():
-            images.check_same_shape(args.video, clip.shape, f"--mask {paths[frame][0]}", mask.shape)
-        return masks
+        masks = {number: clip.fit(mask) for number, mask in read_masks(paths).items()}
+        for number, mask in masks.items():
+            images.check_same_shape(args.video, clip.shape, f"--mask {paths[number][0]}",
+                                    mask.shape)
+        return {clip.index(number): mask for number, mask in masks.items()}
     frame = clip.index(default)
     image = next(clip.frames(frame), None)
     if image is None:
@@ -179,18 +183,29 @@ def given_presence(args: argparse.Namespace, clip, masks: dict[int, np.ndarray])
     return found
 
 
-def told(presence: Presence) -> str:
-    """Marks as the run metadata have them; nothing where there are none."""
-    return "".join(f", frame {frame}: {word} {','.join(map(str, sorted(ids)))}"
+def presence_text(presence: Presence, clip) -> str:
+    """Ended objects as run metadata record them, ", frame 5: absent 2"; empty if there are none."""
+    return "".join(f", frame {clip.number(frame)}: {word} {','.join(map(str, sorted(ids)))}"
                    for word in ("absent", "gone")
                    for frame, ids in sorted(getattr(presence, word).items()))
 
 
 def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:
-    """The first frame of the clip that --frames names, and the first behind the last."""
-    start, stop = args.frames
-    return (0 if start is None else clip.index(start),
-            None if stop is None else clip.index(stop - 1) + 1)
+    """The part of the clip whose frame numbers are in --frames A:B, as indices (start, stop).
+
+    Neither A nor B need be the number of a frame: in a folder with gaps, 0:50 is what lies between.
+
+    Raises:
+        ValueError: no frame of the clip has such a number.
+    """
+    first, behind = args.frames
+    start = 0 if first is None else clip.first_from(first)
+    stop = None if behind is None else clip.first_from(behind)
+    if clip.numbers and not clip.numbers[start:stop]:
+        raise ValueError(f"--frames: {args.video} has no frame from {first or 0} to before "
+                         f"{behind}, its frames are numbered {clip.numbers[0]} to "
+                         f"{clip.numbers[-1]}")
+    return start, stop
 
 
 def numbered(text: str) -> tuple[int | None, str]:

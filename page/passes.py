@@ -179,7 +179,8 @@ class Passes:
             earlier = [frame for frame in sorted(self.work.given) if frame < start]
             frames = [frame for frame in [*earlier, start] if self.work.mask(frame).any()]
             if not frames:
-                raise ValueError(f"frame {start}: its mask holds no object to look for")
+                raise ValueError(f"frame {self.clip.number(start)}: its mask holds no object to "
+                                 "look for")
         for frame in frames:
             mask = self.work.mask(frame) if not near or frame in self.work.given else None
             self._follow(tracker, frame, self.image(frame), mask)

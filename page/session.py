@@ -21,7 +21,7 @@ import confidence
 import report
 import segment
 import sinks
-from confidence import UNSURE, Measures, Stretch, unsure
+from confidence import Measures, frames_to_review
 from manifest import Manifest, made_by
 from media import figures, files, images
 from media.clip import Clip
@@ -39,13 +39,7 @@ WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
 NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "page_host",
                 "cutout", "cutout_format", "results_dir", "overwrite"}
-SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
 
-
-def worth_a_look(measures: list[Measures]) -> list[Stretch]:
-    """Where to look first: what is unsure, and the least sure tenth in any case."""
-    tenth = float(np.quantile([one.confidence for one in measures], 0.1)) if measures else 0.0
-    return unsure(measures, max(UNSURE, min(tenth, SURE)))[:SHOWN]
 
 
 class Session:
@@ -69,6 +63,7 @@ class Session:
         self.clip, self.folder = clip, folder
         self.facts, self.command = facts, command
         self.count = clip.count or sum(1 for _ in clip.frames())
+        self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
         self._read = lru_cache(CACHED)(lambda frame: next(clip.frames(frame)))
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
         height, width = self.shape = self.work.shape
@@ -106,7 +101,11 @@ class Session:
         return self.edits.version
 
     def state(self, since: int = 0) -> dict:
-        """All that a page shows but the pictures; of frames only what changed after `since`."""
+        """All that a page shows but the pictures; of frames only what changed after `since`.
+
+        Frames are indices; `numbers`, sent once as they never change, are those that a person
+        reads and types, null where they are the indices.
+        """
         with self.lock:
             work = self.work
             frames = {frame: {"given": frame in work.given, "version": version,
@@ -116,12 +115,13 @@ class Session:
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
                     "objects": [vars(thing) for thing in work.objects],
                     "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
-                    "unsure": [vars(stretch) for stretch in worth_a_look(self.measures())]}
+                    "unsure": [vars(stretch) for stretch in frames_to_review(self.measures())],
+                    **({} if since else {"numbers": self.numbers})}
 
     def measures(self) -> list[Measures]:
         """Of every mask that was found, and not replaced by a given one, of objects still there."""
         known = {thing.id for thing in self.work.objects}
-        rows = (Measures(*row) for frame, found in sorted(self.work.found.items())
+        rows = (Measures.of_row(row) for frame, found in sorted(self.work.found.items())
                 if frame not in self.work.given for row in found.measures)
         return [one for one in rows if one.object_id in known]
 
@@ -133,7 +133,8 @@ class Session:
         """
         with self.lock:
             if self.work.mask(start) is None:
-                raise ValueError(f"frame {start} has no mask to start from: draw one first")
+                raise ValueError(f"frame {self.clip.number(start)} has no mask to start from: "
+                                 "draw one first")
             ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
             total = sum(abs(end - start) - 1 for _, end in ends)
             self._start({"kind": "segment", "frame": start, "way": way, "total": total,
@@ -225,7 +226,8 @@ class Session:
         made_before = made_by(self.folder) is not None
         manifest = Manifest(self.folder, {**self.facts, "masks": "of the page"}, made_before)
         manifest.begin([self.folder / "masks", self.folder / "cutout"])
-        given = {frame: self.folder / f"mask_{frame:05d}.png" for frame in sorted(self.work.given)}
+        given = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
+                 for frame in sorted(self.work.given)}
         if made_before:  # else nothing there is of this toolkit, and must stay
             sinks.clear(self.folder, set())
         for frame, path in given.items():
@@ -233,9 +235,10 @@ class Session:
         segment.drain(self._frames(), sinks.of_a_clip(
             self.folder, self.clip, cutout, form, again=True))
         measures = self.measures()
-        confidence.write(self.folder / "confidence.csv", measures)
-        report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
-        masks = [f"{frame}:{path}" for frame, path in given.items()]
+        confidence.write(self.folder / "confidence.csv", measures, self.clip)
+        report.write_clip(self.folder / "report.html", self.work.clip, self.clip, measures,
+                          self.facts)
+        masks = [f"{self.clip.number(frame)}:{path}" for frame, path in given.items()]
         again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form), "-j",
                             f"{self.folder}_again"])
         files.write(self.folder / "command.txt", again + "\n")
@@ -256,12 +259,12 @@ class Session:
 
 
 def _sure(found: Found | None) -> dict[int, float | None] | None:
-    """The confidence in each object of a predicted mask, None for an object that isn't visible;
-    None where there is no predicted mask."""
+    """The confidence of each object of a predicted mask, None where it isn't visible; None
+    where no mask was predicted."""
     if found is None:
         return None
-    rows = (Measures(*row) for row in found.measures)
-    return {one.object_id: one.confidence if one.present else None for one in rows}
+    rows = (Measures.of_row(row) for row in found.measures)
+    return {one.object_id: one.confidence for one in rows}
 
 
 def _flags_of(cutout: str | None, form: str) -> list[str]:

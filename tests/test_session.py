@@ -10,10 +10,8 @@ from conftest import do, overlap, png, shown, truth
 from PIL import Image
 
 import main
-from confidence import Measures
 from media.masks import read_mask
 from page import passes
-from page import session as sessions
 from page.work import Found
 
 FRAMES, SHAPE = 12, (96, 160)
@@ -96,6 +94,30 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     cut = np.array(Image.open(out / "cutout" / "00003.png"))
     np.testing.assert_array_equal(cut[..., 3] >= 128, truth(3) > 0)
     assert not cut[cut[..., 3] == 0].any()
+
+
+def test_frames_have_their_files_numbers(begin, clip, tmp_path):
+    folder = tmp_path / "numbered from 1, with a gap"
+    folder.mkdir()
+    for step, number in enumerate((1, 2, 3, 20, 21)):
+        shutil.copy(clip / f"{step:05d}.png", folder / f"{number:05d}.png")
+    session = begin(source=folder)
+    assert session.state()["numbers"] == [1, 2, 3, 20, 21]
+    assert "numbers" not in session.state(session.version)
+    with pytest.raises(ValueError, match="frame 20 has no mask"):
+        session.segment_from(3, "both")
+    session.edits.give(3, truth(3))
+    session.segment_from(3, "forwards")
+    finished(session)
+    session.export()
+    run, out = finished(session), tmp_path / "out"
+    assert run["ended"] == "done", run
+    words = _words(run["command"])
+    assert words[words.index("--mask") + 1] == f"20:{out / 'mask_00020.png'}"
+    np.testing.assert_array_equal(read_mask(out / "mask_00020.png"), truth(3))
+    assert (out / "confidence.csv").read_text().splitlines()[1].startswith("21,1,1,")
+    begin(tmp_path / "other")
+    assert begin(tmp_path / "third").state()["numbers"] is None  # the frames count from 0
 
 
 def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
@@ -230,14 +252,3 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
 def test_where_a_pass_ends(start, forwards, given, origins, end):
     found = {frame: Found(origin, []) for frame, origin in origins.items()}
     assert passes.end_of_pass(start, forwards, given, found, 12) == end
-
-
-def test_the_least_sure_tenth_is_offered_worst_first():
-    def at(frame, value):
-        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, 0.9, value)
-
-    sure = [0.94] * 60
-    sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]
-    found = sessions.worth_a_look([at(i, value) for i, value in enumerate(sure)])
-    assert [(one.first, one.last) for one in found] == [(20, 22), (5, 7)]
-    assert not sessions.worth_a_look([]) and not sessions.worth_a_look([at(0, 0.97), at(1, 0.96)])
