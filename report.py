@@ -12,6 +12,7 @@ import metrics
 from confidence import Measures, unsure
 from davis import Sequence
 from media import files
+from media.coding import VOID
 from media.drawing import PALETTE
 from media.masks import read_mask
 
@@ -167,7 +168,7 @@ def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool)
     picture = errors(sequence.image(frame),
                      read_mask(run.results / sequence.name / sequence.mask_name(frame),
                                sequence.single_object),
-                     sequence.mask(frame))
+                     sequence.truth(frame))
     caption = f"{whose}frame {frame}, {word}: J&amp;F {score:.3f}"
     return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"
             f"<figcaption>{caption}</figcaption></figure>")
@@ -177,12 +178,14 @@ def errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray
     """Colour what was found, what is too much and what was missed.
 
     Args:
-        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids.
+        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids. Where the
+            truth is `VOID` nothing is coloured.
 
     Returns:
         (H, W, 3) uint8 RGB. A pixel of another object than the true one counts as too much.
     """
     grey = image.mean(2, keepdims=True).repeat(3, 2)
+    mask, truth = (np.where(truth == VOID, 0, ids) for ids in (mask, truth))
     found, wrong = (mask > 0) & (mask == truth), (mask > 0) & (mask != truth)
     for where, colour, opacity in ((found, HIT, 0.35), (wrong, FALSE_POSITIVE, 0.7),
                                    ((truth > 0) & (mask == 0), FALSE_NEGATIVE, 0.7)):
