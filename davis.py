@@ -96,6 +96,10 @@ class Sequence(Clip):
         """(H, W) uint8, 0 background, else the object's id. Of a labelled frame."""
         return self.coding.read(self.masks[index])
 
+    def truth(self, index: int) -> np.ndarray:
+        """As `mask`, with `VOID` where a pixel is not labelled and so not scored."""
+        return self.coding.read(self.masks[index], keep_void=True)
+
     def mask_name(self, index: int) -> str:
         """What the file of a frame's mask is called in results: as the frame, .png."""
         return f"{self.frame_name(index)}.png"

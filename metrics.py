@@ -7,6 +7,8 @@ CVPR 2016; averaged over objects as in DAVIS-2017.
 import cv2
 import numpy as np
 
+from media.coding import VOID
+
 BOUND = 0.008  # tolerance of F, as a share of the image diagonal
 RECALL_THRESHOLD = 0.5
 MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
@@ -73,7 +75,15 @@ def _dilate(bits: int, radius: int, stride: int) -> int:
 
 def score_frame(prediction: np.ndarray, truth: np.ndarray,
                 object_ids: list[int]) -> list[tuple[float, float]]:
-    """J and F of each object in one frame, given two (H, W) uint8 masks of object ids."""
+    """J and F of each object in one frame.
+
+    Args:
+        prediction, truth: (H, W) uint8 masks of object ids. Where the truth is `VOID`, not
+            labelled, neither mask counts, for J as for the boundaries of F, as in the official
+            code.
+        object_ids: the objects to score.
+    """
+    prediction = np.where(truth == VOID, 0, prediction)
     return [_score_object(*((mask == i).view(np.uint8) for mask in (prediction, truth)))
             for i in object_ids]
 
@@ -105,7 +115,7 @@ class SequenceScore:
         self.f: dict[int, list[float]] = {i: [] for i in object_ids}
 
     def feed(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """Score one frame: two (H, W) uint8 masks of object ids."""
+        """Score one frame: two (H, W) uint8 masks of object ids, see `score_frame`."""
         self.add(score_frame(prediction, truth, list(self.j)))
 
     def add(self, frame: list[tuple[float, float]], object_ids: list[int] | None = None) -> None:

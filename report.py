@@ -14,7 +14,7 @@ from confidence import Measures, frames_to_review
 from davis import Sequence
 from media import files
 from media.clip import Clip
-from media.coding import Coding
+from media.coding import VOID, Coding
 from media.drawing import PALETTE
 
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
@@ -190,7 +190,7 @@ def _figure(sequence: Sequence, run: Run, coding: Coding, frame: int, word: str,
     whose = f"{html.escape(run.name)}, " if compared else ""
     picture = errors(sequence.image(frame),
                      coding.read(run.results / sequence.name / sequence.mask_name(frame)),
-                     sequence.mask(frame))
+                     sequence.truth(frame))
     caption = f"{whose}frame {sequence.number(frame)}, {word}: J&amp;F {score:.3f}"
     return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"
             f"<figcaption>{caption}</figcaption></figure>")
@@ -200,12 +200,14 @@ def errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray
     """Colour what was found, what is too much and what was missed.
 
     Args:
-        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids.
+        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids. Where the
+            truth is `VOID` nothing is coloured.
 
     Returns:
         (H, W, 3) uint8 RGB. A pixel of another object than the true one counts as too much.
     """
     grey = image.mean(2, keepdims=True).repeat(3, 2)
+    mask, truth = (np.where(truth == VOID, 0, ids) for ids in (mask, truth))
     found, wrong = (mask > 0) & (mask == truth), (mask > 0) & (mask != truth)
     for where, colour, opacity in ((found, HIT, 0.35), (wrong, FALSE_POSITIVE, 0.7),
                                    ((truth > 0) & (mask == 0), FALSE_NEGATIVE, 0.7)):

@@ -77,6 +77,10 @@ def test_errors_are_told_apart_by_colour():
 
     assert [leading(0, x) for x in range(4)] == ["grey", "g", "b", "r"]
     assert leading(1, 0) == "r"  # the other object
+    truth[0, 2:] = truth[1, 0] = 255  # not labelled: neither missed nor too much
+    picture = report.errors(image, mask, truth).astype(int)
+    assert [leading(0, x) for x in range(4)] == ["grey", "g", "grey", "grey"]
+    assert leading(1, 0) == "grey"
 
 
 def lines_of(page):

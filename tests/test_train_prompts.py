@@ -111,6 +111,20 @@ def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
     assert kinds == {(True, False), (False, False), (False, True)}
 
 
+def test_scenes_end_where_no_object_is_large_enough(stills_dir):
+    """Instead of looking for one for ever."""
+    stills = Stills(stills_dir).stills
+    for still in stills:
+        mask = np.zeros((48, 80), np.uint8)
+        mask[10:17, 20:27] = 1  # 49 pixels
+        images.write_mask(still.masks[0], mask)
+    with pytest.raises(ValueError, match="60 pixels"):
+        train_prompts.Scenes([], stills)[0]
+    mask[10:20, 20:27] = 1
+    images.write_mask(still.masks[0], mask)
+    assert all(train_prompts.Scenes([], stills)[i][1].any() for i in range(3))
+
+
 def test_held_out_stills_are_apart():
     stills = [object() for _ in range(10)]
     training, apart = train_prompts.split_stills(stills, 0.3, 0)

@@ -19,6 +19,7 @@ from checkpoint import save
 from data.stills import Still
 from davis import Sequence
 from media import figures, files
+from media.coding import VOID
 from tracker import Tracker
 from training.options import Options
 from videomatch import VideoMatch
@@ -37,8 +38,8 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
         tracker.step(preprocess.to_tensor(sequence.image(first), shape), mask)
         for frame in others[1::2] or others:
             image = preprocess.to_tensor(sequence.image(frame), shape)
-            result = tracker.step(image, shape=mask.shape).mask
-            truth = sequence.mask(frame)
+            truth = sequence.truth(frame)
+            result = np.where(truth == VOID, 0, tracker.step(image, shape=mask.shape).mask)
             scores.append(float(np.mean([metrics.jaccard(result == i, truth == i)
                                          for i in tracker.object_ids])))
     return scores
