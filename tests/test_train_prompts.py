@@ -8,10 +8,10 @@ import torch
 from conftest import draw_frame, write_sequence
 from PIL import Image
 
-import bench
 import main
 import preprocess
 import prompts
+from benchmarks import prompts as prompt_bench
 from data.stills import Stills
 from davis import Davis
 from media import images
@@ -147,10 +147,10 @@ def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_
 
     monkeypatch.setattr(prompts, "prompt", prompt)
     monkeypatch.setattr("sys.argv", [
-        "bench.py", "--prompts", "-d", str(davis_2017), "-y", "2017", "-o",
+        "prompts", "-d", str(davis_2017), "-y", "2017", "-o",
         str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu", "--json",
         str(tmp_path / "b.json")])
-    assert bench.main() == 0
+    assert prompt_bench.main() == 0
     figures = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["dog_1", "dog_2"]
     assert figures["mean"] == pytest.approx({"true box": 0.6, "moved box": 0.6, "1 clicks": 0.6,
