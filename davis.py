@@ -63,6 +63,10 @@ class Sequence(Clip):
         return self.images[0].parent
 
     @property
+    def files(self) -> list[Path]:
+        return list(self.images)
+
+    @property
     def shape(self) -> tuple[int, int]:
         return images.image_shape(self.images[0], "a frame")
 

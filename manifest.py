@@ -6,6 +6,7 @@ so that several processes may work into one folder. What it is that is known, it
 
 import itertools
 import json
+import logging
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import distributed
 from media import files
+
+log = logging.getLogger(__name__)
 
 FINISHED = ".finished.json"
 
@@ -50,6 +53,7 @@ class Manifest:
                 old, new = before.get(name, "none"), made_by.get(name, "none")
                 raise ValueError(f"{folder}: holds results of other {name} ({old!r}, now {new!r}): "
                                  "name another folder, or start over (--overwrite)")
+            self.made_by = made_by | _commits(folder, before, made_by)
             self.entries = {old.name.removesuffix(FINISHED): _read(old)
                             for old in folder.glob(f"*{FINISHED}")}
         self.known = path.is_file() or overwrite
@@ -91,8 +95,23 @@ def made_by(folder: Path) -> dict[str, str] | None:
 
 
 def differing(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What two results were not made by alike: the names, sorted."""
-    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    """What two results were not made by alike: the names, sorted.
+
+    The commit does not count: most commits change no mask. Those that do raise the version.
+    """
+    return [name for name in sorted({*before, *now} - {"commit"})
+            if before.get(name) != now.get(name)]
+
+
+def _commits(folder: Path, before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """All commits that results were made by, where they are known; logs that there is another."""
+    commits = before.get("commit", "").split(" then ") if "commit" in before else []
+    if "commit" in now and now["commit"] not in commits:
+        if commits:
+            log.info("%s: begun by commit %s of this toolkit, resumed by %s", folder,
+                     " then ".join(commits), now["commit"])
+        commits.append(now["commit"])
+    return {"commit": " then ".join(commits)} if commits else {}
 
 
 def free_folder(name: str, data: str) -> Path:

@@ -36,8 +36,7 @@ CLIP = "clip"  # what the manifest calls the one video of -m segment
 def run(args: argparse.Namespace) -> None:
     clip = open_clip(args.video, [name for _, name in map(numbered, args.mask)])
     source = args.video.resolve()
-    sources = sorted(source.iterdir()) if source.is_dir() else [source]
-    data = f"{source} ({stamp(path for path in sources if path.is_file())})"
+    data = fingerprint(clip)
     results = args.results_dir or free_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4",
                                          "cutout.mov", "cutout.webm")], [args.video])
@@ -104,6 +103,14 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
         print(f"to review first: {', '.join(stretch.text(clip) for stretch in review[:SHOWN])}; if "
               "a mask there is wrong, correct it and run again with --mask "
               f"{clip.number(min(masks))}:FIRST.png {clip.number(review[0].first)}:MENDED.png")
+
+
+def fingerprint(clip) -> str:
+    """Where a clip lies, with a digest that changes when one of its own files does.
+
+    Other files in its folder don't count: notes, what a file manager leaves there, masks.
+    """
+    return f"{clip.path.resolve()} ({stamp(sorted(clip.files))})"
 
 
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:

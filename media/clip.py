@@ -26,6 +26,7 @@ class Clip:
 
     Attributes:
         path: where it was read from.
+        files: those that the frames come from, and no others that lie beside them.
         fps: frames per second; on the average, where that varies.
         count: how many frames there are said to be, a hint until one has read to the end; 0 if
             unknown.
@@ -36,6 +37,7 @@ class Clip:
     """
 
     path: Path
+    files: list[Path]
     fps: float
     count: int
     shape: tuple[int, int]
@@ -177,7 +179,7 @@ class Animation(Clip):
     """A GIF, an APNG, an animated WebP as Pillow decodes it; one picture is a clip of one frame."""
 
     def __init__(self, path: Path):
-        self.path, self._starts = path, {0: 0.0}  # each reader adds the same: threads may share it
+        self.path, self.files, self._starts = path, [path], {0: 0.0}  # each reader adds the same
         with images.open_image(path, "a picture or an animation") as image:
             self.count = getattr(image, "n_frames", 1) if image.format in MOVING else 1
             duration = image.info.get("duration", 0)  # milliseconds a frame

@@ -252,10 +252,10 @@ def begin(clip, shipped, tmp_path):
     from segment import Options
     begun = []
 
-    def start(folder=tmp_path / "out", source=clip):
+    def start(folder=tmp_path / "out", source=clip, data=None):
         begun.append(Session(
             shipped, open_clip(source), folder, Options(), bright,
-            {"data": str(source)}, ["python", "main.py", "-m", "segment", "--video", str(source)]))
+            {"data": data or str(source)}, ["python", "main.py", "-m", "segment", "--video", str(source)]))
         return begun[-1]
 
     yield start

@@ -1,5 +1,7 @@
 """Clips that are segmented again: after a kill, for another cut-out, with other flags."""
 
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,9 +23,12 @@ from PIL import Image
 
 import main
 import segment
+import version
+from manifest import Manifest, made_by
 from media import files, images
 from media.masks import read_mask
-from own_video import numbered
+from media.video import open_clip
+from own_video import fingerprint, numbered
 from tracker import Tracker
 
 
@@ -124,6 +129,8 @@ def test_other_masks_of_a_clip_make_its_results_anew(clip, tmp_path, caplog):
     with caplog.at_level("INFO"):
         assert main.main(clip("out")) == 0
     assert "was made from other masks" in caplog.text
+    assert (json.loads((tmp_path / "out" / "manifest.json").read_text())["versions"]
+            .startswith(f"videomatch {version.__version__}, torch"))
     assert main.main(clip("whole")) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
@@ -255,6 +262,37 @@ def test_files_written_by_two_processes_at_once_are_whole(tmp_path):
         assert (tmp_path / "a.txt").read_text() == "second"
     assert (tmp_path / "a.txt").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
+    frames = tmp_path / "clip"
+    images.write_mask(frames / "mask.png", read_mask(tmp_path / "7.png"))
+    again = clip("out", masks=["7:clip/mask.png"])
+    assert main.main(again) == 0
+    before = fingerprint(open_clip(frames, [frames / "mask.png"]))
+    (frames / ".DS_Store").write_bytes(b"Finder")
+    (frames / "notes.txt").write_text("frame 9 is blurred")
+    (frames / "mask_00007.png").write_bytes((frames / "mask.png").read_bytes())  # as --box makes
+    os.utime(frames / "mask.png", (0, 0))
+    capsys.readouterr()
+    assert main.main(again) == 0 and "finished before" in capsys.readouterr().out
+    assert fingerprint(open_clip(frames, [frames / "mask.png"])) == before
+    os.utime(frames / "00003.png", (0, 0))
+    assert main.main(again) == 2 and "results of other data" in capsys.readouterr().err
+
+
+def test_a_run_that_another_commit_resumes_names_both(tmp_path, caplog):
+    made = {"flags": "default", "versions": "videomatch 1.0.0"}
+    Manifest(tmp_path, made | {"commit": "aaa"}).begin()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            Manifest(tmp_path, made | {"commit": "bbb"}).begin()
+    assert caplog.text.count("begun by commit aaa of this toolkit, resumed by bbb") == 1
+    assert made_by(tmp_path)["commit"] == "aaa then bbb"
+    Manifest(tmp_path, made).begin()  # without Git
+    assert made_by(tmp_path)["commit"] == "aaa then bbb"
+    with pytest.raises(ValueError, match="results of other versions"):
+        Manifest(tmp_path, made | {"versions": "videomatch 1.1.0"})
 
 
 def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):

@@ -6,11 +6,15 @@ import time
 
 import numpy as np
 import pytest
-from conftest import do, overlap, png, shown, truth
+from conftest import content, do, held, overlap, png, shown, truth
 from PIL import Image
 
 import main
+from confidence import Measures
+from media import images
 from media.masks import read_mask
+from media.video import open_clip
+from own_video import fingerprint
 from page import passes
 from page.work import Found
 
@@ -130,6 +134,24 @@ def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
     do(client, "export", cutout="blur", format="mov")  # whose format there is only one of
     assert "--cutout_format" not in finished(client.session)["command"]
     assert (tmp_path / "out" / "cutout.mp4").is_file()
+    assert not (tmp_path / "out" / "cutout.mov").exists()  # whose masks may have been others
+
+
+def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit(client, tmp_path):
+    out = tmp_path / "out"
+    client.put("/mask/0", content=png(truth(0)))
+    (out / "cutout.mov").write_bytes(b"of the other run")
+    with held(out) as other:
+        before = content(out)
+        do(client, "export", cutout="blur")
+        run = finished(client.session)
+        assert f"another run is writing there (process {other.pid}" in run["error"]
+        assert content(out) == before
+    (out / "masks").mkdir()
+    (out / "masks" / "by hand.png").write_bytes(png(truth(0)))
+    do(client, "export")
+    assert "holds files that no manifest tells of" in finished(client.session)["error"]
+    assert (out / "masks" / "by hand.png").is_file() and (out / "cutout.mov").is_file()
 
 
 def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
@@ -241,6 +263,17 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
     with pytest.raises(ValueError, match="a session on my clip"):
         begin(source=other)
     begin()
+
+
+def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
+    frames = tmp_path / "frames"
+    shutil.copytree(clip, frames)
+    first = begin(source=frames, data=fingerprint(open_clip(frames)))
+    first.edits.give(3, truth(3))
+    first.close()
+    (frames / ".DS_Store").write_bytes(b"Finder")
+    images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
+    assert begin(source=frames, data=fingerprint(open_clip(frames))).work.given == {3}
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [
