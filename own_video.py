@@ -102,7 +102,7 @@ def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     session.open_page(session.Session(
         model, clip, results, segment.Options(**build.road(args, model)),
         prompts.prompter(model), build.facts(args, model, {"data": data}),
-        session.repeating(args, flags.defaults())),
+        session.repeating(args, flags.defaults()), args.export),
         given_masks(args, clip, results, model), args.page)
 
 

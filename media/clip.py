@@ -26,21 +26,21 @@ class Clip:
 
     Attributes:
         path: where it was read from.
+        files: those that the frames come from, and no others that lie beside them.
         fps: frames per second; on the average, where that varies.
         count: how many frames there are said to be, a hint until one has read to the end; 0 if
             unknown.
         shape: (H, W) of the frames that are yielded: upright, of square pixels.
         stored: (H, W) before the pixels are made square; what FFmpeg writes as pictures.
-        files: the image file of each frame, where each has one of its own.
         numbers: the numbers in the files' names, ascending; None: frames are counted from 0.
     """
 
     path: Path
+    files: list[Path]
     fps: float
     count: int
     shape: tuple[int, int]
     stored: tuple[int, int]
-    files: Sequence[Path] | None = None
     numbers: Sequence[int] | None = None
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -177,7 +177,7 @@ class Animation(Clip):
     """A GIF, an APNG, an animated WebP as Pillow decodes it; one picture is a clip of one frame."""
 
     def __init__(self, path: Path):
-        self.path, self._starts = path, [0.0]
+        self.path, self.files, self._starts = path, [path], [0.0]
         with images.open_image(path, "a picture or an animation") as image:
             self.count = getattr(image, "n_frames", 1) if image.format in MOVING else 1
             duration = image.info.get("duration", 0)  # milliseconds a frame

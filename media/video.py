@@ -48,7 +48,7 @@ class Video(Clip):
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.files = path, [path]
         self._stamps: list[int | None] = []  # of the frames read so far, in the stream's unit
         self._seconds: list[float] = []
         self._keys = [0]  # frames that decoding can start from
