@@ -63,10 +63,6 @@ class Sequence(Clip):
         return self.images[0].parent
 
     @property
-    def files(self) -> list[Path]:
-        return list(self.images)
-
-    @property
     def shape(self) -> tuple[int, int]:
         return images.image_shape(self.images[0], "a frame")
 
@@ -80,10 +76,6 @@ class Sequence(Clip):
 
     def _restart(self, end: int) -> int:
         return end - 1
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.images
 
     @cached_property
     def numbers(self) -> list[int]:

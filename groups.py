@@ -246,7 +246,8 @@ def clip(add) -> Callable:
              "webm, VP9 for web pages (default: png)")
     add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
         help="also write the masks as other tools read them: coco (annotations.json, run "
-             "lengths), yolo (labels/, polygons), both with track ids")
+             "lengths), yolo (labels/, polygons, and data.yaml to train with), both with track "
+             "ids")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")

@@ -121,7 +121,7 @@ def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     session.open_page(session.Session(
         model, clip, results, segment.Options(**build.road(args, model)),
         prompts.prompter(model), build.facts(args, model, {"data": data}),
-        session.repeating(args, flags.defaults())),
+        session.repeating(args, flags.defaults()), args.export),
         masks, args.page, args.page_host or ["127.0.0.1"])
 
 

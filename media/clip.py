@@ -32,7 +32,6 @@ class Clip:
             unknown.
         shape: (H, W) of the frames that are yielded: upright, of square pixels.
         stored: (H, W) before the pixels are made square; what FFmpeg writes as pictures.
-        files: the image file of each frame, where each has one of its own.
         numbers: the numbers in the files' names, ascending; None: frames are counted from 0.
     """
 
@@ -42,7 +41,6 @@ class Clip:
     count: int
     shape: tuple[int, int]
     stored: tuple[int, int]
-    files: Sequence[Path] | None = None
     numbers: Sequence[int] | None = None
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:

@@ -266,7 +266,8 @@ ACTIONS = {
         fields.whole("frame"), fields.choice("way", ("forwards", "backwards", "both"))),
     "stop": lambda session, fields: session.stop(),
     "export": lambda session, fields: session.export(
-        _cutout(fields), fields.choice("format", ("png", "mov", "webm", None)) or "png"),
+        _cutout(fields), fields.choice("format", ("png", "mov", "webm", None)) or "png",
+        [name for name in ("coco", "yolo") if fields.flag(name)]),
 }
 
 

@@ -10,13 +10,14 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+import annotations
 import confidence
 import report
 import segment
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
 CACHED = 24  # decoded frames
 NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "page_host",
-                "cutout", "cutout_format", "results_dir", "overwrite"}
+                "cutout", "cutout_format", "export", "results_dir", "overwrite"}
 
 
 
@@ -50,7 +51,9 @@ class Session:
         folder: of the results; what the session keeps lies in `page/` in it.
         prompt: (H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask.
         facts: what the results depend on, for the manifest.
-        command: of the command line that repeats it, all but masks, cut-out and folder.
+        command: of the command line that repeats it, all but masks, cut-out, annotations and
+            folder.
+        formats: of annotations that the command line asked for; the page has them chosen.
 
     Raises:
         ValueError: the folder holds a session on another clip.
@@ -58,9 +61,9 @@ class Session:
 
     def __init__(self, model: VideoMatch, clip: Clip, folder: Path, options: segment.Options,
                  prompt: Callable[[np.ndarray, Prompts], np.ndarray], facts: dict[str, str],
-                 command: list[str]):
+                 command: list[str], formats: Sequence[str] = ()):
         model.eval()
-        self.clip, self.folder = clip, folder
+        self.clip, self.folder, self.formats = clip, folder, list(formats)
         self.facts, self.command = facts, command
         self.count = clip.count or sum(1 for _ in clip.frames())
         self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
@@ -103,8 +106,8 @@ class Session:
     def state(self, since: int = 0) -> dict:
         """All that a page shows but the pictures; of frames only what changed after `since`.
 
-        Frames are indices; `numbers`, sent once as they never change, are those that a person
-        reads and types, null where they are the indices.
+        Frames are indices; `numbers` are those that a person reads and types, null where they are
+        the indices. They and `formats`, which never change, are sent once.
         """
         with self.lock:
             work = self.work
@@ -116,7 +119,7 @@ class Session:
                     "objects": [vars(thing) for thing in work.objects],
                     "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
                     "unsure": [vars(stretch) for stretch in frames_to_review(self.measures())],
-                    **({} if since else {"numbers": self.numbers})}
+                    **({} if since else {"numbers": self.numbers, "formats": self.formats})}
 
     def measures(self) -> list[Measures]:
         """Of every mask that was found, and not replaced by a given one, of objects still there."""
@@ -145,12 +148,18 @@ class Session:
         """End what is under way after the frame that it is at; what was found stays."""
         self.stopping.set()
 
-    def export(self, cutout: str | None = None, form: str = "png") -> None:
-        """Write masks, overlay and cut-out as the command line does, and that command line."""
+    def export(self, cutout: str | None = None, form: str = "png",
+               formats: Sequence[str] = ()) -> None:
+        """Write masks, overlay and cut-out as the command line does, and that command line.
+
+        Args:
+            cutout, form: as for `sinks.cutout_name`.
+            formats: some of `annotations.FORMATS`, with the objects' names as categories.
+        """
         form = form if cutout == "transparent" else "png"
         with self.lock:
             self._start({"kind": "export", "total": self.count},
-                        lambda: self._export(cutout, form))
+                        lambda: self._export(cutout, form, list(formats)))
 
     def close(self) -> None:
         """End what is under way, and wait for it."""
@@ -215,13 +224,13 @@ class Session:
                         self.count)
             self.count = frame + 1
 
-    def _export(self, cutout: str | None, form: str) -> None:
+    def _export(self, cutout: str | None, form: str, formats: list[str]) -> None:
         with files.hold(self.folder):
-            again = self._write_results(cutout, form)
+            again = self._write_results(cutout, form, formats)
         with self.lock:
             self.run = self.run | {"folder": str(self.folder), "command": again}
 
-    def _write_results(self, cutout: str | None, form: str) -> str:
+    def _write_results(self, cutout: str | None, form: str, formats: list[str]) -> str:
         """Replace what an earlier export or run wrote; the command line that repeats it."""
         made_before = made_by(self.folder) is not None
         manifest = Manifest(self.folder, {**self.facts, "masks": "of the page"}, made_before)
@@ -232,15 +241,17 @@ class Session:
             sinks.clear(self.folder, set())
         for frame, path in given.items():
             images.write_mask(path, self.mask(frame))
-        segment.drain(self._frames(), sinks.of_a_clip(
-            self.folder, self.clip, cutout, form, again=True))
+        names = {thing.id: thing.name for thing in self.work.objects}
+        segment.drain(self._frames(), [
+            *sinks.of_a_clip(self.folder, self.clip, cutout, form, again=True),
+            *annotations.of_a_clip(self.folder, self.clip, formats, names)])
         measures = self.measures()
         confidence.write(self.folder / "confidence.csv", measures, self.clip)
         report.write_clip(self.folder / "report.html", self.work.clip, self.clip, measures,
                           self.facts)
         masks = [f"{self.clip.number(frame)}:{path}" for frame, path in given.items()]
-        again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form), "-j",
-                            f"{self.folder}_again"])
+        again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form, formats),
+                            "-j", f"{self.folder}_again"])
         files.write(self.folder / "command.txt", again + "\n")
         return again
 
@@ -267,9 +278,10 @@ def _sure(found: Found | None) -> dict[int, float | None] | None:
     return {one.object_id: one.confidence for one in rows}
 
 
-def _flags_of(cutout: str | None, form: str) -> list[str]:
+def _flags_of(cutout: str | None, form: str, formats: list[str]) -> list[str]:
     return [*(["--cutout", cutout] if cutout else []),
-            *(["--cutout_format", form] if form != "png" else [])]
+            *(["--cutout_format", form] if form != "png" else []),
+            *(["--export", *formats] if formats else [])]
 
 
 def check_page(port: int | None) -> None:

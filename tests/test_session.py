@@ -1,5 +1,6 @@
 """A session on one clip: what is given, found, mended and exported, by what a browser sends."""
 
+import json
 import shlex
 import shutil
 import time
@@ -10,12 +11,12 @@ from conftest import content, do, held, overlap, png, shown, truth
 from PIL import Image
 
 import main
-from confidence import Measures
 from media import images
 from media.masks import read_mask
 from media.video import open_clip
 from own_video import fingerprint
 from page import passes
+from page.server import ACTIONS, Fields
 from page.work import Found
 
 FRAMES, SHAPE = 12, (96, 160)
@@ -113,13 +114,22 @@ def test_frames_have_their_files_numbers(begin, clip, tmp_path):
     session.edits.give(3, truth(3))
     session.segment_from(3, "forwards")
     finished(session)
-    session.export()
+    session.edits.change_object(1, name="the square")
+    ACTIONS["export"](session, Fields(b'{"coco": true, "yolo": true}'))
     run, out = finished(session), tmp_path / "out"
     assert run["ended"] == "done", run
     words = _words(run["command"])
     assert words[words.index("--mask") + 1] == f"20:{out / 'mask_00020.png'}"
     np.testing.assert_array_equal(read_mask(out / "mask_00020.png"), truth(3))
+    assert words[words.index("--export"):][:3] == ["--export", "coco", "yolo"]
     assert (out / "confidence.csv").read_text().splitlines()[1].startswith("21,1,1,")
+    coco = json.loads((out / "annotations.json").read_text())
+    assert [(one["id"], one["file_name"]) for one in coco["images"]] == [
+        (number, f"{number:05d}.png") for number in (1, 2, 3, 20, 21)]
+    assert coco["categories"] == [{"id": 1, "name": "the square"}]
+    assert [one["image_id"] for one in coco["annotations"]] == [20, 21]
+    assert (out / "labels" / "00021.txt").read_text().startswith("0 ")
+    assert '0: "the square"' in (out / "data.yaml").read_text()
     begin(tmp_path / "other")
     assert begin(tmp_path / "third").state()["numbers"] is None  # the frames count from 0
 
