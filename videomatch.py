@@ -20,6 +20,7 @@ from checkpoint import Checkpointed
 from media import drawing, figures, images
 from media.masks import read_masks
 from media.shown import Prompts
+from media.validation import check_id_masks, check_normalized
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
@@ -141,7 +142,12 @@ class VideoMatch(Checkpointed):
 
         Returns:
             The encoded frames.
+
+        Raises:
+            ValueError: other dimensions or types, or an image that isn't normalised.
         """
+        check_normalized(image, dimensions=4)
+        check_id_masks(mask)
         image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
         frames = frames or self.encode(image)
         if self.method == "memory":
