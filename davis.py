@@ -18,7 +18,7 @@ import numpy as np
 
 from data import download, layout
 from media import images
-from media.clip import FOLDER_FPS, Clip
+from media.clip import FOLDER_FPS, Clip, file_numbers
 from media.coding import Coding
 from media.masks import is_empty
 
@@ -77,6 +77,10 @@ class Sequence(Clip):
     def _restart(self, end: int) -> int:
         return end - 1
 
+    @cached_property
+    def numbers(self) -> list[int]:
+        return file_numbers(self.images)
+
     def frame_name(self, frame: int) -> str:
         return self.images[frame].stem
 
@@ -87,6 +91,10 @@ class Sequence(Clip):
     def mask(self, index: int) -> np.ndarray:
         """(H, W) uint8, 0 background, else the object's id. Of a labelled frame."""
         return self.coding.read(self.masks[index])
+
+    def truth(self, index: int) -> np.ndarray:
+        """As `mask`, with `VOID` where a pixel is not labelled and so not scored."""
+        return self.coding.read(self.masks[index], keep_void=True)
 
     def mask_name(self, index: int) -> str:
         """What the file of a frame's mask is called in results: as the frame, .png."""
@@ -144,6 +152,11 @@ class Sequence(Clip):
     def coding(self) -> Coding:
         """What the values of its masks mean."""
         return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
+
+    def coding_in(self, results: Path) -> Coding:
+        """What the values of predicted masks in `results`/NAME mean, decided once for all."""
+        return Coding.of([results / self.name / self.mask_name(frame) for frame in self.scored],
+                         self.single_object)
 
     def unfit(self) -> str | None:
         """Why nothing can be done with it, or None."""

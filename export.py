@@ -39,7 +39,8 @@ CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ
 
 def run(args: argparse.Namespace) -> None:
     model = build.model_in_use(args).cpu().eval()
-    export(model, args.export_dir, args.eight_bit)
+    with files.hold(args.export_dir, instead="another folder (--export_dir)"):
+        export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 
@@ -93,10 +94,10 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
     image = torch.rand(1, 3, h * spec.stride, w * spec.stride)
     unit, key, near, shared, *levels = encode(image)
     found = torch.rand(3, h * reader.side, w * reader.side).softmax(0)
-    values = torch.rand(4 * h * w, 2 * (VALUE + 1))
+    values = torch.rand(4 * h * w, 3 * (VALUE + 1))  # of two objects and their union
     windows, inside = (torch.from_numpy(x) for x in windows_of_tiles(h, w, RADIUS, 2))
     of_tile, place = (torch.from_numpy(x) for x in tiles(h, w))
-    read = (unit, near, torch.rand(3, h * w), values, torch.rand(h * w, 40),
+    read = (unit, near, torch.rand(4, h * w), values, torch.rand(h * w, 40),
             torch.randint(len(values), (h * w, 40)), torch.rand(unit.shape[1], 3), found,
             torch.cat([near, near]).flatten(0, 1), values[:2 * h * w], of_tile, place, inside,
             windows, *levels)

@@ -15,7 +15,7 @@ import numpy as np
 from media.images import resize_mask
 from network.arrays import Array, like, to_numpy
 from network.memory import Memory
-from network.outliers import decide, remove_outliers
+from network.outliers import decide, keep_identities, remove_outliers
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Follower:
         if len(self.object_ids) == 1:
             self.memory = None
         else:
-            self.memory.remove(object_id)
+            self.memory.remove(object_id, getattr(self.model, "reader", None))
 
     def step(self, image: Array, mask: np.ndarray | None = None,
              shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
@@ -161,9 +161,12 @@ class Follower:
         (found,), (scores,) = model.predict(frames, [memory], shape)
         # a copy: the online update needs the probabilities before as well
         probabilities = to_numpy(found).copy()
+        previous = resize_mask(self.previous, probabilities.shape[1:])
+        if model.method == "memory":
+            keep_identities(probabilities, previous, memory.object_ids, self.threshold)
         if self.outlier_removal:
-            remove_outliers(probabilities, resize_mask(self.previous, probabilities.shape[1:]),
-                            self.shares, model.dilation)
+            remove_outliers(probabilities, previous, memory.object_ids, self.shares,
+                            model.dilation)
         return frames, found, like(probabilities, found), scores
 
     def _refer(self, image: Array, mask: np.ndarray) -> Step:

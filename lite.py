@@ -30,7 +30,7 @@ from network.outliers import decide
 from prompts import in_order, masks_of
 
 DESCRIPTION = "videomatch.json"
-FORMAT = 2  # changes when another lite.py is needed
+FORMAT = 3  # changes when another lite.py is needed
 DEFAULT = Path("models/lite")
 
 

@@ -145,9 +145,8 @@ class Progress:
         save(self.path, {"forwards": frame.forwards, "index": frame.index, "state": state})
 
     def end(self) -> None:
-        """There is nothing left to go on with, nor what a kill left of a file half written."""
-        for path in (self.path, *self.path.parent.glob(f".{self.path.stem}.part*")):
-            path.unlink(missing_ok=True)
+        """Delete the state: the clip is finished."""
+        self.path.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from follow import Follower, Step
+from media.validation import check_normalized, id_mask
 from network.state import plain, restored
 
 __all__ = ["Step", "Tracker"]
@@ -22,8 +23,18 @@ class Tracker(Follower):
     @torch.no_grad()
     def step(self, image: torch.Tensor, mask: np.ndarray | None = None,
              shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
-        """As `Follower.step`."""
-        return super().step(image, mask, shape, absent)
+        """As `Follower.step`; `mask` may also be bool, another integer type or a tensor.
+
+        Raises:
+            ValueError: see `Follower.step`, `check_normalized` and `id_mask`.
+        """
+        check_normalized(image)
+        return super().step(image, None if mask is None else id_mask(mask), shape, absent)
+
+    @torch.no_grad()
+    def remove(self, object_id: int) -> None:
+        """As `Follower.remove`."""
+        super().remove(object_id)
 
     def state(self) -> dict:
         """All but network and settings, as numbers, lists and tensors, for `load_state`."""

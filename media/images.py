@@ -4,7 +4,9 @@ It knows of arrays only: no tensor, no network, no data set.
 """
 
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,6 +17,8 @@ from media.drawing import PALETTE
 from media.files import whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# not part of a date, a time or an address (2024.11.14)
+DECIMAL = r"(?<![0-9.])[0-9]+\.[0-9]+(?!\.?[0-9])"
 ORIENTATION = 0x0112  # the EXIF tag
 ENLARGED = 2  # times at most, for the network: small things need cells of their own
 
@@ -70,14 +74,33 @@ def image_shape(path: str | Path, what: str) -> tuple[int, int]:
 
 def files_in(folder: Path) -> list[Path]:
     """The images in a folder, by name, frame_2 before frame_10; hidden files are none."""
-    return sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES
-                   and not file.name.startswith(".") and file.is_file()), key=natural)
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES
+             and not file.name.startswith(".") and file.is_file()]
+    return sorted(files, key=partial(natural, decimals=has_decimals(files)))
 
 
-def natural(path: Path) -> tuple:
-    """A key to sort by: numbers in names count by their value, 2 before 10."""
-    return [int(part) if i % 2 else part.casefold()
-            for i, part in enumerate(re.split("([0-9]+)", path.stem))], path.name
+def natural(path: Path, decimals: bool = False) -> tuple:
+    """Sort key that compares numbers in names by value, so that 2 comes before 10.
+
+    Args:
+        decimals: 0.25 is one number, less than 0.5; otherwise it is two, and 0.5 comes first.
+    """
+    parts = re.split(f"({DECIMAL}|[0-9]+)" if decimals else "([0-9]+)", path.stem)
+    return [(float(part) if "." in part else int(part)) if i % 2 else part.casefold()
+            for i, part in enumerate(parts)], path.name
+
+
+def has_decimals(files: Iterable[Path]) -> bool:
+    """Whether a dot between digits in these names is a decimal point.
+
+    The alternative is a counter behind a version, take or scene number (v2.1 ... v2.12). Fractions
+    of equal length are in the same order either way. Of those that aren't, a counter has one that
+    ends in 0 (v2.10), which programs don't print behind a decimal point.
+    """
+    fractions = [number.partition(".")[2] for file in files
+                 for number in re.findall(DECIMAL, file.stem)]
+    return (len({len(fraction) for fraction in fractions}) > 1
+            and not any(len(fraction) > 1 and fraction.endswith("0") for fraction in fractions))
 
 
 def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tuple[int, ...],

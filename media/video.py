@@ -54,7 +54,7 @@ class Video(Clip):
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.files = path, [path]
         self._said: set[str] = set()
         with self._open() as (container, stream):
             rate = stream.average_rate or stream.base_rate

@@ -71,7 +71,8 @@ class Entry:
         near: (h, w, NEAR), or None where it is not needed.
         shared: (1, WIDTH, h, w), what values are made of beside `found`.
         found: (N+1, H, W) probabilities.
-        values: (h*w, N * (VALUE + 1)), of each object values, and its share of the cell.
+        values: (h*w, M * (VALUE + 1)), of each object values, and its share of the cell; after
+            several objects those of their union.
     """
 
     key: Array
@@ -154,21 +155,22 @@ class Bank:
         if self.later_sums:
             self.later_sums = self.later_sums[0], wider(self.later_sums[1], 1)
 
-    def remove(self, channel: int) -> None:
+    def remove(self, channel: int, values_of: Callable[[Array, Array], Array]) -> None:
         """Forget one object; channels behind it move up.
 
         Its cells stay, as cells of nothing: were they background, it could not be found when it
         is asked for again.
+
+        Args:
+            values_of: the reader's, as those of the union of all objects are others now.
         """
         def without(x, axis):
             kept = [i for i in range(x.shape[axis]) if i != channel]
             return x[:, kept] if axis else x[kept]
 
         def change(entry):
-            width = entry.values.shape[1] // (len(entry.found) - 1)
-            values = library(entry.values).concatenate(
-                [entry.values[:, :(channel - 1) * width], entry.values[:, channel * width:]], 1)
-            return replace(entry, found=without(entry.found, 0), values=values)
+            found = without(entry.found, 0)
+            return replace(entry, found=found, values=values_of(entry.shared, found))
 
         self.change(change)
         self.labels = [fewer(labels, channel) for labels in self.labels]

@@ -244,7 +244,8 @@ class Passes:
             while frames and not work.mask(frames[0]).any():
                 frames = frames[1:]
             if not frames:
-                raise ValueError(f"frame {start}: its mask holds no object to look for")
+                raise ValueError(f"frame {self.clip.number(start)}: its mask holds no object to "
+                                 "look for")
             made = Made(start, {frame: key for frame, key in work.keys().items() if frame <= start})
         for frame in frames:
             self._note(made, frame)

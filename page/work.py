@@ -13,11 +13,11 @@ only the size of its frames.
 import json
 import zlib
 from collections.abc import Set
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from media import files, images
 from media.masks import read_mask
@@ -69,14 +69,10 @@ class Work:
 
     def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
         self.folder, self.clip, self.shape = folder, clip, tuple(shape)
+        self._held = ExitStack()
+        self._held.enter_context(files.hold(folder))
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(folder / ".lock")  # which a kill gives back too
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{folder}: a page is open on it already, expected a folder of its "
-                             "own (--results_dir)") from None
         try:
             self._read()
         except BaseException:
@@ -185,7 +181,7 @@ class Work:
 
     def close(self) -> None:
         """Let others work in the folder."""
-        self.lock.release()
+        self._held.close()
 
     def save(self) -> None:
         files.write(self.folder / "session.json", json.dumps({

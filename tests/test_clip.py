@@ -75,6 +75,8 @@ def test_a_folder_is_in_natural_order(tmp_path, caplog):
     (["1.png", "2.png", "last.png"], [0, 1, 2]),
     (["1.png", "01.jpg", "2.png"], [0, 1, 2]),
     (["a1.png", "b1.png"], [0, 1]),
+    (["t_0.25.png", "t_0.5.png", "t_0.75.png"], [0, 1, 2]),
+    (["v1.8.png", "v1.9.png", "v1.10.png"], [8, 9, 10]),
     (["photo7.png"], [0])])
 def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
     caplog.set_level(logging.INFO)
@@ -86,6 +88,22 @@ def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
     with pytest.raises(ValueError, match=f"no frame {numbers[-1] + 1}, .* {len(names)} frames, "
                                          f"numbered {numbers[0]} to {numbers[-1]}"):
         clip.index(numbers[-1] + 1)
+
+
+@pytest.mark.parametrize("names", [
+    ["t_0.25.png", "t_0.5.png", "t_1.0.png", "t_9.75.png", "t_10.125.png"],
+    ["v2.1.png", "v2.2.png", "v2.9.png", "v2.10.png", "v2.11.png"],  # takes of version 2
+    ["2024.9.1.png", "2024.9.2.png", "2024.11.1.png"]])
+def test_decimal_numbers_are_told_from_counters_and_dates(names, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    clip = video.open_clip(folder(tmp_path / "clip", names))
+    assert numbers_of(clip.frames()) == list(range(len(names)))
+    assert ("decimal numbers" in caplog.text) == (names[0] == "t_0.25.png")
+
+
+def test_a_number_in_a_gap_is_that_of_the_next_frame(tmp_path):
+    clip = video.open_clip(folder(tmp_path / "clip", ["0.png", "5.png", "10.png"]))
+    assert [clip.first_from(number) for number in (0, 1, 5, 6, 10, 50)] == [0, 1, 1, 2, 2, 3]
 
 
 def test_what_is_no_frame_is_left_out(tmp_path, caplog):

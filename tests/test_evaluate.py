@@ -270,3 +270,42 @@ def test_bad_results_are_named(spoil, message, davis_2016, tmp_path):
     spoil(tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         evaluate.score_folder(tmp_path, [sequence])
+
+
+def results_of(sequence, folder, change):
+    """Masks in `folder`: `change` of those that are true."""
+    (folder / sequence.name).mkdir(parents=True)
+    for i, path in enumerate(sequence.masks):
+        images.write_mask(folder / sequence.name / path.name, change(sequence.mask(i)))
+
+
+@pytest.mark.parametrize("colours", [False, True])  # 255 of DAVIS' palette is a colour
+def test_pixels_that_are_not_labelled_are_not_scored(model, davis_2017, tmp_path, colours):
+    folder = davis_2017 / "Annotations" / "480p" / "dog"
+    for path in sorted(folder.iterdir())[1:]:
+        mask = np.array(Image.open(path))
+        mask[(mask == 0) & (cv2.dilate(mask, np.ones((9, 9))) > 0)] = 255  # a wide outline
+        images.write_mask(path, mask)
+        if colours:
+            Image.open(path).convert("RGB").save(path)
+    sequence, = Davis(davis_2017, "2017", "val").sequences
+    results_of(sequence, tmp_path, lambda mask: cv2.dilate(mask, np.ones((5, 5))))
+    table = evaluate.table(evaluate.score_folder(tmp_path, [sequence]))
+    assert [row["J&F-Mean"] for row in table.values()] == [1.0, 1.0]
+    # as while it is segmented
+    found = evaluate.evaluate(model, [sequence], evaluate.Options(results=tmp_path / "own"))
+    assert found == evaluate.table(evaluate.score_folder(tmp_path / "own", [sequence]))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda mask: np.where(mask == 2, 3, mask), ["not scored", "bee has 3", "ground truth 1, 2"]),
+    (lambda mask: mask * 0, ["all masks are empty", "bee"]),
+    (lambda mask: mask, [])])
+def test_ids_that_the_truth_lacks_and_empty_masks_are_warned_of_once(change, words, davis_2017,
+                                                                     tmp_path, caplog):
+    sequences = Davis(davis_2017, "2017", "train", names=["bee"]).sequences
+    results_of(sequences[0], tmp_path, lambda mask: change(mask).astype(np.uint8))
+    evaluate.score_folder(tmp_path, sequences)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(words)
+    assert all(word in warnings[0] and str(tmp_path) in warnings[0] for word in words)

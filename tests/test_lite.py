@@ -30,7 +30,7 @@ from tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 # what requirements.txt has and requirements-lite.txt has not
-ABSENT = ("torch", "torchvision", "matplotlib", "filelock", "starlette", "uvicorn", "onnx")
+ABSENT = ("torch", "torchvision", "matplotlib", "starlette", "uvicorn", "onnx")
 WITHOUT = f"""
 import runpy, sys
 class Absent:
@@ -209,7 +209,7 @@ def damaged(folder, what, tmp_path):
 
 @pytest.mark.parametrize("what, message", [
     ("truncated", r"read\.onnx: damaged"), ("missing", r"read\.onnx: no such file"),
-    ("version", "format 99, expected 2: export again"), ("no json", "not an export"),
+    ("version", "format 99, expected 3: export again"), ("no json", "not an export"),
     ("other json", "not an export")])
 def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
     folder = damaged(exported, what, tmp_path)

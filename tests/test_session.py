@@ -1,5 +1,6 @@
 """A session on one clip: what is given, found, mended and exported, by what a browser sends."""
 
+import json
 import shlex
 import shutil
 import struct
@@ -8,17 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import TOKEN, do, draw_frame, overlap, png, shown, truth
+from conftest import TOKEN, content, do, draw_frame, held, overlap, png, shown, truth
 from PIL import Image
 from starlette.testclient import TestClient
 from test_video import make, number_of
 
 import main
+from media import images
 from media.masks import read_mask
 from media.video import open_clip
+from own_video import fingerprint
 from page import edits, passes
 from page import session as sessions
-from page.server import application
+from page.server import ACTIONS, Fields, application
 from page.work import Found
 
 FRAMES, SHAPE = 12, (96, 160)
@@ -104,6 +107,39 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     assert not cut[cut[..., 3] == 0].any()
 
 
+def test_frames_have_their_files_numbers(begin, clip, tmp_path):
+    folder = tmp_path / "numbered from 1, with a gap"
+    folder.mkdir()
+    for step, number in enumerate((1, 2, 3, 20, 21)):
+        shutil.copy(clip / f"{step:05d}.png", folder / f"{number:05d}.png")
+    session = begin(source=folder)
+    assert session.state()["numbers"] == [1, 2, 3, 20, 21]
+    assert "numbers" not in session.state(session.version)
+    with pytest.raises(ValueError, match="frame 20 has no mask"):
+        session.segment_from(3, "both")
+    session.edits.give(3, truth(3))
+    session.segment_from(3, "forwards")
+    finished(session)
+    session.edits.change_object(1, name="the square")
+    ACTIONS["export"](session, Fields(b'{"coco": true, "yolo": true}'))
+    run, out = finished(session), tmp_path / "out"
+    assert run["ended"] == "done", run
+    words = _words(run["command"])
+    assert words[words.index("--mask") + 1] == f"20:{out / 'mask_00020.png'}"
+    np.testing.assert_array_equal(read_mask(out / "mask_00020.png"), truth(3))
+    assert words[words.index("--export"):][:3] == ["--export", "coco", "yolo"]
+    assert (out / "confidence.csv").read_text().splitlines()[1].startswith("21,1,1,")
+    coco = json.loads((out / "annotations.json").read_text())
+    assert [(one["id"], one["file_name"]) for one in coco["images"]] == [
+        (number, f"{number:05d}.png") for number in (1, 2, 3, 20, 21)]
+    assert coco["categories"] == [{"id": 1, "name": "the square"}]
+    assert [one["image_id"] for one in coco["annotations"]] == [20, 21]
+    assert (out / "labels" / "00021.txt").read_text().startswith("0 ")
+    assert '0: "the square"' in (out / "data.yaml").read_text()
+    begin(tmp_path / "other")
+    assert begin(tmp_path / "third").state()["numbers"] is None  # the frames count from 0
+
+
 def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
     client.put("/mask/0", content=png(truth(0)))
     do(client, "export", cutout="transparent", format="mov")
@@ -114,6 +150,24 @@ def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
     do(client, "export", cutout="blur", format="mov")  # whose format there is only one of
     assert "--cutout_format" not in finished(client.session)["command"]
     assert (tmp_path / "out" / "cutout.mp4").is_file()
+    assert not (tmp_path / "out" / "cutout.mov").exists()  # whose masks may have been others
+
+
+def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit(client, tmp_path):
+    out = tmp_path / "out"
+    client.put("/mask/0", content=png(truth(0)))
+    (out / "cutout.mov").write_bytes(b"of the other run")
+    with held(out) as other:
+        before = content(out)
+        do(client, "export", cutout="blur")
+        run = finished(client.session)
+        assert f"another run is writing there (process {other.pid}" in run["error"]
+        assert content(out) == before
+    (out / "masks").mkdir()
+    (out / "masks" / "by hand.png").write_bytes(png(truth(0)))
+    do(client, "export")
+    assert "holds files that no manifest tells of" in finished(client.session)["error"]
+    assert (out / "masks" / "by hand.png").is_file() and (out / "cutout.mov").is_file()
 
 
 def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
@@ -252,7 +306,7 @@ def test_an_object_is_gone_from_a_frame_on_until_a_mask_shows_it(pair, tmp_path)
     command = _words(finished(pair)["command"])
     assert "4:gone=2" in command
     assert main.main(command) == 0
-    for step in (*range(4), 4, 5, *range(9, FRAMES)):
+    for step in (*range(6), 9):
         again = read_mask(tmp_path / "pair_again" / "masks" / f"{step:05d}.png")
         np.testing.assert_array_equal(np.unique(again), np.unique(expected[step]))
     pair.edits.undo()
@@ -417,13 +471,24 @@ def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
 
 def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
     first, other = begin(), tmp_path / "other"
-    with pytest.raises(ValueError, match="a page is open on it already"):
+    with pytest.raises(ValueError, match=r"another run is writing there \(process"):
         begin()
     first.close()
     shutil.copytree(clip, other)
     with pytest.raises(ValueError, match="a session on my clip"):
         begin(source=other)
     begin()
+
+
+def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
+    frames = tmp_path / "frames"
+    shutil.copytree(clip, frames)
+    first = begin(source=frames, data=fingerprint(open_clip(frames)))
+    first.edits.give(3, truth(3))
+    first.close()
+    (frames / ".DS_Store").write_bytes(b"Finder")
+    images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
+    assert begin(source=frames, data=fingerprint(open_clip(frames))).work.given == {3}
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [
@@ -435,12 +500,3 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
 def test_where_a_pass_ends(start, forwards, given, origins, end):
     found = {frame: Found(origin, []) for frame, origin in origins.items()}
     assert passes.end_of_pass(start, forwards, given, found, 12) == end
-
-
-def test_the_least_sure_tenth_is_offered_worst_first():
-    sure = np.full(70, 0.94, np.float32)
-    sure[5:8], sure[20:23], sure[60:] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8], np.nan
-    found = sessions.worth_a_look({1: sure})
-    assert [(one.first, one.last) for one in found] == [(20, 22), (5, 7)]
-    assert not sessions.worth_a_look({})
-    assert not sessions.worth_a_look({1: np.array([0.97, 0.96, np.nan], np.float32)})
