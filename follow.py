@@ -108,6 +108,8 @@ class Follower:
             self.memory = None
         else:
             self.memory.remove(object_id)
+            if self.model.method == "memory":
+                self.model.reader.catch_up(self.memory.bank)
 
     def step(self, image: Array, mask: np.ndarray | None = None,
              shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
