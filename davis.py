@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import errors
 from data import download, layout
 from media import images
 from media.clip import FOLDER_FPS, Clip
@@ -311,7 +312,10 @@ def main() -> int:
     try:
         download.download(args.download, args.year)
     except (OSError, ValueError) as error:
-        print(f"davis.py: error: {error}", file=sys.stderr)
+        message = errors.explained(error)
+        if message is None:
+            raise
+        print(f"davis.py: error: {message}", file=sys.stderr)
         return 2
     print(f"{args.download}: ready, python main.py -m eval -d {args.download}")
     return 0

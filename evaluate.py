@@ -22,6 +22,7 @@ import torch
 
 import confidence
 import distributed
+import errors
 import metrics
 import report
 import segment
@@ -313,11 +314,9 @@ def main() -> int:
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
                 args.set)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import errors
 from follow import Follower, resized
 from media import drawing, images
 from media.background import progress
@@ -153,9 +154,7 @@ def explained(error: Exception) -> str | None:
     """One line for what a user can mend; None for an error of ours."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as onnxruntime says
         return "out of memory, which a smaller --size needs less of"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, OSError | ValueError) else None
+    return errors.explained(error)
 
 
 def segment(args: argparse.Namespace) -> None:
