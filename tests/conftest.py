@@ -255,7 +255,8 @@ def begin(clip, shipped, tmp_path):
     def start(folder=tmp_path / "out", source=clip, data=None):
         begun.append(Session(
             shipped, open_clip(source), folder, Options(), bright,
-            {"data": data or str(source)}, ["python", "main.py", "-m", "segment", "--video", str(source)]))
+            {"data": data or str(source)},
+            ["python", "main.py", "-m", "segment", "--video", str(source)]))
         return begun[-1]
 
     yield start

@@ -224,6 +224,21 @@ def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016
     assert sorted(p.name for p in (results / "ant").iterdir()) == [f"{i:05d}.png" for i in range(4)]
 
 
+def test_nothing_is_written_behind_a_write_that_failed():
+    """Above all no state to resume from, which would lie behind a frame without a mask."""
+    written = []
+
+    def write(frame):
+        if frame == 2:
+            raise OSError("the disk is full")
+        written.append(frame)
+
+    with pytest.raises(OSError, match="full"), background.Background(write) as later:
+        for frame in range(9):
+            later(frame)
+    assert written == [0, 1]
+
+
 def test_few_frames_are_read_ahead():
     taken, most = 0, 0
 
