@@ -230,7 +230,7 @@ def clip(add) -> Callable:
     add("--not_point", metavar="X Y", nargs="+", type=int, action=Again, default=[],
         help="these pixels are not on it; the second --not_point is of the second object")
     add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
-        help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
+        help="show the clip in a browser: draw masks, segment, correct, export; a PORT of your own "
              "for a tunnel, see docs/own_video.md (default: where nothing else shows the object)")
     add("--page_host", metavar="ADDRESS", nargs="+",
         help="the address that --page listens on, 0.0.0.0 in a container or to let other machines "
