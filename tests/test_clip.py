@@ -112,7 +112,10 @@ def test_folders_that_are_no_clip(tmp_path):
     path = folder(tmp_path / "sizes", ["0.png", "1.png"])
     images.write_image(path / "1.png", picture(0, (40, 60)))
     with pytest.raises(ValueError, match="1.png: a frame of 60x40 pixels, expected 80x48"):
-        list(video.open_clip(path).frames())
+        video.open_clip(path)  # before any work, whichever frame it is
+    (path / "1.png").write_bytes(b"")
+    with pytest.raises(OSError, match="1.png: expected a frame"):
+        video.open_clip(path)
     with pytest.raises(FileNotFoundError, match="nowhere.mp4: no such file"):
         video.open_clip("nowhere.mp4")
 
