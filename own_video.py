@@ -114,7 +114,8 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
             paths.setdefault(frame, []).append(Path(name))
         masks = {frame: clip.fit(mask) for frame, mask in read_masks(paths).items()}
         for frame, mask in masks.items():
-            images.check_same_shape(args.video, clip.shape, f"--mask {paths[frame][0]}", mask.shape)
+            file = paths.get(frame, paths[min(paths)])[0]  # a page of a stack has no file
+            images.check_same_shape(args.video, clip.shape, f"--mask {file}", mask.shape)
         return masks
     frame = clip.index(default)
     image = next(clip.frames(frame), None)

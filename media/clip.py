@@ -17,7 +17,6 @@ from media import images, spool
 log = logging.getLogger(__name__)
 
 ANIMATIONS = (*images.SUFFIXES, ".gif", ".apng", ".avif")  # what Pillow reads; a single picture too
-MOVING = ("GIF", "PNG", "WEBP", "AVIF")  # Pillow finds several pictures in a photo (MPO) as well
 FOLDER_FPS = 24.0  # of a folder of frames, which tells none
 
 
@@ -169,15 +168,18 @@ def _numbers(files: list[Path]) -> list[int]:
 
 
 class Animation(Clip):
-    """A GIF, an APNG, an animated WebP as Pillow decodes it; one picture is a clip of one frame."""
+    """A GIF, an APNG, an animated WebP or a multi-page TIFF; a single picture is one frame."""
 
     def __init__(self, path: Path):
         self.path, self._starts = path, [0.0]
-        with images.open_image(path, "a picture or an animation") as image:
-            self.count = getattr(image, "n_frames", 1) if image.format in MOVING else 1
+        with images.open_pictures(path, "a picture or an animation") as image:
+            self.count = images.pictures(image)
             duration = image.info.get("duration", 0)  # milliseconds a frame
         self.fps = 1000 / duration if duration else FOLDER_FPS
-        self.shape = self.stored = next(self._read(0)).shape[:2]
+        first = next(self._read(0), None)
+        if first is None:
+            raise OSError(f"{path}: expected a picture or an animation, but none of it can be read")
+        self.shape = self.stored = first.shape[:2]
 
     def time(self, frame: int) -> float:
         return self._starts[frame]
@@ -186,11 +188,11 @@ class Animation(Clip):
         if self.count == 1:
             yield from [images.read_image(self.path)][start:]
             return
-        with images.open_image(self.path, "an animation") as image:
+        with images.open_pictures(self.path, "an animation") as image:
             for frame in range(self.count):
                 try:
                     image.seek(frame)
-                    picture = np.array(image.convert("RGB"))
+                    picture = images.rgb(images.upright(image)) if frame >= start else None
                 except Exception as error:  # whatever Pillow raises
                     log.warning("%s: ends after %d frames, though it declares %d (%s)", self.path,
                                 frame, self.count, error)
@@ -199,7 +201,7 @@ class Animation(Clip):
                 if frame + 1 == len(self._starts):
                     duration = image.info.get("duration", 0) / 1000 or 1 / self.fps
                     self._starts.append(self._starts[-1] + duration)
-                if frame >= start:
+                if picture is not None:
                     yield picture
 
     def _restart(self, end: int) -> int:
