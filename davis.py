@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import errors
 from data import download, layout
 from media import images
 from media.clip import FOLDER_FPS, Clip, file_numbers
@@ -207,7 +208,8 @@ class Davis:
 
     Raises:
         FileNotFoundError: no data set there, no such list, or a listed sequence isn't there.
-        ValueError: an unknown sequence, a mask of another size than its frame, or nothing left.
+        ValueError: an unknown sequence, a mask of another size than its frame, a listed sequence
+            whose first frame has no mask, or nothing left.
     """
 
     def __init__(self, root: str | Path, year: str | None = "2016", set: str = "train",
@@ -251,7 +253,17 @@ class Davis:
                         tuple(i for i, file in enumerate(frames) if asked and file.stem in asked))
 
     def _fit(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that can be used, each looked at; of the others the log says why not."""
+        """Those that can be used, each looked at; of the others the log says why not.
+
+        Raises:
+            ValueError: nothing is left, or a sequence of DAVIS' lists has masks, but none of its
+                first frame: starting later would give figures that compare with no others.
+        """
+        for sequence in sequences:
+            if sequence.labelled and sequence.labelled[0] and not sequence.later:
+                mask = sequence.masks[sequence.labelled[0]].with_name(sequence.mask_name(0))
+                raise ValueError(f"{mask}: no such mask, expected that of the first frame of "
+                                 f"sequence {sequence.name}")
         unfit = {sequence.name: sequence.unfit() for sequence in sequences}
         reasons = [reason for reason in unfit.values() if reason]
         for reason in reasons:
@@ -320,7 +332,10 @@ def main() -> int:
     try:
         download.download(args.download, args.year)
     except (OSError, ValueError) as error:
-        print(f"davis.py: error: {error}", file=sys.stderr)
+        message = errors.explained(error)
+        if message is None:
+            raise
+        print(f"davis.py: error: {message}", file=sys.stderr)
         return 2
     print(f"{args.download}: ready, python main.py -m eval -d {args.download}")
     return 0

@@ -23,6 +23,7 @@ import torch
 
 import confidence
 import distributed
+import errors
 import metrics
 import report
 import segment
@@ -104,21 +105,33 @@ def _conclude(sequences: list[Sequence], manifest: Manifest, options: Options) -
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
-    if options.results and scored:  # files first: who reads what is printed may have gone
-        earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
-                   if name not in scores and entry["j"]}
-        write(table(scores | earlier), options.results, options.set_name)
-        run = report.Run(options.results.name, options.results, scores, {
-            s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
-        path = report.write(options.results / "report.html", scored, [run],
-                            options.facts | {"speed": speed})
-    if scored:
-        show(found)
+    try:
+        if options.results and scored:  # files first: who reads what is printed may have gone
+            path = _write_tables(scored, scores, manifest, options, speed)
+    finally:  # a full disk costs no table on screen
+        if scored:
+            show(found)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
         print(f"masks and tables: {options.results}, to look at: {path}" if scored
               else f"masks: {options.results}")
     return found
+
+
+def _write_tables(scored: list[Sequence], scores: Scores, manifest: Manifest, options: Options,
+                  speed: str) -> Path:
+    """Write the set's tables, with what earlier calls scored of it, and a report: its path.
+
+    A report of some sequences doesn't replace one of more.
+    """
+    earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
+               if name not in scores and entry["j"]
+               and entry.get("set", options.set_name) == options.set_name}
+    write(table(scores | earlier), options.results, options.set_name)
+    run = report.Run(options.results.name, options.results, scores, {
+        s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
+    name = "report_selected.html" if earlier else "report.html"
+    return report.write(options.results / name, scored, [run], options.facts | {"speed": speed})
 
 
 def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
@@ -141,7 +154,8 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
             start, data = time.monotonic(), _data(sequence)
             score = segment_sequence(model, sequence, options, seen)
             manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
-                                            "f": score.f, "data": data})
+                                            "f": score.f, "data": data,
+                                            "set": options.set_name})
             if not sequence.scored:
                 continue
             scores[sequence.name] = score
@@ -344,35 +358,77 @@ def main() -> int:
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
-                args.set)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+                args.set, selected=bool(args.sequences))
     return 0
 
 
-def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> None:
-    """Score one folder or two: tables, and a report in the last one."""
+def compare(folders: list[Path], sequences: list[Sequence], set_name: str,
+            selected: bool = False) -> None:
+    """Score one folder or two: tables, and a report in the last one.
+
+    Where nothing can be written, as in a read-only folder, they are only printed.
+
+    Args:
+        selected: `sequences` are some of the set only, so the set's tables and its report stay.
+
+    Raises:
+        FileNotFoundError: a folder or a mask is missing.
+        ValueError: nothing to score, another run is writing there, or masks of another size.
+    """
     if len(folders) > 2:
         raise ValueError(f"expected one or two folders of results, got {len(folders)}")
-    sequences, runs = [sequence for sequence in sequences if sequence.scored], []
+    sequences = [sequence for sequence in sequences if sequence.scored]
     if not sequences:
         raise ValueError("nothing to score: no sequence has masks beside the given ones")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "
                                     "SEQUENCE/FRAME.png")
-        runs.append(report.Run(folder.name, folder, score_folder(folder, sequences)))
-        write(table(runs[-1].scores), folder, set_name)
-    name = "report.html" if len(runs) == 1 else f"against_{folders[0].name}.html"
-    path = report.write(folders[-1] / name, sequences, runs,
-                        {"scored": ", ".join(map(str, folders)), "set": set_name})
+    path, unwritten = None, []
+    with ExitStack() as held:
+        for folder in {folder.resolve(): folder for folder in folders}.values():
+            try:
+                held.enter_context(hold(folder))
+            except OSError as error:
+                unwritten.append(error)
+        runs = [report.Run(name, folder, score_folder(folder, sequences))
+                for name, folder in zip(labels(folders), folders)]
+        # files first: who reads what is printed may have gone
+        for run in () if selected else runs:
+            try:
+                write(table(run.scores), run.results, set_name)
+            except OSError as error:
+                unwritten.append(error)
+        name = "report" if len(runs) == 1 else f"against_{folders[0].resolve().name}"
+        try:
+            path = report.write(folders[-1] / f"{name}{'_selected' if selected else ''}.html",
+                                sequences, runs,
+                                {"scored": ", ".join(map(str, folders)), "set": set_name})
+        except OSError as error:
+            unwritten.append(error)
     for run in runs:
         if len(runs) > 1:
             print(run.results)
         show(table(run.scores))
-    print(f"to look at: {path}")
+    if selected:
+        log.info("the tables of the whole set stay as they are, since --sequences chose some")
+    if unwritten:
+        log.warning("not all tables and reports could be written: %s",
+                    errors.explained(unwritten[0]))
+    if path:
+        print(f"to look at: {path}")
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """A name for each folder: the shortest ends of their paths that differ."""
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len({*names}) == len(names):
+            return names
+    return [f"{folder.resolve().name} ({i})" for i, folder in enumerate(folders, 1)]
 
 
 if __name__ == "__main__":

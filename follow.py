@@ -107,7 +107,9 @@ class Follower:
         if len(self.object_ids) == 1:
             self.memory = None
         else:
-            self.memory.remove(object_id, getattr(self.model, "reader", None))
+            self.memory.remove(object_id)
+            if self.model.method == "memory":
+                self.model.reader.catch_up(self.memory.bank)
 
     def step(self, image: Array, mask: np.ndarray | None = None,
              shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:

@@ -229,7 +229,7 @@ def clip(add) -> Callable:
     add("--not_point", metavar="X Y", nargs="+", type=int, action=Again, default=[],
         help="these pixels are not on it; the second --not_point is of the second object")
     add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
-        help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
+        help="show the clip in a browser: draw masks, segment, correct, export; a PORT of your own "
              "for a tunnel, see docs/own_video.md (default: where nothing else shows the object)")
     add("--page_host", metavar="ADDRESS", nargs="+",
         help="the address that --page listens on, 0.0.0.0 in a container or to let other machines "
@@ -244,9 +244,8 @@ def clip(add) -> Callable:
         help="of --cutout transparent: png, a folder of pictures; mov, ProRes 4444 for editors; "
              "webm, VP9 for web pages (default: png)")
     add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
-        help="also write the masks as other tools read them: coco (annotations.json, run "
-             "lengths), yolo (labels/, polygons, and data.yaml to train with), both with track "
-             "ids")
+        help="also write the masks as other tools read them, with track ids: coco "
+             "(annotations.json, run lengths), yolo (labels/, polygons, data.yaml to train with)")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")

@@ -142,8 +142,8 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
             raise ValueError("--mask: expected a mask beside what is absent or gone: FIRST.png")
         masks = {number: clip.fit(mask) for number, mask in read_masks(paths).items()}
         for number, mask in masks.items():
-            images.check_same_shape(args.video, clip.shape, f"--mask {paths[number][0]}",
-                                    mask.shape)
+            file = paths.get(number, paths[min(paths)])[0]  # a page of a stack has no file
+            images.check_same_shape(args.video, clip.shape, f"--mask {file}", mask.shape)
         return {clip.index(number): mask for number, mask in masks.items()}
     frame = clip.index(default)
     image = next(clip.frames(frame), None)

@@ -15,6 +15,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+import errors
 from data.motion import recoloured
 from media import drawing, figures, images
 from media.masks import read_masks
@@ -141,10 +142,8 @@ def main():
                         help="write the figure there instead of opening a window")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         preview(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 def preview(args: argparse.Namespace) -> None:

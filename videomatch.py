@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import errors
 import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
@@ -300,10 +301,8 @@ def main():
     parser.add_argument("--save", metavar="DIR", type=Path, help="write figures, open no windows")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         show(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ What values mean is decided in media/coding.py. It knows no frame number but the
 """
 
 import logging
+import tempfile
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,8 @@ def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = Non
     """Read a person's own masks, all before anything is done with any.
 
     Several files of one frame are joined: ids that are free are kept, an id that another file of
-    the frame has already becomes the next one that is free.
+    the frame has already becomes the next one that is free. The pages of a TIFF are the masks of
+    consecutive frames from the one it was given for; pages without an object count as not labelled.
 
     Args:
         paths: the mask files of each frame, by its number.
@@ -42,6 +46,12 @@ def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = Non
         OSError, ValueError: as `Coding.of` and `Coding.read` do; also for a mask of another size
             and a first mask without an object. They name the file.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _read_masks(_unstacked(paths, Path(folder)), shape, clip)
+
+
+def _read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None,
+                clip: str | Path) -> dict[int, np.ndarray]:
     known: dict[tuple, int] = {}
     found, white = {}, []
     like, shape_of = (clip, shape) if shape else (None, None)
@@ -68,6 +78,44 @@ def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = Non
         log.info("%s: white is object 1 in each of them, the same object; another object needs "
                  "another number (such as 2)", ", ".join(Path(path).name for _, path in white))
     return found
+
+
+def _unstacked(paths: dict[int, list[Path]], folder: Path) -> dict[int, list[Path]]:
+    """The mask files of each frame, with the pages of multi-page TIFFs as files in `folder`."""
+    found: dict[int, list[Path]] = {}
+    for frame, files in paths.items():
+        for file in map(Path, files):
+            pages = _pages(file, folder) if file.suffix.lower() in (".tif", ".tiff") else {0: file}
+            for page, path in pages.items():
+                found.setdefault(frame + page, []).append(path)
+            if list(pages.values()) != [file]:
+                log.info("%s: its pages are the masks of consecutive frames from %d on, %d of them "
+                         "hold an object: frames %s", file, frame, len(pages),
+                         _shortened(frame + page for page in pages))
+    return found
+
+
+def _pages(file: Path, folder: Path) -> dict[int, Path]:
+    """The pages of a TIFF that hold an object, by their number; {0: file} if it has only one."""
+    with images.open_pictures(file, "a mask") as stack:
+        count = images.pictures(stack)
+        if count == 1:
+            return {0: file}
+        pages = {}
+        for page in range(count):
+            stack.seek(page)
+            if np.asarray(stack).any():
+                pages[page] = folder / f"{file.stem} page {page + 1}.tif"
+                stack.copy().save(pages[page])
+    if not pages:
+        raise ValueError(f"{file}: no page of it holds an object, expected one in the first mask")
+    return pages
+
+
+def _shortened(values: Iterable[int]) -> str:
+    """Comma-separated values, not more than `NAMED` of them."""
+    first = list(islice(values, NAMED + 1))
+    return ", ".join(map(str, first[:NAMED])) + (" ..." if len(first) > NAMED else "")
 
 
 def _join(frame: int, parts: list[tuple[Path, np.ndarray]]) -> np.ndarray:
@@ -126,7 +174,7 @@ def concern(mask: np.ndarray, cell: float) -> str | None:
                     "smaller -p, if it is too much")
     if small:
         word = "object" if len(small) == 1 else f"{len(small)} objects,"
-        names = ", ".join(map(str, small[:NAMED])) + (" ..." if len(small) > NAMED else "")
+        names = _shortened(small)
         said.append(f"{word} {names}: smaller than a feature cell ({cell:.3g} pixels wide), which "
                     "a larger --size (to twice the frame's own) or -p makes smaller")
     return "; ".join(said) or None

@@ -22,6 +22,10 @@ RATE = 48000  # samples per second of every track: Opus has no 44100, and AAC an
 # viewers notice at 45 ms early to 125 ms late.
 SLACK = 0.1
 HOPELESS = 1000  # packets without a single frame, about 20 s: encrypted, and an hour would not help
+# Seconds without a frame from which on timestamps are of another clock, and the gap is closed,
+# here and in the picture (`writer`). Cameras that wait for motion leave minutes; MP4 can't hold a
+# frame of much more than 3 hours, so a longer gap would cost the whole file.
+LONGEST_GAP = 3600.0
 SILENCE = np.zeros((2, RATE // 10), np.float32)  # inserted piece by piece: a gap may last for hours
 
 
@@ -29,7 +33,8 @@ def track(path: str | Path, start: float = 0.0) -> Iterator[np.ndarray]:
     """Yield the sound of a file from `start` on, without a gap, until it ends.
 
     Gaps are filled with silence, also one before the first sample, so that sample n is heard
-    n / RATE seconds after `start`. Parts whose timestamps jump back are joined. Yields nothing for
+    n / RATE seconds after `start`. Parts are joined whose timestamps jump back, or forward by more
+    than `LONGEST_GAP`. Yields nothing for
     a file without sound, and never raises: what can't be used is left out, with a warning.
 
     Args:
@@ -120,6 +125,9 @@ def _continuous(path: str | Path, frames: Iterable[av.AudioFrame],
         gap = round((begin - start) * RATE) - placed
         if placed and abs(gap) < SLACK * RATE:
             gap, end = 0, start + placed / RATE + frame.samples / frame.sample_rate
+        elif gap > LONGEST_GAP * RATE:
+            shift -= gap / RATE
+            gap, end = 0, end - gap / RATE
         samples = converter.convert(frame)[:, max(0, -gap):]
         while gap > 0:
             silence = SILENCE[:, :gap]

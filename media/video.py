@@ -141,7 +141,11 @@ class Video(Clip):
             image = reformatter.reformat(frame, format="rgb24").to_ndarray()
         if image.shape[1::-1] != self._size:
             image = cv2.resize(image, self._size, interpolation=cv2.INTER_LINEAR)
-        return np.ascontiguousarray(_turn(image, _matrix(frame)))
+        image = np.ascontiguousarray(_turn(image, _matrix(frame)))
+        if image.shape[:2] != self.shape:  # the camera was turned while it recorded
+            self._say("%s: frames are turned by 90 degrees midway, and brought to the first's size")
+            image = cv2.resize(image, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return image
 
     def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Number and frame from `start` on, decoded from the last key frame before it.

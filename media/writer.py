@@ -4,6 +4,7 @@ What browsers, notebooks and QuickTime play (H.264), and with transparency what 
 (ProRes 4444, VP9). It knows of arrays only.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +18,8 @@ from av.video.reformatter import VideoReformatter
 
 from media import sound
 from media.files import whole
+
+log = logging.getLogger(__name__)
 
 # of each kind of file: encoder, pixels, options, the longest side that it takes
 KINDS = {
@@ -63,6 +66,7 @@ class VideoWriter:
         self._rate, self._sound_of = rate, sound
         self._stream: av.VideoStream | None = None
         self._last = -1  # in units
+        self._cut = 0  # units that were taken out of the clip's times
         with ExitStack() as files:
             beside = files.enter_context(whole(path))
             beside.touch()  # which av.open puts off until the first frame
@@ -85,7 +89,13 @@ class VideoWriter:
             if self._stream is None:
                 self._start(image, time)
             units = (self._last + self._step if time is None
-                     else round((time - self._first) / self._unit))
+                     else round((time - self._first) / self._unit) - self._cut)
+            if self._last >= 0 and units - self._last > sound.LONGEST_GAP / self._unit:
+                if not self._cut:
+                    log.warning("%s: the clip's timestamps leave a gap of %.0f s, which is closed",
+                                self.path, (units - self._last) * self._unit)
+                self._cut += units - self._last - self._step
+                units = self._last + self._step
             self._last = max(units, self._last + 1) if self._last >= 0 else 0
             frame = av.VideoFrame.from_ndarray(self._fit(image),
                                                format="rgba" if image.shape[2] == 4 else "rgb24")

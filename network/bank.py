@@ -116,9 +116,9 @@ class Bank:
         self.given_sums = [*self.given_sums, sums]
         self.recent.append(views[0][0])
         self.count += 1
-        self._gather()
+        self.gather()
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
         """Make `sets` of the reference frames and their labels."""
         if not self.given:
             return
@@ -155,22 +155,18 @@ class Bank:
         if self.later_sums:
             self.later_sums = self.later_sums[0], wider(self.later_sums[1], 1)
 
-    def remove(self, channel: int, values_of: Callable[[Array, Array], Array]) -> None:
+    def remove(self, channel: int) -> None:
         """Forget one object; channels behind it move up.
 
         Its cells stay, as cells of nothing: were they background, it could not be found when it
         is asked for again.
-
-        Args:
-            values_of: the reader's, as those of the union of all objects are others now.
         """
         def without(x, axis):
             kept = [i for i in range(x.shape[axis]) if i != channel]
             return x[:, kept] if axis else x[kept]
 
-        def change(entry):
-            found = without(entry.found, 0)
-            return replace(entry, found=found, values=values_of(entry.shared, found))
+        def change(entry):  # values of the union hold the object, too: `Rules.catch_up` remakes all
+            return replace(entry, found=without(entry.found, 0), values=entry.values[:, :0])
 
         self.change(change)
         self.labels = [fewer(labels, channel) for labels in self.labels]
@@ -179,7 +175,6 @@ class Bank:
             self.later_sums = self.later_sums[0], without(self.later_sums[1], 1)
         if self.linear is not None:  # which is linear in the labels
             self.linear = without(self.linear, 1)
-        self._gather()
 
     def change(self, change: Callable[[Entry], Entry]) -> None:
         """Replace every entry."""

@@ -108,6 +108,11 @@ class Rules:
         shared = self.shared_of(cells)
         return Entry(cells.key, cells.near, shared, found, self.values_of(shared, found))
 
+    def catch_up(self, bank: Bank) -> None:
+        """Make the values anew after an object was removed: those of the union held it, too."""
+        bank.change(self._caught_up)
+        bank.gather()
+
     def _caught_up(self, entry: Entry) -> Entry:
         """With values of the objects, too, that nobody looked for when the frame was kept."""
         objects = len(entry.found) - 1

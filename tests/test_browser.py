@@ -301,6 +301,10 @@ def test_objects_and_keys(server, tab):
 def frame_seen(page):
     """The (H, W, 3) uint8 pixels of the frame that the page shows."""
     page.drawn()
+    return frame_seen_at_once(page)
+
+
+def frame_seen_at_once(page):
     height, width = page.ask("clip.height"), page.ask("clip.width")
     data = page.ask("Array.from(at('image').getContext('2d').getImageData(0, 0, clip.width, "
                     "clip.height).data)")
@@ -412,6 +416,32 @@ def test_a_link_without_the_last_slash(server, tab):
         assert page.ask("location.pathname") == "/a/b"
         page.driver.execute_script("act('add')")
         page.wait("clip.objects.length === 1")
+
+
+def test_a_stroke_is_for_the_frame_that_is_seen(server, tab):
+    """Whatever the page is loading, or a key asks for, while somebody draws."""
+    page = tab()
+    page.draw((8, 6), (66, 52))
+    page.click("[data-tool=brush]")
+    event = "{bubbles: true, pointerId: 1, clientX: box.left + 20, clientY: box.top + 20}"
+    draw = ("const box = at('hand').getBoundingClientRect(); "
+            "at('hand').setPointerCapture = () => 0; "
+            "const send = kind => at('hand').dispatchEvent(new PointerEvent(kind, " + event + "));")
+    # frame 5 never comes, so that frame 0 is still seen
+    page.driver.execute_script(
+        "const real = fetch; window.fetch = (url, ...rest) => "
+        "url.includes('frame/5') ? new Promise(() => 0) : real(url, ...rest); go(5); "
+        + draw + "send('pointerdown'); send('pointerup');")
+    page.wait("clip.undo === 2 && view.frame === 0")
+    assert set(server.masks("given")) == {0}
+    # a key leads to another frame in the middle of a stroke
+    page.driver.execute_script(draw + "send('pointerdown'); go(1); send('pointerup');")
+    page.drawn()
+    assert page.ask("clip.undo") == 2
+    # a frame that can't be read isn't shown as the one before
+    page.driver.execute_script("window.fetch = () => Promise.reject(new Error('broken')); go(7)")
+    page.wait("view.shown === null")
+    assert not frame_seen_at_once(page).any()
 
 
 def test_ctrl_c_with_an_open_tab_ends_quietly(server, tab):

@@ -1,6 +1,8 @@
 """What evaluation leaves behind, and its figures against the independent scorer."""
 
 import csv
+import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, content, held
 from PIL import Image
 from vos_benchmark.benchmark import benchmark
 
@@ -222,6 +224,21 @@ def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016
     assert sorted(p.name for p in (results / "ant").iterdir()) == [f"{i:05d}.png" for i in range(4)]
 
 
+def test_nothing_is_written_behind_a_write_that_failed():
+    """Above all no state to resume from, which would lie behind a frame without a mask."""
+    written = []
+
+    def write(frame):
+        if frame == 2:
+            raise OSError("the disk is full")
+        written.append(frame)
+
+    with pytest.raises(OSError, match="full"), background.Background(write) as later:
+        for frame in range(9):
+            later(frame)
+    assert written == [0, 1]
+
+
 def test_few_frames_are_read_ahead():
     taken, most = 0, 0
 
@@ -250,6 +267,76 @@ def test_script_scores_masks_made_by_anything(davis_2016):
     assert run.stdout.splitlines()[-2].split() == ["all"] + ["1.000"] * 3 + ["0.000", "1.000",
                                                                            "1.000", "0.000"]
     assert (masks / "global_results-train.csv").is_file() and (masks / "report.html").is_file()
+
+
+def copied(masks, folder, *names):
+    for name in names:
+        shutil.copytree(masks / name, folder / name)
+    return folder
+
+
+def test_some_sequences_replace_neither_the_tables_nor_the_report_of_all(davis_2016, tmp_path):
+    masks = copied(davis_2016 / "Annotations" / "480p", tmp_path / "out", "ant", "bee", "cat")
+    assert script(masks, "-d", davis_2016, "-t", "train").returncode == 0
+    before = content(masks)
+    run = script(masks, "-d", davis_2016, "-t", "train", "-q", "bee")
+    assert run.returncode == 0 and "bee" in run.stdout and "ant" not in run.stdout
+    assert "the tables of the whole set stay" in run.stderr
+    after = content(masks)
+    assert {path.name for path in after.keys() - before.keys()} == {"report_selected.html"}
+    assert all(after[path] == before[path] for path in before)
+
+
+def test_an_evaluation_of_some_sequences_keeps_rows_and_report_of_the_others(
+        model, davis_2016, results):
+    sequences = Davis(davis_2016, set="train").sequences
+    options = evaluate.Options(results=results, set_name="train")
+    evaluate.evaluate(model, sequences, options)
+    before = content(results)
+    evaluate.evaluate(model, sequences[:1], options)
+    after = content(results)
+    assert {path.name for path in after.keys() - before.keys()} == {"report_selected.html"}
+    assert all(after[path] == before[path] for path in before)
+    options.set_name = "val"  # whose table holds no row of another set
+    evaluate.evaluate(model, Davis(davis_2016, set="val").sequences, options)
+    rows = read_csv(results / "per-sequence_results-val.csv")
+    assert [row["Sequence"] for row in rows] == ["dog"]
+
+
+def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
+    masks = davis_2016 / "Annotations" / "480p"
+    folders = [copied(masks, tmp_path / way / "results", "ant") for way in ("old", "new")]
+    assert script(*folders, "-d", davis_2016, "-t", "train", "-q", "ant").returncode == 0
+    page = (folders[1] / "against_results_selected.html").read_text()
+    assert "old/results against new/results" in page
+    assert evaluate.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert evaluate.labels([tmp_path / "a", tmp_path / "x" / ".." / "a"]) == ["a (1)", "a (2)"]
+
+
+@pytest.mark.parametrize("refuses", ["hold", "whole"])  # a read-only folder, a full disk
+def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, monkeypatch, capsys,
+                                                         caplog):
+    masks = davis_2016 / "Annotations" / "480p"
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for module in (evaluate, evaluate.report.files):
+        monkeypatch.setattr(module, "whole", refuse)
+    if refuses == "hold":
+        monkeypatch.setattr(evaluate, "hold", refuse)
+    evaluate.compare([masks], Davis(davis_2016, set="train").sequences, "train")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("all ")
+    assert "not all tables and reports could be written" in caplog.text
+    assert not list(masks.glob("*.csv")) + list(masks.glob("*.html"))
+
+
+def test_what_another_run_writes_is_not_scored(davis_2016):
+    masks = davis_2016 / "Annotations" / "480p"
+    with held(masks) as other:
+        run = script(masks, "-d", davis_2016, "-t", "train")
+    assert run.returncode == 2
+    assert f"{masks}: another run is writing there (process {other.pid}" in run.stderr
 
 
 def noise():

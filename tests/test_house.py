@@ -34,7 +34,7 @@ RANKS = [
     {"preprocess", "metrics"},
     {"data", "page"},  # the demo, downloads; the page's server, and what a session keeps
     {"network", "media", "distributed"},
-    {"media.shown", "version"},
+    {"media.shown", "version", "errors"},
 ]
 WINGS = {"network", "media", "data", "benchmarks", "training", "page"}
 TORCH = {"torch", "torchvision", "triton"}

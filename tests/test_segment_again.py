@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from manifest import Manifest, made_by
 from media import files, images
 from media.masks import read_mask
 from media.video import open_clip
-from own_video import fingerprint, numbered
+from own_video import fingerprint, given_masks, numbered
 from tracker import Tracker
 
 
@@ -302,3 +303,16 @@ def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
     assert numbered("12:31.png") == (12, "31.png")
     (tmp_path / "30.png").touch()
     assert numbered("12:30.png") == (12, "30.png")
+
+
+def test_a_stack_of_masks_begins_at_its_frame(tmp_path):
+    frames = [Image.fromarray(draw_frame(i)[0]) for i in range(6)]
+    frames[0].save(tmp_path / "clip.tif", save_all=True, append_images=frames[1:])
+    masks = [Image.fromarray(draw_frame(i)[1] * (i % 2)) for i in range(4)]
+    masks[0].save(tmp_path / "labels.tif", save_all=True, append_images=masks[1:])
+    args = Namespace(mask=[f"2:{tmp_path / 'labels.tif'}"], box=[], point=[], mask_frame=None,
+                     video=tmp_path / "clip.tif")
+    found = given_masks(args, open_clip(args.video), tmp_path, None)
+    assert list(found) == [3, 5]
+    for frame, mask in found.items():
+        np.testing.assert_array_equal(mask, draw_frame(frame - 2)[1])

@@ -390,6 +390,15 @@ def test_frames_of_another_size_are_brought_to_the_first(tmp_path, caplog):
     assert "from 80x48 to 160x96" in line
 
 
+def test_frames_that_are_turned_midway_keep_the_first_ones_size(gops, monkeypatch, caplog):
+    quarter = np.array([[0, 1], [-1, 0]]) * 65536
+    monkeypatch.setattr(video, "_matrix", lambda frame: quarter if frame.pts > 20 * 512 else None)
+    frames = list(video.open_clip(gops).frames())
+    assert {frame.shape for frame in frames} == {(*SHAPE, 3)} and len(frames) == 40
+    (line,) = caplog.messages
+    assert "gops.mp4: frames are turned" in line
+
+
 def test_sound_alone_is_no_clip(tmp_path):
     with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=44100)

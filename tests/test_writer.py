@@ -98,6 +98,17 @@ def test_times_of_the_clip_are_kept(tmp_path):
     assert found == sorted(set(found)) and len(found) == 5 and found[3] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+def test_a_gap_that_no_player_would_wait_for_is_closed(suffix, tmp_path, caplog):
+    """A damaged timestamp, or recordings of several days in one file."""
+    times = [0, 0.04, 60, 1e6, 1e6 + 0.04, 1e12]
+    path = write(tmp_path / f"video{suffix}", 6, times=times, fps=25)
+    found = stream_of(path)[3]
+    assert found == pytest.approx([0, 0.04, 60, 60.04, 60.08, 60.12], abs=1e-3)
+    (line,) = caplog.messages
+    assert "gap of 999940 s" in line
+
+
 @pytest.mark.parametrize("suffix, decoder", [(".mov", "prores"), (".webm", "libvpx-vp9")])
 @pytest.mark.parametrize("shape", [(48, 80), (49, 81)])
 def test_transparency(suffix, decoder, shape, tmp_path):
@@ -245,7 +256,9 @@ def played(times, monkeypatch, start=0.0):
     ([0, 0.1, 999, 0.3, 0.4], 0, [1, 2, 3, 4, 5], None),  # a single wrong one
     ([0, 0.1, -999, 0.3, 0.4], 0, [1, 2, 3, 4, 5], None),
     ([999, 0.1, 0.2], 0, [0, 2, 3], None),
-    ([0, 0.1, 0.2, 1e9], 0.1, [2, 3, *[0] * 38], None),
+    ([0, 0.1, 0.2, 900], 0.1, [2, 3, *[0] * 38], None),
+    ([0, 0.1, 1e9, 1e9 + 0.1], 0, [1, 2, 3, 4], None),  # another clock
+    ([1e6, 1e6 + 0.1, 1e6 + 0.3], 5, [1, 2, 0, 3], None),
     ([0, 0.1], 7, [], "ends before the first frame")])
 def test_sound_of_any_timestamps_is_continuous(times, start, expected, warning, monkeypatch,
                                                caplog):
