@@ -216,8 +216,8 @@ def clip(add) -> Callable:
         help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
         help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
-             "or 0:a.png 120:b.png; each value or flat colour is an object; several files of a "
-             "frame are joined")
+             "or 0:a.png 120:b.png; each value or flat colour is an object, in .json of labelme "
+             "or COCO each label; several files of a frame are joined")
     add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: the first)")
