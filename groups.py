@@ -216,8 +216,9 @@ def clip(add) -> Callable:
         help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
         help="masks of frames, counted from 0 or numbered as their files: FIRST.png or 0:a.png "
-             "120:b.png; each value or flat colour is an object; files of a frame are joined. "
-             "60:absent=2: object 2 isn't in frame 60; 60:gone=2: nor in later ones")
+             "120:b.png; each value or flat colour is an object, in .json of labelme or COCO each "
+             "label; files of a frame are joined. 60:absent=2: object 2 isn't in frame 60; "
+             "60:gone=2: nor in later ones")
     add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: the first)")

@@ -24,7 +24,7 @@ from follow import Follower, resized
 from media import drawing, files, images
 from media.background import progress
 from media.files import hold, keep_apart
-from media.masks import read_mask
+from media.masks import read_masks
 from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
@@ -174,7 +174,7 @@ def segment(args: argparse.Namespace) -> None:
     keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")], [args.clip, *given])
     model = load(args.model_load, args.threads)
     if args.mask:
-        first = read_mask(args.mask, own=True)
+        first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
     else:
         first = masks_of(model, next(clip.frames()), in_order(
             args.box, args.point, args.not_point))

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
 def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     """Write masks and what else the flags name into a results folder that this run holds."""
     model = build.model_in_use(args)
-    masks = given_masks(args, clip, results, model)
+    names: dict[int, str] = {}
+    masks = given_masks(args, clip, results, model, names)
     options, first = segment.Options(**build.road(args, model)), masks[min(masks)]
     options.start, options.stop = part_of(args, clip)
     options.presence = given_presence(args, clip, masks)
@@ -91,7 +92,7 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     sure = Confidence(results / "confidence.csv", clip, kept.index is not None)
     count = segment.drain(bar, [
         *sinks.of_a_clip(results, clip, args.cutout, args.cutout_format), sure,
-        *annotations.of_a_clip(results, clip, args.export)], kept,
+        *annotations.of_a_clip(results, clip, args.export, names)], kept,
         lambda _: manifest.begin([results / "masks", results / "cutout"]))
     predicted = [one for one in sure.measures if one.frame not in masks]
     report.write_clip(results / "report.html", args.video.resolve().name, clip, predicted,
@@ -127,8 +128,12 @@ def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,
-                model: VideoMatch) -> dict[int, np.ndarray]:
-    """The masks that --mask names, or the one that --box and --point make, kept as a file."""
+                model: VideoMatch, names: dict[int, str] | None = None) -> dict[int, np.ndarray]:
+    """The masks that --mask names, or the one that --box and --point make, kept as a file.
+
+    Args:
+        names: labels of objects by their ids; those that annotation files tell are added.
+    """
     default = clip.number(0) if args.mask_frame is None else args.mask_frame
     if args.mask or not (args.box or args.point):
         paths: dict[int, list[Path]] = {}
@@ -140,7 +145,9 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
             paths.setdefault(number, []).append(Path(name))
         if args.mask and not paths:
             raise ValueError("--mask: expected a mask beside what is absent or gone: FIRST.png")
-        masks = {number: clip.fit(mask) for number, mask in read_masks(paths).items()}
+        found = read_masks(paths, names=names, frame_names={
+            number: clip.frame_name(clip.index(number)) for number in paths})
+        masks = {number: clip.fit(mask) for number, mask in found.items()}
         for number, mask in masks.items():
             file = paths.get(number, paths[min(paths)])[0]  # a page of a stack has no file
             images.check_same_shape(args.video, clip.shape, f"--mask {file}", mask.shape)

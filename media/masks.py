@@ -5,13 +5,13 @@ What values mean is decided in media/coding.py. It knows no frame number but the
 
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from media import images
+from media import images, json_masks
 from media.coding import VOID, Coding
 from media.layers import border, is_transparent
 
@@ -27,16 +27,20 @@ def read_mask(path: str | Path, single_object: bool = False, own: bool = False) 
 
 
 def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = None,
-               clip: str | Path = "the clip") -> dict[int, np.ndarray]:
+               clip: str | Path = "the clip", frame_names: Mapping[int, str] | None = None,
+               names: dict[int, str] | None = None) -> dict[int, np.ndarray]:
     """Read a person's own masks, all before anything is done with any.
 
     Several files of one frame are joined: ids that are free are kept, an id that another file of
     the frame has already becomes the next one that is free. The pages of a TIFF are the masks of
     consecutive frames from the one it was given for; pages without an object count as not labelled.
+    A file that ends in .json is one of labelme or COCO (`json_masks`).
 
     Args:
         paths: the mask files of each frame, by its number.
         shape: (H, W) of the frames of `clip`, None if unknown.
+        frame_names: of frames by their numbers; from a COCO file the image of that name is taken.
+        names: labels of objects by their ids; those that a file tells are added.
 
     Returns:
         (H, W) uint8 for each frame, the first with an object; an empty later mask says that no
@@ -47,26 +51,27 @@ def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = Non
             and a first mask without an object. They name the file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _read_masks(_unstacked(paths, Path(folder)), shape, clip)
+        return _read_masks(_unstacked(paths, Path(folder)), shape, clip, frame_names or {}, names)
 
 
 def _read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None,
-                clip: str | Path) -> dict[int, np.ndarray]:
+                clip: str | Path, frame_names: Mapping[int, str],
+                names: dict[int, str] | None) -> dict[int, np.ndarray]:
     known: dict[tuple, int] = {}
-    found, white = {}, []
+    found: dict[int, np.ndarray] = {}
+    white = []
     like, shape_of = (clip, shape) if shape else (None, None)
     for frame in sorted(paths):
         parts = []
         for path in paths[frame]:
-            coding = Coding.of([path], own=True, known=known)
-            mask = coding.read(path)
+            mask, is_white = _read_own(path, known, frame_names.get(frame), names)
             if shape_of is None:
                 like, shape_of = path, mask.shape
             images.check_same_shape(like, shape_of, path, mask.shape)
             if (mask > 0).mean() > 0.5 and (border(mask) > 0).mean() > 0.9:
                 log.warning("%s: objects cover the border of the frame; if object and background "
                             "are swapped, invert the mask", path)
-            if coding.numbers is not None and coding.numbers[VOID] == 1 and mask.any():
+            if is_white:
                 white.append((frame, path))
             parts.append((path, mask))
         found[frame] = _join(frame, parts)
@@ -116,6 +121,16 @@ def _shortened(values: Iterable[int]) -> str:
     """Comma-separated values, not more than `NAMED` of them."""
     first = list(islice(values, NAMED + 1))
     return ", ".join(map(str, first[:NAMED])) + (" ..." if len(first) > NAMED else "")
+
+
+def _read_own(path: Path, known: dict, frame_name: str | None,
+              names: dict[int, str] | None) -> tuple[np.ndarray, bool]:
+    """A person's mask, and whether all that it says is white on black."""
+    if Path(path).suffix.lower() == ".json":
+        return json_masks.read(Path(path), frame_name, known, names), False
+    coding = Coding.of([path], own=True, known=known)
+    mask = coding.read(path)
+    return mask, bool(coding.numbers is not None and coding.numbers[VOID] == 1 and mask.any())
 
 
 def _join(frame: int, parts: list[tuple[Path, np.ndarray]]) -> np.ndarray:

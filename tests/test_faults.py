@@ -22,6 +22,7 @@ from conftest import (
 )
 from torchvision import models
 
+import checkpoint
 import main
 from videomatch import VideoMatch
 
@@ -83,6 +84,17 @@ def test_a_second_training_leaves_the_first_ones_files_alone(training, tmp_path,
             assert content(folder) == before
     reports = (folder / "vm.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in reports] == [0, 3, 6, 9]
+
+
+def test_a_state_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "vm.state", []
+
+    def fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(path, {"iteration": 3})
+    assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_resume_with_nothing_to_resume_starts(training, tmp_path):

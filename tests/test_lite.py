@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -309,6 +310,26 @@ def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
         image = draw_frame(step)[0].repeat(2, 0).repeat(2, 1)
         mask = follower.step(network.normalized(image), None if step else truth(0)).mask
         assert overlap(mask == 1, truth(step) == 1) > 0.8, step
+
+
+def test_an_export_of_8_bits_that_computes_something_else_is_refused(exact, tmp_path, monkeypatch):
+    quantized = eight_bit.quantized
+
+    def reversed_scales(values, axis):
+        whole, scales = quantized(values, axis)
+        return whole, scales[::-1].copy()
+
+    monkeypatch.setattr(eight_bit, "quantized", reversed_scales)
+    with pytest.raises(ValueError, match="--eight_bit.*differ"):
+        export.export(exact, tmp_path, small=True)
+
+
+def test_no_pooling_is_exported_that_older_onnxruntimes_compute_otherwise(exported):
+    """Before 1.29 they count pixels beyond the border where a side is odd."""
+    pools = [{a.name: a.i for a in node.attribute} for path in exported.glob("*.onnx")
+             for node in onnx.load(path).graph.node if node.op_type == "AveragePool"]
+    assert any(pool.get("ceil_mode") for pool in pools)
+    assert not any(pool.get("ceil_mode") and pool.get("count_include_pad") for pool in pools)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
