@@ -205,12 +205,9 @@ class Edits:
             self.change()
             return thing.id
 
-    def change_object(self, object_id: int, name: str | None = None,
-                      hidden: bool | None = None) -> None:
+    def rename_object(self, object_id: int, name: str) -> None:
         with self.lock:
-            thing = self._object(object_id)
-            thing.name = thing.name if name is None else name
-            thing.hidden = thing.hidden if hidden is None else hidden
+            self._object(object_id).name = name
             self.work.save()
             self.change()
 

@@ -32,7 +32,6 @@ class Object:
 
     id: int
     name: str
-    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,8 +203,8 @@ class Work:
             for name in ("absent", "gone"):  # which earlier versions did not write
                 getattr(self.presence, name).update(
                     (int(frame), set(ids)) for frame, ids in kept.get(name, {}).items())
-            found = ([Object(**thing) for thing in kept["objects"]], int(kept["next_id"]),
-                     set(kept["pending"]) & self.said())
+            found = ([Object(thing["id"], thing["name"]) for thing in kept["objects"]],
+                     int(kept["next_id"]), set(kept["pending"]) & self.said())
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not that of a session ({error})") from error
         if of != (self.clip, self.shape):

@@ -315,7 +315,7 @@ def test_objects_and_keys(server, tab):
     assert set(np.unique(server.masks("given")[0])) == {0, 1, 2}
     both = page.seen()
     page.find(".object button").click()
-    page.wait("clip.objects[0].hidden")
+    page.wait("hidden.has(1)")
     assert page.seen().sum() < both.sum()
     page.wait("at('objects').textContent.includes('Show')")
     page.find(".object button[aria-label^=Delete]").click()
@@ -585,7 +585,7 @@ def test_an_object_that_left_the_frame_is_not_visible(tmp_path, tab):
         page.driver.execute_script("""
             const sure = value => ({ given: false, version: 9, sure: { 1: value } });
             frames.set(1, sure(.9)); frames.set(2, sure(null)); frames.set(3, sure(null));
-            Object.assign(clip, { objects: [{ id: 1, name: "cat", hidden: false }],
+            Object.assign(clip, { objects: [{ id: 1, name: "cat", absent: [], gone: [] }],
               unsure: [{ object_id: 1, first: 2, last: 3, confidence: 0 },
                        { object_id: 1, first: 1, last: 3, confidence: 0 }] });
             go(2);""")

@@ -60,9 +60,9 @@ def test_objects_come_and_go(client):
     mask = truth(0, (1, 2))
     assert client.put("/mask/0", content=png(mask)).status_code == 200
     assert [thing["id"] for thing in state(client)["objects"]] == [1, 2]
-    do(client, "change", object=2, name="the blue one", hidden=True)
-    assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "hidden": True,
-                                            "absent": [], "gone": []}
+    do(client, "change", object=2, name="the blue one")
+    assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "absent": [],
+                                            "gone": []}
     do(client, "delete", object=1)
     np.testing.assert_array_equal(shown(client, 0), np.where(mask == 2, 2, 0))
     assert do(client, "add").json() == {"object": 3}, "numbers are never used twice"
@@ -120,7 +120,7 @@ def test_frames_have_their_files_numbers(begin, clip, tmp_path):
     session.edits.give(3, truth(3))
     session.segment_from(3, "forwards")
     finished(session)
-    session.edits.change_object(1, name="the square")
+    session.edits.rename_object(1, "the square")
     ACTIONS["export"](session, Fields(b'{"coco": true, "yolo": true}'))
     run, out = finished(session), tmp_path / "out"
     assert run["ended"] == "done", run
@@ -462,7 +462,7 @@ def test_a_clip_that_ends_early(client):
 def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
     session = begin()
     session.edits.give(2, truth(2))
-    session.edits.change_object(1, name="square")
+    session.edits.rename_object(1, "square")
     session.segment_from(2, "backwards")
     finished(session)
     session.close()
