@@ -9,15 +9,15 @@ import logging
 import numpy as np
 import torch
 
-import distributed
 import preprocess
-from data.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
-from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
 from network.losses import LOSSES
+from system import distributed
 from training.options import GRADIENT, Options, one_cycle
 from training.report import Report
+from training.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
+from training.static_images import Still
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import errors
 import preprocess
 from checkpoint import Checkpointed
+from masks.read import read_masks
+from masks.validation import check_id_masks, check_normalized
 from media import drawing, figures, images
-from media.masks import read_masks
 from media.shown import Prompts
-from media.validation import check_id_masks, check_normalized
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
@@ -33,6 +32,7 @@ from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_unio
 from network.rules import View
 from network.sets import refer
 from network.views import sets_of
+from system import errors
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")

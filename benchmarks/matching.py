@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import preprocess
 from benchmarks import common
 from benchmarks.common import peak_memory, seconds
-from build import device_of
-from data import demo
+from cli.setup import device_of
+from datasets import demo
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
 from network.views import cell_labels

@@ -21,8 +21,8 @@ import torch
 import preprocess
 from benchmarks import common
 from benchmarks.common import WARM, peak_memory, seconds
-from build import device_of
-from data import demo
+from cli.setup import device_of
+from datasets import demo
 from media import images
 from network import precision
 from tracker import Tracker

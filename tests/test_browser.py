@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, overlap, truth
 from PIL import Image
 
-from media.masks import read_mask
+from masks.read import read_mask
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, write_list, write_sequence
 
-import flags
 import main
-from data.samples import PairSampler
+from cli import parser
 from davis import Davis
+from training.samples import PairSampler
 from videomatch import SHIPPED
 
 
@@ -69,7 +69,7 @@ def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_si
     monkeypatch.setattr(main.build, "model_of", lambda _: model)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
     monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[3]))
-    main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
+    main.run_train(parser.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
     assert seen[0].iterations == steps  # of 18 frames
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-import flags
+from cli import parser as flags
 
 MODES = ("train", "eval", "segment", "export")
 SEGMENT = "-m segment --video clip.mp4 --mask first.png"

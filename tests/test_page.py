@@ -15,9 +15,9 @@ from starlette.testclient import TestClient
 
 import main
 from media import images
-from page import server
-from page import session as sessions
-from page.server import MOST_JSON, MOST_MASK
+from webapp import server
+from webapp import session as sessions
+from webapp.server import MOST_JSON, MOST_MASK
 
 FRAMES, SHAPE = 12, (96, 160)
 
@@ -251,7 +251,7 @@ def test_the_page_is_refused_what_it_cannot_do(clip, tmp_path, monkeypatch, caps
 
 
 def test_a_missing_package_is_named(clip, monkeypatch, capsys):
-    monkeypatch.setitem(main.sys.modules, "page.server", None)
+    monkeypatch.setitem(main.sys.modules, "webapp.server", None)
     import page
     monkeypatch.delattr(page, "server")
     assert main.main(["-m", "segment", "--video", str(clip), "--page"]) == 2

@@ -16,10 +16,10 @@ from PIL import Image
 
 import evaluate
 import metrics
-import report
-from confidence import Measures
 from davis import Davis
 from media.clip import Clip
+from outputs import report
+from tracking.confidence import Measures
 
 SCORES = {"ant": ([0.5, 0.9, 0.7, 0.6], [0.4, 0.8, 0.6, 0.5]),
           "bee": ([0.9, 0.9, 0.9, 0.9], [1.0, 1.0, 1.0, 1.0])}

@@ -10,9 +10,9 @@ from conftest import SHAPE, write_list, write_sequence
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.samples import Clips, Pairs, PairSampler, large_enough
 from davis import Davis
 from preprocess import Augment
+from training.samples import Clips, Pairs, PairSampler, large_enough
 
 
 def as_is(image, mask):

@@ -15,12 +15,11 @@ from conftest import SHAPE
 from PIL import Image
 
 import train
-from data import samples
-from data.samples import Clips, Pairs
 from davis import Davis, split
 from network import losses
 from preprocess import Augment
-from training import report
+from training import report, samples
+from training.samples import Clips, Pairs
 from videomatch import SHIPPED, VideoMatch
 
 ONE = torch.tensor([[0.9, 0.2], [0.4, 0.6]])  # of an object

@@ -12,16 +12,16 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-import distributed
 import metrics
 import preprocess
 from checkpoint import save
-from data.stills import Still
 from davis import Sequence
+from masks.encoding import VOID
 from media import figures, files
-from media.coding import VOID
+from system import distributed
 from tracker import Tracker
 from training.options import Options
+from training.static_images import Still
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
