@@ -31,6 +31,11 @@ class Tracker(Follower):
         check_normalized(image)
         return super().step(image, None if mask is None else id_mask(mask), shape, absent)
 
+    @torch.no_grad()
+    def remove(self, object_id: int) -> None:
+        """As `Follower.remove`."""
+        super().remove(object_id)
+
     def state(self) -> dict:
         """All but network and settings, as numbers, lists and tensors, for `load_state`."""
         return {"memory": plain(self.memory), "previous": torch.from_numpy(self.previous),

@@ -213,6 +213,39 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
     assert not page.log()
 
 
+def test_an_object_that_left_is_ended(server, tab):
+    page = tab()
+    page.draw((16, 12), (56, 44))
+    page.segment("forwards")
+    pressed = "at('{}').getAttribute('aria-pressed') === 'true'"
+    page.go(7)
+    assert page.seen().any() and not page.ask(pressed.format("gone"))
+    page.go(5)
+    page.click("#gone")
+    page.wait(pressed.format("gone"))
+    for frame, visible in ((4, True), (5, False), (9, False)):
+        page.go(frame)
+        page.wait(f"clip.objects[0].gone.length && frames.get({frame}).version")
+        assert page.seen().any() == visible
+    assert page.find("#gone").text == "Gone since frame 5"
+    page.click("#gone")
+    page.wait(f"!({pressed.format('gone')})")
+    page.go(8)
+    page.go(9)
+    assert page.seen().any()
+    page.click("#absent")
+    page.wait(pressed.format("absent"))
+    page.go(8)
+    assert page.seen().any()
+    page.go(9)
+    assert not page.seen().any()
+    page.click("#undo")
+    page.wait(f"!({pressed.format('absent')})")
+    page.go(8)
+    page.go(9)
+    assert page.seen().any() and not page.log()
+
+
 def test_a_reload_a_second_tab_and_undo(server, tab):
     page, other = tab(), tab()
     page.draw((8, 6), (66, 52))
