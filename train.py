@@ -3,10 +3,8 @@
 Whole sequences are held out. It knows neither flags nor how samples are drawn.
 """
 
-import copy
 import logging
 
-import numpy as np
 import torch
 
 import preprocess
@@ -27,7 +25,6 @@ KEY_RATE = 3  # likewise of what compares cells, which starts well
 KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 START = 16  # images of which the first keys are made
-FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
@@ -182,28 +179,3 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
             found = model.enlarged(output, size)[0]
             total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
     return total / (len(images) - 1)
-
-
-def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
-             options: Options) -> VideoMatch:
-    """A copy of the model, fitted to the reference frame of a video by augmenting it.
-
-    Args:
-        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
-        options: `iterations`, `shape`, `losses`, `learning_rate`, `weight_decay` and `seed` count.
-    """
-    precision, model = model.precision, copy.deepcopy(model)
-    model.precision = torch.float32
-    augment = preprocess.Augment(options.shape)
-    optimizer, schedule = optimizer_of(model, options)
-    rng = np.random.default_rng(options.seed)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        for _ in range(options.iterations):
-            wanted = (mask == rng.choice(np.unique(mask[mask > 0]))).astype(np.uint8)
-            clip = [augment(image, wanted), *augment.clip([(image, wanted)] * FINETUNE_FRAMES)]
-            batch = [torch.stack(parts)[None] for parts in zip(*clip)]
-            step(model, optimizer, batch, options.losses, shared=False)
-            schedule.step()
-    model.precision = precision
-    return model.eval()

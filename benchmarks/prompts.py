@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from cli.setup import device_of
+from cli.setup import select_device
 from davis import Davis, Sequence
 from media.shown import Prompts
 from tracking import prompting
@@ -58,7 +58,7 @@ def prompt_seconds(model: VideoMatch, repeats: int) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    model = VideoMatch.load(args.model_load).eval().to(device_of(args.cuda_device))
+    model = VideoMatch.load(args.model_load).eval().to(select_device(args.cuda_device))
     return measured(model, Davis(args.dataset, args.year, args.set).sequences,
                             args.repeats)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import parser, setup
+from cli import setup
+from cli.options import changed
 from masks.read import read_masks, tell_concern
 from media import images
 from media.background import progress
@@ -44,14 +45,14 @@ def run(args: argparse.Namespace) -> None:
 
 def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     """Write masks and what else the flags name into a results folder that this run holds."""
-    model = setup.model_in_use(args)
+    model = setup.load_for_inference(args)
     names: dict[int, str] = {}
     masks = given_masks(args, clip, results, model, names)
-    options, first = pipeline.Options(**setup.road(args, model)), masks[min(masks)]
+    options, first = pipeline.Options(**setup.pipeline_options(args)), masks[min(masks)]
     options.start, options.stop = part_of(args, clip)
     options.presence = given_presence(args, clip, masks)
     tell_concern(first, pipeline.cell(model, first.shape, options))
-    facts = setup.facts(args, model, {
+    facts = setup.run_metadata(args, model, {
         "data": data, "masks": ", ".join(
             f"frame {clip.number(frame)}: CRC {zlib.crc32(mask.tobytes()):08x}"
             for frame, mask in sorted(masks.items())) + presence_text(options.presence, clip)})
@@ -112,13 +113,13 @@ def fingerprint(clip) -> str:
 
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     session.check_page(args.page)
-    model = setup.model_in_use(args)
+    model = setup.load_for_inference(args)
     with hold(results) if args.box or args.point else nullcontext():  # whose mask is written there
         masks = given_masks(args, clip, results, model)
     session.open_page(session.Session(
-        model, clip, results, pipeline.Options(**setup.road(args, model)),
-        prompting.prompter(model), setup.facts(args, model, {"data": data}),
-        session.repeating(args, parser.defaults()), args.export),
+        model, clip, results, pipeline.Options(**setup.pipeline_options(args)),
+        prompting.prompter(model), setup.run_metadata(args, model, {"data": data}),
+        session.command_line(changed(args, "command")), args.export),
         masks, given_presence(args, clip, masks), args.page,
         args.page_host or ["127.0.0.1"])
 

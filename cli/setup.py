@@ -1,16 +1,15 @@
-"""What flags describe, built: the device, the model, the data; options of training and road."""
+"""Build what the flags describe: device, model, data set, options of training and pipeline."""
 
 import argparse
 import logging
 import os
 import platform
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import train
-from cli import options, parser
+from cli import options
 from datasets import demo
 from davis import Davis
 from media import images
@@ -21,14 +20,10 @@ from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
 
-# flags that change no mask, and in the last line those of which `facts` tells the outcome
-LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
-            "overwrite", "video", "mask", "mask_frame", "box", "point", "not_point",
-            "page", "page_host", "cutout", "cutout_format", "export", "export_dir", "eight_bit",
-            "dataset", "model_load", "cuda_device", "precision"}
+DAVIS = Path("DAVIS")  # where `davis.py --download DAVIS` in the README puts it
 
 
-def device_of(name: str | None) -> torch.device:
+def select_device(name: str | None) -> torch.device:
     """The device that --cuda_device names, or the best there is.
 
     Raises:
@@ -57,7 +52,7 @@ def device_of(name: str | None) -> torch.device:
     return torch.device("cuda", int(name))
 
 
-def model_of(args: argparse.Namespace) -> VideoMatch:
+def build_model(args: argparse.Namespace) -> VideoMatch:
     """The model that the flags describe: from a checkpoint, or new on ImageNet weights."""
     name = args.encoder or "mobilenet"
     path = args.model_load
@@ -98,7 +93,7 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     if args.method == "memory" and not model.refined:
         raise ValueError("--method memory: expected a checkpoint that was trained for it")
     model.method = args.method or model.method
-    device = device_of(args.cuda_device)
+    device = select_device(args.cuda_device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     log.info("method %s, encoder %s, upsample factor %g, K %d, temperature %g, on %s", model.method,
@@ -106,11 +101,10 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
     return model.to(device)
 
 
-def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> dict[str, str]:
+def run_metadata(args: argparse.Namespace, model: VideoMatch,
+                 data: dict[str, str]) -> dict[str, str]:
     """What the results depend on: flags that aren't the default, data, weights, versions."""
-    default = parser.defaults()
-    given = {name: value for name, value in vars(args).items()
-             if value != default[name] and name not in LEFT_OUT}
+    given = options.changed(args, "metadata")
     return {"flags": " ".join(f"--{name} {value}" for name, value in given.items()) or "default",
             **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "frames": f"enlarged {images.ENLARGED} times at most",  # states of others don't fit
@@ -120,28 +114,25 @@ def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> 
             **({"commit": commit} if (commit := version.commit()) else {})}
 
 
-def model_in_use(args: argparse.Namespace) -> VideoMatch:
+def load_for_inference(args: argparse.Namespace) -> VideoMatch:
     """A model that won't be trained."""
     torch.manual_seed(args.seed)
-    model = model_of(args)
+    model = build_model(args)
     model.facts["digest"] = model.digest()
     model.encoder.fold_batchnorm()
     model.precision = precision.of(args.precision, model.device, model.method)
     return model
 
 
-def road(args: argparse.Namespace, model: VideoMatch) -> dict:
-    """What `segment.Options` takes, which those of an evaluation share."""
-    adapt = None
-    if args.finetune:
-        adapt = partial(train.finetune, options=training(args, model, args.finetune))
+def pipeline_options(args: argparse.Namespace) -> dict:
+    """Arguments of `pipeline.Options`, which `evaluate.Options` shares."""
     return {"size": args.size, "input_shape": args.input_image_shape,
             "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
-            "remove_outliers": not args.leave_outliers, "adapt": adapt}
+            "remove_outliers": not args.leave_outliers}
 
 
-def training(args: argparse.Namespace, model: VideoMatch,
-                        iterations: int) -> train.Options:
+def training_options(args: argparse.Namespace, model: VideoMatch,
+                     iterations: int) -> train.Options:
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
         shape=tuple(args.input_image_shape or options.TRAINING_SHAPE), iterations=iterations,
@@ -152,12 +143,12 @@ def training(args: argparse.Namespace, model: VideoMatch,
         plot=args.loss_visualization, overwrite=args.overwrite, resume=args.resume)
 
 
-def data(args: argparse.Namespace) -> Davis:
+def load_dataset(args: argparse.Namespace) -> Davis:
     with distributed.first_alone():
-        root = demo.make() if args.demo else args.dataset
+        root = demo.make() if args.demo else args.dataset or DAVIS
     year = args.year or ("2017" if args.demo else None)
-    return Davis(root, year, set_name(args), args.sequences)
+    return Davis(root, year, split_name(args), args.sequences)
 
 
-def set_name(args: argparse.Namespace) -> str:
+def split_name(args: argparse.Namespace) -> str:
     return args.set or ("val" if args.mode == "eval" else "train")

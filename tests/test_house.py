@@ -12,13 +12,14 @@ from conftest import ROOT
 RANKS = [
     {"main"},
     {"benchmarks"},
+    {"export"},
+    {"eight_bit"},
     {"cli"},
     {"webapp"},
     {"train"},
     {"training"},
     {"evaluate"},
     {"outputs"},
-    {"export", "eight_bit"},
     {"lite"},
     {"tracking"},
     {"tracker"},
@@ -171,7 +172,7 @@ def parsed(**sources: str) -> dict[str, ast.Module]:
     ("davis", "def f():\n    from videomatch import VideoMatch", "videomatch"),  # in a function
     ("davis", "from training import samples", "training.samples"),
     ("datasets.demo", "from training.samples import Pairs", "training.samples"),
-    ("network.memory", "from media import files", "media.files"),
+    ("network.memory", "from tracking import pipeline", "tracking.pipeline"),
     ("media.video", "import network.encoder as e", "network.encoder"),
     ("media.video", "import preprocess", "preprocess")])
 def test_an_import_that_goes_up_is_found(importer, source, other):

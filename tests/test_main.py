@@ -83,7 +83,7 @@ def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
 def test_matching_flags_override_the_checkpoint(checkpoint):
     args = parser.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
                         "--temperature", "0.2", "--dilation", "7"])
-    model = setup.model_of(args)
+    model = setup.build_model(args)
     assert (model.upsample_factor, model.top_k) == (4, 9)
     assert (model.temperature, model.dilation) == (0.2, 7)
 

@@ -5,7 +5,6 @@ frame that a person gave; a mended frame is done by the same pass, which starts 
 near it. Who asks, and how it is shown, is not known here.
 """
 
-import argparse
 import logging
 import shlex
 import threading
@@ -38,8 +37,6 @@ CACHED = 128 * 2**20  # bytes of decoded frames, those looked at and those of th
 # seconds from one search for stretches to review to the next while masks are found: each goes
 # through the whole clip, milliseconds for an hour
 REVIEW = 1.0
-NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "page_host",
-                "cutout", "cutout_format", "export", "results_dir", "overwrite"}
 
 
 class Pictures:
@@ -425,11 +422,10 @@ def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence
     print(f"all that was given and found is in {session.work.folder}")
 
 
-def repeating(args: argparse.Namespace, default: dict) -> list[str]:
-    """The words of the command line that a page was opened with, but for masks and folder."""
+def command_line(flags: dict[str, object]) -> list[str]:
+    """The words of `main.py -m segment` with these flags, values by name."""
     words = ["python", "main.py", "-m", "segment"]
-    for name, value in vars(args).items():
-        if name not in NOT_REPEATED and value != default[name]:
-            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-            words += [f"--{name}", *map(str, values)]
+    for name, value in flags.items():
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
     return words
