@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import train
+import version
 from data import samples
 from data.samples import Clips, Pairs
 from davis import Davis, split
@@ -163,7 +164,7 @@ def test_without_held_out_sequences_the_last_weights_are_kept(model, sequences, 
     assert np.isnan(train.train(model, sum(sequences, []), [], options))
     assert [line["held_out_iou"] for line in lines_of(options)] == [None] * 3
     loaded = VideoMatch.load(options.save)
-    assert loaded.facts == {"iteration": 4, "held_out": []}
+    assert loaded.facts == {"iteration": 4, "held_out": [], "version": version.__version__}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
 

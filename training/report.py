@@ -15,6 +15,7 @@ import torch
 import distributed
 import metrics
 import preprocess
+import version
 from checkpoint import save
 from data.stills import Still
 from davis import Sequence
@@ -121,7 +122,8 @@ class Report:
     def keep(self, iteration: int, **held_out) -> None:
         """Write the weights, which are the best so far."""
         of_prompts = {name: fact for name, fact in self.model.facts.items() if name == "prompts"}
-        self.model.save(self.options.save, iteration=iteration, **held_out, **of_prompts)
+        self.model.save(self.options.save, iteration=iteration, version=version.__version__,
+                        **held_out, **of_prompts)
 
     def scores(self, held_out: list[Sequence]) -> list[float]:
         """What decides which weights are best, by its mean."""
