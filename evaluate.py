@@ -128,7 +128,7 @@ def _write_tables(scored: list[Sequence], scores: Scores, manifest: Manifest, op
     run = report.Run(options.results.name, options.results, scores, {
         s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
     name = "report_selected.html" if earlier else "report.html"
-    return report.write(options.results / name, scored, [run], options.facts | {"speed": speed})
+    return report.write(options.results / name, scored, [run], manifest.made_by | {"speed": speed})
 
 
 def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,

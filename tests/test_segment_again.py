@@ -226,7 +226,9 @@ def test_a_killed_run_locks_nobody_out_and_leaves_no_unfinished_file(clip, tmp_p
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     """The lock file outlives each run: two runs must never lock different files of that name."""
     unfinished = tmp_path / ".overlay.part-123.mp4"
+    tmp_path.chmod(0o770)  # of a group, all of whom may hold it
     with held(tmp_path) as first:
+        assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o660
         number = (tmp_path / ".lock").stat().st_ino
         with pytest.raises(ValueError, match=rf"{tmp_path}: another .*process {first.pid} on "), \
                 files.hold(tmp_path):

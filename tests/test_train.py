@@ -18,6 +18,7 @@ import train
 from davis import Davis, split
 from network import losses
 from preprocess import Augment
+from system import version
 from training import report, samples
 from training.samples import Clips, Pairs
 from videomatch import SHIPPED, VideoMatch
@@ -151,7 +152,7 @@ def test_without_held_out_sequences_the_last_weights_are_kept(model, sequences, 
     assert np.isnan(train.train(model, sum(sequences, []), [], options))
     assert [line["held_out_iou"] for line in lines_of(options)] == [None] * 3
     loaded = VideoMatch.load(options.save)
-    assert loaded.facts == {"iteration": 4, "held_out": []}
+    assert loaded.facts == {"iteration": 4, "held_out": [], "version": version.__version__}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
 
