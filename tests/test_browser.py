@@ -424,7 +424,8 @@ def test_a_stroke_is_for_the_frame_that_is_seen(server, tab):
     page.draw((8, 6), (66, 52))
     page.click("[data-tool=brush]")
     event = "{bubbles: true, pointerId: 1, clientX: box.left + 20, clientY: box.top + 20}"
-    draw = ("const box = at('hand').getBoundingClientRect(); at('hand').setPointerCapture = () => 0; "
+    draw = ("const box = at('hand').getBoundingClientRect(); "
+            "at('hand').setPointerCapture = () => 0; "
             "const send = kind => at('hand').dispatchEvent(new PointerEvent(kind, " + event + "));")
     # frame 5 never comes, so that frame 0 is still seen
     page.driver.execute_script(
