@@ -13,6 +13,7 @@ import distributed
 import flags
 import groups
 import train
+import version
 from data import demo
 from davis import Davis
 from media import images
@@ -116,7 +117,9 @@ def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> 
             **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "frames": f"enlarged {images.ENLARGED} times at most",  # states of others don't fit
             "arithmetic": f"{model.precision} on {model.device.type}",
-            "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
+            "versions": f"videomatch {version.__version__}, torch {torch.__version__}, "
+                        f"Python {platform.python_version()}",
+            **({"commit": commit} if (commit := version.commit()) else {})}
 
 
 def model_in_use(args: argparse.Namespace) -> VideoMatch:

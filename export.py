@@ -35,11 +35,15 @@ log = logging.getLogger(__name__)
 OPSET = 18
 CELLS = 6, 10  # of the frame that is traced; sizes may vary afterwards
 CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ, on noise
+# With weights of 8 bits, in the mean: single pixels of noise change by 0.2. The shipped checkpoint
+# gives 0.017, weights of 4 bits 0.2, and one scale for all channels of a layer 0.09.
+CLOSE_8_BITS = 0.04
 
 
 def run(args: argparse.Namespace) -> None:
     model = build.model_in_use(args).cpu().eval()
-    export(model, args.export_dir, args.eight_bit)
+    with files.hold(args.export_dir, instead="another folder (--export_dir)"):
+        export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 
@@ -80,10 +84,16 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
                     "dilation": model.dilation, "side": model.reader.side,
                     "ridge": model.reader.ridge().item(), "shown": model.prompts is not None},
         "graphs": written}, indent=1))
-    apart = _apart(model, lite.load(folder))
-    log.info("probabilities of the export and of PyTorch differ by %.1e at most", apart)
-    if not (small or apart < CLOSE):
-        raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {apart}")
+    most, mean = _apart(model, lite.load(folder))
+    log.info("probabilities of the export and of PyTorch differ by %.1e at most, %.1e in the mean",
+             most, mean)
+    if small and not mean < CLOSE_8_BITS:
+        raise ValueError("-m export --eight_bit: the export's probabilities differ from PyTorch's "
+                         f"by {mean:.2g} in the mean, expected less than {CLOSE_8_BITS}: these "
+                         "weights can't be rounded to 8 bits, export without --eight_bit")
+    if not small and not most < CLOSE:
+        raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {most}, "
+                         f"expected less than {CLOSE}")
 
 
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
@@ -93,10 +103,10 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
     image = torch.rand(1, 3, h * spec.stride, w * spec.stride)
     unit, key, near, shared, *levels = encode(image)
     found = torch.rand(3, h * reader.side, w * reader.side).softmax(0)
-    values = torch.rand(4 * h * w, 2 * (VALUE + 1))
+    values = torch.rand(4 * h * w, 3 * (VALUE + 1))  # of two objects and their union
     windows, inside = (torch.from_numpy(x) for x in windows_of_tiles(h, w, RADIUS, 2))
     of_tile, place = (torch.from_numpy(x) for x in tiles(h, w))
-    read = (unit, near, torch.rand(3, h * w), values, torch.rand(h * w, 40),
+    read = (unit, near, torch.rand(4, h * w), values, torch.rand(h * w, 40),
             torch.randint(len(values), (h * w, 40)), torch.rand(unit.shape[1], 3), found,
             torch.cat([near, near]).flatten(0, 1), values[:2 * h * w], of_tile, place, inside,
             windows, *levels)
@@ -128,8 +138,11 @@ def _traced(graph: nn.Module, inputs: tuple, outputs: list[str]) -> bytes:
     return content.getvalue()
 
 
-def _apart(model: VideoMatch, export) -> float:
-    """The largest difference of probabilities: both follow noise, and are shown an object."""
+def _apart(model: VideoMatch, export) -> tuple[float, float]:
+    """The largest and the mean difference of probabilities.
+
+    Both follow noise, and are shown an object; of these two the larger one counts.
+    """
     random = torch.Generator().manual_seed(0)
     frames = torch.rand(3, 3, 90, 150, generator=random)
     mask = torch.zeros(90, 150, dtype=torch.uint8)
@@ -139,12 +152,12 @@ def _apart(model: VideoMatch, export) -> float:
     for i, frame in enumerate(frames):
         found = [tracker.step(image, None if i else mask.numpy()).probabilities
                  for tracker, image in ((one, frame), (other, frame.numpy()))]
-    apart = [(found[0] - torch.from_numpy(found[1])).abs().max().item()]
+    apart = [(found[0] - torch.from_numpy(found[1])).abs()]
     if model.prompts is not None:
         picture = (255 * frames[0, :, :64, :96].permute(1, 2, 0)).byte().numpy()
         shown = Prompts([(20, 10, 40, 30)], [(30, 20)], [(80, 50)], mask.numpy()[:64, :96] > 0)
         found = [torch.from_numpy(network.look(picture, shown)).sigmoid()
                  for network in (model, export)]
-        apart.append((found[0] - found[1]).abs().max().item())
+        apart.append((found[0] - found[1]).abs())
     model.precision = precision
-    return max(apart)
+    return (max(one.max().item() for one in apart), max(one.mean().item() for one in apart))

@@ -5,7 +5,7 @@ Files and clips it doesn't know either.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import numpy as np
 from media.images import resize_mask
 from network.arrays import Array, like, to_numpy
 from network.memory import Memory
-from network.outliers import decide, remove_outliers
+from network.outliers import decide, keep_identities, remove_outliers
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,28 @@ class Follower:
         other.memory, other.shares = self.memory and self.memory.copy(), dict(self.shares)
         return other
 
+    def remove(self, object_id: int) -> None:
+        """Stop looking for an object, from the next frame on.
+
+        What was seen of it is forgotten. A later mask that holds the object again brings it back,
+        as a new object. Without any object left, masks are empty.
+
+        Raises:
+            ValueError: there is no such object.
+        """
+        if object_id not in self.object_ids:
+            raise ValueError(f"object_id: expected one of {list(self.object_ids)}, got {object_id}")
+        self.shares.pop(object_id, None)
+        self.previous = np.where(self.previous == object_id, 0, self.previous).astype(np.uint8)
+        if len(self.object_ids) == 1:
+            self.memory = None
+        else:
+            self.memory.remove(object_id)
+            if self.model.method == "memory":
+                self.model.reader.catch_up(self.memory.bank)
+
     def step(self, image: Array, mask: np.ndarray | None = None,
-             shape: tuple[int, int] | None = None) -> Step:
+             shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
         """The next frame.
 
         Args:
@@ -102,14 +122,24 @@ class Follower:
                 objects that only they hold are looked for from then on. Objects that a later one
                 lacks are looked for beside those that it holds; if it holds none, none is there.
             shape: (H, W) of the mask that is looked for; None takes the image's.
+            absent: ids of objects that are not in this frame. They may come back in a later one,
+                unlike after `remove`. The frame becomes a reference frame, also without a mask.
 
         Raises:
             ValueError: there was no mask yet and there is none now, or the first holds no object;
                 the method is "memory", and the image is of another size than the first.
         """
+        size = shape or tuple(image.shape[-2:])
+        if mask is None and not set(absent).isdisjoint(self.object_ids):
+            mask = np.zeros(size, np.uint8)
+        if self.memory is None and self.previous is not None and (mask is None or not mask.any()):
+            self.previous = np.zeros(size if mask is None else mask.shape, np.uint8)
+            return Step(self.previous, like(np.ones((1, *self.previous.shape), np.float32), image),
+                        ())
         if mask is not None:
             mask = np.asarray(mask, dtype=np.uint8)
-            lacking = [i for i in self.object_ids if mask.any() and not (mask == i).any()]
+            lacking = [i for i in self.object_ids if (mask.any() or absent) and i not in absent
+                       and not (mask == i).any()]
             if lacking:
                 after = self._find(image, mask.shape)[2]
                 found = decide(to_numpy(after), self.memory.object_ids, self.threshold)
@@ -133,9 +163,12 @@ class Follower:
         (found,), (scores,) = model.predict(frames, [memory], shape)
         # a copy: the online update needs the probabilities before as well
         probabilities = to_numpy(found).copy()
+        previous = resize_mask(self.previous, probabilities.shape[1:])
+        if model.method == "memory":
+            keep_identities(probabilities, previous, memory.object_ids, self.threshold)
         if self.outlier_removal:
-            remove_outliers(probabilities, resize_mask(self.previous, probabilities.shape[1:]),
-                            self.shares, model.dilation)
+            remove_outliers(probabilities, previous, memory.object_ids, self.shares,
+                            model.dilation)
         return frames, found, like(probabilities, found), scores
 
     def _refer(self, image: Array, mask: np.ndarray) -> Step:

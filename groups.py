@@ -215,9 +215,10 @@ def clip(add) -> Callable:
     add("--video", metavar="PATH", type=Path,
         help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
-        help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
-             "or 0:a.png 120:b.png; each value or flat colour is an object; several files of a "
-             "frame are joined")
+        help="masks of frames, counted from 0 or numbered as their files: FIRST.png or 0:a.png "
+             "120:b.png; each value or flat colour is an object, in .json of labelme or COCO each "
+             "label; files of a frame are joined. 60:absent=2: object 2 isn't in frame 60; "
+             "60:gone=2: nor in later ones")
     add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: the first)")
@@ -244,8 +245,8 @@ def clip(add) -> Callable:
         help="of --cutout transparent: png, a folder of pictures; mov, ProRes 4444 for editors; "
              "webm, VP9 for web pages (default: png)")
     add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
-        help="also write the masks as other tools read them: coco (annotations.json, run "
-             "lengths), yolo (labels/, polygons), both with track ids")
+        help="also write the masks as other tools read them, with track ids: coco "
+             "(annotations.json, run lengths), yolo (labels/, polygons, data.yaml to train with)")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")

@@ -5,10 +5,13 @@ clips: images come as tensors, masks leave as arrays, and what becomes of them i
 What happens from frame to frame is in `follow`.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 
 from follow import Follower, Step
+from media.validation import check_normalized, id_mask
 from network.state import plain, restored
 
 __all__ = ["Step", "Tracker"]
@@ -19,9 +22,14 @@ class Tracker(Follower):
 
     @torch.no_grad()
     def step(self, image: torch.Tensor, mask: np.ndarray | None = None,
-             shape: tuple[int, int] | None = None) -> Step:
-        """As `Follower.step`."""
-        return super().step(image, mask, shape)
+             shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
+        """As `Follower.step`; `mask` may also be bool, another integer type or a tensor.
+
+        Raises:
+            ValueError: see `Follower.step`, `check_normalized` and `id_mask`.
+        """
+        check_normalized(image)
+        return super().step(image, None if mask is None else id_mask(mask), shape, absent)
 
     def state(self) -> dict:
         """All but network and settings, as numbers, lists and tensors, for `load_state`."""

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import errors
 import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
 from media.masks import read_masks
 from media.shown import Prompts
+from media.validation import check_id_masks, check_normalized
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
@@ -27,7 +29,7 @@ from network.matching import Grid, soft_match
 from network.memory import Memory
 from network.outliers import decide
 from network.prompts import PromptDecoder, looked
-from network.reader import EVIDENCE, Reader, best_other
+from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.rules import View
 from network.sets import refer
 from network.views import sets_of
@@ -141,7 +143,12 @@ class VideoMatch(Checkpointed):
 
         Returns:
             The encoded frames.
+
+        Raises:
+            ValueError: other dimensions or types, or an image that isn't normalised.
         """
+        check_normalized(image, dimensions=4)
+        check_id_masks(mask)
         image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
         frames = frames or self.encode(image)
         if self.method == "memory":
@@ -220,9 +227,11 @@ class VideoMatch(Checkpointed):
             evidence, scores = self.reader.read(memory.bank, cells)
             before = memory.bank.recent[-1].found[1:]
             with self._in_precision():
-                logits = self.decoder(evidence, torch.stack([before, best_other(before)], 1),
+                logits = self.decoder(evidence,
+                                      torch.stack([with_union(before), rivals(before)], 1),
                                       [level[i:i + 1] for level in frames.levels])
-            found.append((F.pad(logits.float()[None], (0, 0, 0, 0, 1, 0))[0], scores))
+            logits = foreground_first(logits.float(), len(before))
+            found.append((F.pad(logits[None], (0, 0, 0, 0, 1, 0))[0], scores))
         return tuple(torch.stack(parts) for parts in zip(*found))
 
     @staticmethod
@@ -292,10 +301,8 @@ def main():
     parser.add_argument("--save", metavar="DIR", type=Path, help="write figures, open no windows")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         show(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 @torch.no_grad()

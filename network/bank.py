@@ -15,6 +15,13 @@ from network.arrays import Array, library
 LATER = 0.3  # weight of the newest frame in the sums over later frames
 
 
+def fewer(labels: Array, channel: int) -> Array:
+    """Labels without one object: its cells are in no set (-1), later channels move up."""
+    xp = library(labels)
+    labels = xp.where(labels == channel, 0 * labels - 1, labels)
+    return xp.where(labels > channel, labels - 1, labels)
+
+
 @dataclass
 class Cells:
     """A frame's cells (h, w), row by row.
@@ -64,7 +71,8 @@ class Entry:
         near: (h, w, NEAR), or None where it is not needed.
         shared: (1, WIDTH, h, w), what values are made of beside `found`.
         found: (N+1, H, W) probabilities.
-        values: (h*w, N * (VALUE + 1)), of each object values, and its share of the cell.
+        values: (h*w, M * (VALUE + 1)), of each object values, and its share of the cell; after
+            several objects those of their union.
     """
 
     key: Array
@@ -108,12 +116,18 @@ class Bank:
         self.given_sums = [*self.given_sums, sums]
         self.recent.append(views[0][0])
         self.count += 1
+        self.gather()
+
+    def gather(self) -> None:
+        """Make `sets` of the reference frames and their labels."""
+        if not self.given:
+            return
         xp = library(self.labels[0])
         keys, values = (xp.concatenate([getattr(entry, name) for entry in self.given])
                         for name in ("key", "values"))
         labels = xp.concatenate(self.labels)
         self.sets = [(keys[labels == i], values[labels == i])
-                     for i in range(len(views[0][0].found))]
+                     for i in range(len(self.given[0].found))]
 
     def add(self, entry: Entry) -> bool:
         """Keep a frame among the recent ones; True where it is kept for longer, too."""
@@ -140,6 +154,27 @@ class Bank:
         self.given_sums = [(a, wider(b, 1)) for a, b in self.given_sums]
         if self.later_sums:
             self.later_sums = self.later_sums[0], wider(self.later_sums[1], 1)
+
+    def remove(self, channel: int) -> None:
+        """Forget one object; channels behind it move up.
+
+        Its cells stay, as cells of nothing: were they background, it could not be found when it
+        is asked for again.
+        """
+        def without(x, axis):
+            kept = [i for i in range(x.shape[axis]) if i != channel]
+            return x[:, kept] if axis else x[kept]
+
+        def change(entry):  # values of the union hold the object, too: `Rules.catch_up` remakes all
+            return replace(entry, found=without(entry.found, 0), values=entry.values[:, :0])
+
+        self.change(change)
+        self.labels = [fewer(labels, channel) for labels in self.labels]
+        self.given_sums = [(a, without(b, 1)) for a, b in self.given_sums]
+        if self.later_sums:
+            self.later_sums = self.later_sums[0], without(self.later_sums[1], 1)
+        if self.linear is not None:  # which is linear in the labels
+            self.linear = without(self.linear, 1)
 
     def change(self, change: Callable[[Entry], Entry]) -> None:
         """Replace every entry."""

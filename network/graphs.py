@@ -13,7 +13,7 @@ from network.bank import Cells
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.prompts import PromptDecoder, Seen
-from network.reader import Reader, best_other
+from network.reader import Reader, foreground_first, rivals, with_union
 from network.rules import K_NEAR, K
 
 
@@ -39,7 +39,7 @@ class Values(nn.Module):
         self.reader = reader
 
     def forward(self, shared, found):
-        """(1, WIDTH, h, w) and (N+1, H, W) -> (h*w, N * (VALUE + 1))."""
+        """(1, WIDTH, h, w) and (N+1, H, W) -> (h*w, M * (VALUE + 1))."""
         return self.reader.values(shared, [self.reader.own_of(found)])
 
 
@@ -71,7 +71,7 @@ class Read(nn.Module):
             scores, values, best, positions: as `Rules._far` gives them.
             linear: (C, N+1) that makes labels of features.
             found: (N+1, H/4, W/4) of the frame before.
-            recent, recent_values: (T*h*w, NEAR) and (T*h*w, N * (VALUE + 1)) of the last frames.
+            recent, recent_values: (T*h*w, NEAR) and (T*h*w, M * (VALUE + 1)) of the last frames.
             tiles, place, cells, windows: as `network.tiles` gives them.
         """
         seen = Cells(unit, unit, near)
@@ -82,8 +82,9 @@ class Read(nn.Module):
         evidence = self.reader.evidence(seen, linear, found, scores, (values, best, positions),
                                         (recent_values, likest[place], where[place]))
         before = found[1:]
-        previous = torch.stack([before, best_other(before)], 1)
-        return self.decoder.decode(evidence, previous, self.decoder.shared(list(levels)))
+        previous = torch.stack([with_union(before), rivals(before)], 1)
+        logits = self.decoder.decode(evidence, previous, self.decoder.shared(list(levels)))
+        return foreground_first(logits, before.shape[0])
 
 
 class Show(nn.Module):

@@ -62,7 +62,7 @@ class LiteReader(Rules):
 
     @staticmethod
     def best_mean(best: np.ndarray) -> np.ndarray:
-        return best[:, :K_SET].mean(1)  # the most similar come first
+        return -np.partition(-best, min(K_SET, best.shape[1]) - 1)[:, :K_SET].mean(1)
 
     def pixels(self, found: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         h, w = (self.side * side for side in shape)
@@ -124,7 +124,7 @@ class LiteReader(Rules):
             recent_values=np.concatenate([entry.values for entry in recent]), tiles=of_tile,
             place=place, cells=inside, windows=windows,
             **{f"level{i}": level for i, level in enumerate(frames.levels)})
-        return logits, scores.reshape(-1, h, w)
+        return logits, scores[:len(logits) + 1].reshape(-1, h, w)
 
 
 def _middles(side: int, cells: int) -> np.ndarray:

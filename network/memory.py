@@ -29,6 +29,15 @@ class Memory:
         self.object_ids = self.object_ids + object_ids
         self.bank.widen(len(self.object_ids))
 
+    def remove(self, object_id: int) -> None:
+        """Stop looking for an object, and forget what was seen of it."""
+        channel = self.object_ids.index(object_id) + 1
+        self.object_ids = [i for i in self.object_ids if i != object_id]
+        if self.sets:
+            self.sets.remove(channel)
+        if self.bank.given:
+            self.bank.remove(channel)
+
     def copy(self) -> "Memory":
         """Another memory of the same past, which goes its own way from here."""
         other = copy.copy(self)

@@ -96,13 +96,14 @@ class Reader(nn.Module, Rules):
         return self.values(shared, self.own_of(found).split(1))
 
     def own_of(self, found: torch.Tensor) -> torch.Tensor:
-        """(N+1, H, W) -> (N, side * side + 2, h, w), of each object what its values are made of."""
-        own = F.pixel_unshuffle(found[1:, None], self.side)  # (N, side * side, h, w)
-        share = own.mean(1, keepdim=True)
-        return torch.cat([own, share, best_other(share)], 1)
+        """(N+1, H, W) -> (M, side * side + 2, h, w), of each object what its values are made of."""
+        objects = F.pixel_unshuffle(found[1:, None], self.side)  # (N, side * side, h, w)
+        own = with_union(objects)
+        return torch.cat([own, own.mean(1, keepdim=True),
+                          rivals(objects.mean(1, keepdim=True))], 1)
 
     def values(self, shared: torch.Tensor, parts) -> torch.Tensor:
-        """(h*w, N * (VALUE + 1)): of each object values, and its share of the cell.
+        """(h*w, M * (VALUE + 1)): of each object values, and its share of the cell.
 
         Args:
             parts: of `own_of`, together all objects.
@@ -117,24 +118,25 @@ class Reader(nn.Module, Rules):
         """What speaks for each object in a frame, and against it.
 
         Returns:
-            (N, EVIDENCE, h, w), and (N+1, h, w) the mean similarity to the best cells of each set
-            of the reference frames (Hu, Huang, Schwing, section 3.1, by keys); 0 of an empty one.
+            (M, EVIDENCE, h, w) of N objects, and their union where N > 1 (see `with_union`); and
+            (N+1, h, w) the mean similarity to the best cells of each set of the reference frames
+            (Hu, Huang, Schwing, section 3.1, by keys); 0 of an empty one.
         """
         scores, *far = self._far(bank, cells)
         recent = list(bank.recent)
         close = windows(cells.near, [e.near for e in recent], K_NEAR, RADIUS)
         evidence = self.evidence(cells, bank.linear, recent[-1].found, scores, far,
                                  (torch.cat([e.values for e in recent]), *close))
-        return evidence, scores.unflatten(1, cells.shape)
+        return evidence, scores[:len(recent[-1].found)].unflatten(1, cells.shape)
 
     def evidence(self, cells: Cells, linear: torch.Tensor, found: torch.Tensor,
                  scores: torch.Tensor, far, close) -> torch.Tensor:
-        """(N, EVIDENCE, h, w) of what was looked for.
+        """(M, EVIDENCE, h, w) of what was looked for.
 
         Args:
             linear: (C, N+1) that makes labels of features.
             found: (N+1, H, W) of the frame before.
-            scores: (N+1, h*w).
+            scores: (M+1, h*w).
             far, close: (m, ...) values, (h*w, F) similarities and which values.
         """
         everywhere, near = self.log_temperatures.exp()
@@ -146,6 +148,33 @@ class Reader(nn.Module, Rules):
                  *_by_object(read), *_by_object(_weighed(close[0], close[1], close[2], near))]
         found = _evidence(*parts)
         return found.reshape(*found.shape[:2], *cells.shape)
+
+
+def with_union(x: torch.Tensor) -> torch.Tensor:
+    """(N, ...) masks or shares of objects -> (M, ...), followed by those of their union.
+
+    The union of several objects is decoded as one more object, so M = N + 1. A single object is
+    its own union, which would only cost time: M = N = 1. Both without a branch, for an export:
+    `x[1:2]` has a row only where there are several objects.
+    """
+    return torch.cat([x, x.sum(0, keepdim=True) + 0 * x[1:2]])
+
+
+def rivals(x: torch.Tensor) -> torch.Tensor:
+    """(N, ...) of each object -> (M, ...) the largest of the others'; 0 for the union."""
+    return torch.cat([best_other(x), 0 * x[1:2]])
+
+
+def foreground_first(logits: torch.Tensor, objects: int) -> torch.Tensor:
+    """(M, H, W) logits of N objects and their union -> (N, H, W) logits beside 0 for background.
+
+    The union decides between foreground and background, the objects among themselves whose the
+    foreground is: where look-alikes compete and none is sure, it still isn't background.
+    p(i) = sigmoid(union) * softmax(objects)[i], written as logits.
+    """
+    own, union = logits[:objects], logits[objects:]
+    # no union of a single object: the sum of no rows is 0
+    return own + (union - own.logsumexp(0, keepdim=True)).sum(0, keepdim=True)
 
 
 def best_other(x: torch.Tensor) -> torch.Tensor:
@@ -177,12 +206,16 @@ def _by_object(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _evidence(scores, linear, before, far_similarity, close_similarity, far, far_label, close,
               close_label) -> torch.Tensor:
-    """(N, EVIDENCE, n); scores and linear labels are (N+1, n), the other scalars (N, n) or (n,)."""
-    objects, labels = scores[1:], linear[1:]
-    other = best_other(labels)
-    scalars = [5 * (objects - scores[:1]), 5 * (objects - best_other(objects)), objects,
+    """(M, EVIDENCE, n) of N objects and maybe their union.
+
+    Scores are (M+1, n), linear labels (N+1, n), those that were read (M, n), those of the frame
+    before (N, n), similarities (n,).
+    """
+    objects, labels, count = scores[1:], with_union(linear[1:]), before.shape[0]
+    other = rivals(linear[1:])
+    scalars = [5 * (objects - scores[:1]), 5 * (objects - rivals(objects[:count])), objects,
                labels, labels - torch.maximum(other, linear[:1]), other,
-               far_label, best_other(far_label), far_similarity.expand_as(objects),
-               close_label, best_other(close_label), close_similarity.expand_as(objects),
-               before, best_other(before), close_label - far_label]
+               far_label, rivals(far_label[:count]), far_similarity.expand_as(objects),
+               close_label, rivals(close_label[:count]), close_similarity.expand_as(objects),
+               with_union(before), rivals(before), close_label - far_label]
     return torch.cat([torch.stack(scalars, 1), far, close], 1)

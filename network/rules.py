@@ -41,7 +41,8 @@ class Rules:
             values are made with.
         shares: such pixels -> (N+1, h*w), of each cell the mean.
         shared_of: cells -> (1, WIDTH, h, w), what their values have in common.
-        values_of: that and such pixels -> (h*w, N * (VALUE + 1)).
+        values_of: that and such pixels -> (h*w, M * (VALUE + 1)), of N objects and, where N > 1,
+            of their union.
         sets_of: (H, W) object ids, (h, w) and the ids -> (h, w) the set of each cell.
         nearest: as `search.nearest`.
         best_mean: (n, K) similarities of such -> (n,) the mean of the K_SET best.
@@ -107,9 +108,15 @@ class Rules:
         shared = self.shared_of(cells)
         return Entry(cells.key, cells.near, shared, found, self.values_of(shared, found))
 
+    def catch_up(self, bank: Bank) -> None:
+        """Make the values anew after an object was removed: those of the union held it, too."""
+        bank.change(self._caught_up)
+        bank.gather()
+
     def _caught_up(self, entry: Entry) -> Entry:
         """With values of the objects, too, that nobody looked for when the frame was kept."""
-        if entry.values.shape[1] == (len(entry.found) - 1) * (VALUE + 1):
+        objects = len(entry.found) - 1
+        if entry.values.shape[1] == (objects + (objects > 1)) * (VALUE + 1):
             return entry
         return replace(entry, values=self.values_of(entry.shared, entry.found))
 
@@ -134,7 +141,8 @@ class Rules:
         """What may be read of reference and earlier frames.
 
         Returns:
-            (N+1, h*w) the mean similarity to the best cells of each set of the reference frames;
+            (M+1, h*w) the mean similarity to the best cells of each set of the reference frames,
+            and of all objects' sets together where there are several;
             (m, ...) values; (h*w, F) similarities and (h*w, F) which values, among which are the
             K best.
         """
@@ -148,5 +156,8 @@ class Rules:
             values.append(kept)
             start += len(keys)
         xp = library(cells.unit)
+        objects = [best for best, _ in found[1:len(bank.sets)] if best.shape[1]]
+        if len(bank.sets) > 2:
+            scores.append(self.best_mean(xp.concatenate(objects, 1)) if objects else scores[1])
         best, positions = (xp.concatenate(parts, 1) for parts in zip(*found))
         return xp.stack(scores), xp.concatenate(values), best, positions

@@ -9,6 +9,7 @@ from collections import deque
 
 import torch
 
+from network.bank import fewer
 from network.matching import Grid, Reference
 from network.memory import Memory
 
@@ -42,6 +43,14 @@ class Sets:
         if (labels >= 0).any():
             self.later.append((grid, labels))
             self.gather()
+
+    def remove(self, channel: int) -> None:
+        """Forget one object, whose features are in no set then; channels behind it move up."""
+        self.given, later = ([(grid, fewer(labels, channel)) for grid, labels in views]
+                             for views in (self.given, self.later))
+        self.later = deque(later, self.later.maxlen)
+        self.sets -= 1
+        self.gather()
 
     def copy(self) -> "Sets":
         """Others of the same features, which go their own way from here."""

@@ -244,6 +244,12 @@ def _stroke(session, fields: Fields) -> None:
                          bool(fields.flag("erase")))
 
 
+def _mark(session, fields: Fields, word: str) -> None:
+    on = fields.flag("on")
+    session.edits.mark(fields.whole("frame"), fields.whole("object", 1, 254), word,
+                       True if on is None else on)
+
+
 def _cutout(fields: Fields) -> str | None:
     value = fields.text("cutout") or None
     if not (value in (None, "transparent", "blur") or re.fullmatch("#[0-9a-fA-F]{6}", value)):
@@ -256,6 +262,8 @@ ACTIONS = {
     "box": _box,
     "point": _point,
     "stroke": _stroke,
+    "absent": lambda session, fields: _mark(session, fields, "absent"),
+    "gone": lambda session, fields: _mark(session, fields, "gone"),
     "forget": lambda session, fields: session.edits.forget(fields.whole("frame")),
     "undo": lambda session, fields: {"frame": session.edits.undo()},
     "add": lambda session, fields: {"object": session.edits.add_object()},
@@ -266,7 +274,8 @@ ACTIONS = {
         fields.whole("frame"), fields.choice("way", ("forwards", "backwards", "both"))),
     "stop": lambda session, fields: session.stop(),
     "export": lambda session, fields: session.export(
-        _cutout(fields), fields.choice("format", ("png", "mov", "webm", None)) or "png"),
+        _cutout(fields), fields.choice("format", ("png", "mov", "webm", None)) or "png",
+        [name for name in ("coco", "yolo") if fields.flag(name)]),
 }
 
 
@@ -336,7 +345,7 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
         return _picture(request, _jpeg(session.image(request.path_params["frame"])))
 
     def thumbnail(request: Request) -> Response:
-        image = session.image(request.path_params["frame"])
+        image = session.thumbnail(request.path_params["frame"])
         size = THUMBNAIL, max(1, round(THUMBNAIL * image.shape[0] / image.shape[1]))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         return _picture(request, _jpeg(small, 80))

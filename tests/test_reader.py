@@ -8,7 +8,14 @@ from network import reader as module
 from network import rules
 from network.bank import Bank
 from network.decoder import Decoder
-from network.reader import EVIDENCE, Reader, best_other
+from network.reader import (
+    EVIDENCE,
+    Reader,
+    best_other,
+    foreground_first,
+    rivals,
+    with_union,
+)
 from network.rules import VALUE, View
 from network.state import plain, restored
 
@@ -76,13 +83,14 @@ def test_what_is_read_everywhere_equals_the_dense_formula(reader, objects):
     bank, query = filled(reader, objects), reader.look(features(9))
     with torch.no_grad():
         evidence, scores = reader.read(bank, query)
-    assert evidence.shape == (objects, EVIDENCE, H, W) and scores.shape == (objects + 1, H, W)
+    several = objects + (objects > 1)  # their union counts as one more
+    assert evidence.shape == (several, EVIDENCE, H, W) and scores.shape == (objects + 1, H, W)
     entries, labels = [*bank.given, *bank.later], torch.cat(bank.labels)
     known = torch.cat([labels >= 0, torch.ones(H * W * len(bank.later)).bool()])
     keys, values = (torch.cat([getattr(entry, name) for entry in entries])[known].detach()
                     for name in ("key", "values"))
     expected, similarity = dense_read(keys, values, query.key, module.K, module.TEMPERATURE)
-    expected = expected.view(H, W, objects, VALUE + 1).permute(2, 3, 0, 1)
+    expected = expected.view(H, W, several, VALUE + 1).permute(2, 3, 0, 1)
     far = module.SCALARS
     torch.testing.assert_close(evidence[:, far:far + VALUE].double(), expected[:, :-1],
                                atol=1e-4, rtol=0)
@@ -94,7 +102,7 @@ def test_what_is_read_everywhere_equals_the_dense_formula(reader, objects):
         products = query.key.double() @ given[labels == i].double().T
         mean = products.sort(1, descending=True).values[:, :module.K_SET].mean(1)
         torch.testing.assert_close(scores[i].double(), mean.view(H, W), atol=1e-5, rtol=0)
-    torch.testing.assert_close(evidence[:, 0], 5 * (scores[1:] - scores[0]))
+    torch.testing.assert_close(evidence[:objects, 0], 5 * (scores[1:] - scores[0]))
 
 
 def test_what_is_read_near_by_equals_the_dense_formula(reader, monkeypatch):
@@ -110,7 +118,7 @@ def test_what_is_read_near_by_equals_the_dense_formula(reader, monkeypatch):
     values = torch.cat([entry.values for entry in bank.recent]).double()
     best, where = similarity.topk(8, dim=1)
     weights = (best / module.TEMPERATURE).softmax(1)
-    expected = (weights[..., None] * values[where]).sum(1).view(H, W, 2, VALUE + 1)
+    expected = (weights[..., None] * values[where]).sum(1).view(H, W, 3, VALUE + 1)
     expected = expected.permute(2, 3, 0, 1).detach()
     torch.testing.assert_close(evidence[:, -VALUE:].double(), expected[:, :-1], atol=1e-4, rtol=0)
     torch.testing.assert_close(evidence[:, 9].double(), expected[:, -1], atol=1e-4, rtol=0)
@@ -129,7 +137,7 @@ def test_linear_labels_are_those_of_the_ridge_regression(reader):
     targets = torch.cat([labels * root, torch.zeros(C, 3).double()])
     solution = torch.linalg.lstsq(rows, targets).solution
     expected = (query.unit.double() @ solution).T[1:].view(2, H, W).detach()
-    torch.testing.assert_close(evidence[:, 3].double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(evidence[:2, 3].double(), expected, atol=1e-4, rtol=0)
 
 
 def test_an_object_is_what_it_is_whatever_its_number(reader):
@@ -143,7 +151,7 @@ def test_an_object_is_what_it_is_whatever_its_number(reader):
     reader.remember(other, later, masks(1, 3)[[0, *(1 + i for i in order)]])
     with torch.no_grad():
         first, second = (reader.read(b, reader.look(features(9)))[0] for b in (bank, other))
-    torch.testing.assert_close(second, first[order], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(second, first[[*order, 3]], atol=1e-4, rtol=1e-4)
 
 
 def test_only_so_many_frames_are_kept(reader):
@@ -159,15 +167,16 @@ def test_an_object_that_comes_later_was_nowhere_before(reader):
     bank = filled(reader, 1)
     bank.widen(2)
     refer(reader, bank, 7, 2)
+    nowhere = slice(VALUE + 1, 2 * (VALUE + 1))  # between the first and the union
     before = [*bank.given[:2], *bank.later, bank.recent[0]]
     for entry in before:
-        assert entry.values.shape[1] == 2 * (VALUE + 1)
-        assert not entry.found[2].any() and not entry.values[:, -1].any()
+        assert entry.values.shape[1] == 3 * (VALUE + 1)
+        assert not entry.found[2].any() and not entry.values[:, nowhere][:, -1].any()
     absent = torch.cat([one_hot(ids(0, 1), 1), torch.zeros(1, H * SIDE, W * SIDE)])
     expected = reader._entry(reader.look(features(0)), absent).values
     torch.testing.assert_close(bank.given[0].values, expected)
     evidence, scores = reader.read(bank, reader.look(features(9)))
-    assert len(evidence) == 2 and len(scores) == 3
+    assert len(evidence) == 3 and len(scores) == 3
 
 
 def test_a_copy_goes_its_own_way(reader):
@@ -218,6 +227,39 @@ def test_the_best_other_object():
     x = torch.tensor([[1.0, 5, 2], [3, 5, 1], [2, 0, 4]])
     assert best_other(x).tolist() == [[3, 5, 4], [2, 5, 4], [3, 5, 2]]
     assert best_other(x[:1]).tolist() == [[0, 0, 0]]
+
+
+def test_the_union_of_objects_is_read_as_a_single_object_would_be(reader):
+    """All but the linear labels, in whose sums each object weighs alike."""
+    bank, alone = Bank(every=1), Bank(every=1)
+    cells, later = reader.look(features(0)), reader.look(features(1))
+    mask, found = ids(0, 3), masks(1, 3)
+    reader.refer(bank, [View(cells, mask)], [1, 2, 3])
+    reader.refer(alone, [View(cells, (mask > 0).long())], [1])
+    reader.remember(bank, later, found)
+    reader.remember(alone, later, torch.stack([found[0], found[1:].sum(0)]))
+    with torch.no_grad():
+        evidence, expected = (reader.read(b, reader.look(features(9)))[0] for b in (bank, alone))
+    assert len(evidence) == 4 and len(expected) == 1
+    fitted = [3, 4]
+    others = [i for i in range(EVIDENCE) if i not in fitted]
+    torch.testing.assert_close(evidence[3:, others], expected[:, others], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(evidence[3:, fitted], 0 * expected[:, fitted])
+
+
+@pytest.mark.parametrize("objects", [1, 2, 5])
+def test_the_union_decides_what_is_foreground(objects):
+    own = 4 * torch.randn(objects, 3, 4)
+    assert torch.equal(foreground_first(own[:1], 1), own[:1])
+    assert torch.equal(with_union(own)[:objects], own)
+    assert len(with_union(own)) == len(rivals(own)) == objects + (objects > 1)
+    if objects > 1:
+        union = 4 * torch.randn(1, 3, 4)
+        found = foreground_first(torch.cat([own, union]), objects)
+        found = F.pad(found, (0, 0, 0, 0, 1, 0)).softmax(0)
+        torch.testing.assert_close(found[1:], union.sigmoid() * own.softmax(0))
+        torch.testing.assert_close(with_union(own)[-1], own.sum(0))
+        assert torch.equal(rivals(own)[:-1], best_other(own)) and not rivals(own)[-1].any()
 
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),
