@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 EXPECTED = "expected a video, an animation (GIF, APNG, WebP) or a folder of frames"
 CHECKED = 8  # first frames that the index is compared with; it costs their decoding at opening
+# a declared rate that is off by this factor is not believed, such as the 1000 frames a second of
+# what browsers record
+WRONG = 1.5
 TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # formats in which FFmpeg draws text files as video
 
 
@@ -108,9 +112,14 @@ class Video(Clip):
         if self._indexed:
             self._keys += [n for n, (_, key) in enumerate(shown) if key and n]
         self.count = len(stamps) or len(packets)
+        steps = [float((b - a) * self._unit) for a, b in itertools.pairwise(stamps)]
+        if rising and steps and not 1 / WRONG < statistics.median(steps) * self.fps < WRONG:
+            rate = 1 / statistics.median(steps)
+            log.info("%s: declares %.4g frames a second, taken as %.4g by their times", self.path,
+                     self.fps, rate)
+            self.fps = rate
         self._seconds = [float((decoded[0] or 0) * self._unit)]
-        for before, stamp in itertools.pairwise(stamps):
-            step = float((stamp - before) * self._unit)
+        for step in steps:
             # 0 or back: parts with times of their own follow each other
             self._seconds.append(self._seconds[-1] + (step if step > 0 else 1 / self.fps))
 

@@ -397,6 +397,8 @@ def test_news_cost_no_look_at_all_frames(begin):
     news = session.state(version)
     assert list(news["frames"]) == [8]
     assert [(one["first"], one["last"]) for one in news["unsure"]] == [(6, 6)]
+    session.edits.mark(6, 1, "absent")
+    assert not session.state(version)["unsure"], "that it isn't there was said by the person"
 
 
 def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
@@ -429,6 +431,9 @@ def test_pictures_from_any_thread_decode_a_clip_once(tmp_path, monkeypatch):
         frames = [*range(40, 0, -3), *range(48)]
         assert [number_of(image) for image in pool.map(pictures, frames)] == frames
     assert len(pictures.kept) <= 3 and pictures(48) is None
+    pictures.frames, pictures.next = iter([]), 20  # as after an error, while it was decoding
+    pictures.kept.clear()
+    assert pictures(20) is None and number_of(pictures(20)) == 20
 
 
 def test_the_header_is_not_trusted_for_the_length(begin, tmp_path):

@@ -272,6 +272,17 @@ def test_times_of_a_variable_rate(tmp_path):
                                                                  abs=1e-3)
 
 
+def test_a_declared_rate_that_the_times_belie(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = make(tmp_path / "clip.mkv", 12, times=[100 * i for i in range(12)])
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83\x84") + 4  # DefaultDuration of 4 bytes, in nanoseconds
+    path.write_bytes(data[:at] + struct.pack(">I", 1_000_000) + data[at + 4:])
+    clip = video.open_clip(path)
+    assert clip.fps == pytest.approx(10) and clip.time(11) == pytest.approx(1.1)
+    assert "clip.mkv: declares" in caplog.text and "taken as 10" in caplog.text
+
+
 @pytest.mark.parametrize("rate", ["66667/1000", "105611/500", "24000/1001"])
 def test_odd_rates(rate, tmp_path):
     clip = video.open_clip(make(tmp_path / "clip.mp4", 4, rate=Fraction(rate)))

@@ -60,15 +60,15 @@ class Pictures:
                 return image
             if self.next is None or not self.clip.start_of(frame) <= self.next <= frame:
                 self.frames, self.next = self.clip.frames(frame), frame
-            for image in self.frames:
-                self.kept[self.next], self.next = image, self.next + 1
+            first, self.next = self.next, None  # at the end, or after an error, it starts anew
+            for number, image in enumerate(self.frames, first):
+                self.kept[number] = image
                 while len(self.kept) > 1 and len(self.kept) * image.nbytes > CACHED:
                     del self.kept[next(iter(self.kept))]
-                if self.next > frame:
+                if number == frame:
+                    self.next = number + 1
                     return image
-            self.next = None
             return None
-
 
 
 class Session:
@@ -178,11 +178,13 @@ class Session:
 
     def _note(self, frame: int, found: Found) -> None:
         """Put a new mask's confidence where `_to_review` looks for it."""
+        for values in self._sureness.values():
+            values[frame:frame + 1] = np.nan  # of objects that are not looked for any more
         for object_id, value in _sure(found).items():
             if object_id not in self._sureness:
                 self._sureness[object_id] = np.full(self.count, np.nan)
-            if frame < len(self._sureness[object_id]):
-                self._sureness[object_id][frame] = NOT_VISIBLE if value is None else value
+            values = self._sureness[object_id]
+            values[frame:frame + 1] = NOT_VISIBLE if value is None else value
 
     def _to_review(self) -> list[dict]:
         """The stretches to review first; looked for once in `REVIEW` seconds during a run."""
@@ -191,13 +193,13 @@ class Session:
         running = self.run and not self.run["ended"]
         if version == self.edits.version or running and now - looked < REVIEW:
             return found
-        known, presence, given = {}, self.work.presence, list(self.work.given)
+        known, presence = {}, self.work.presence
         for thing in self.work.objects:
             if thing.id in self._sureness:
                 known[thing.id] = values = self._sureness[thing.id].copy()
-                values[given] = np.nan
-                absent = [frame for frame, ids in presence.absent.items() if thing.id in ids]
-                values[absent] = np.nan
+                said = {*self.work.given, *(frame for frame, ids in presence.absent.items()
+                                            if thing.id in ids)}
+                values[[frame for frame in said if frame < len(values)]] = np.nan
                 for first, stop in presence.intervals(thing.id):
                     values[first:stop] = np.nan
         found = [vars(stretch) for stretch in stretches_to_review(known)]
@@ -207,10 +209,12 @@ class Session:
     def measures(self) -> list[Measures]:
         """Of every mask that was found, and not replaced by a given one, of objects still there."""
         known = {thing.id for thing in self.work.objects}
+        absent = self.work.presence.absent
         gone = {i: self.work.presence.intervals(i) for i in known}
         rows = (Measures.of_row(row) for frame, found in sorted(self.work.found.items())
                 if frame not in self.work.given for row in found.measures)
-        return [one for one in rows if one.object_id in known and not any(
+        return [one for one in rows if one.object_id in known
+                and one.object_id not in absent.get(one.frame, ()) and not any(
             first <= one.frame and (stop is None or one.frame < stop)
             for first, stop in gone[one.object_id])]
 
