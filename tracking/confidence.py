@@ -23,7 +23,7 @@ SHARE = 0.1  # of the frames, those with the lowest confidence, that are reviewe
 REVIEWED = 6  # stretches of a kind at most: where to start, not a plan for the whole work
 DIGITS = 6  # kept of every figure, in the file and before
 NOT_VISIBLE = -1.0  # in place of a confidence, in arrays
-GAP = 3  # frames between two stretches that count as one
+GAP = 3  # frames from one with a low confidence to the next, in one stretch
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ def stretches_to_review(sureness: dict[int, np.ndarray]) -> list[Stretch]:
         values = sureness[object_id]
         frames = np.flatnonzero(values < below)
         visible = values[frames] >= 0
-        ends = (np.diff(frames) > GAP) | (visible[1:] != visible[:-1])
+        gap = np.where(visible[1:], GAP, 1)  # whether an object can be seen is exact
+        ends = (np.diff(frames) > gap) | (visible[1:] != visible[:-1])
         for part in np.split(frames, np.flatnonzero(ends) + 1):
             if len(part):
                 lowest = float(values[part].min())
