@@ -103,6 +103,7 @@ def test_steps_on_clips_lower_the_loss(sequences):
 def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
+    model.extend()
     before = {name: p.clone() for name, p in model.named_parameters()}
     options.iterations, options.report = 2, -1
     best = train.train(model, *sequences, options)
