@@ -65,6 +65,8 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
     if model.method != "memory":
         raise ValueError("-m export: expected a checkpoint that was trained for --method memory, "
                          "and no other --method")
+    if model.object_tokens or model.edges:
+        raise ValueError("-m export: object tokens and the level of stride 2 can't be exported yet")
     if model.zoom < 1:
         raise ValueError(f"-m export: expected a model that sees frames enlarged, not {model.zoom} "
                          "as large")

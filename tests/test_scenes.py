@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import preprocess
-from training import synthetic_motion, warps
+from training import lookalikes, synthetic_motion, warps
+from training.warps import Cutout
 
 SHAPE = (64, 112)
 COLOURS = ((230, 40, 40), (40, 220, 40), (60, 60, 240))
@@ -185,3 +186,66 @@ def test_what_is_mostly_hidden_in_the_reference_frame_is_named():
         layer = warps.Layer([cutout], np.array([[[1, 0, shift], [0, 1.0, 0]]]), bends)
         layer.paste(0, image.copy(), after)
         assert synthetic_motion.hidden([layer], before, after) == expected
+
+
+def dot(value=1, side=9) -> Cutout:
+    ids = np.zeros((side, side), np.uint8)
+    ids[2:-2, 2:-2] = value
+    return Cutout(np.full((side, side, 3), 200, np.uint8), ids, (0, 0), (False,) * 4)
+
+
+def test_a_duplicate_meets_its_original_once():
+    for seed in range(20):
+        path = np.array([[40.0 + 3 * t, 45] for t in range(6)])
+        layer = lookalikes.crossing(np.random.default_rng(seed), [dot()] * 6, path, 1.0, (90, 160))
+        distance = np.linalg.norm(synthetic_motion.way(layer) - path, axis=1)
+        assert distance.min() < 15 and np.ptp(distance) > 3
+
+
+def test_members_of_a_swarm_are_small_and_alike():
+    layers = lookalikes.swarm(np.random.default_rng(0), [[dot(i, 60)] * 5 for i in range(1, 6)],
+                          (240, 400))
+    frame, mask = np.zeros((240, 400, 3), np.uint8), np.zeros((240, 400), np.uint8)
+    for layer in layers:
+        layer.paste(0, frame, mask)
+    sizes = np.sqrt(np.bincount(mask.ravel(), minlength=6)[1:] / mask.size)
+    assert (sizes[sizes > 0] < 0.13).all() and (sizes > 0.02).sum() >= 3
+
+
+def test_what_vanishes_was_there_before_and_is_there_at_the_end():
+    found = set()
+    for seed in range(200):
+        layer = lookalikes.vanishing(np.random.default_rng(seed), lookalikes.in_place([dot()] * 7))
+        there = [cutout is not None for cutout in layer.cutouts]
+        assert there[:2] == [True, True] and there[-1]
+        found.add(7 - sum(there))
+    assert found == {0, 1, 2}
+
+
+def test_lines_on_an_object_belong_to_it_and_go_with_it():
+    cutouts = lookalikes.with_lines(np.random.default_rng(1), [dot(5), None, dot(5)])
+    assert cutouts[1] is None
+    for cutout in (cutouts[0], cutouts[2]):
+        assert set(np.unique(cutout.ids)) == {0, 5} and (cutout.ids == 5).sum() > 25
+        np.testing.assert_allclose(cutout.center, dot().center)
+        # one thing, of which the object is a part
+        assert cv2.connectedComponents((cutout.ids > 0).astype(np.uint8))[0] == 2
+        part = cutout.ids[-cutout.corner[1]:][:9, -cutout.corner[0]:][:, :9]
+        np.testing.assert_array_equal(part[2:-2, 2:-2], dot(5).ids[2:-2, 2:-2])
+
+
+def test_what_is_in_front_lies_where_it_was():
+    frame, mask = np.zeros((30, 40, 3), np.uint8), np.zeros((30, 40), np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    ids = np.zeros((30, 40), np.uint8)
+    ids[10:22, 8:30] = 3
+    lookalikes.in_place([warps.cut_out(image, ids)]).paste(0, frame, mask)
+    assert (mask != ids).sum() == 4  # corners are softened
+    np.testing.assert_array_equal(frame[12:20, 10:28], image[12:20, 10:28])
+
+
+def test_the_middle_of_an_object_that_is_not_always_there():
+    masks = [np.zeros((9, 9), np.uint8) for _ in range(3)]
+    masks[1][2:5, 3:6] = 4
+    np.testing.assert_array_equal(lookalikes.path_of(masks, 4), [[4, 3]] * 3)
+    assert lookalikes.path_of(masks, 5) is None

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from davis import Sequence
 from media.drawing import areas
 from preprocess import Augment, to_tensor
 from system import distributed
-from training import synthetic_motion, warps
+from training import lookalikes, synthetic_motion, warps
 from training.static_images import Still
 from training.warps import Layer
 
@@ -23,7 +23,7 @@ Source = Sequence | Still
 CLIP = 4  # frames of a clip where there are no still images
 # Where there are: first these, then videos too, then longer clips. Each until what share of the
 # steps, with what share of clips made of stills, of how many frames.
-PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
+PHASES = ((0.3, 0.5, 6), (1.0, 0.35, 8))
 
 
 # Pixels of the training frame that an object fills at least. Fewer leave no trace in the features,
@@ -125,9 +125,15 @@ class Clips(Pairs):
         objects: at most so many are followed.
     """
 
-    DOUBLES = 0.5  # of the pasted objects
+    FAR = 0.35  # of the clips have a reference frame from another time
+    DOUBLES = 0.6  # of the pasted objects
+    CROSSES = 0.6  # of the doubles meet their original
+    BEHIND = 0.5  # and of these, in a video, are behind it
+    SWARM = 0.2  # of the clips with a near reference frame hold a swarm of small look-alikes
+    LINES = 0.2  # of the pasted objects, and of the stills' own, have lines on them
     MORE = 0.5  # chance of each of four more of them
     PARTS = 0.25  # of what moves as one in stills has a part that is an object of its own
+    MEMBERS = (3, 6)  # of a swarm
     OTHERS = 0.2  # of the objects beside the first are not followed
     SWAPS = 0.3  # of the stills' objects are seen before another background
     TOGETHER = 0.6  # of the stills' objects that touch each other move as one
@@ -195,12 +201,13 @@ class Clips(Pairs):
         reference, _, _ = self._reference(sequence, rng)
         step = self._step(rng)
         chosen = self._walk(sequence, start, step)
-        far = bool(rng.random() < 0.5 or not sequence.mask(chosen[0]).any())
+        far = bool(rng.random() < self.FAR or not sequence.mask(chosen[0]).any())
         if far:
             chosen[0] = reference
         frames = [(sequence.image(i), sequence.mask(i)) for i in chosen]
         masks = [mask for _, mask in frames]
-        layers = self._pasted(sequence, masks, None, masks[0].shape, step, far, rng)
+        layers = self._pasted(sequence, masks, None, masks[0].shape, step, far, rng,
+                              lambda i: lookalikes.path_of(masks, i), frames)
         before = masks[0].copy()
         for t, frame in enumerate(frames):
             for layer in layers:
@@ -213,7 +220,7 @@ class Clips(Pairs):
     def _still(self, still: Source, rng) -> tuple:
         """A clip of a still image: images, masks with all ids, ids hidden in the first."""
         image, ids = still.image(0), still.mask(0)
-        shape, far = self.augment.shape, bool(rng.random() < 0.5)
+        shape, far = self.augment.shape, bool(rng.random() < self.FAR)
         whole = warps.cut_out(image, ids)
         swap = rng.random() < self.SWAPS
         if swap:
@@ -226,12 +233,15 @@ class Clips(Pairs):
         poses = synthetic_motion.camera(rng, self.length, far, back.shape[:2], shape, focus)
         layers, parts = [], self._parts(ids, rng)
         for part in parts:
+            cutouts = self._lined([warps.cut_out(image, part)] * self.length, rng)
             if swap:
-                cutouts = [warps.cut_out(image, part)] * self.length
                 layers.append(synthetic_motion.pasted(rng, cutouts, poses, shape, far))
             else:
-                layers.append(synthetic_motion.own(rng, image, part, poses, shape, far))
-        layers += self._pasted(still, [ids, *parts], poses, shape, self._step(rng), far, rng)
+                layers.append(synthetic_motion.own(rng, cutouts, poses, shape, far))
+        own = list(layers)
+        layers += self._pasted(still, [ids, *parts], poses, shape, self._step(rng), far, rng,
+                               lambda i: next((synthetic_motion.way(layer) for layer in own
+                                               if (layer.cutouts[0].ids == i).any()), None))
         layers = [layers[i] for i in rng.permutation(len(layers))]
         bends = warps.smooth(rng, self.length, 0.004 * max(back.shape), far,
                               (warps.MESH, warps.MESH, 2)).astype(np.float32)
@@ -280,7 +290,9 @@ class Clips(Pairs):
                 return other
 
     def _pasted(self, own: Source, masks: list[np.ndarray], poses: np.ndarray | None,
-                shape: tuple[int, int], step: int, far: bool, rng) -> list[Layer]:
+                shape: tuple[int, int], step: int, far: bool, rng,
+                path: Callable[[int], np.ndarray | None],
+                frames: list | None = None) -> list[Layer]:
         """Layers of other objects in front of a clip, which may be among those to find.
 
         They are of other sequences or stills, or, where their place tells them from the first,
@@ -289,30 +301,63 @@ class Clips(Pairs):
         Args:
             masks: (H, W) each, of the clip: what is pasted gets ids that they don't hold.
             poses, shape: see `scenes.pasted`.
+            path: (T, 2) where the middle of an object of the clip is, None if that is unknown.
+            frames: images and masks of a video, which may be in front of what is pasted.
         """
         count = 1 + int((rng.random(4) < self.MORE).sum()) if rng.random() < self.paste else 0
-        layers = []
-        for label in unused(masks)[:count]:
+        layers, labels = [], unused(masks)
+        if count and not far and rng.random() < self.SWARM:
+            layers, labels = self._swarm(own, labels, step, shape, rng), labels[self.MEMBERS[1]:]
+            count = min(count, 1)
+        for label in labels[:count]:
             other = self._other(own, rng)
             double = other is own or not far and rng.random() < self.DOUBLES
             source = own if double else other
             empty = len(source) == 1 and not source.mask(0).any()
             if empty or double and far:
                 continue
-            cutouts = self._cutouts(source, step, far, label, rng)
-            layers.append(synthetic_motion.pasted(rng, cutouts, poses, shape, far, double))
+            cutouts, object_id = self._cutouts(source, step, far, label, rng)
+            cutouts = self._lined(cutouts, rng)
+            way = path(object_id) if double and rng.random() < self.CROSSES else None
+            if way is None:
+                layer = synthetic_motion.pasted(rng, cutouts, poses, shape, far, double)
+            else:
+                scale = np.exp(rng.normal(0, 0.15))
+                if poses is not None:
+                    scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
+                layer = lookalikes.crossing(rng, cutouts, way, scale, shape)
+            layers.append(lookalikes.vanishing(rng, layer))
+            if way is not None and frames and rng.random() < self.BEHIND:
+                layers.append(lookalikes.in_place([warps.cut_out(
+                    image.copy(), np.where(mask == object_id, mask, 0)) for image, mask in frames]))
         return layers
 
-    def _cutouts(self, source: Source, step: int, far: bool, label: int, rng) -> list:
-        """An object of a sequence or still as it moves there, with a new id."""
-        start, _, object_id = self._reference(source, rng)
+    def _swarm(self, own: Source, labels: list[int], step: int, shape: tuple[int, int],
+               rng) -> list[Layer]:
+        """Layers of several small copies of one object, of different times."""
+        source = own if rng.random() < 0.5 else self._other(own, rng)
+        if len(source) == 1 and not source.mask(0).any():
+            return []
+        _, _, object_id = self._reference(source, rng)
+        count = int(rng.integers(self.MEMBERS[0], self.MEMBERS[1] + 1))
+        members = [self._cutouts(source, step, False, label, rng, object_id)[0]
+                   for label in labels[:count]]
+        return [lookalikes.vanishing(rng, layer) for layer in lookalikes.swarm(rng, members, shape)]
+
+    def _lined(self, cutouts: list, rng) -> list:
+        return lookalikes.with_lines(rng, cutouts) if rng.random() < self.LINES else cutouts
+
+    def _cutouts(self, source: Source, step: int, far: bool, label: int, rng,
+                 object_id: int | None = None) -> tuple[list, int]:
+        """An object of a sequence or still as it moves there, with a new id; and its own id."""
+        start, _, object_id = self._reference(source, rng, object_id)
         chosen = self._walk(source, start, step)
         if far and len(source) > 1:
             chosen[0], _, _ = self._reference(source, rng, object_id)
         found = {i: warps.cut_out(source.image(i),
                                    np.where(source.mask(i) == object_id, label, 0).astype(np.uint8))
                  for i in set(chosen)}
-        return [found[i] for i in chosen]
+        return [found[i] for i in chosen], object_id
 
 
 def unused(masks: list[np.ndarray]) -> list[int]:

@@ -77,18 +77,24 @@ def parted(rng, ids: np.ndarray, new: int) -> np.ndarray:
     return ids
 
 
-def own(rng, image: np.ndarray, ids: np.ndarray, poses: np.ndarray, shape: tuple[int, int],
+def own(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tuple[int, int],
         far: bool) -> Layer:
     """A layer of objects that a still image shows, moving on its own before the background.
 
     Args:
+        cutouts: of the still image, one for each frame.
         poses: (T, 2, 3), those of the background.
     """
-    cutout = warps.cut_out(image, ids)
     linear = poses[:, :, :2]
-    place = linear @ cutout.center + poses[:, :, 2]
+    place = linear @ cutouts[0].center + poses[:, :, 2]
     natural = 0 if far else int(rng.integers(len(poses)))  # there it is where it was
-    return moving(rng, [cutout] * len(poses), linear, place, shape, far, natural)
+    return moving(rng, cutouts, linear, place, shape, far, natural)
+
+
+def way(layer: Layer) -> np.ndarray:
+    """(T, 2) x and y of the middle of a layer's cut-outs in the frames."""
+    middle = next(c for c in layer.cutouts if c).center
+    return layer.poses[:, :, :2] @ middle + layer.poses[:, :, 2]
 
 
 def pasted(rng, cutouts: list[Cutout | None], poses: np.ndarray | None, shape: tuple[int, int],
