@@ -1,7 +1,4 @@
-"""What of an image file is the mask: numbers, colours or alpha, as arrays.
-
-It knows neither objects nor which files belong together.
-"""
+"""Extracts the mask channel of an image: index or grey value, colour, or alpha."""
 
 from pathlib import Path
 
@@ -12,11 +9,15 @@ from masks import soft_edges
 from media import images
 from media.drawing import PALETTE
 
-OPAQUE = 128  # alpha from which a pixel is there
+OPAQUE = 128  # alpha from which a pixel belongs to the object: half, as cut-outs are written here
 
 
 def kind_of(image: Image.Image, own: bool) -> str:
-    """What of an image is the mask: "numbers", "colours" or "alpha"."""
+    """Decide which channel of an image is the mask: "numbers", "colours" or "alpha".
+
+    Args:
+        own: a person painted it, so its palette may be in any order.
+    """
     if is_transparent(image):
         coloured, alpha = _split(image)
         inside = alpha >= OPAQUE
@@ -34,7 +35,7 @@ def kind_of(image: Image.Image, own: bool) -> str:
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether some of it is transparent, and more than a palette's background."""
+    """Whether alpha varies, beyond the transparent first entry of a palette."""
     if not image.has_transparency_data:
         return False
     if image.mode == "P":
@@ -47,7 +48,7 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def _split(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """(H, W, 3) RGB and (H, W) alpha, uint8, the most opaque 255."""
+    """Split into (H, W, 3) RGB and (H, W) alpha, both uint8, with alpha scaled to reach 255."""
     rgba = np.asarray(image.convert("RGBA"))
     alpha = rgba[..., 3].astype(int)
     return rgba[..., :3], (alpha * 255 // max(1, alpha.max())).astype(np.uint8)
@@ -58,7 +59,7 @@ def _over_black(coloured: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _numbered(image: Image.Image, own: bool) -> bool:
-    """Whether indices of a palette are ids: the background is 0, and none is a soft edge."""
+    """Whether palette indices are object ids: index 0 is the background, none is a soft edge."""
     codes = np.asarray(image)
     used, table = np.unique(codes), _palette(image)
     if len(used) == 1 or (table[used] == PALETTE[used]).all():
@@ -82,7 +83,7 @@ def _palette(image: Image.Image) -> np.ndarray:
 
 
 def same_palettes(paths: list[Path]) -> bool:
-    """Whether the palettes of some files agree as far as the shorter of each two goes."""
+    """Whether the files' palettes agree, as far as the shorter one of each pair goes."""
     longest: list[int] = []
     for path in paths:
         with Image.open(path) as image:  # its header
@@ -94,7 +95,13 @@ def same_palettes(paths: list[Path]) -> bool:
 
 
 def pixels_of(path: str | Path, image: Image.Image, kind: str) -> np.ndarray:
-    """(H, W) numbers or alpha, or (H, W, 3) colours, of a file; colours also among numbers."""
+    """The mask channel of an image as (H, W) numbers or alpha, or (H, W, 3) colours.
+
+    Colours are also returned for "numbers" if the image turns out not to be grey.
+
+    Raises:
+        ValueError: `kind` is "alpha" and the image has no alpha channel; it names `path`.
+    """
     if kind == "alpha":
         if not image.has_transparency_data:
             raise ValueError(f"{path}: expected the mask in the alpha channel, as in the masks "
@@ -108,17 +115,17 @@ def pixels_of(path: str | Path, image: Image.Image, kind: str) -> np.ndarray:
         return (values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 65535).astype(int)
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535).astype(int)
-        whole = (values % 257 == 0).all()  # 8 bits, written as 16
+        whole = (values % 257 == 0).all()  # 8 bits scaled to 16, as some programs write them
         return values // 257 if whole else values
     rgb = _over_black(*_split(image)) if is_transparent(image) else np.asarray(image.convert("RGB"))
     return rgb[..., 0] if kind == "numbers" and (rgb == rgb[..., :1]).all() else rgb
 
 
 def border(values: np.ndarray) -> np.ndarray:
-    """The outermost pixels of (H, W), in one row."""
+    """The outermost pixels of an (H, W) array, as one row; corners twice."""
     return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
 def read(path: str | Path, kind: str) -> np.ndarray:
-    """`pixels_of` a file; raises OSError as `images.open_image` does."""
+    """Read a file and return its `pixels_of`; raises OSError as `images.open_image` does."""
     return pixels_of(path, images.open_image(path, "a mask"), kind)

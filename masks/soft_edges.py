@@ -1,6 +1,6 @@
-"""Flat values in an image and what lies between them: numbers and colours told from soft edges.
+"""Tells the flat areas of a mask image, which are objects, from the soft edges between them.
 
-It knows of arrays only: no file, no object, no id of one but those that are handed in.
+Works on arrays of values or colours; which of them is which object is decided in `coding`.
 """
 
 import itertools
@@ -9,32 +9,43 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-BETWEEN = 0.25  # share of a value's neighbours above it and below it, in a gradient
-LEVELS = 16  # values from which slow gradients, with flat steps of their own, are expected
-LARGE = 0.2  # share of all that isn't background which no step of a gradient covers
-BRIGHT = 32  # levels that some value of an edge is away from the background; others are ids
-NEAR = 56  # levels between two flat colours (those of DAVIS are 64 apart), where edges are soft
-STRAIGHT = 40  # levels by which a blend of two colours may be off
-TOP = 0.95  # share of the brighter half that is no brighter than what stands for it
-DITHERED = 4  # colours that stand for one, at least
-SOFT = 12  # flat values, at most, with edges between them
-PICTURE = 32  # values that a mask may have with hardly a flat area
+# Whoever changes a threshold below: tests/test_masks.py tries disks, balls, thin lines and dots,
+# one or several, saved as PNG, quantised PNG and JPEG.
+
+# Least share of a value's differing neighbours that lie on either side of it for it to be a step
+# of a gradient: it would be half in an ideal ramp, and 0 for an object on its background.
+BETWEEN = 0.25
+LEVELS = 16  # from this many values on, gradients are slow enough for their steps to be flat
+LARGE = 0.2  # share of the foreground above which a value is an object, not a step of a gradient
+# Difference from the background, of 255, below which no edge is looked for: values that small are
+# numbered objects (1, 2, 3 ...), and blending them would lose ids.
+BRIGHT = 32
+NEAR = 56  # least difference of two objects with soft edges; DAVIS colours are 64 apart
+STRAIGHT = 40  # distance from the line between two colours; JPEG moves a blend by up to so much
+TOP = 0.95  # quantile of the brighter half that stands for an object: the maximum may be an outlier
+SOFT = 12  # most objects with soft edges in a mask; more values than that are a picture
+PICTURE = 32  # number of values from which an image with hardly a flat area is a picture
 
 
 class Found(NamedTuple):
-    classes: np.ndarray  # indices of the values that are flat areas, but for the background
-    soft: bool  # whether others lie between them
+    classes: np.ndarray  # indices of the values that are flat areas, without the background
+    soft: bool  # whether there are soft edges between them
 
 
 def is_picture(codes: np.ndarray, where: np.ndarray) -> bool:
-    """Whether (H, W) values vary from pixel to pixel within a part, (H, W) bool, of an image."""
+    """Whether values vary from pixel to pixel, as in a photo.
+
+    Args:
+        codes: (H, W) int, the value of each pixel.
+        where: (H, W) bool, the part of the image that counts.
+    """
     inside = where[:-1, :-1] & where[1:, :-1] & where[:-1, 1:]
     same = (codes[:-1, :-1] == codes[1:, :-1]) & (codes[:-1, :-1] == codes[:-1, 1:])
     return len(np.unique(codes[where])) > PICTURE and same[inside].mean() < 0.5
 
 
 def codes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(H, W, 3) uint8 -> (M, 3) colours in it and (H, W) which of them a pixel has."""
+    """The (M, 3) distinct colours of an (H, W, 3) uint8 image, and (H, W) indices into them."""
     packed, found = np.unique(_pack(pixels), return_inverse=True)
     table = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 1).astype(int)
     return table, found.reshape(pixels.shape[:2])
@@ -46,16 +57,21 @@ def _pack(pixels: np.ndarray) -> np.ndarray:
 
 
 def unknown(pixels: np.ndarray, colours: list[tuple]) -> bool:
-    """Whether an (H, W, 3) image holds any colour beside these."""
+    """Whether an (H, W, 3) uint8 image has a colour that is not in the list."""
     packed = _pack(pixels)
     return not np.isin(packed, _pack(np.array(colours))).all()
 
 
 def exact(pixels: np.ndarray, values: np.ndarray, ids: np.ndarray):
-    """(H, W, 3) in flat colours -> (H, W) uint8 of their ids, and a colour that is none, or None.
+    """Look up the id of each pixel's colour.
 
     Args:
-        values, ids: (M, 3) and (M,).
+        pixels: (H, W, 3) uint8.
+        values: (M, 3) the known colours.
+        ids: (M,) uint8, their ids.
+
+    Returns:
+        (H, W) uint8 ids, and the first colour that is not among `values`, or None.
     """
     packed, order = _pack(pixels), np.argsort(_pack(values))
     table = _pack(values)[order]
@@ -66,7 +82,7 @@ def exact(pixels: np.ndarray, values: np.ndarray, ids: np.ndarray):
 
 
 def solid(codes: np.ndarray, count: int) -> np.ndarray:
-    """(count,) bool: which values fill a square of 3x3 pixels somewhere in (H, W)."""
+    """Which of `count` values fill a 3x3 square somewhere: (count,) bool, from (H, W) indices."""
     planes = codes.astype(np.float32)
     same = cv2.erode(planes, _SQUARE) == cv2.dilate(planes, _SQUARE)
     return np.bincount(codes[same], minlength=count) > 0
@@ -78,17 +94,17 @@ _SQUARE = np.ones((3, 3), np.uint8)
 def classes(codes: np.ndarray, table: np.ndarray, background: int, lossy: bool = False) -> Found:
     """Tell flat areas from soft edges.
 
-    The values of an edge lie between those on both sides of it and fill no square of 3x3 pixels,
-    except where there are so many that they can be steps of a slow gradient.
+    The values of an edge lie between those on either side of it and fill no 3x3 square. With
+    `LEVELS` values or more they may fill one, as steps of a slow gradient.
 
     Args:
-        codes: (H, W) int, which value each pixel has.
-        table: (M, C) these values.
-        background: which one is the background.
-        lossy: the format changes values a little, so that nearly the same ones are one.
+        codes: (H, W) int, the index of each pixel's value.
+        table: (M, C) the values.
+        background: index of the background's value.
+        lossy: the file format changes values a little (JPEG), so similar ones are the same.
 
     Raises:
-        ValueError: a picture, with hardly a flat area.
+        ValueError: the image is a picture, with hardly a flat area.
     """
     table = table.astype(int)
     areas = np.bincount(codes.ravel(), minlength=len(table))
@@ -103,17 +119,14 @@ def classes(codes: np.ndarray, table: np.ndarray, background: int, lossy: bool =
     steps = len(others) >= LEVELS
     if steps:
         edge |= _between(codes, above) & ~(filled & (areas > LARGE * areas[others].sum()))
-    speckled = table.shape[1] > 1 and not filled[others].any() and _is_speckled(codes, background)
     lossy &= above[others].max() >= BRIGHT
-    if above[others[edge[others]]].max(initial=0) < BRIGHT and not speckled and not lossy:
+    if above[others[edge[others]]].max(initial=0) < BRIGHT and not lossy:
         return Found(others, False)
-    firm = np.empty(0, int)
-    if not speckled:
-        usual = np.median([0, *areas[others[edge[others]]]])
-        firm = others[~edge[others] & (above[others] >= (NEAR if steps or lossy else 1))]
-        firm = firm[filled[firm] | (areas[firm] >= 5 * usual) | (not steps)]
+    usual = np.median([0, *areas[others[edge[others]]]])
+    firm = others[~edge[others] & (above[others] >= (NEAR if steps or lossy else 1))]
+    firm = firm[filled[firm] | (areas[firm] >= 5 * usual) | (not steps)]
     if not len(firm):
-        firm = _top(others, areas, table, above, speckled)
+        firm = _top(others, areas, above)
     firm = _apart(firm, areas, table, background)
     strange = others[~_blends(table[others], table[[background, *firm]])]
     strange_area = areas[strange].sum() * (len(others) > PICTURE)
@@ -122,27 +135,22 @@ def classes(codes: np.ndarray, table: np.ndarray, background: int, lossy: bool =
     return Found(firm, True)
 
 
-def _top(others: np.ndarray, areas: np.ndarray, table: np.ndarray, above: np.ndarray,
-         speckled: bool) -> np.ndarray:
-    """(1,) the value that stands for an object without a flat area, by the brighter half of it."""
+def _top(others: np.ndarray, areas: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """The index of the value that stands for an object without a flat area, as an array (1,).
+
+    It is nearly the brightest one, by area, of its brighter half.
+    """
     bright = others[2 * above[others] >= above[others].max()]
-    if speckled:  # in the mean
-        mean = np.average(table[bright], 0, areas[bright])
-        return bright[[np.abs(table[bright] - mean).max(1).argmin()]]
     bright = bright[above[bright].argsort()]
     covered = areas[bright].cumsum()
     return bright[[np.searchsorted(covered, TOP * covered[-1])]]
 
 
-def _is_speckled(codes: np.ndarray, background: int) -> bool:
-    """Whether neighbours in front of the background mostly differ: colours that were dithered."""
-    inside = (codes[:, :-1] != background) & (codes[:, 1:] != background)
-    differ = codes[:, :-1] != codes[:, 1:]
-    return len(np.unique(codes)) > DITHERED and inside.any() and differ[inside].mean() > 0.5
-
-
 def _crossed(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """(M,) bool: values most of whose pixels blend two neighbours that face each other."""
+    """Which values, (M,) bool, mostly lie between two opposite neighbours of their pixels.
+
+    Only pixels that differ from a neighbour are looked at, and so only they cost time.
+    """
     padded = np.pad(codes, 1, mode="edge")
     differs = np.zeros(codes.shape, bool)
     for axis in (0, 1):
@@ -162,7 +170,7 @@ def _crossed(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _between(codes: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """(M,) bool: values with neighbours enough that differ more from the background, and less."""
+    """Which values, (M,) bool, have brighter and darker neighbours, as steps of a gradient do."""
     up, down = np.zeros(len(above)), np.zeros(len(above))
     for one, other in ((codes[:, :-1], codes[:, 1:]), (codes[:-1], codes[1:])):
         differ = above[one] != above[other]
@@ -174,7 +182,7 @@ def _between(codes: np.ndarray, above: np.ndarray) -> np.ndarray:
 
 
 def _blends(colours: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """(K, C) -> (K,) bool: which colours lie on the line between two of (M, C) others."""
+    """Which of (K, C) colours lie on a line between two of (M, C) others, as (K,) bool."""
     found = np.zeros(len(colours), bool)
     for one, other in itertools.combinations(ends, 2):
         along = other - one
@@ -184,9 +192,9 @@ def _blends(colours: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _apart(firm: np.ndarray, areas: np.ndarray, table: np.ndarray, background: int) -> np.ndarray:
-    """Of flat values that are nearly the same, as in a JPEG, the one with the largest area.
+    """Keep the largest of values that are nearly the same, as JPEG makes them.
 
-    And none that is small and a blend of others.
+    A value of less than a tenth of the smallest area kept so far that blends others is an edge.
     """
     kept: list[int] = []
     for index in sorted(firm.tolist(), key=lambda i: -areas[i]):
@@ -199,25 +207,30 @@ def _apart(firm: np.ndarray, areas: np.ndarray, table: np.ndarray, background: i
 
 
 def nearest(pixels: np.ndarray, values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """(H, W, C) with soft edges -> (H, W) uint8: the id of the nearer value.
+    """Give each pixel of a mask with soft edges the id of the nearest value.
 
-    Of several objects only the two whose areas lie nearest to a pixel come into question, since
-    the edge of a bright one passes through the value of a darker one.
+    With several objects only the two whose flat areas are closest to a pixel compete, because the
+    edge of a bright object passes through the values of darker ones.
 
     Args:
-        values, ids: (M, C) and (M,), the background's first.
+        pixels: (H, W, C).
+        values: (M, C), the background's first.
+        ids: (M,) uint8.
+
+    Returns:
+        (H, W) uint8; a pixel half way between background and object belongs to the object.
     """
     pixels = pixels.astype(np.int32)
     off = np.stack([((pixels - value) ** 2).sum(2) for value in values])  # (M, H, W)
     if len(values) > 2:
         far = np.stack([_distance(np.abs(pixels - value).max(2) < NEAR // 2) for value in values])
         off = np.where(far > np.partition(far, 1, axis=0)[1], np.iinfo(np.int32).max, off)
-    # in the middle it belongs to the object
+    # argmin takes the first of equals: reversed, so that the object wins over the background
     return ids[len(values) - 1 - off[::-1].argmin(0)]
 
 
 def _distance(where: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> pixels to the nearest flat area there."""
+    """Distance in pixels to the nearest flat area of an (H, W) bool mask; inf where it is empty."""
     where = where.astype(np.uint8)
     area = cv2.morphologyEx(where, cv2.MORPH_OPEN, _SQUARE)
     area = area if area.any() else where

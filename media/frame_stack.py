@@ -1,7 +1,7 @@
-"""Frames put aside, to be taken back last first: in memory, and beyond that in a file.
+"""A stack of frames that spills to a temporary file.
 
-A decoder goes forwards only. What lies between two key frames is decoded once, put here, and
-taken out backwards, so that reading backwards costs linear time however far key frames lie apart.
+A decoder only runs forward. To read backwards, the frames between two key frames are decoded once,
+pushed here and popped in reverse, which takes linear time however far apart key frames are.
 """
 
 import tempfile
@@ -11,14 +11,16 @@ from contextlib import suppress
 import cv2
 import numpy as np
 
-MEMORY = 256 * 2**20  # bytes of frames that are held
+# Bytes of frames held in memory: 40 frames of 1080p, more than most distances between key frames,
+# and little beside the network. Frames beyond it cost a PNG written and read.
+MEMORY = 256 * 2**20
 
 
 class Spool:
     """A stack of (H, W, 3) uint8 images; use as a context manager.
 
     Raises:
-        OSError: the disk is full where temporary files lie; it names the place.
+        OSError: the disk with the temporary files is full; the error names the folder.
     """
 
     def __init__(self):
@@ -34,7 +36,7 @@ class Spool:
             self._put_away(self._held.popleft())
 
     def pop(self) -> np.ndarray | None:
-        """The image that was pushed last; None where there is none."""
+        """Remove and return the image pushed last; None if the stack is empty."""
         if self._held:
             image = self._held.pop()
             self._bytes -= image.nbytes
@@ -49,7 +51,8 @@ class Spool:
 
     def _put_away(self, image: np.ndarray) -> None:
         self._bytes -= image.nbytes
-        data = cv2.imencode(".png", image)[1].tobytes()  # channels keep their order, whatever it is
+        # OpenCV takes RGB for BGR here and when it decodes, so the channels keep their order
+        data = cv2.imencode(".png", image)[1].tobytes()
         try:
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
             self._file.write(data)
@@ -64,5 +67,5 @@ class Spool:
 
     def __exit__(self, *_):
         if self._file:
-            with suppress(OSError):  # of a full disk, which was said
+            with suppress(OSError):  # of a full disk, reported when it was written to
                 self._file.close()

@@ -142,7 +142,6 @@ SAVED = {
     "png": lambda image: image,
     "quantised to 8": lambda image: image.quantize(8),
     "quantised to 64": lambda image: image.quantize(64),
-    "web palette": lambda image: image.convert("P", palette=Image.Palette.WEB),
     "web palette, not dithered": lambda image: image.convert(
         "P", palette=Image.Palette.WEB, dither=Image.Dither.NONE),
 }
