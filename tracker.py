@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from follow import Follower, Step
-from media.validation import check_normalized, id_mask
+from masks.validation import check_normalized, id_mask
 from network.state import plain, restored
 
 __all__ = ["Step", "Tracker"]

@@ -1,4 +1,4 @@
-"""Images as files, read and written, and masks written; what a mask file means: media/masks.py.
+"""Images as files, read and written, and masks written; what a mask file means: masks/read.py.
 
 It knows of arrays only: no tensor, no network, no data set.
 """

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from media import hdr, spool
+from media import frame_stack, hdr
 from media.clip import ANIMATIONS, FOLDER_FPS, Animation, Clip, Folder
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ class Video(Clip):
 
     def _restart(self, end: int) -> int:
         """The key frame from which the frames before `end` fill the memory; at least the last."""
-        fit = max(1, spool.MEMORY // (3 * self.shape[0] * self.shape[1]))
+        fit = max(1, frame_stack.MEMORY // (3 * self.shape[0] * self.shape[1]))
         return self._keys[min(bisect_left(self._keys, end - fit),
                               bisect_left(self._keys, end) - 1)]
 
