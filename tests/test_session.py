@@ -363,13 +363,15 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     step = propagation.pipeline.follow
 
     def failing(tracker, index, *rest, **more):
+        seen = step(tracker, index, *rest, **more)
         if index == 7:
             raise MemoryError("no room")
-        return step(tracker, index, *rest, **more)
+        return seen
 
     monkeypatch.setattr(propagation.pipeline, "follow", failing)
     one.segment_from(0, "forwards")
     assert finished(one)["error"] == "no room"
+    assert {frame for _, frame in one.states.kept} == {5}, "the last one that is whole"
     monkeypatch.setattr(propagation.pipeline, "follow", step)
     go(one, 6)
     for frame in range(FRAMES):

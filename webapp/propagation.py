@@ -210,8 +210,9 @@ class Passes:
         try:
             for number, image in zip(itertools.count(start + way, way), frames):
                 self._note(made, number)
+                frame = start  # where following fails, the tracker is at no frame: it isn't kept
                 seen = self._follow(tracker, number, image, None)
-                frame = number  # not before: where following it failed, it was not seen
+                frame = number
                 measures = measure(frame, seen.step, before)
                 before = {one.object_id: one.area for one in measures}
                 yield frame, seen.mask, Found(start, [astuple(one) for one in measures])
