@@ -18,16 +18,16 @@ FOLDER_FPS = 24.0  # frames per second of a clip without timestamps, the usual r
 
 
 class Clip:
-    """Frames in order, counted from 0. None is kept: an hour takes the memory of a second.
+    """Frames in order, counted from 0, read as they are needed: memory doesn't grow with length.
 
     Attributes:
-        path: where it was read from.
-        files: those that the frames come from, and no others that lie beside them.
-        fps: frames per second; on the average, where that varies.
-        count: how many frames there are said to be, a hint until one has read to the end; 0 if
-            unknown.
-        shape: (H, W) of the frames that are yielded: upright, of square pixels.
-        stored: (H, W) before the pixels are made square; what FFmpeg writes as pictures.
+        path: the file or folder.
+        files: the files that hold the frames, without others in the same folder.
+        fps: frames per second, the average if it varies.
+        count: the number of frames; only an estimate until the clip was read to its end, 0 if
+            there is none.
+        shape: (H, W) of the frames that are yielded: upright, with square pixels.
+        stored: (H, W) before pixels are made square, the size at which FFmpeg exports frames.
         numbers: the numbers in the files' names, ascending; None: frames are counted from 0.
     """
 
