@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import build
 import eight_bit
 import lite
 import preprocess
+from cli import setup
 from media import files
 from media.shown import Prompts
 from network import graphs
@@ -41,7 +41,7 @@ CLOSE_8_BITS = 0.04
 
 
 def run(args: argparse.Namespace) -> None:
-    model = build.model_in_use(args).cpu().eval()
+    model = setup.load_for_inference(args).cpu().eval()
     with files.hold(args.export_dir, instead="another folder (--export_dir)"):
         export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
@@ -65,6 +65,8 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
     if model.method != "memory":
         raise ValueError("-m export: expected a checkpoint that was trained for --method memory, "
                          "and no other --method")
+    if model.object_tokens or model.edges:
+        raise ValueError("-m export: object tokens and the level of stride 2 can't be exported yet")
     if model.zoom < 1:
         raise ValueError(f"-m export: expected a model that sees frames enlarged, not {model.zoom} "
                          "as large")

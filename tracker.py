@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from follow import Follower, Step
-from media.validation import check_normalized, id_mask
+from masks.validation import check_normalized, id_mask
 from network.state import plain, restored
 
 __all__ = ["Step", "Tracker"]
@@ -30,6 +30,11 @@ class Tracker(Follower):
         """
         check_normalized(image)
         return super().step(image, None if mask is None else id_mask(mask), shape, absent)
+
+    @torch.no_grad()
+    def remove(self, object_id: int) -> None:
+        """As `Follower.remove`."""
+        super().remove(object_id)
 
     def state(self) -> dict:
         """All but network and settings, as numbers, lists and tensors, for `load_state`."""

@@ -3,31 +3,35 @@
 Whole sequences are held out. It knows neither flags nor how samples are drawn.
 """
 
-import copy
 import logging
 
-import numpy as np
 import torch
 
-import distributed
 import preprocess
-from data.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
-from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
-from network.losses import LOSSES
+from network.bank import Frames
+from network.losses import LOSSES, grouping
+from network.memory import Memory
+from system import distributed
 from training.options import GRADIENT, Options, one_cycle
 from training.report import Report
+from training.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
+from training.static_images import Still
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
 DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
+NEW_RATE = 25  # likewise of object tokens and edges, which start without effect
 KEY_RATE = 3  # likewise of what compares cells, which starts well
 KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
+COARSE_WEIGHT = 0.3  # of that of object tokens alone
+GROUPING_WEIGHT = 0.25  # of the union of objects and their identities, beside the other losses
+LEARNED = 4  # last frames of a clip that gradients flow through; those before cost a third
+COARSE = 4  # pixels of a frame on each side of one that losses beside the decoder's see
 START = 16  # images of which the first keys are made
-FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
@@ -61,6 +65,8 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         raise ValueError(f"nothing to train on: all objects are too small. {TOO_SMALL}")
     if model.prompts is not None:
         keep_encoder(model)
+    if model.refined:
+        model.extend()
     if model.refined and not model.facts:  # not loaded from anywhere
         start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
@@ -125,9 +131,12 @@ def optimizer_of(model: VideoMatch, options: Options):
     parts = [(list(model.encoder.parameters()), 1)]
     if model.refined:
         keys = model.reader.comparing()
+        new = [p for part in (model.reader.tokens, model.decoder.edges) if part is not None
+               for p in part.parameters()]
+        apart = {id(p) for p in (*keys, *new)}
         others = [p for part in (model.reader, model.decoder) for p in part.parameters()
-                  if all(p is not key for key in keys)]
-        parts += [(keys, KEY_RATE), (others, DECODER_RATE)]
+                  if id(p) not in apart]
+        parts += [(keys, KEY_RATE), (others, DECODER_RATE), (new, NEW_RATE)]
     rates = [times * options.learning_rate for _, times in parts]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.requires_grad], "lr": rate}
@@ -163,47 +172,38 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
     """The loss of a clip, (T, 3, H, W) and (T, H, W) ids 0 to N.
 
     The first frame is the reference. Each of the others is segmented with what the model itself
-    found in those before, all objects at once.
+    found in those before, all objects at once. Only the last `LEARNED` count: the first ones of a
+    long clip serve to let errors grow that the last ones have to live with.
     """
     frames, memories = model.encode(images), [model.memory(list(range(1, int(masks[0].max()) + 1)))]
     model.refer(images[:1], masks[:1], memories, frames[:1])
-    size, total = masks.shape[1:], 0
-    for t in range(1, len(images)):
-        frame = frames[t:t + 1]
-        outputs = []
-        if frame.features.requires_grad:
-            weight = FEATURE_WEIGHT if model.method == "memory" else 1
-            outputs.append((model.match(frame, memories) / model.temperature, weight))
-        if model.method == "memory":
-            logits, scores = model.refine(frame, memories)
-            outputs += [(logits, 1), (scores / model.temperature, KEY_WEIGHT)]
-            model.remember(frame, memories, logits.softmax(1))
-        for output, weight in outputs:
-            found = model.enlarged(output, size)[0]
-            total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
-    return total / (len(images) - 1)
+    first = max(1, len(images) - LEARNED) if model.method == "memory" else 1
+    with torch.no_grad():
+        for t in range(1, first):
+            logits = model.refine(frames[t:t + 1], memories)[0]
+            model.remember(frames[t:t + 1], memories, logits.softmax(1))
+    total = sum(_loss_of_frame(model, frames[t:t + 1], masks[t], memories, losses)
+                for t in range(first, len(images)))
+    return total / (len(images) - first)
 
 
-def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
-             options: Options) -> VideoMatch:
-    """A copy of the model, fitted to the reference frame of a video by augmenting it.
-
-    Args:
-        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
-        options: `iterations`, `shape`, `losses`, `learning_rate`, `weight_decay` and `seed` count.
-    """
-    precision, model = model.precision, copy.deepcopy(model)
-    model.precision = torch.float32
-    augment = preprocess.Augment(options.shape)
-    optimizer, schedule = optimizer_of(model, options)
-    rng = np.random.default_rng(options.seed)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        for _ in range(options.iterations):
-            wanted = (mask == rng.choice(np.unique(mask[mask > 0]))).astype(np.uint8)
-            clip = [augment(image, wanted), *augment.clip([(image, wanted)] * FINETUNE_FRAMES)]
-            batch = [torch.stack(parts)[None] for parts in zip(*clip)]
-            step(model, optimizer, batch, options.losses, shared=False)
-            schedule.step()
-    model.precision = precision
-    return model.eval()
+def _loss_of_frame(model: VideoMatch, frame: Frames, mask: torch.Tensor, memories: list[Memory],
+                   losses: tuple[str, ...]) -> torch.Tensor:
+    """The loss of a frame, which is kept in memory as it was found."""
+    small = mask[COARSE // 2::COARSE, COARSE // 2::COARSE]
+    outputs = []
+    if frame.features.requires_grad:
+        weight = FEATURE_WEIGHT if model.method == "memory" else 1
+        outputs.append((model.match(frame, memories) / model.temperature, mask, weight))
+    if model.method == "memory":
+        logits, scores, coarse = model.refine(frame, memories)
+        outputs += [(logits, mask, 1), (scores / model.temperature, small, KEY_WEIGHT)]
+        if coarse is not None:
+            outputs.append((coarse, small, COARSE_WEIGHT))
+        model.remember(frame, memories, logits.softmax(1))
+    total = torch.zeros(())
+    for output, truth, weight in outputs:
+        found = model.enlarged(output, truth.shape)[0]
+        total = total + weight * (sum(LOSSES[name](found, truth) for name in losses)
+                                  + GROUPING_WEIGHT * grouping(found, truth))
+    return total

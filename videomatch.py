@@ -15,24 +15,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import errors
 import preprocess
 from checkpoint import Checkpointed
+from masks.read import read_masks
+from masks.validation import check_id_masks, check_normalized
 from media import drawing, figures, images
-from media.masks import read_masks
 from media.shown import Prompts
-from media.validation import check_id_masks, check_normalized
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.memory import Memory
+from network.object_tokens import ObjectTokens
 from network.outliers import decide
 from network.prompts import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.rules import View
 from network.sets import refer
 from network.views import sets_of
+from system import errors
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -55,6 +56,8 @@ class VideoMatch(Checkpointed):
         refined: there are a `Reader` and a `Decoder`.
         zoom: in use, not in training, frames are enlarged by this before the encoder, > 0.
         prompts: there is a `PromptDecoder`, for which no part of a video's road has any use.
+        object_tokens: there are `ObjectTokens` beside the memory.
+        edges: the decoder has a level of stride 2.
 
     Attributes:
         method: "matching": the scores of the reference frame decide. "paper": its sets grow with
@@ -68,7 +71,8 @@ class VideoMatch(Checkpointed):
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
                  temperature: float = 0.05, dilation: int = 100, refined: bool = False,
-                 zoom: float = 1.0, prompts: bool = False):
+                 zoom: float = 1.0, prompts: bool = False, object_tokens: bool = False,
+                 edges: bool = False):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -88,11 +92,27 @@ class VideoMatch(Checkpointed):
         channels = tuple(spec.levels.values())
         if refined:
             self.reader = Reader(spec.channels, spec.finest, 2 ** spec.finer)
+            if object_tokens:
+                self.reader.tokens = ObjectTokens(spec.channels, EVIDENCE)
             # NHWC, as in the encoder
-            self.decoder = Decoder(EVIDENCE, channels, spec.finer).to(
-                memory_format=torch.channels_last)
+            self.decoder = Decoder(EVIDENCE, channels, spec.finer,
+                                   spec.stem[1] if edges else 0).to(
+                                       memory_format=torch.channels_last)
+        self.object_tokens, self.edges = object_tokens, edges
         self.prompts = PromptDecoder(channels) if prompts else None
         self.precision = torch.float32
+
+    def extend(self) -> None:
+        """Add object tokens and the level of stride 2, unless they are there.
+
+        They have no effect until they are trained, so that a checkpoint without them can be.
+        """
+        spec = self.encoder.spec
+        whole = VideoMatch(self.encoder, refined=True, object_tokens=True, edges=bool(spec.stem))
+        if not self.object_tokens:
+            self.object_tokens, self.reader.tokens = True, whole.reader.tokens.to(self.device)
+        if not self.edges and spec.stem:
+            self.edges, self.decoder.edges = True, whole.decoder.edges.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +134,7 @@ class VideoMatch(Checkpointed):
             image = F.interpolate(image, scale_factor=scale, mode="bilinear",
                                   align_corners=False, antialias=scale < 1)
         with self._in_precision():
-            features, levels = self.encoder.pyramid(image)
+            features, levels = self.encoder.pyramid(image, self.edges)
         cells = []
         if self.method == "memory":
             precision = torch.float32 if self.training else self.precision
@@ -198,7 +218,7 @@ class VideoMatch(Checkpointed):
             ValueError: the method is "memory", and the frames' size isn't that of the reference.
         """
         if self.method == "memory":
-            logits, scores = self.refine(frames, memories)
+            logits, scores, _ = self.refine(frames, memories)
         else:
             logits = (scores := self.match(frames, memories)) / self.temperature
         return self.enlarged(logits, shape or frames.size), scores
@@ -210,12 +230,13 @@ class VideoMatch(Checkpointed):
         return torch.stack([soft_match(self._grid(features), memory.sets.reference, self.top_k)
                             for features, memory in zip(frames.features, memories)])
 
-    def refine(self, frames: Frames,
-               memories: list[Memory]) -> tuple[torch.Tensor, torch.Tensor]:
-        """By method "memory": logits, and the scores of the keys alone.
+    def refine(self, frames: Frames, memories: list[Memory]
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """By method "memory": logits, the scores of the keys alone, logits of object tokens alone.
 
         Returns:
-            (B, N+1, H/4, W/4) logits, those of the background 0; (B, N+1, h, w) scores, cosines.
+            (B, N+1, H/4, W/4) logits (H/2, W/2 with `edges`), those of the background 0;
+            (B, N+1, h, w) scores, cosines; (B, N+1, h, w) logits, None without `object_tokens`.
         """
         if any(memory.bank.shape is None for memory in memories):
             raise RuntimeError("nothing to match with: refer to a reference frame first")
@@ -225,14 +246,20 @@ class VideoMatch(Checkpointed):
                 raise ValueError("expected a frame of the reference frame's size, got "
                                  f"{frames.size}")
             evidence, scores = self.reader.read(memory.bank, cells)
-            before = memory.bank.recent[-1].found[1:]
+            before, coarse = memory.bank.recent[-1].found[1:], None
+            if self.object_tokens:
+                evidence, coarse = self.reader.tokens(cells.unit, memory.bank.tokens, evidence,
+                                                      self.reader.shares(before))
             with self._in_precision():
                 logits = self.decoder(evidence,
                                       torch.stack([with_union(before), rivals(before)], 1),
                                       [level[i:i + 1] for level in frames.levels])
             logits = foreground_first(logits.float(), len(before))
-            found.append((F.pad(logits[None], (0, 0, 0, 0, 1, 0))[0], scores))
-        return tuple(torch.stack(parts) for parts in zip(*found))
+            found.append((_beside_background(logits), scores,
+                          None if coarse is None else _beside_background(coarse)))
+        logits, scores, coarse = zip(*found)
+        return (torch.stack(logits), torch.stack(scores),
+                torch.stack(coarse) if self.object_tokens else None)
 
     @staticmethod
     def enlarged(logits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -267,7 +294,9 @@ class VideoMatch(Checkpointed):
 
     def configuration(self) -> dict:
         # unless it is there nothing is said of it: older models keep their digest
-        shown = {} if self.prompts is None else {"prompts": True}
+        shown = {name: True for name, there in (
+            ("prompts", self.prompts is not None), ("object_tokens", self.object_tokens),
+            ("edges", self.edges)) if there}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
@@ -283,6 +312,11 @@ class VideoMatch(Checkpointed):
         if layer != encoder.spec.layer:
             raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
         return cls(encoder, **config)
+
+
+def _beside_background(logits: torch.Tensor) -> torch.Tensor:
+    """(N, h, w) logits of objects -> (N+1, h, w), those of the background 0."""
+    return F.pad(logits[None], (0, 0, 0, 0, 1, 0))[0]
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:

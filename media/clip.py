@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from media import images, spool
+from media import frame_stack, images
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Clip:
         end = start
         while end > 0:
             first = self._restart(end)
-            with spool.Spool() as stack:
+            with frame_stack.Spool() as stack:
                 for image in self.frames(first, end):
                     stack.push(image)
                 while (image := stack.pop()) is not None:

@@ -1,4 +1,4 @@
-"""Reads and writes image files, and writes masks; `masks` decides what a mask file means."""
+"""Reads and writes image files, and writes masks; `masks.read` decides what a mask file means."""
 
 import logging
 import re

@@ -99,10 +99,12 @@ class Bank:
         self.sets: list[tuple[Array, Array]] = []
         self.later: deque[Entry] = deque(maxlen=later)
         self.recent: deque[Entry] = deque(maxlen=recent)
-        # for linear labels: (C, C) features times features, (C, N+1) times labels
-        self.given_sums: list[tuple[Array, Array]] = []
-        self.later_sums: tuple[Array, Array] | None = None
+        # for linear labels: (C, C) features times features, (C, N+1) times labels; and (N+1, ...)
+        # for object tokens, where there are some
+        self.given_sums: list[tuple[Array, ...]] = []
+        self.later_sums: tuple[Array, ...] | None = None
         self.linear: Array | None = None  # (C, N+1) that makes labels of features
+        self.tokens: Array | None = None  # (N+1, ...) of which object tokens are made
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -138,11 +140,10 @@ class Bank:
             self.later.append(replace(entry, near=None))
         return long
 
-    def sum_up(self, sums: tuple[Array, Array]) -> None:
+    def sum_up(self, sums: tuple[Array, ...]) -> None:
         """Count a later frame in: the newer the more."""
         before = self.later_sums or sums
-        first, second = (old + (new - old) * LATER for old, new in zip(before, sums))
-        self.later_sums = first, second
+        self.later_sums = tuple(old + (new - old) * LATER for old, new in zip(before, sums))
 
     def widen(self, objects: int) -> None:
         """There are more objects now, which no frame so far shows; values are still to be made."""
@@ -151,9 +152,12 @@ class Bank:
             return library(x).concatenate([x, *[nothing] * (objects + 1 - x.shape[axis])], axis)
 
         self.change(lambda entry: replace(entry, found=wider(entry.found, 0)))
-        self.given_sums = [(a, wider(b, 1)) for a, b in self.given_sums]
-        if self.later_sums:
-            self.later_sums = self.later_sums[0], wider(self.later_sums[1], 1)
+        def wider_sums(sums):
+            squares, labels, *tokens = sums
+            return squares, wider(labels, 1), *(wider(x, 0) for x in tokens)
+
+        self.given_sums = [wider_sums(sums) for sums in self.given_sums]
+        self.later_sums = self.later_sums and wider_sums(self.later_sums)
 
     def remove(self, channel: int) -> None:
         """Forget one object; channels behind it move up.

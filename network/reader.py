@@ -45,6 +45,7 @@ class Reader(nn.Module, Rules):
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1))
         self.value = nn.Conv2d(WIDTH, VALUE, 1)
+        self.tokens: nn.Module | None = None  # `ObjectTokens`
 
     def comparing(self) -> list[nn.Parameter]:
         """What decides which cells are alike."""
@@ -113,6 +114,9 @@ class Reader(nn.Module, Rules):
             x = shared + self.own(2 * part - 1)
             values.append(torch.cat([self.value(F.relu(x + self.layers(x))), part[:, -2:-1]], 1))
         return torch.cat(values).flatten(2).flatten(0, 1).T.contiguous()
+
+    def token_sums(self, cells: Cells, shares: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return () if self.tokens is None else (self.tokens.sums(cells.unit, shares),)
 
     def read(self, bank: Bank, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
         """What speaks for each object in a frame, and against it.

@@ -47,6 +47,7 @@ class Rules:
         nearest: as `search.nearest`.
         best_mean: (n, K) similarities of such -> (n,) the mean of the K_SET best.
         ridge: of the linear labels.
+        token_sums: cells and shares -> their part in the sums of object tokens, or nothing.
     """
 
     pixels: Callable
@@ -57,6 +58,7 @@ class Rules:
     nearest: Callable
     best_mean: Callable
     ridge: Callable
+    token_sums: Callable
 
     def remember(self, bank: Bank, cells: Cells, found: Array) -> None:
         """Keep a frame.
@@ -120,19 +122,24 @@ class Rules:
             return entry
         return replace(entry, values=self.values_of(entry.shared, entry.found))
 
-    def _sums(self, cells: Cells, found: Array) -> tuple[Array, Array]:
-        """(C, C) and (C, N+1): features times features, and times labels; objects weigh alike."""
-        labels = self.shares(found).T  # (h*w, N+1)
+    def _sums(self, cells: Cells, found: Array) -> tuple[Array, ...]:
+        """(C, C) and (C, N+1): features times features, and times labels; objects weigh alike.
+
+        Where there are object tokens, what is kept for them as well: (N+1, ...).
+        """
+        shares = self.shares(found)
+        labels = shares.T  # (h*w, N+1)
         weights = (labels / (labels.mean(0) + LEAST)).sum(1)
         weighted = cells.unit * (weights / weights.sum())[:, None]
-        return cells.unit.T @ weighted, weighted.T @ labels
+        return cells.unit.T @ weighted, weighted.T @ labels, *self.token_sums(cells, shares)
 
     def _fit(self, bank: Bank) -> None:
         """Labels that are linear in the features, by ridge regression in closed form."""
-        squares, labels = (sum(parts) / len(parts) for parts in zip(*bank.given_sums))
+        sums = [sum(parts) / len(parts) for parts in zip(*bank.given_sums)]
         if bank.later_sums:
-            squares, labels = (later + (given - later) * GIVEN for given, later in
-                               zip((squares, labels), bank.later_sums))
+            sums = [later + (given - later) * GIVEN for given, later in zip(sums, bank.later_sums)]
+        squares, labels, *tokens = sums
+        bank.tokens = tokens[0] if tokens else None
         xp = library(squares)
         ridge = xp.diag(self.ridge() + 0 * squares[0])
         bank.linear = xp.linalg.solve(squares + ridge, labels)
