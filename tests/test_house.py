@@ -38,7 +38,7 @@ RANKS = [
     {"media.shown"},
 ]
 WINGS = {"network", "media", "data", "benchmarks", "training", "page"}
-TORCH = {"torch", "torchvision", "triton"}
+TORCH = {"torch", "torchvision"}
 FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile",
          "urllib", "zipfile"}
 FORBIDDEN = {"network": FILES, "media": TORCH,  # the wings' own names are left to RANKS
