@@ -114,14 +114,15 @@ def fingerprint(clip) -> str:
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     session.check_page(args.page)
     model = setup.load_for_inference(args)
+    names: dict[int, str] = {}
     with hold(results) if args.box or args.point else nullcontext():  # whose mask is written there
-        masks = given_masks(args, clip, results, model)
+        masks = given_masks(args, clip, results, model, names)
     session.open_page(session.Session(
         model, clip, results, pipeline.Options(**setup.pipeline_options(args)),
         prompting.prompter(model), setup.run_metadata(args, model, {"data": data}),
         session.command_line(changed(args, "command")), args.export),
         masks, given_presence(args, clip, masks), args.page,
-        args.page_host or ["127.0.0.1"])
+        args.page_host or ["127.0.0.1"], names)
 
 
 def given_masks(args: argparse.Namespace, clip, results: Path,

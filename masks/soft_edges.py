@@ -1,6 +1,6 @@
 """Tells the flat areas of a mask image, which are objects, from the soft edges between them.
 
-Works on arrays of values or colours; which of them is which object is decided in `coding`.
+Works on arrays of values or colours; which of them is which object is decided in `encoding`.
 """
 
 import itertools

@@ -184,7 +184,7 @@ def file_name(clip: Clip, frame: int) -> str:
     Masks are called so as well.
     """
     files = clip.files or ()
-    if len(files) == clip.count and files[frame].suffix.lower() in SUFFIXES:
+    if files and len(files) == clip.count and files[frame].suffix.lower() in SUFFIXES:
         return files[frame].name
     return f"{clip.frame_name(frame)}.png"
 

@@ -35,7 +35,7 @@ RANKS = [
     {"media"},
     {"system"},
 ]
-TORCH = {"torch", "torchvision", "triton"}
+TORCH = {"torch", "torchvision"}
 FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile",
          "urllib", "zipfile"}
 FORBIDDEN = {"network": FILES, "media": TORCH, "masks": TORCH,

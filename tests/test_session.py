@@ -19,7 +19,7 @@ from cli.segment import fingerprint
 from masks.read import read_mask
 from media import images
 from media.video import open_clip
-from webapp import annotations, propagation
+from webapp import annotations, propagation, server
 from webapp import session as sessions
 from webapp.server import ACTIONS, Fields, application
 from webapp.store import Found
@@ -105,6 +105,27 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     cut = np.array(Image.open(out / "cutout" / "00003.png"))
     np.testing.assert_array_equal(cut[..., 3] >= 128, truth(3) > 0)
     assert not cut[cut[..., 3] == 0].any()
+
+
+def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monkeypatch):
+    corners = [[20, 30], [56, 30], [56, 66], [20, 66]]
+    (tmp_path / "m.json").write_text(json.dumps({
+        "imageHeight": SHAPE[0], "imageWidth": SHAPE[1],
+        "shapes": [{"label": "cat", "points": corners, "shape_type": "polygon"}]}))
+    opened = []
+
+    def serve(session, *_):
+        opened.append(session.state())
+        session.edits.change_object(1, name="dog")
+
+    monkeypatch.setattr(server, "serve", serve)
+    arguments = ["-m", "segment", "--video", str(clip), "--mask", f"2:{tmp_path / 'm.json'}",
+                 "--page", "-c", "cpu", "-j", str(tmp_path / "out")]
+    assert main.main(arguments) == 0
+    assert [(one["id"], one["name"]) for one in opened[0]["objects"]] == [(1, "cat")]
+    assert opened[0]["frames"][2]["given"]
+    assert main.main(arguments) == 0  # which takes no name back that was changed since
+    assert opened[1]["objects"][0]["name"] == "dog"
 
 
 def test_frames_have_their_files_numbers(begin, clip, tmp_path):

@@ -6,7 +6,7 @@ what makes a mask of them is handed in.
 
 import threading
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 
 import cv2
@@ -125,8 +125,11 @@ class Edits:
                 mask = np.where(mask == object_id, 0, mask).astype(np.uint8)
             self._give(frame, mask, self.prompts.get(frame, {}), **marks)
 
-    def give(self, frame: int, mask: np.ndarray) -> None:
+    def give(self, frame: int, mask: np.ndarray, names: Mapping[int, str] | None = None) -> None:
         """A whole mask, (H, W) uint8; objects that it holds and nobody knows yet are added.
+
+        Args:
+            names: of objects that are added, by their ids.
 
         Raises:
             ValueError: it is of another size than the frames, or there is no such frame.
@@ -136,7 +139,7 @@ class Edits:
             if frame in self.work.given and np.array_equal(mask, self.work.mask(frame)):
                 return
             images.check_same_shape("the clip", self.work.shape, "the mask", mask.shape)
-            self._meet(np.unique(mask[mask > 0]).tolist())
+            self._meet(np.unique(mask[mask > 0]).tolist(), names or {})
             self._give(frame, mask, {})
 
     def forget(self, frame: int) -> None:
@@ -231,13 +234,13 @@ class Edits:
         self.change()
         self.everywhere = self.version
 
-    def _meet(self, object_ids: list[int]) -> None:
+    def _meet(self, object_ids: list[int], names: Mapping[int, str]) -> None:
         """Know these objects from now on."""
         known = {thing.id for thing in self.work.objects}
         for object_id in object_ids:
             if object_id not in known:
                 self.work.next_id, after = object_id, max(self.work.next_id, object_id + 1)
-                self.work.add_object()
+                self.work.add_object(names.get(object_id, ""))
                 self.work.next_id = after
         self.work.save()
 

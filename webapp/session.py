@@ -9,7 +9,7 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -403,7 +403,8 @@ def check_page(port: int | None) -> None:
 
 
 def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence,
-              port: int | None, hosts: list[str]) -> None:
+              port: int | None, hosts: list[str],
+              names: Mapping[int, str] | None = None) -> None:
     """Work on a session in a browser until Ctrl+C; `check_page` comes first.
 
     Args:
@@ -411,11 +412,12 @@ def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence
         presence: objects that are not there, said to begin with.
         port: None or 0 takes a free one.
         hosts: as for `server.serve`.
+        names: of objects by their ids, where the masks' files tell them.
     """
     from webapp import server  # whose packages only this needs
     try:
         for frame, mask in masks.items():
-            session.edits.give(frame, mask)
+            session.edits.give(frame, mask, names)
         for word in ("absent", "gone"):
             for frame, ids in getattr(presence, word).items():
                 for object_id in sorted(ids):
