@@ -1,4 +1,4 @@
-"""Where a user said that an object is not in the clip's frames. It knows no masks, only ids."""
+"""Which objects the user marked as not in a frame, or as gone from a frame on."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,13 +8,12 @@ MARK = re.compile(r"(absent|gone)=(\d+(?:,\d+)*)")  # in place of a file name: a
 
 @dataclass
 class Presence:
-    """What a user said of objects that are not there, by frame, as ids of objects.
+    """Objects that the user marked as not there; each argument maps a frame to object ids.
 
     Args:
         absent: not in this frame; they may be back in the next one.
-        gone: neither in this frame nor in later ones, up to the next one whose user mask shows
-            them again.
-        shown: in the user mask of this frame.
+        gone: neither in this frame nor in later ones, until a user mask contains them again.
+        shown: contained in the user mask of this frame.
     """
 
     absent: dict[int, set[int]] = field(default_factory=dict)
@@ -22,7 +21,7 @@ class Presence:
     shown: dict[int, set[int]] = field(default_factory=dict)
 
     def gone_at(self, frame: int) -> set[int]:
-        """The objects that are gone at a frame."""
+        """Ids of the objects that are gone at a frame."""
         found: set[int] = set()
         if not self.gone:
             return found
@@ -33,11 +32,11 @@ class Presence:
         return found
 
     def missing(self, frame: int) -> set[int]:
-        """The objects that are not in a frame, for either reason."""
+        """Ids of the objects that are not in a frame, whether absent or gone."""
         return self.absent.get(frame, set()) | self.gone_at(frame)
 
     def intervals(self, object_id: int) -> list[tuple[int, int | None]]:
-        """Where an object is gone: first frame, and the first behind the last (None: no end)."""
+        """Ranges [first, stop) of frames in which an object is gone; stop is None at the end."""
         found: list[tuple[int, int | None]] = []
         for frame in sorted(self.gone.keys() | self.shown.keys()):
             open_ = bool(found) and found[-1][1] is None

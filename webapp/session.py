@@ -40,10 +40,10 @@ REVIEW = 1.0
 
 
 class Pictures:
-    """Single frames of a clip for whoever asks, from any thread.
+    """Random access to the frames of a clip, from any thread.
 
-    A decoder goes on from where it is if that is nearer than the last key frame, so playing a clip
-    decodes each frame once. Some of the last frames are kept.
+    The decoder continues from its position if that is nearer to the wanted frame than the last key
+    frame, so playing a clip decodes each frame once. The frames used last are cached.
     """
 
     def __init__(self, clip: Clip):
@@ -60,7 +60,7 @@ class Pictures:
                 return image
             if self.next is None or not self.clip.start_of(frame) <= self.next <= frame:
                 self.frames, self.next = self.clip.frames(frame), frame
-            first, self.next = self.next, None  # at the end, or after an error, it starts anew
+            first, self.next = self.next, None  # start again after an error or the clip's end
             for number, image in enumerate(self.frames, first):
                 self.kept[number] = image
                 while len(self.kept) > 1 and len(self.kept) * image.nbytes > CACHED:
@@ -94,7 +94,7 @@ class Session:
         self.clip, self.folder, self.formats = clip, folder, list(formats)
         self.facts, self.command = facts, command
         self.count = clip.count or sum(1 for _ in clip.frames())
-        # apart, so that who moves through the clip doesn't wait for thumbnails
+        # separate decoders, so that scrubbing doesn't wait for thumbnails
         self._pictures, self._thumbnails = Pictures(clip), Pictures(clip)
         self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
@@ -135,7 +135,7 @@ class Session:
         return image
 
     def _ends(self, count: int) -> None:
-        """Learn that the clip has fewer frames than it declares."""
+        """Correct the number of frames when the clip turns out to be shorter."""
         with self.lock:
             if count < self.count:
                 log.warning("the clip ends after %d frames, though it declares %d", count,
@@ -177,9 +177,9 @@ class Session:
                     **({} if since else {"numbers": self.numbers, "formats": self.formats})}
 
     def _note(self, frame: int, found: Found) -> None:
-        """Put a new mask's confidence where `_to_review` looks for it."""
+        """Store the confidence of a new mask in `_sureness`, which `_to_review` reads."""
         for values in self._sureness.values():
-            values[frame:frame + 1] = np.nan  # of objects that are not looked for any more
+            values[frame:frame + 1] = np.nan  # also of objects that are no longer looked for
         for object_id, value in _sure(found).items():
             if object_id not in self._sureness:
                 self._sureness[object_id] = np.full(self.count, np.nan)
@@ -187,7 +187,7 @@ class Session:
             values[frame:frame + 1] = NOT_VISIBLE if value is None else value
 
     def _to_review(self) -> list[dict]:
-        """The stretches to review first; looked for once in `REVIEW` seconds during a run."""
+        """The stretches to review first; during a run at most `REVIEW` seconds out of date."""
         version, looked, found = self._review
         now = time.monotonic()
         running = self.run and not self.run["ended"]
@@ -347,7 +347,7 @@ class Session:
         return again
 
     def _marks(self) -> list[str]:
-        """What --mask takes for objects that are not there, where an earlier mask shows them."""
+        """The --mask arguments for absent and gone objects that an earlier user mask contains."""
         presence, known = self.work.presence, {thing.id for thing in self.work.objects}
         found = []
         for word in ("absent", "gone"):
