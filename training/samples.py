@@ -135,6 +135,7 @@ class Clips(Pairs):
     PARTS = 0.25  # of what moves as one in stills has a part that is an object of its own
     MEMBERS = (3, 6)  # of a swarm
     OTHERS = 0.2  # of the objects beside the first are not followed
+    ALONE = 0.25  # of the clips follow one object only, whatever looks like it
     SWAPS = 0.3  # of the stills' objects are seen before another background
     TOGETHER = 0.6  # of the stills' objects that touch each other move as one
     LEAST = 0.0005  # share of the reference frame that an object fills at least; see `FEWEST`
@@ -190,7 +191,8 @@ class Clips(Pairs):
         seen[0, hidden] = False
         known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
         again = [i for i in known if seen[1:, i].any()]
-        others = [i for i in known if i not in again[:1] and rng.random() >= self.OTHERS]
+        left_out = 1.0 if rng.random() < self.ALONE else self.OTHERS
+        others = [i for i in known if i not in again[:1] and rng.random() >= left_out]
         chosen = (again[:1] and again[:1] + others)[:self.objects]
         new = np.zeros(256, np.uint8)
         new[chosen] = 1 + rng.permutation(len(chosen))
