@@ -116,7 +116,7 @@ def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monk
 
     def serve(session, *_):
         opened.append(session.state())
-        session.edits.change_object(1, name="dog")
+        session.edits.rename_object(1, "dog")
 
     monkeypatch.setattr(server, "serve", serve)
     arguments = ["-m", "segment", "--video", str(clip), "--mask", f"2:{tmp_path / 'm.json'}",
