@@ -171,7 +171,7 @@ def _finished(manifest: Manifest, sequence: Sequence, video: bool) -> bool:
     """Whether it is scored, its files are what they were, and so is what was made of them."""
     return (manifest.entries.get(sequence.name, {}).get("data") == _data(sequence)
             and all((manifest.folder / sequence.name / sequence.mask_name(i)).is_file()
-                    for i in sequence.wanted)
+                    for i in sequence.output_frames)
             and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
 
 
@@ -207,10 +207,10 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
                                       drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
             film.unlink(missing_ok=True)  # of other masks
-    frames = pipeline.track(model, sequence, sequence.given(), options, kept)
+    frames = pipeline.track(model, sequence, sequence.reference_masks(), options, kept)
     pipeline.drain(frames, outputs, kept, seen)
     if options.results:  # all of them only serve a run that goes on
-        for i in set(range(len(sequence))) - set(sequence.wanted):
+        for i in set(range(len(sequence))) - set(sequence.output_frames):
             (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
     return scores.found
 
@@ -250,7 +250,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         scores = pool.map(_score_file, frames, chunksize=8)
         for sequence in progress(sequences, desc="sequences"):
             score = metrics.SequenceScore(sequence.scored_objects())
-            predicted, true = set[int](), {*sequence.appears}
+            predicted, true = set[int](), {*sequence.first_frames}
             for frame in sequence.scored:
                 measures, *held = next(scores)
                 score.add(measures, sequence.scored_objects(frame))

@@ -29,7 +29,7 @@ REPORTED = (1, 3, 8)  # numbers of clicks after which J is printed
 
 def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
     """Print and return J of each object, the mean J, and seconds per prompt."""
-    rows = train_prompts.measured(model, sequences, CLICKS)
+    rows = train_prompts.evaluate_prompts(model, sequences, CLICKS)
     head = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
     figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in REPORTED)]
                for row in rows]

@@ -161,13 +161,13 @@ def test_one_scene_is_learnt_and_only_the_decoder_changes(shown):
     truth = np.kron(mask, np.ones((2, 2))) > 0
     picture = preprocess.to_tensor(np.kron(image, np.ones((2, 2, 1), np.uint8)))
     before = {name: value.clone() for name, value in shown.state_dict().items()}
-    box = Prompts([simulated_user.box_of(truth)])
-    scene = train_prompts.begin(shown, picture, truth, box, [True])
+    box = Prompts([simulated_user.bounding_box(truth)])
+    scene = train_prompts.start_sample(shown, picture, truth, box, [True])
     optimizer = torch.optim.AdamW(shown.prompts.parameters(), 3e-3)
     losses = []
     for _ in range(40):
-        scene.prompts, scene.rounds = Prompts([simulated_user.box_of(truth)]), [True]
-        losses.append(train_prompts.step(shown, optimizer, [scene]))
+        scene.prompts, scene.rounds = Prompts([simulated_user.bounding_box(truth)]), [True]
+        losses.append(train_prompts.training_step(shown, optimizer, [scene]))
     assert losses[-1] < 0.15 < 1 < losses[0]
     for name, value in shown.state_dict().items():
         if not name.startswith("prompts."):
