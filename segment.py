@@ -20,13 +20,12 @@ import torch
 
 import preprocess
 from checkpoint import save
-from follow import resized
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
 from media.masks import read_mask
 from network.outliers import decide
-from tracker import Step, Tracker
+from tracker import Step, Tracker, resized
 from videomatch import VideoMatch
 
 KEPT_EVERY = 20.0  # seconds from one state that a run can go on from to the next

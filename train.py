@@ -16,6 +16,7 @@ from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
 from network.losses import LOSSES
+from network.views import labels_of, shares_of
 from training.options import GRADIENT, Options, one_cycle
 from training.report import Report
 from videomatch import VideoMatch
@@ -107,7 +108,7 @@ def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
     with torch.no_grad():
         images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
         features = [model.encoder(image[None])[0].flatten(1).T for image in images]
-    model.reader.start(torch.cat(features))
+    model.reader.begin(torch.cat(features))
 
 
 def optimizer_of(model: VideoMatch, options: Options):
@@ -155,21 +156,29 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
     The first frame is the reference. Each of the others is segmented with what the model itself
     found in those before, all objects at once.
     """
-    frames, memories = model.encode(images), [model.memory(list(range(1, int(masks[0].max()) + 1)))]
-    model.refer(images[:1], masks[:1], memories, frames[:1])
+    features, object_ids = model.encode(images), range(1, int(masks[0].max()) + 1)
+    first, mask = features.frame(0), masks[0].cpu().numpy().astype(np.uint8)
+    memory, sets = None, None
+    if model.method == "memory":
+        grid = tuple(first.near.shape[1:3])
+        pixels = shares_of(mask, tuple(model.side * side for side in grid), object_ids)
+        memory = model.start(None, first, model.array(pixels[None]),
+                             model.array(labels_of(mask, grid, object_ids)[None]))
+    if first.matched.requires_grad:
+        sets = model.refer_sets(None, first.matched[0], mask, object_ids)
     size, total = masks.shape[1:], 0
     for t in range(1, len(images)):
-        frame = frames[t:t + 1]
-        outputs = []
-        if frame.features.requires_grad:
+        frame, outputs = features.frame(t), []
+        if sets:
             weight = FEATURE_WEIGHT if model.method == "memory" else 1
-            outputs.append((model.match(frame, memories) / model.temperature, weight))
-        if model.method == "memory":
-            logits, scores = model.refine(frame, memories)
+            outputs.append((model.match(frame, sets) / model.temperature, weight))
+        if memory:
+            logits, scores = model.step(memory, frame)
             outputs += [(logits, 1), (scores / model.temperature, KEY_WEIGHT)]
-            model.remember(frame, memories, logits.softmax(1))
+            # the frames of a clip lie apart already: each goes into the long-term memory
+            memory = model.remember(memory, frame, logits.softmax(0), long=True)
         for output, weight in outputs:
-            found = model.enlarged(output, size)[0]
+            found = model.enlarged(output, size)
             total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
     return total / (len(images) - 1)
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+NEAR = 8  # pixels: an object that was no nearer to a connected component is no part of it
+TINY = np.float32(1e-12)  # a probability
 VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
 
 
@@ -40,6 +42,36 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, shares: dic
         outside = ~extrude(before, distance)
         probabilities[0][outside] += probabilities[channel][outside]
         probabilities[channel][outside] = 0
+
+
+def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
+                    threshold: float = 0.5) -> None:
+    """Restrict each connected component of the foreground to objects that were near, in place.
+
+    A body is one thing: of several look-alikes it is one that was there in the frame before, at
+    most `NEAR` pixels away. A component that no object was near to may be any of them.
+
+    Args:
+        probabilities: (N+1, H, W), channel 0 the background, which stays as it is.
+        previous: (H, W) uint8 mask of the frame before.
+        object_ids: in the order of the channels.
+        threshold: see `decide`.
+    """
+    if len(object_ids) < 2:
+        return
+    foreground = probabilities[0] < 1 - threshold
+    count, parts = cv2.connectedComponents(foreground.astype(np.uint8))
+    allowed = np.zeros((len(object_ids), count), bool)
+    for mine, object_id in zip(allowed, object_ids):
+        mine[parts[extrude(previous == object_id, NEAR)]] = True
+    allowed[:, ~allowed.any(0)] = True
+    allowed[:, 0] = True  # the background
+    limited = (~allowed.all(0))[parts]  # pixels
+    if not limited.any():
+        return
+    # never 0 where it is allowed, since it may be all that is left
+    found = (probabilities[1:, limited] + TINY) * allowed[:, parts[limited]]
+    probabilities[1:, limited] = found * ((1 - probabilities[0, limited]) / found.sum(0))
 
 
 def decide(probabilities: np.ndarray, object_ids: Sequence[int],

@@ -26,9 +26,10 @@ RANKS = [
     {"page.passes"},
     {"annotations", "confidence", "sinks"},
     {"segment"},
-    {"tracker", "lite"},
+    {"lite"},
+    {"tracker"},
     {"prompts"},
-    {"videomatch", "follow"},
+    {"videomatch"},
     {"checkpoint"},
     {"data.samples", "data.stills"},
     {"davis"},
@@ -176,7 +177,7 @@ def parsed(**sources: str) -> dict[str, ast.Module]:
     ("train", "import evaluate", "evaluate"),  # from the same line
     ("davis", "from data import samples", "data.samples"),
     ("data.demo", "from data.samples import Pairs", "data.samples"),  # up, though the same wing
-    ("network.memory", "from media import files", "media.files"),
+    ("network.search", "from media import files", "media.files"),
     ("media.video", "import network.encoder as e", "network.encoder"),
     ("media.video", "import preprocess", "preprocess")])
 def test_an_import_that_goes_up_is_found(importer, source, other):
@@ -186,7 +187,7 @@ def test_an_import_that_goes_up_is_found(importer, source, other):
 
 @pytest.mark.parametrize("importer, source, other", [
     ("segment", "from tracker import Tracker", "tracker"),
-    ("network.memory", "from network.matching import Grid", "network.matching"),
+    ("network.sets", "from network.matching import Grid", "network.matching"),
     ("data.demo", "from media import images", "media.images"),
     ("data.stills", "from data import download", "data.download"),
     ("davis", "from data import download", "data.download")])
@@ -197,8 +198,8 @@ def test_an_import_that_goes_down_is_allowed(importer, source, other):
 
 def test_what_a_wing_may_not_know_is_found():
     modules = parsed(media__video="import torch.nn.functional as F\nimport numpy",
-                     network__memory="from os.path import join", train="import torch, os")
-    assert forbidden(modules) == {("media.video", "torch"), ("network.memory", "os")}
+                     network__search="from os.path import join", train="import torch, os")
+    assert forbidden(modules) == {("media.video", "torch"), ("network.search", "os")}
 
 
 def test_a_circle_is_found():
