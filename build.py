@@ -13,6 +13,7 @@ import distributed
 import flags
 import groups
 import train
+import version
 from data import demo
 from davis import Davis
 from media import images
@@ -25,8 +26,8 @@ log = logging.getLogger("videomatch")
 # flags that change no mask, and in the last line those of which `facts` tells the outcome
 LEFT_OUT = {"mode", "logger", "set", "sequences", "workers", "results_dir", "visualize",
             "overwrite", "video", "mask", "mask_frame", "box", "point", "not_point",
-            "page", "cutout", "cutout_format", "export", "export_dir", "eight_bit", "dataset",
-            "model_load", "cuda_device", "precision"}
+            "page", "page_host", "cutout", "cutout_format", "export", "export_dir", "eight_bit",
+            "dataset", "model_load", "cuda_device", "precision"}
 
 
 def device_of(name: str | None) -> torch.device:
@@ -116,7 +117,9 @@ def facts(args: argparse.Namespace, model: VideoMatch, data: dict[str, str]) -> 
             **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
             "frames": f"enlarged {images.ENLARGED} times at most",  # states of others don't fit
             "arithmetic": f"{model.precision} on {model.device.type}",
-            "versions": f"torch {torch.__version__}, Python {platform.python_version()}"}
+            "versions": f"videomatch {version.__version__}, torch {torch.__version__}, "
+                        f"Python {platform.python_version()}",
+            **({"commit": commit} if (commit := version.commit()) else {})}
 
 
 def model_in_use(args: argparse.Namespace) -> VideoMatch:

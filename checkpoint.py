@@ -74,7 +74,11 @@ class Checkpointed(nn.Module):
 
 
 def save(path: str | Path, content: dict) -> None:
-    """Write what `torch.save` writes, whole or not at all; raises an OSError as `files.write`."""
+    """Write what `torch.save` writes, whole or not at all, even after a power cut.
+
+    Raises:
+        OSError: as `files.write`.
+    """
     buffer = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError
     torch.save(content, buffer)
-    files.write(path, buffer.getvalue())
+    files.write(path, buffer.getvalue(), durable=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+import errors
 from data import download, layout
 from media import images
-from media.clip import FOLDER_FPS, Clip
+from media.clip import FOLDER_FPS, Clip, file_numbers
 from media.coding import Coding
 from media.masks import is_empty
 
@@ -77,6 +78,10 @@ class Sequence(Clip):
     def _restart(self, end: int) -> int:
         return end - 1
 
+    @cached_property
+    def numbers(self) -> list[int]:
+        return file_numbers(self.images)
+
     def frame_name(self, frame: int) -> str:
         return self.images[frame].stem
 
@@ -87,6 +92,10 @@ class Sequence(Clip):
     def mask(self, index: int) -> np.ndarray:
         """(H, W) uint8, 0 background, else the object's id. Of a labelled frame."""
         return self.coding.read(self.masks[index])
+
+    def truth(self, index: int) -> np.ndarray:
+        """As `mask`, with `VOID` where a pixel is not labelled and so not scored."""
+        return self.coding.read(self.masks[index], keep_void=True)
 
     def mask_name(self, index: int) -> str:
         """What the file of a frame's mask is called in results: as the frame, .png."""
@@ -145,6 +154,11 @@ class Sequence(Clip):
         """What the values of its masks mean."""
         return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
 
+    def coding_in(self, results: Path) -> Coding:
+        """What the values of predicted masks in `results`/NAME mean, decided once for all."""
+        return Coding.of([results / self.name / self.mask_name(frame) for frame in self.scored],
+                         self.single_object)
+
     def unfit(self) -> str | None:
         """Why nothing can be done with it, or None."""
         if len(self) < 3:
@@ -194,7 +208,8 @@ class Davis:
 
     Raises:
         FileNotFoundError: no data set there, no such list, or a listed sequence isn't there.
-        ValueError: an unknown sequence, a mask of another size than its frame, or nothing left.
+        ValueError: an unknown sequence, a mask of another size than its frame, a listed sequence
+            whose first frame has no mask, or nothing left.
     """
 
     def __init__(self, root: str | Path, year: str | None = "2016", set: str = "train",
@@ -238,7 +253,17 @@ class Davis:
                         tuple(i for i, file in enumerate(frames) if asked and file.stem in asked))
 
     def _fit(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that can be used, each looked at; of the others the log says why not."""
+        """Those that can be used, each looked at; of the others the log says why not.
+
+        Raises:
+            ValueError: nothing is left, or a sequence of DAVIS' lists has masks, but none of its
+                first frame: starting later would give figures that compare with no others.
+        """
+        for sequence in sequences:
+            if sequence.labelled and sequence.labelled[0] and not sequence.later:
+                mask = sequence.masks[sequence.labelled[0]].with_name(sequence.mask_name(0))
+                raise ValueError(f"{mask}: no such mask, expected that of the first frame of "
+                                 f"sequence {sequence.name}")
         unfit = {sequence.name: sequence.unfit() for sequence in sequences}
         reasons = [reason for reason in unfit.values() if reason]
         for reason in reasons:
@@ -307,7 +332,10 @@ def main() -> int:
     try:
         download.download(args.download, args.year)
     except (OSError, ValueError) as error:
-        print(f"davis.py: error: {error}", file=sys.stderr)
+        message = errors.explained(error)
+        if message is None:
+            raise
+        print(f"davis.py: error: {message}", file=sys.stderr)
         return 2
     print(f"{args.download}: ready, python main.py -m eval -d {args.download}")
     return 0

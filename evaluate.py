@@ -14,13 +14,16 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import confidence
 import distributed
+import errors
 import metrics
 import report
 import segment
@@ -30,11 +33,13 @@ from davis import SETS, YEARS, Davis, Sequence
 from manifest import Manifest, stamp
 from media import drawing, images
 from media.background import progress
-from media.coding import Coding
-from media.files import keep_apart, whole
+from media.coding import VOID, Coding
+from media.files import hold, keep_apart, whole
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
+
+NAMED = 5  # sequences that a warning names; a wrong id usually runs through a whole set
 
 Scores = dict[str, metrics.SequenceScore]  # by the sequence's name
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
@@ -62,23 +67,31 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         A row of `metrics.MEASURES` for each sequence (for each object where there are many).
 
     Raises:
-        ValueError: what is in `options.results` was made with other facts.
+        ValueError: what is in `options.results` was made with other facts, or another run is
+            writing there.
     """
     model.eval()
     if options.results:
         keep_apart([options.results / s.name for s in sequences],
                    {path.parent for s in sequences
                     for path in (s.images[0], s.masks[s.labelled[0]])})
-    with distributed.first_alone():  # which may overwrite
-        manifest = Manifest(options.results, options.facts,
-                            options.overwrite and distributed.rank() == 0)
-    todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
-    todo = distributed.gather(todo)[0]  # before any process finishes one
-    if len(todo) < len(sequences):
-        log.info("%d sequences were finished before", len(sequences) - len(todo))
-    with manifest:
+    with ExitStack() as held:
+        with distributed.first_alone():  # which locks the folder, and may overwrite
+            if options.results and distributed.rank() == 0:
+                held.enter_context(hold(options.results))
+            manifest = Manifest(options.results, options.facts,
+                                options.overwrite and distributed.rank() == 0)
+        todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
+        todo = distributed.gather(todo)[0]  # before any process finishes one
+        if len(todo) < len(sequences):
+            log.info("%d sequences were finished before", len(sequences) - len(todo))
         _segment(model, todo, manifest, options)
         manifest.share()
+        return _conclude(sequences, manifest, options)
+
+
+def _conclude(sequences: list[Sequence], manifest: Manifest, options: Options) -> Table:
+    """Write and print the table of sequences that are all segmented, and the report."""
     scored = [sequence for sequence in sequences if sequence.scored]
     scores = {sequence.name: _score(manifest, sequence.name) for sequence in scored}
     found = table(scores)
@@ -92,21 +105,33 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
-    if options.results and scored:  # files first: who reads what is printed may have gone
-        earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
-                   if name not in scores and entry["j"]}
-        write(table(scores | earlier), options.results, options.set_name)
-        run = report.Run(options.results.name, options.results, scores, {
-            s.name: confidence.read(_confidence_of(options.results, s)) for s in scored})
-        path = report.write(options.results / "report.html", scored, [run],
-                            options.facts | {"speed": speed})
-    if scored:
-        show(found)
+    try:
+        if options.results and scored:  # files first: who reads what is printed may have gone
+            path = _write_tables(scored, scores, manifest, options, speed)
+    finally:  # a full disk costs no table on screen
+        if scored:
+            show(found)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
         print(f"masks and tables: {options.results}, to look at: {path}" if scored
               else f"masks: {options.results}")
     return found
+
+
+def _write_tables(scored: list[Sequence], scores: Scores, manifest: Manifest, options: Options,
+                  speed: str) -> Path:
+    """Write the set's tables, with what earlier calls scored of it, and a report: its path.
+
+    A report of some sequences doesn't replace one of more.
+    """
+    earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
+               if name not in scores and entry["j"]
+               and entry.get("set", options.set_name) == options.set_name}
+    write(table(scores | earlier), options.results, options.set_name)
+    run = report.Run(options.results.name, options.results, scores, {
+        s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
+    name = "report_selected.html" if earlier else "report.html"
+    return report.write(options.results / name, scored, [run], options.facts | {"speed": speed})
 
 
 def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
@@ -129,7 +154,8 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
             start, data = time.monotonic(), _data(sequence)
             score = segment_sequence(model, sequence, options, seen)
             manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
-                                            "f": score.f, "data": data})
+                                            "f": score.f, "data": data,
+                                            "set": options.set_name})
             if not sequence.scored:
                 continue
             scores[sequence.name] = score
@@ -177,7 +203,8 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         kept = kept.load(model)
         film = options.results / f"{sequence.name}.mp4"
         outputs += [sinks.Masks(options.results / sequence.name, sequence),
-                    Confidence(_confidence_of(options.results, sequence), kept.index is not None)]
+                    Confidence(_confidence_of(options.results, sequence), sequence,
+                               kept.index is not None)]
         if options.videos:
             outputs.append(sinks.Film(film, sequence, lambda frame:
                                       drawing.overlay(frame.image, frame.mask)))
@@ -200,7 +227,7 @@ class Score(segment.Sink):
 
     def write(self, frame: segment.Frame) -> None:
         if frame.index in self.frames:
-            truth = self.sequence.mask(frame.index)
+            truth = self.sequence.truth(frame.index)
             object_ids = self.sequence.scored_objects(frame.index)
             self.found.add(metrics.score_frame(frame.mask, truth, object_ids), object_ids)
 
@@ -217,31 +244,58 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         ValueError: a mask is of another size than the frame.
     """
     found: Scores = {}
+    ids: dict[str, tuple[set[int], set[int]]] = {}
     frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.coding,
                sequence.masks[frame], sequence.scored_objects(frame))
-              for sequence in sequences for coding in [_coding(results, sequence)]
+              for sequence in sequences for coding in [sequence.coding_in(results)]
               for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
         scores = pool.map(_score_file, frames, chunksize=8)
         for sequence in progress(sequences, desc="sequences"):
             score = metrics.SequenceScore(sequence.scored_objects())
+            predicted, true = set[int](), {*sequence.appears}
             for frame in sequence.scored:
-                score.add(next(scores), sequence.scored_objects(frame))
-            found[sequence.name] = score
+                measures, *held = next(scores)
+                score.add(measures, sequence.scored_objects(frame))
+                predicted |= held[0]
+                true |= held[1]
+            found[sequence.name], ids[sequence.name] = score, (predicted, true)
+    _warn_of_ids(results, ids)
     return found
 
 
-def _coding(results: Path, sequence: Sequence) -> Coding:
-    """What the values of the masks that were found mean, once for all of a sequence."""
-    return Coding.of([results / sequence.name / sequence.mask_name(frame)
-                      for frame in sequence.scored], sequence.single_object)
-
-
-def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]) -> list[tuple[float, float]]:
+def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]
+                ) -> tuple[list[tuple[float, float]], set[int], set[int]]:
+    """J and F of each object, the ids that the prediction holds, and those of the truth."""
     coding, path, true_coding, true_path, object_ids = job
-    prediction, truth = coding.read(path), true_coding.read(true_path)
+    prediction, truth = coding.read(path), true_coding.read(true_path, keep_void=True)
     images.check_same_shape(true_path, truth.shape, path, prediction.shape)
-    return metrics.score_frame(prediction, truth, object_ids)
+    found, true = ({*np.flatnonzero(np.bincount(mask.ravel())).tolist()} - {0, VOID}
+                   for mask in (prediction, truth))
+    return metrics.score_frame(prediction, truth, object_ids), found, true
+
+
+def _warn_of_ids(results: Path, ids: dict[str, tuple[set[int], set[int]]]) -> None:
+    """Warn once of ids that no ground truth holds, and once of sequences without any object.
+
+    Args:
+        ids: for each sequence the ids in its predictions, and those in its ground truth.
+    """
+    def listed(parts: list[str]) -> str:
+        return "; ".join(parts[:NAMED]) + (f"; and {len(parts) - NAMED} more" if parts[NAMED:]
+                                           else "")
+
+    def numbers(some: set[int]) -> str:
+        return ", ".join(map(str, sorted(some)))
+
+    unknown = [f"sequence {name} has {numbers(found - true)}, its ground truth {numbers(true)}"
+               for name, (found, true) in ids.items() if found - true]
+    if unknown:
+        log.warning("%s: object ids that the ground truth lacks are not scored: %s", results,
+                    listed(unknown))
+    empty = [name for name, (found, true) in ids.items() if true and not found]
+    if empty:
+        log.warning("%s: all masks are empty, none holds an object: %s", results, listed(empty))
 
 
 def _cores() -> int:
@@ -304,35 +358,77 @@ def main() -> int:
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
-                args.set)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+                args.set, selected=bool(args.sequences))
     return 0
 
 
-def compare(folders: list[Path], sequences: list[Sequence], set_name: str) -> None:
-    """Score one folder or two: tables, and a report in the last one."""
+def compare(folders: list[Path], sequences: list[Sequence], set_name: str,
+            selected: bool = False) -> None:
+    """Score one folder or two: tables, and a report in the last one.
+
+    Where nothing can be written, as in a read-only folder, they are only printed.
+
+    Args:
+        selected: `sequences` are some of the set only, so the set's tables and its report stay.
+
+    Raises:
+        FileNotFoundError: a folder or a mask is missing.
+        ValueError: nothing to score, another run is writing there, or masks of another size.
+    """
     if len(folders) > 2:
         raise ValueError(f"expected one or two folders of results, got {len(folders)}")
-    sequences, runs = [sequence for sequence in sequences if sequence.scored], []
+    sequences = [sequence for sequence in sequences if sequence.scored]
     if not sequences:
         raise ValueError("nothing to score: no sequence has masks beside the given ones")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "
                                     "SEQUENCE/FRAME.png")
-        runs.append(report.Run(folder.name, folder, score_folder(folder, sequences)))
-        write(table(runs[-1].scores), folder, set_name)
-    name = "report.html" if len(runs) == 1 else f"against_{folders[0].name}.html"
-    path = report.write(folders[-1] / name, sequences, runs,
-                        {"scored": ", ".join(map(str, folders)), "set": set_name})
+    path, unwritten = None, []
+    with ExitStack() as held:
+        for folder in {folder.resolve(): folder for folder in folders}.values():
+            try:
+                held.enter_context(hold(folder))
+            except OSError as error:
+                unwritten.append(error)
+        runs = [report.Run(name, folder, score_folder(folder, sequences))
+                for name, folder in zip(labels(folders), folders)]
+        # files first: who reads what is printed may have gone
+        for run in () if selected else runs:
+            try:
+                write(table(run.scores), run.results, set_name)
+            except OSError as error:
+                unwritten.append(error)
+        name = "report" if len(runs) == 1 else f"against_{folders[0].resolve().name}"
+        try:
+            path = report.write(folders[-1] / f"{name}{'_selected' if selected else ''}.html",
+                                sequences, runs,
+                                {"scored": ", ".join(map(str, folders)), "set": set_name})
+        except OSError as error:
+            unwritten.append(error)
     for run in runs:
         if len(runs) > 1:
             print(run.results)
         show(table(run.scores))
-    print(f"to look at: {path}")
+    if selected:
+        log.info("the tables of the whole set stay as they are, since --sequences chose some")
+    if unwritten:
+        log.warning("not all tables and reports could be written: %s",
+                    errors.explained(unwritten[0]))
+    if path:
+        print(f"to look at: {path}")
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """A name for each folder: the shortest ends of their paths that differ."""
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len({*names}) == len(names):
+            return names
+    return [f"{folder.resolve().name} ({i})" for i, folder in enumerate(folders, 1)]
 
 
 if __name__ == "__main__":

@@ -34,11 +34,15 @@ log = logging.getLogger(__name__)
 OPSET = 18
 CELLS = 6, 10  # of the frame that is traced; sizes may vary afterwards
 CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ, on noise
+# With weights of 8 bits, in the mean: single pixels of noise change by 0.2. The shipped checkpoint
+# gives 0.017, weights of 4 bits 0.2, and one scale for all channels of a layer 0.09.
+CLOSE_8_BITS = 0.04
 
 
 def run(args: argparse.Namespace) -> None:
     model = build.model_in_use(args).cpu().eval()
-    export(model, args.export_dir, args.eight_bit)
+    with files.hold(args.export_dir, instead="another folder (--export_dir)"):
+        export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 
@@ -80,11 +84,17 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
                     "dilation": model.dilation, "widths": model.reader.widths,
                     "shown": model.prompts is not None},
         "graphs": written}, indent=1))
-    apart = _apart(model, lite.load(folder))
+    most, mean = _apart(model, lite.load(folder))
     model.precision = precision
-    log.info("probabilities of the export and of PyTorch differ by %.1e at most", apart)
-    if not (small or apart < CLOSE):
-        raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {apart}")
+    log.info("probabilities of the export and of PyTorch differ by %.1e at most, %.1e in the mean",
+             most, mean)
+    if small and not mean < CLOSE_8_BITS:
+        raise ValueError("-m export --eight_bit: the export's probabilities differ from PyTorch's "
+                         f"by {mean:.2g} in the mean, expected less than {CLOSE_8_BITS}: these "
+                         "weights can't be rounded to 8 bits, export without --eight_bit")
+    if not small and not most < CLOSE:
+        raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {most}, "
+                         f"expected less than {CLOSE}")
 
 
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], list[str]]]:
@@ -137,8 +147,11 @@ def _traced(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str
     return content.getvalue()
 
 
-def _apart(model: VideoMatch, export) -> float:
-    """The largest difference of probabilities: both follow noise, and are shown an object."""
+def _apart(model: VideoMatch, export) -> tuple[float, float]:
+    """The largest and the mean difference of probabilities.
+
+    Both follow noise, and are shown an object; of these two the larger one counts.
+    """
     random = torch.Generator().manual_seed(0)
     frames = torch.rand(3, 3, 90, 150, generator=random)
     mask = torch.zeros(90, 150, dtype=torch.uint8)
@@ -147,11 +160,11 @@ def _apart(model: VideoMatch, export) -> float:
     for i, frame in enumerate(frames):
         found = [tracker.step(image, None if i else mask.numpy()).probabilities
                  for tracker, image in ((one, frame), (other, frame.numpy()))]
-    apart = [(found[0] - torch.from_numpy(found[1])).abs().max().item()]
+    apart = [(found[0] - torch.from_numpy(found[1])).abs()]
     if model.prompts is not None:
         picture = (255 * frames[0, :, :64, :96].permute(1, 2, 0)).byte().numpy()
         shown = Prompts([(20, 10, 40, 30)], [(30, 20)], [(80, 50)], mask.numpy()[:64, :96] > 0)
         found = [torch.from_numpy(network.look(picture, shown)).sigmoid()
                  for network in (model, export)]
-        apart.append((found[0] - found[1]).abs().max().item())
-    return max(apart)
+        apart.append((found[0] - found[1]).abs())
+    return max(one.max().item() for one in apart), max(one.mean().item() for one in apart)

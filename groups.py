@@ -215,9 +215,10 @@ def clip(add) -> Callable:
     add("--video", metavar="PATH", type=Path,
         help="a video file, an animation (GIF, APNG, WebP) or a folder of frames")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[],
-        help="masks of frames, counted from 0 or as files in a folder are numbered: FIRST.png, "
-             "or 0:a.png 120:b.png; each value or flat colour is an object; several files of a "
-             "frame are joined")
+        help="masks of frames, counted from 0 or numbered as their files: FIRST.png or 0:a.png "
+             "120:b.png; each value or flat colour is an object, in .json of labelme or COCO each "
+             "label; files of a frame are joined. 60:absent=2: object 2 isn't in frame 60; "
+             "60:gone=2: nor in later ones")
     add("--mask_frame", metavar="N", type=int,
         help="which frame the mask or box is of: the clip is segmented forwards and backwards "
              "from it (default: the first)")
@@ -229,8 +230,12 @@ def clip(add) -> Callable:
     add("--not_point", metavar="X Y", nargs="+", type=int, action=Again, default=[],
         help="these pixels are not on it; the second --not_point is of the second object")
     add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0,
-        help="show the clip in a browser: draw masks, segment, mend, export; a PORT of your own "
+        help="show the clip in a browser: draw masks, segment, correct, export; a PORT of your own "
              "for a tunnel, see docs/own_video.md (default: where nothing else shows the object)")
+    add("--page_host", metavar="ADDRESS", nargs="+",
+        help="the address that --page listens on, 0.0.0.0 in a container or to let other machines "
+             "in; then the names of proxies that the page is opened through, if any "
+             "(default: 127.0.0.1, this machine alone)")
     add("--frames", metavar="A:B", type=span, default=(None, None),
         help="only frames A to before B, as --mask counts them; A: and :B leave one end open")
     add("--cutout", metavar="HOW",
@@ -240,8 +245,8 @@ def clip(add) -> Callable:
         help="of --cutout transparent: png, a folder of pictures; mov, ProRes 4444 for editors; "
              "webm, VP9 for web pages (default: png)")
     add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
-        help="also write the masks as other tools read them: coco (annotations.json, run "
-             "lengths), yolo (labels/, polygons), both with track ids")
+        help="also write the masks as other tools read them, with track ids: coco "
+             "(annotations.json, run lengths), yolo (labels/, polygons, data.yaml to train with)")
 
     def check(args) -> None:
         expect(args.video is not None, "--video", "a video or a folder of frames", "none")
@@ -251,6 +256,8 @@ def clip(add) -> Callable:
                args.page)
         expect(args.page is None or not args.overwrite, "--page",
                "no --overwrite beside it, but another --results_dir", args.overwrite)
+        expect(args.page_host is None or args.page is not None, "--page_host", "--page beside it",
+               "none")
         expect(args.frames == (None, None) or args.page is None and (args.mask or shown),
                "--frames", "no --page beside it", args.frames)
         expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from media import drawing, images
+import errors
+import version
+from media import drawing, files, images
 from media.background import progress
-from media.files import keep_apart
-from media.masks import read_mask
+from media.files import hold, keep_apart
+from media.masks import read_masks
 from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
@@ -29,6 +31,7 @@ from network.outliers import decide
 from prompts import in_order, masks_of
 from tracker import Tracker, resized
 
+PROGRAM = "lite.py"  # in manifest.json, which main.py writes too
 DESCRIPTION = "videomatch.json"
 FORMAT = 3  # changes when another lite.py is needed
 DEFAULT = Path("models/lite")
@@ -132,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--not_point", type=int, nargs="+", metavar="X Y", action="append", default=[],
         help="these pixels are not on it; once for each object")
     add("--results_dir", "-j", type=Path, metavar="DIR", required=True,
-        help="masks/ and overlay.mp4 go there; what lies there under these names is replaced")
+        help="masks/ and overlay.mp4 go there, in place of those of an earlier run of this script")
     add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
         help="the export (default: models/lite)")
     add("--size", type=int, default=480, metavar="PIXELS",
@@ -159,9 +162,7 @@ def explained(error: Exception) -> str | None:
     """One line for what a user can mend; None for an error of ours."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as onnxruntime says
         return "out of memory, which a smaller --size needs less of"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, OSError | ValueError) else None
+    return errors.explained(error)
 
 
 def segment(args: argparse.Namespace) -> None:
@@ -179,21 +180,56 @@ def segment(args: argparse.Namespace) -> None:
     keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")], [args.clip, *given])
     model = load(args.model_load, args.threads)
     if args.mask:
-        first = read_mask(args.mask, own=True)
+        first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
     else:
         first = masks_of(model, next(clip.frames()), in_order(
             args.box, args.point, args.not_point))
-        path = args.results_dir / f"mask_{clip.frame_name(0)}.png"
-        images.write_mask(path, first)
-        print(f"the mask that this run starts from: {path}")
-    count = 0
-    with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:
-        frames = masks(clip, first, model, args.size)
-        for image, mask in progress(frames, desc="frames", total=clip.count or None):
-            images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png", mask)
-            film.write(drawing.overlay(image, mask), clip.time(count))
-            count += 1
+    with hold(args.results_dir):
+        replaces = made_here(args.results_dir)
+        if not args.mask:
+            path = args.results_dir / f"mask_{clip.frame_name(0)}.png"
+            images.write_mask(path, first)
+            print(f"the mask that this run starts from: {path}")
+        count = 0
+        with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:
+            frames = masks(clip, first, model, args.size)
+            for image, mask in progress(frames, desc="frames", total=clip.count or None):
+                if count == 0:  # not before: a mask that is refused costs no earlier results
+                    begin(args.results_dir, clip.path, replaces)
+                images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png",
+                                  mask)
+                film.write(drawing.overlay(image, mask), clip.time(count))
+                count += 1
     print(f"{count} frames: masks, overlay.mp4 in {args.results_dir}")
+
+
+def made_here(results: Path) -> bool:
+    """Whether an earlier run of this script made what lies in a results folder.
+
+    Raises:
+        ValueError: `main.py` made it, and goes by what it knows of its files.
+    """
+    path = results / "manifest.json"
+    if not path.is_file():
+        return False
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        made = None
+    if not isinstance(made, dict) or made.get("program") != PROGRAM:
+        raise ValueError(f"{path}: these are not results of {PROGRAM}, expected another folder "
+                         "(--results_dir)")
+    return True
+
+
+def begin(results: Path, clip: Path, replaces: bool) -> None:
+    """Write what makes the results; delete an earlier clip's, which might have more frames."""
+    if replaces:
+        for old in (*(results / "masks").glob("*.png"), results / "overlay.mp4"):
+            old.unlink(missing_ok=True)
+    files.write(results / "manifest.json", json.dumps({
+        "program": PROGRAM, "data": str(clip.resolve()),
+        "versions": f"videomatch {version.__version__}"}, indent=1))
 
 
 if __name__ == "__main__":

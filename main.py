@@ -18,6 +18,7 @@ import torch
 
 import build
 import distributed
+import errors
 import evaluate
 import export
 import flags
@@ -75,8 +76,8 @@ def explained(error: Exception) -> str | None:
         return ("out of memory, which a smaller --size or --input_image_shape, and "
                 "--upsample_factor need less of, in training a smaller --batch_size too")
     if isinstance(error, OSError | ValueError):
-        return one_line(error)
-    text = one_line(error)
+        return errors.explained(error)
+    text = errors.last_line(error)
     if any(words in str(error) for words in SHARED_MEMORY):
         return (f"too little shared memory for the processes that read ({text}): --workers 0, or "
                 "for Docker --shm-size 1g")
@@ -92,14 +93,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
         or any(words in str(error) for words in OUT_OF_MEMORY)
         or is_out_of_memory(error.__cause__))
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error; of one that a loader's worker passed on, its last line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    last = str(error).strip().splitlines()[-1]
-    return last.removeprefix(f"{type(error).__name__}: ")
 
 
 def run_train(args: argparse.Namespace) -> None:

@@ -6,21 +6,24 @@ so that several processes may work into one folder. What it is that is known, it
 
 import itertools
 import json
+import logging
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 import distributed
 from media import files
+
+log = logging.getLogger(__name__)
 
 FINISHED = ".finished.json"
 
 
 class Manifest:
     """The record of a results folder, kept up to date after each video.
+
+    It reads, deletes and writes, so `files.hold` the folder first.
 
     Args:
         folder: None keeps nothing on disk.
@@ -36,7 +39,6 @@ class Manifest:
 
     def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
         self.folder, self.made_by = folder, made_by
-        self.lock: BaseFileLock | None = None
         self.entries: dict[str, dict] = {}
         self.begun = False
         if folder is None:
@@ -51,6 +53,7 @@ class Manifest:
                 old, new = before.get(name, "none"), made_by.get(name, "none")
                 raise ValueError(f"{folder}: holds results of other {name} ({old!r}, now {new!r}): "
                                  "name another folder, or start over (--overwrite)")
+            self.made_by = made_by | _commits(folder, before, made_by)
             self.entries = {old.name.removesuffix(FINISHED): _read(old)
                             for old in folder.glob(f"*{FINISHED}")}
         self.known = path.is_file() or overwrite
@@ -58,38 +61,20 @@ class Manifest:
     def begin(self, folders: Iterable[Path] = ()) -> None:
         """Say what makes the results, before the first of them is written; once is enough.
 
-        From then on other runs are kept away.
-
         Args:
             folders: where they go.
 
         Raises:
-            ValueError: another run is writing there, or something else than this toolkit wrote
-                there before.
+            ValueError: something else than this toolkit wrote there before.
         """
         if self.folder is None or distributed.rank() or self.begun:
             return
         self.begun = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.folder}: another run is writing there, expected a folder of "
-                             "its own (-j)") from None
         for folder in folders:
             if not self.known and folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"{folder}: holds files that no manifest tells of: name another "
                                  "folder (-j), or write over them (--overwrite)")
         files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.lock:
-            self.lock.release()
-            Path(self.lock.lock_file).unlink(missing_ok=True)
 
     def finish(self, name: str, entry: dict) -> None:
         """Keep what is known of a video now that all of its files are there."""
@@ -110,8 +95,23 @@ def made_by(folder: Path) -> dict[str, str] | None:
 
 
 def differing(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What two results were not made by alike: the names, sorted."""
-    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    """What two results were not made by alike: the names, sorted.
+
+    The commit does not count: most commits change no mask. Those that do raise the version.
+    """
+    return [name for name in sorted({*before, *now} - {"commit"})
+            if before.get(name) != now.get(name)]
+
+
+def _commits(folder: Path, before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """All commits that results were made by, where they are known; logs that there is another."""
+    commits = before.get("commit", "").split(" then ") if "commit" in before else []
+    if "commit" in now and now["commit"] not in commits:
+        if commits:
+            log.info("%s: begun by commit %s of this toolkit, resumed by %s", folder,
+                     " then ".join(commits), now["commit"])
+        commits.append(now["commit"])
+    return {"commit": " then ".join(commits)} if commits else {}
 
 
 def free_folder(name: str, data: str) -> Path:

@@ -7,13 +7,24 @@ CVPR 2016; averaged over objects as in DAVIS-2017.
 import cv2
 import numpy as np
 
+from media.coding import VOID
+from media.validation import binary_mask, check_same_size, id_mask
+
 BOUND = 0.008  # tolerance of F, as a share of the image diagonal
 RECALL_THRESHOLD = 0.5
 MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
 
 def jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """J, the intersection over union of two (H, W) masks of 0 and 1; 1 if both are empty."""
+    """J, the intersection over union of two (H, W) masks of 0 and 1; 1 if both are empty.
+
+    Raises:
+        ValueError: masks of other values, types or dimensions, or of two sizes.
+    """
+    return _jaccard(*_pair(prediction, truth))
+
+
+def _jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
     union = np.count_nonzero(prediction | truth)
     return float(np.count_nonzero(prediction & truth) / union) if union else 1.0
 
@@ -23,9 +34,22 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int | None = N
 
     A boundary pixel counts as found if the other boundary has a pixel within `radius` pixels;
     None takes `tolerance` of the masks. 1 if both masks are without boundary, 0 if only one is.
+
+    Raises:
+        ValueError: as `jaccard`.
     """
-    if radius is None:
-        radius = tolerance(truth.shape)
+    prediction, truth = _pair(prediction, truth)
+    return _boundary_f(prediction, truth, tolerance(truth.shape) if radius is None else radius)
+
+
+def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two masks of one object, checked, as uint8 of 0 and 1."""
+    prediction, truth = binary_mask(prediction, "prediction"), binary_mask(truth, "truth")
+    check_same_size(prediction, "prediction", truth, "truth")
+    return prediction, truth
+
+
+def _boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int) -> float:
     stride = truth.shape[1] + radius
     found, true = (_bits(boundary(mask), stride) for mask in (prediction, truth))
     count, true_count = found.bit_count(), true.bit_count()
@@ -73,7 +97,20 @@ def _dilate(bits: int, radius: int, stride: int) -> int:
 
 def score_frame(prediction: np.ndarray, truth: np.ndarray,
                 object_ids: list[int]) -> list[tuple[float, float]]:
-    """J and F of each object in one frame, given two (H, W) uint8 masks of object ids."""
+    """J and F of each object in one frame.
+
+    Args:
+        prediction, truth: (H, W) uint8 masks of object ids. Where the truth is `VOID`, not
+            labelled, neither mask counts, for J as for the boundaries of F, as in the official
+            code.
+        object_ids: the objects to score.
+
+    Raises:
+        ValueError: masks of other values, types or dimensions, or of two sizes.
+    """
+    prediction, truth = id_mask(prediction, "prediction", void=True), id_mask(truth, "truth", True)
+    check_same_size(prediction, "prediction", truth, "truth")
+    prediction = np.where(truth == VOID, 0, prediction)
     return [_score_object(*((mask == i).view(np.uint8) for mask in (prediction, truth)))
             for i in object_ids]
 
@@ -87,7 +124,7 @@ def _score_object(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, flo
     left, top, width, height = cv2.boundingRect(prediction | truth)
     window = (slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left + width + 1))
     pair = prediction[window], truth[window]
-    return jaccard(*pair), boundary_f(*pair, tolerance(truth.shape))
+    return _jaccard(*pair), _boundary_f(*pair, tolerance(truth.shape))
 
 
 class SequenceScore:
@@ -105,7 +142,7 @@ class SequenceScore:
         self.f: dict[int, list[float]] = {i: [] for i in object_ids}
 
     def feed(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """Score one frame: two (H, W) uint8 masks of object ids."""
+        """Score one frame: two (H, W) uint8 masks of object ids, see `score_frame`."""
         self.add(score_frame(prediction, truth, list(self.j)))
 
     def add(self, frame: list[tuple[float, float]], object_ids: list[int] | None = None) -> None:
@@ -134,8 +171,13 @@ def statistics(values: list[float]) -> tuple[float, float, float]:
 
     Recall is the share of frames strictly above 0.5. Decay is the mean of the first quarter
     minus the mean of the last, quarters as in the official code, which share their end frames.
+
+    Raises:
+        ValueError: there are no frames.
     """
     v = np.asarray(values, dtype=np.float64)
+    if v.ndim != 1 or not len(v):
+        raise ValueError(f"values: expected one for each frame, got shape {v.shape}")
     ids = np.round(np.linspace(1, len(v), 5) + 1e-10).astype(np.int64) - 1
     first, last = v[ids[0]:ids[1] + 1], v[ids[3]:ids[4] + 1]
     return (float(v.mean()), float((v > RECALL_THRESHOLD).mean()),

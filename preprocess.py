@@ -15,9 +15,11 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+import errors
 from data.motion import recoloured
 from media import drawing, figures, images
 from media.masks import read_masks
+from media.validation import check_frame
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,11 @@ def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None,
     """(H, W, 3) uint8 RGB -> (3, H, W) float32, ImageNet-normalised, resized to `shape`.
 
     A GPU gets bytes from pinned memory, which it fetches by itself, and normalises them.
+
+    Raises:
+        ValueError: other dimensions or another dtype.
     """
+    check_frame(image)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     if shape is not None and tuple(tensor.shape[-2:]) != tuple(shape):
         tensor = TF.resize(tensor, list(shape), antialias=True)
@@ -136,10 +142,8 @@ def main():
                         help="write the figure there instead of opening a window")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         preview(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 def preview(args: argparse.Namespace) -> None:

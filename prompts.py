@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from media.shown import Prompts
+from media.validation import check_frame
 
 AREA = 320 * 480  # pixels that the network sees, about
 STEP = 32  # pixels, which the sides of what it sees are multiples of
@@ -52,9 +53,10 @@ def logits(model: Any, image: np.ndarray, prompts: Prompts) -> np.ndarray:
         (H, W) float32, above 0 on the object; minus infinity in parts that weren't looked at.
 
     Raises:
-        ValueError: nothing is shown, or it doesn't lie in the frame; or the model was not trained
-            for it.
+        ValueError: nothing is shown, or it doesn't lie in the frame; the image or a mask is of
+            another type; or the model was not trained for it.
     """
+    check_frame(image)
     check(prompts, image.shape[:2])
     shown, part = prompts, around(prompts, image.shape[:2])
     for _ in range(LOOKS):
@@ -107,6 +109,12 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
     height, width = shape
     if not prompts.boxes and not prompts.points and prompts.mask is None:
         raise ValueError("--point, --box: expected something of the object itself, found none")
+    for name, kind, count, entries in (("box", "x y width height", 4, prompts.boxes),
+                                       ("point", "x y", 2, prompts.points),
+                                       ("not_point", "x y", 2, prompts.not_points)):
+        for entry in entries:
+            if np.shape(entry) != (count,):
+                raise ValueError(f"--{name}: expected {kind}, got {entry}")
     for x, y, w, h in prompts.boxes:
         if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
             raise ValueError(f"--box {x} {y} {w} {h}: expected a part of the frame of "
@@ -116,7 +124,11 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
             if not (0 <= x < width and 0 <= y < height):
                 raise ValueError(f"--{name} {x} {y}: expected a pixel of the frame of "
                                  f"{width}x{height} pixels, as x y counted from 0")
-    if prompts.mask is not None and prompts.mask.shape != (height, width):
+    if prompts.mask is None:
+        return
+    if prompts.mask.dtype != bool:
+        raise ValueError(f"Prompts.mask: expected bool, got {prompts.mask.dtype}")
+    if prompts.mask.shape != (height, width):
         raise ValueError(f"expected a mask of {width}x{height} pixels, got "
                          f"{prompts.mask.shape[1]}x{prompts.mask.shape[0]}")
 
@@ -188,6 +200,7 @@ def masks_of(model: Any, image: np.ndarray, objects: list[Prompts]) -> np.ndarra
     Raises:
         ValueError: see `logits`; or nothing was found of an object.
     """
+    check_frame(image)
     for shown in objects:
         check(shown, image.shape[:2])
     found = []

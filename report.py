@@ -3,17 +3,19 @@
 import base64
 import html
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 import metrics
-from confidence import Measures, unsure
+from confidence import Measures, frames_to_review
 from davis import Sequence
 from media import files
+from media.clip import Clip
+from media.coding import VOID, Coding
 from media.drawing import PALETTE
-from media.masks import read_mask
 
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
 PICTURE_WIDTH = 480  # pixels
@@ -115,60 +117,81 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
         labels, lines = [run.name for run in runs], [s.mean(0) for s in series]
         chosen = {"they differ most": np.abs(lines[0] - lines[1]).argmax()}
     frames = {sequence.scored[int(index)]: word for word, index in reversed(chosen.items())}
-    sure = "".join(_confidence(run.measures[sequence.name]) for run in runs
+    codings = [sequence.coding_in(run.results) for run in runs]
+    pictures = "".join(_figure(sequence, run, coding, frame, frames[frame], len(runs) > 1)
+                       for frame in sorted(frames) for run, coding in zip(runs, codings))
+    sure = "".join(_confidence(run.measures[sequence.name], sequence) for run in runs
                    if sequence.name in run.measures)
-    pictures = "".join(_figure(sequence, run, frame, frames[frame], len(runs) > 1)
-                       for frame in sorted(frames) for run in runs)
     return (f"<h2 id='{html.escape(sequence.name)}'>{html.escape(sequence.name)}</h2>"
-            f"{_curves(lines, labels)}{sure}<div class=frames>{pictures}</div>")
+            f"{_curves(sequence, sequence.scored, lines, labels)}{sure}"
+            f"<div class=frames>{pictures}</div>")
 
 
-def write_clip(path: Path, name: str, measures: list[Measures], facts: dict[str, str]) -> Path:
-    """The report of a clip whose truth nobody knows: how sure each frame is; returns `path`."""
-    body = (f"<h1>{html.escape(name)}</h1>{_confidence(measures)}"
+def write_clip(path: Path, name: str, clip: Clip, measures: list[Measures],
+               facts: dict[str, str]) -> Path:
+    """Write the report of a clip without ground truth: how sure each frame is; returns `path`.
+
+    Args:
+        measures: of predicted masks.
+    """
+    body = (f"<h1>{html.escape(name)}</h1>{_confidence(measures, clip)}"
             "<p><a href='overlay.mp4'>overlay.mp4</a>, <a href='confidence.csv'>confidence.csv</a>")
     return _write(path, name, body, facts)
 
 
-def _confidence(measures: list[Measures]) -> str:
-    """A curve for each object, and the stretches that are worth a look."""
+def _confidence(measures: list[Measures], clip: Clip) -> str:
+    """A curve for each object, and the frames to review."""
     ids = sorted({one.object_id for one in measures})
     frames = sorted({one.frame for one in measures})
     places = {frame: i for i, frame in enumerate(frames)}
     lines = [np.full(len(frames), np.nan) for _ in ids]
     for one in measures:
-        lines[ids.index(one.object_id)][places[one.frame]] = one.confidence
-    looks = "".join(f"<li>{stretch} ({stretch.confidence:.2f})" for stretch in unsure(measures))
-    drawn = _curves([line[~np.isnan(line)] for line in lines], [f"object {i}" for i in ids],
-                    "How sure the masks are", [f"rgb{tuple(PALETTE[i].tolist())}" for i in ids])
-    return drawn + (f"<p>Worth a look, the least sure first:<ol>{looks}</ol>" if looks else
+        if one.confidence is not None:
+            lines[ids.index(one.object_id)][places[one.frame]] = one.confidence
+    review = "".join(f"<li>{stretch.text(clip)}" for stretch in frames_to_review(measures))
+    drawn = _curves(clip, frames, lines, [f"object {i}" for i in ids], "How sure the masks are",
+                    [f"rgb{tuple(PALETTE[i].tolist())}" for i in ids])
+    return drawn + (f"<p>To review first:<ol>{review}</ol>" if review else
                     "<p>No frame is in doubt.")
 
 
-def _curves(lines, labels, title: str = "Over time", colours=CURVES) -> str:
-    """Lines over the frames, from 0 to 1, as SVG."""
+def _curves(clip: Clip, frames: tuple[int, ...] | list[int], lines, labels,
+            title: str = "Over time", colours=CURVES) -> str:
+    """Lines over the frames of a clip, from 0 to 1, as SVG.
+
+    Args:
+        frames: indices of the T frames with values, ascending.
+        lines: (T,) values each; NaN interrupts a line.
+    """
     width, height, drawn = 640, 160, []
+    first, last = (frames[0], frames[-1]) if len(frames) else (0, 0)
+    # a frame without values has its place too: sparse ground truth, a mask that a person drew
+    places = 30 + (np.array(frames) - first) * ((width - 40) / max(1, last - first))
     for i, line in enumerate(lines):
-        steps = np.linspace(30, width - 10, len(line))
-        points = " ".join(f"{x:.1f},{height - 20 - (height - 30) * y:.1f}"
-                          for x, y in zip(steps, line))
-        drawn.append(f"<polyline points='{points}' stroke='{colours[i]}'/>")
+        points = [None if np.isnan(y) else f"{x:.1f},{height - 20 - (height - 30) * y:.1f}"
+                  for x, y in zip(places, line)]
+        runs = [list(run) for there, run in groupby(points, bool) if there]
+        drawn += [f"<polyline points='{' '.join(run * 2 if len(run) == 1 else run)}' "
+                  f"stroke='{colours[i]}'/>" for run in runs]
     ticks = "".join(f"<line x1=30 x2={width - 10} y1={y} y2={y} />"
                     f"<text x=4 y={y + 4}>{value}</text>"
                     for value, y in ((1, 10), (0.5, 75), (0, 140)))
+    if len(frames):
+        ticks += (f"<text x=30 y={height - 4}>{clip.number(first)}</text><text x={width - 10} "
+                  f"y={height - 4} text-anchor=end>{clip.number(last)}</text>")
     names = " ".join(_swatch(colour, html.escape(label)) for colour, label in zip(colours, labels))
     return (f"<p class=legend>{title}: {names}</p><svg viewBox='0 0 {width} {height}' role=img "
             f"aria-label='over time'>{ticks}{''.join(drawn)}</svg>")
 
 
-def _figure(sequence: Sequence, run: Run, frame: int, word: str, compared: bool) -> str:
+def _figure(sequence: Sequence, run: Run, coding: Coding, frame: int, word: str,
+            compared: bool) -> str:
     score = run.j_and_f(sequence.name)[:, sequence.scored.index(frame)].mean()
     whose = f"{html.escape(run.name)}, " if compared else ""
     picture = errors(sequence.image(frame),
-                     read_mask(run.results / sequence.name / sequence.mask_name(frame),
-                               sequence.single_object),
-                     sequence.mask(frame))
-    caption = f"{whose}frame {frame}, {word}: J&amp;F {score:.3f}"
+                     coding.read(run.results / sequence.name / sequence.mask_name(frame)),
+                     sequence.truth(frame))
+    caption = f"{whose}frame {sequence.number(frame)}, {word}: J&amp;F {score:.3f}"
     return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"
             f"<figcaption>{caption}</figcaption></figure>")
 
@@ -177,12 +200,14 @@ def errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray
     """Colour what was found, what is too much and what was missed.
 
     Args:
-        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids.
+        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids. Where the
+            truth is `VOID` nothing is coloured.
 
     Returns:
         (H, W, 3) uint8 RGB. A pixel of another object than the true one counts as too much.
     """
     grey = image.mean(2, keepdims=True).repeat(3, 2)
+    mask, truth = (np.where(truth == VOID, 0, ids) for ids in (mask, truth))
     found, wrong = (mask > 0) & (mask == truth), (mask > 0) & (mask != truth)
     for where, colour, opacity in ((found, HIT, 0.35), (wrong, FALSE_POSITIVE, 0.7),
                                    ((truth > 0) & (mask == 0), FALSE_NEGATIVE, 0.7)):
@@ -213,7 +238,7 @@ th:first-child,td:first-child{text-align:left}
 th{cursor:pointer;user-select:none}tfoot td{font-weight:600}
 .won{color:#1a8a3c}.lost{color:#d03a20}
 svg{width:100%;max-width:40rem;display:block}
-svg polyline{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+svg polyline{fill:none;stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}
 svg line{stroke:var(--line)}svg text{font-size:14px;fill:currentColor}
 .frames{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr))}
 figure{margin:0}img{width:100%;display:block;border-radius:4px}

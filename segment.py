@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
 from media.masks import read_mask
+from media.presence import Presence
 from network.outliers import decide
 from tracker import Step, Tracker, resized
 from videomatch import VideoMatch
@@ -42,6 +43,7 @@ class Options:
     stop: int | None = None  # the first behind the last; None: the clip's end
     threshold: float = 0.5
     remove_outliers: bool = True
+    presence: Presence = field(default_factory=Presence)  # objects that a user said are not there
     # fits a copy of the model to a clip, given the reference frame and its mask
     adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
@@ -142,9 +144,8 @@ class Progress:
         save(self.path, {"forwards": frame.forwards, "index": frame.index, "state": state})
 
     def end(self) -> None:
-        """There is nothing left to go on with, nor what a kill left of a file half written."""
-        for path in (self.path, *self.path.parent.glob(f".{self.path.stem}.part*")):
-            path.unlink(missing_ok=True)
+        """Delete the state: the clip is finished."""
+        self.path.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -163,12 +164,13 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
             not in the part of the clip that counts.
     """
     model.eval()
-    if not clip.has(max(masks)):
-        raise ValueError(f"--mask: there is no frame {max(masks)}, the clip has {clip.count} "
+    marked = [*masks, *options.presence.absent, *options.presence.gone]
+    if not clip.has(max(marked)):
+        raise ValueError(f"--mask: there is no frame {max(marked)}, the clip has {clip.count} "
                          "frames, counted from 0")
     masks = {frame: clip.fit(mask) for frame, mask in masks.items()}
     first, start, stop = min(masks), options.start, options.stop
-    for given in masks:
+    for given in marked:
         if given < start or stop is not None and given >= stop:
             raise ValueError(f"--mask: frame {clip.number(given)} is not in --frames")
     reference = next(clip.frames(first))
@@ -212,23 +214,32 @@ def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]]
 
 
 def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
-           given: np.ndarray | None, options: Options, forwards: bool = True) -> Frame:
+           given: np.ndarray | None, options: Options, forwards: bool = True,
+           presence: Presence | None = None) -> Frame:
     """A tracker's next frame.
 
     Args:
         image, small: (H, W, 3) uint8 RGB, the frame and, as `scaled` makes it, what the network
             sees of it.
         given: (H, W) uint8 object ids where a mask was given.
+        presence: in place of that in `options`.
 
     Raises:
         ValueError: the mask is of another size than the frame.
     """
-    if given is not None:
+    presence = presence or options.presence
+    missing = presence.missing(index).intersection(tracker.object_ids)
+    if given is None and missing.intersection(presence.absent.get(index, ())):
+        given = np.zeros(image.shape[:2], np.uint8)
+    if given is None:
+        for object_id in sorted(missing):  # gone; at a user mask it stays known, for its return
+            tracker.remove(object_id)
+    else:
         images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
                                 given.shape)
     tensor = preprocess.to_tensor(small, options.input_shape, tracker.model.device)
     shape = options.segmentation_shape or small.shape[:2]
-    step = tracker.step(tensor, given, shape)
+    step = tracker.step(tensor, given, shape, missing)
     known = None if given is None else step.mask  # with the objects that it lacked
     if options.segmentation_shape and given is None:
         known = images.resize_mask(step.mask, image.shape[:2])

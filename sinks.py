@@ -105,7 +105,8 @@ def clear(folder: Path, inputs: set[Path]) -> None:
     """
     for old in (*folder.glob("masks/*.png"), *folder.glob("cutout/*.png"),
                 *folder.glob("labels/*.txt"), folder / "overlay.mp4", *folder.glob("cutout.*"),
-                folder / "confidence.csv", folder / "annotations.json"):
+                folder / "confidence.csv", folder / "annotations.json", folder / "tracks.csv",
+                folder / "data.yaml"):
         if old.is_file() and old.resolve() not in inputs:
             old.unlink()
     for name in ("cutout", "labels"):

@@ -6,7 +6,7 @@ clips.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from media.images import resize_mask
+from media.validation import check_normalized, id_mask
 from network.outliers import decide, keep_identities, remove_outliers
 from network.state import MEM_EVERY, Array
 
@@ -94,9 +95,26 @@ class Tracker:
         """One at the same frame, to go back to; it takes no memory of its own."""
         return copy.copy(self)
 
+    def remove(self, object_id: int) -> None:
+        """Stop looking for an object, from the next frame on.
+
+        What was seen of it is forgotten. A later mask that holds the object again brings it back,
+        as a new object. Without any object left, masks are empty.
+
+        Raises:
+            ValueError: there is no such object.
+        """
+        if object_id not in self.object_ids:
+            raise ValueError(f"object_id: expected one of {list(self.object_ids)}, got {object_id}")
+        channel = 1 + self.object_ids.index(object_id)
+        self.memory = (self.model.without(self.memory, channel) if len(self.object_ids) > 1
+                       else None)
+        self.shares = {i: share for i, share in self.shares.items() if i != object_id}
+        self.previous = np.where(self.previous == object_id, 0, self.previous).astype(np.uint8)
+
     def state(self) -> dict:
         """All but network and settings, as numbers, lists and arrays, for `load_state`."""
-        return {"memory": self.model.saved(self.memory),
+        return {"memory": None if self.memory is None else self.model.saved(self.memory),
                 "previous": self.model.array(self.previous), "shares": list(self.shares.items())}
 
     def load_state(self, state: dict) -> None:
@@ -105,29 +123,44 @@ class Tracker:
         Raises:
             KeyError, TypeError, ValueError: not a state.
         """
-        self.memory = self.model.restored(state["memory"])
+        memory = state["memory"]
+        self.memory = None if memory is None else self.model.restored(memory)
         self.previous, self.shares = to_numpy(state["previous"]), dict(state["shares"])
 
     def step(self, image: Array, mask: np.ndarray | None = None,
-             shape: tuple[int, int] | None = None) -> Step:
+             shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
         """The next frame.
 
         Args:
             image: (3, H, W) float32, ImageNet-normalised.
-            mask: (H, W) uint8 object ids where they are known; its size may differ from the
-                image's. The first one makes a reference frame, later ones further ones, and
-                objects that only they hold are looked for from then on. Objects that a later one
-                lacks are looked for beside those that it holds; if it holds none, none is there.
+            mask: (H, W) object ids where they are known, bool or integers; its size may differ
+                from the image's. The first one makes a reference frame, later ones further ones,
+                and objects that only they hold are looked for from then on. Objects that a later
+                one lacks are looked for beside those that it holds; if it holds none, none is
+                there.
             shape: (H, W) of the mask that is looked for; None takes the image's.
+            absent: ids of objects that are not in this frame. They may come back in a later one,
+                unlike after `remove`. The frame becomes a reference frame, also without a mask.
 
         Raises:
             ValueError: there was no mask yet and there is none now, or the first holds no object;
-                the method is "memory", and the image is of another size than the first.
+                the method is "memory", and the image is of another size than the first; see also
+                `check_normalized` and `id_mask`.
         """
+        check_normalized(image)
+        size = shape or tuple(image.shape[-2:])
+        if mask is not None:
+            mask = id_mask(mask)
+        elif not set(absent).isdisjoint(self.object_ids):
+            mask = np.zeros(size, np.uint8)
+        if self.memory is None and self.previous is not None and (mask is None or not mask.any()):
+            self.previous = np.zeros(size if mask is None else mask.shape, np.uint8)
+            nothing = np.ones((1, *self.previous.shape), np.float32)
+            return Step(self.previous, self.model.array(nothing), ())
         with self.model.inference():
             if mask is None:
-                return self._predicted(image, shape or tuple(image.shape[1:]))
-            return self._referred(image, np.asarray(mask, dtype=np.uint8))
+                return self._predicted(image, size)
+            return self._referred(image, mask, absent)
 
     def _predicted(self, image: Array, shape: tuple[int, int]) -> Step:
         """A frame of which nothing is known."""
@@ -161,12 +194,13 @@ class Tracker:
         if model.method == "memory":
             keep_identities(after, previous, self.object_ids, self.threshold)
         if self.outlier_removal:
-            remove_outliers(after, previous, self.shares, model.dilation)
+            remove_outliers(after, previous, self.object_ids, self.shares, model.dilation)
         return features, before, after, scores
 
-    def _referred(self, image: Array, mask: np.ndarray) -> Step:
+    def _referred(self, image: Array, mask: np.ndarray, absent: Collection[int]) -> Step:
         """A frame whose mask is known."""
-        lacking = [i for i in self.object_ids if mask.any() and not (mask == i).any()]
+        lacking = [i for i in self.object_ids if (mask.any() or absent) and i not in absent
+                   and not (mask == i).any()]
         if lacking:
             found = decide(self._find(image, mask.shape)[2], self.object_ids, self.threshold)
             mask = np.where((mask == 0) & np.isin(found, lacking), found, mask)

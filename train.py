@@ -11,7 +11,7 @@ import torch
 
 import distributed
 import preprocess
-from data.samples import Clips, Pairs, batches
+from data.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
 from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
@@ -48,15 +48,18 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
 
     Raises:
-        ValueError: stills, or a model with a part for prompts, for another method than "memory";
-            `options.resume`, and the state is that of a run with other options; an earlier run at
-            `options.save` that is neither to be resumed nor overwritten; or the loss or the
-            weights are no numbers any more.
+        ValueError: all objects are too small; stills, or a model with a part for prompts, for
+            another method than "memory"; `options.resume`, and the state is that of a run with
+            other options; an earlier run at `options.save` that is neither to be resumed nor
+            overwritten; or the loss or the weights are no numbers any more.
     """
     torch.manual_seed(options.seed)
     stills = stills or []
     if stills and model.method != "memory":
         raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
+    training = usable(training, model, options)
+    if not training and not stills:
+        raise ValueError(f"nothing to train on: all objects are too small. {TOO_SMALL}")
     if model.prompts is not None:
         keep_encoder(model)
     if model.refined and not model.facts:  # not loaded from anywhere
@@ -70,7 +73,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     augment = preprocess.Augment(options.shape, options.augment)
     drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
                     options, range(done, total))
-    with interruptible() as interrupted:
+    with report, interruptible() as interrupted:
         bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
                        total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
@@ -91,6 +94,13 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         log.info("best held-out IoU %.4f", report.best)
     log.info("saved in %s", options.save)
     return report.best
+
+
+def usable(sequences: list[Sequence], model: VideoMatch, options: Options) -> list[Sequence]:
+    """Those with an object that is large enough in the closest crop; a warning names the others."""
+    closest = preprocess.Augment.SCALE[0] if options.augment else 1.0
+    return large_enough(sequences, FEWEST * closest, options.shape,
+                        masks=2 if model.method == "memory" else 1)
 
 
 def keep_encoder(model: VideoMatch) -> None:

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import errors
 import preprocess
 from checkpoint import Checkpointed
 from media import drawing, figures, images
 from media.masks import read_masks
 from media.shown import Prompts
+from media.validation import check_normalized, id_mask
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
@@ -29,7 +31,7 @@ from network.outliers import decide
 from network.prompts import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
-from network.state import COUNTS, KEYS, Features, State, blank
+from network.state import COUNTS, KEYS, Features, State, blank, without
 from network.views import labels_of, reference
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
@@ -181,7 +183,12 @@ class VideoMatch(Checkpointed):
             mask: (H, W) object ids, whose size may differ from the image's. What isn't in
                 `object_ids` is in no set.
             object_ids: all objects that are followed, those of the state first.
+
+        Raises:
+            ValueError: other dimensions or types, or an image that isn't normalised.
         """
+        check_normalized(image, dimensions=4)
+        mask = id_mask(mask)
         if self.method == "memory":
             features, *rest = reference(self, image, mask, object_ids)
             return self.start(state, features, *(self.array(x) for x in rest))
@@ -229,6 +236,12 @@ class VideoMatch(Checkpointed):
     def array(self, x: np.ndarray) -> torch.Tensor:
         """What this network computes with."""
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+
+    def without(self, state: State | Sets, channel: int) -> State | Sets:
+        """A state without one object; `channel` is that of its probabilities."""
+        if isinstance(state, State):
+            return without(state, channel, torch.cat)
+        return state.without(channel)
 
     def saved(self, state: State | Sets) -> dict:
         """A state as numbers, lists and tensors, a file of which can run no code."""
@@ -314,10 +327,8 @@ def main():
     parser.add_argument("--save", metavar="DIR", type=Path, help="write figures, open no windows")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
-    try:
+    with errors.one_line(parser):
         show(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""What `bench.py` measures, beside the matching and the scoring."""
+"""Benchmarks, each against something outside this toolkit: python -m benchmarks.NAME."""

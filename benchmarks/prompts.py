@@ -1,30 +1,37 @@
-"""Masks from boxes and clicks, by a simulated person who sees each before the next.
+"""Masks from boxes and points given by a simulated user, and seconds per prompt.
 
-J of the objects of first frames: of the true box, of one whose sides are moved by up to a tenth of
-its own, and of one and more clicks, the first well inside, each next one in the middle of the
-largest error; and how long a prompt takes.
+    python -m benchmarks.prompts -d DAVIS [-o CHECKPOINT] [--json FILE]
+
+Prints J of each object in the first frames of a data set: for its true bounding box, for a box
+whose sides are moved by up to a tenth of its size, and for one or more clicks. The first click is
+well inside the object, each further one at the centre of the largest error.
 """
 
+import argparse
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import prompts
-from davis import Sequence
+from benchmarks import common
+from build import device_of
+from davis import Davis, Sequence
 from media.shown import Prompts
 from training import prompts as train_prompts
-from videomatch import VideoMatch
+from videomatch import SHIPPED, VideoMatch
 
-CLICKS = 8  # of a simulated person
-SHOWN = (1, 3, 8)  # clicks after which J is printed
+CLICKS = 8  # per object; users rarely give more before they draw the mask by hand
+REPORTED = (1, 3, 8)  # numbers of clicks after which J is printed
 
 
 def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
-    """Print and return J of each object and their mean, and seconds a prompt."""
+    """Print and return J of each object, the mean J, and seconds per prompt."""
     rows = train_prompts.measured(model, sequences, CLICKS)
-    head = ("true box", "moved box", *(f"{i} clicks" for i in SHOWN))
-    figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in SHOWN)]
+    head = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
+    figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in REPORTED)]
                for row in rows]
     print(f"{'':24}" + "".join(f"{name:>10}" for name in head))
     for row, values in zip(rows, figures):
@@ -32,13 +39,13 @@ def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict
     means = np.mean(figures, 0)
     print(f"{'mean J':24}" + "".join(f"{value:10.3f}" for value in means))
     seconds = prompt_seconds(model, repeats)
-    print(f"{seconds:.4f} s a prompt after the encoder, {torch.get_num_threads()} threads")
+    print(f"{seconds:.4f} s per prompt after the encoder, {torch.get_num_threads()} threads")
     return {"rows": rows, "mean": dict(zip(head, means.tolist())), "seconds": seconds}
 
 
 @torch.no_grad()
 def prompt_seconds(model: VideoMatch, repeats: int) -> float:
-    """The least of what a box takes after the encoder, at the size that the network sees."""
+    """Fastest time of a box prompt, without the encoder, at the network's input size."""
     shape = prompts.seen_size((320, 480))
     image = torch.zeros(1, 3, *shape, device=model.device)
     seen = model.prompts.look(image, *model.encoder.pyramid(image))
@@ -48,3 +55,22 @@ def prompt_seconds(model: VideoMatch, repeats: int) -> float:
         model.prompts(seen, Prompts([(100, 60, 200, 150)])).cpu()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    model = VideoMatch.load(args.model_load).eval().to(device_of(args.cuda_device))
+    return measured(model, Davis(args.dataset, args.year, args.set).sequences,
+                            args.repeats)
+
+
+def main() -> int:
+    parser = common.parser("Benchmark of masks from boxes and points.")
+    common.add_device(parser)
+    common.add_dataset(parser)
+    parser.add_argument("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"],
+                        metavar="PATH", help="checkpoint (default: the one in models/)")
+    return common.run(parser, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,27 +1,33 @@
-"""PyTorch and onnxruntime on one clip: seconds a frame, until the first mask, and memory.
+"""PyTorch against onnxruntime on one clip: seconds per frame, time to the first mask, memory.
 
-Each is measured in a process of its own, which imports nothing of the other; started by
-`bench.py --runtimes`. It knows neither what a network is made of nor other benchmarks.
+    python -m benchmarks.runtimes [--rows H ...] [--threads N ...] [--json FILE]
+
+Each runtime runs in its own process (`benchmarks.one_runtime`), which does not import the other.
 """
 
+import argparse
 import itertools
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import cv2
+import torch
 
+import export
+from benchmarks import common
+from benchmarks.common import WARM
 from data import demo
 from media import images
+from videomatch import SHIPPED, VideoMatch
 
 RUNTIMES = ("pytorch", "pytorch fp32", "onnxruntime")
-WARM = 20  # frames before those that are measured, until the memory is full
 
 
 def measured(runtime: str, clip: Path, mask: Path, weights: Path, threads: int,
@@ -43,9 +49,10 @@ def measured(runtime: str, clip: Path, mask: Path, weights: Path, threads: int,
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, "-m", __spec__.name, runtime, str(clip.resolve()), str(mask.resolve()),
-         str(weights.resolve()), str(threads), str(warm), str(time.time())], env=environment,
-        cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        [sys.executable, "-m", "benchmarks.one_runtime", runtime, str(clip.resolve()),
+         str(mask.resolve()), str(weights.resolve()), str(threads), str(warm),
+         str(time.time())],
+        env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{runtime}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -100,53 +107,26 @@ def in_turn(clips: dict[int, tuple[Path, Path]], checkpoint: Path, export: Path,
     return rows
 
 
-def _peak() -> int | None:
-    try:
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB",
-                                    Path("/proc/self/status").read_text())[1])
-    except (OSError, TypeError):
-        return None
-
-
-def _steps(runtime: str, weights: Path, threads: int):
-    """What follows a frame, (H, W, 3) uint8 RGB with its mask or None; and the precision."""
-    from tracker import Tracker
-    if runtime == "onnxruntime":
-        import lite
-        network = lite.load(weights, threads)
-        tracker = Tracker(network)
-        return (lambda image, mask: tracker.step(network.normalized(image), mask),
-                "float32")
-    import torch
-
-    import preprocess
-    from network import precision
-    from videomatch import VideoMatch
-    torch.set_num_threads(threads)
-    model = VideoMatch.load(weights).eval()
+def measure_all(args: argparse.Namespace) -> dict:
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
     model.encoder.fold_batchnorm()
-    model.precision = precision.of("fp32" if "fp32" in runtime else None, model.device,
-                                   model.method)
-    tracker = Tracker(model)
-    return (lambda image, mask: tracker.step(preprocess.to_tensor(image), mask),
-            str(model.precision).removeprefix("torch."))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export.export(model, folder / "export")
+        clips = drawn(folder, args.rows, args.frames + WARM + 1)
+        found = in_turn(clips, SHIPPED["mobilenet"], folder / "export", args.threads,
+                        args.repeats)
+    table(found)
+    return {"torch": torch.__version__, "machine": platform.machine(), "rows": found}
 
 
-def main(runtime: str, clip: str, mask: str, weights: str, threads: str, warm: str,
-         start: str) -> None:
-    from media.masks import read_mask
-    from media.video import open_clip
-    step, precision = _steps(runtime, Path(weights), int(threads))
-    times, first = [], 0.0
-    for number, image in enumerate(open_clip(clip).frames()):
-        before = time.perf_counter()
-        step(image, None if number else read_mask(mask))
-        times.append(time.perf_counter() - before)
-        if number == 1:
-            first = time.time() - float(start)
-    print(json.dumps({"seconds": statistics.median(times[int(warm) + 1:]), "first": first,
-                      "peak_bytes": _peak(), "precision": precision}))
+def main() -> int:
+    parser = common.parser("Benchmark of PyTorch against onnxruntime.")
+    common.add_clip(parser, (360, 480))
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2), metavar="N",
+                        help="threads of each runtime (default: 1 2)")
+    return common.run(parser, measure_all)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

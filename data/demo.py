@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from media import images
+from media import files, images
 
 ROOT = Path("demo_davis")
 VERSION = "1"  # of the drawing: raise it when the pictures change
@@ -43,9 +43,8 @@ def make(root: Path = ROOT) -> Path:
             _write_sequence(root, name, scene)
         for year in ("2016", "2017"):
             path = root / "ImageSets" / year / f"{set_name}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{name}\n" for name in scenes))
-    stamp.write_text(VERSION)
+            files.write(path, "".join(f"{name}\n" for name in scenes))
+    files.write(stamp, VERSION)
     return root
 
 

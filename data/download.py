@@ -17,6 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from media import files
+
 TRIES = 5  # after each other without a byte
 WAIT = 2.0  # seconds between them, and more each time
 BLOCK = 1 << 20  # bytes
@@ -49,16 +51,16 @@ def download(folder: Path, year: str) -> None:
     archive = ARCHIVES[year]
     if (folder / "JPEGImages").exists():
         raise FileExistsError(f"{folder}: holds a data set already, expected another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PurePosixPath(archive.url).name
-    fetch(archive.url, path)
-    try:
-        check(path, archive.sha256)
-        unpack(path, folder)
-    except ValueError:
-        path.unlink()  # the next call starts anew
-        raise
-    path.unlink()
+    with files.hold(folder, instead="another folder (--download)"):
+        path = folder / PurePosixPath(archive.url).name
+        fetch(archive.url, path)
+        try:
+            check(path, archive.sha256)
+            unpack(path, folder)
+        except ValueError:
+            path.unlink()  # the next call starts anew
+            raise
+        path.unlink()
 
 
 def fetch(url: str, path: Path) -> None:

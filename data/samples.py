@@ -1,6 +1,7 @@
 """Samples to train on: pairs and clips of frames, drawn from sequences by an index alone."""
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,12 +16,52 @@ from davis import Sequence
 from media.drawing import areas
 from preprocess import Augment, to_tensor
 
+log = logging.getLogger(__name__)
+
 Source = Sequence | Still
 
 CLIP = 4  # frames of a clip where there are no still images
 # Where there are: first these, then videos too, then longer clips. Each until what share of the
 # steps, with what share of clips made of stills, of how many frames.
 PHASES = ((0.2, 0.8, 4), (0.75, 0.4, 4), (1.0, 0.3, 6))
+
+
+# Pixels of the training frame that an object fills at least. Fewer leave no trace in the features,
+# one location of which stands for 8x8 pixels or more; in DAVIS no object is that small.
+FEWEST = 16
+
+
+def large_enough(sequences: list[Sequence], pixels: float, shape: tuple[int, int] | None = None,
+                 masks: int = 2) -> list[Sequence]:
+    """The sequences that can be trained on; one warning names those whose objects are too small.
+
+    Reads masks until enough are found, so usually the first ones of each sequence only.
+
+    Args:
+        pixels: the least area of an object.
+        shape: (H, W) of the frame that this area refers to; None: that of the mask.
+        masks: the number of masks that have to show the same object at that size.
+    """
+    def fits(sequence: Sequence) -> bool:
+        seen = np.zeros(256, int)
+        for frame in sequence.labelled:
+            mask = sequence.mask(frame)
+            scale = 1 if shape is None else shape[0] * shape[1] / mask.size
+            seen += areas(mask) * scale >= pixels
+            if (seen[1:] >= masks).any():
+                return True
+        return False
+
+    fit = [sequence for sequence in sequences if fits(sequence)]
+    small = [sequence.name for sequence in sequences if sequence not in fit]
+    if small:
+        log.warning("not trained on, since all of its objects are too small: %s. %s",
+                    ", ".join(small), TOO_SMALL)
+    return fit
+
+
+TOO_SMALL = ("Larger training frames (--input_image_shape, -p), or frames that were cut to the "
+             "objects' surroundings, make objects larger")
 
 
 class Pairs(Dataset):
@@ -90,8 +131,9 @@ class Clips(Pairs):
     OTHERS = 0.2  # of the objects beside the first are not followed
     SWAPS = 0.3  # of the stills' objects are seen before another background
     TOGETHER = 0.6  # of the stills' objects that touch each other move as one
-    LEAST = 0.0005  # share of the reference frame that an object fills at least
+    LEAST = 0.0005  # share of the reference frame that an object fills at least; see `FEWEST`
     TRIES = 10  # at a clip whose reference frame holds an object
+    SOURCES = 20  # tried for one clip before training gives up
 
     def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4, gap: int = 5,
                  paste: float = 0.75, objects: int = 6, stills: list[Still] | None = None):
@@ -104,24 +146,40 @@ class Clips(Pairs):
 
     def __getitem__(self, index: tuple[int, int]):
         frame, seed = index
-        source, start = self.frames[frame]
         rng = np.random.default_rng(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            for _ in range(self.SOURCES):
+                source, start = self.frames[frame]
+                found = self._clip(source, start, rng)
+                if found is not None:
+                    return found
+                frame = int(rng.integers(len(self.frames)))  # of this one none can be made
+        raise ValueError(f"{source.masks[start]}: no object that is large enough to train on, nor "
+                         f"in others that were tried. {TOO_SMALL}")
+
+    def _clip(self, source: Source, start: int, rng) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A clip of a sequence or still image, or None if its objects stay too small.
+
+        Where no object fills `LEAST` of the frame, one of `FEWEST` pixels will do.
+        """
+        for small in (False, True):
             for _ in range(self.TRIES):
                 images, masks, hidden = (self._still(source, rng) if len(source) == 1 else
                                          self._video(source, start, rng))
-                masks = self._followed(masks, hidden, rng)
+                masks = self._followed(masks, hidden, rng, small)
                 if masks.any():
                     return images, masks
-        raise ValueError(f"{source.masks[start]}: no object large enough to make a clip of")
+        return None
 
-    def _followed(self, masks: torch.Tensor, hidden: list[int], rng) -> torch.Tensor:
+    def _followed(self, masks: torch.Tensor, hidden: list[int], rng, small: bool) -> torch.Tensor:
         """(T, H, W) ids, whatever they are -> 1 to N, of some objects of the reference frame.
 
         None of them is `hidden`, and one is to be seen in another frame too, else there are none.
+        All fill more than `LEAST` of a frame, or if `small`, `FEWEST` pixels.
         """
         least = self.LEAST * masks[0].numel()
+        least = min(least, FEWEST - 1) if small else least
         seen = np.array([areas(mask) for mask in masks.numpy()]) > least
         seen[0, hidden] = False
         known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
@@ -284,6 +342,8 @@ class PairSampler(Sampler):
                        or any(share and not part for share, part in zip(shares, parts))):
             raise ValueError(f"shares {shares} of parts of {parts} frames: expected a share of "
                              "each, at least 0, and 0 of nothing")
+        if count and not any(parts):
+            raise ValueError("no frame to draw pairs from, expected at least one")
         self.parts = parts if shares else [sum(parts)]
         self.shares = np.array(shares or [1.0]) / sum(shares or [1.0])
         self.count, self.shuffle, self.seed = count, shuffle, seed

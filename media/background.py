@@ -28,16 +28,27 @@ class Background:
     """Calls of a function, one after the other, in a thread of their own.
 
     Leaving the context, by an error or by Ctrl+C too, waits for the calls that were made. An
-    error in one is raised by a later call, or on leaving.
+    error in one is raised by a later call, or on leaving. The calls after it are dropped: what
+    they write could contradict the gap, such as the state of a run at a frame behind it.
     """
 
     def __init__(self, function: Callable):
         self.function, self.thread = function, ThreadPoolExecutor(1)
         self.calls: deque[Future] = deque()
+        self.failed = False
+
+    def _call(self, *arguments) -> None:
+        if self.failed:
+            return
+        try:
+            self.function(*arguments)
+        except BaseException:
+            self.failed = True
+            raise
 
     def __call__(self, *arguments) -> None:
         """Arguments may not be changed any more by anybody."""
-        self.calls.append(self.thread.submit(self.function, *arguments))
+        self.calls.append(self.thread.submit(self._call, *arguments))
         if len(self.calls) > AHEAD:
             self.calls.popleft().result()
 

@@ -28,8 +28,9 @@ class Coding:
     Args:
         kind: what of a file counts: "numbers" (grey, palette indices), "colours" or "alpha".
         numbers: (256,) or (65536,) uint8, the object's id for each number; None: by `values`.
+            `VOID` for the number that means "not labelled".
         values: (M, C) the background's value and that of each object, C 1 or 3.
-        ids: (M,) uint8, their ids, 0 for the background.
+        ids: (M,) uint8, their ids, 0 for the background, `VOID` for "not labelled".
         soft: between these values lie soft edges; a pixel belongs to the nearer one.
     """
 
@@ -44,13 +45,14 @@ class Coding:
            known: dict[tuple, int] | None = None) -> "Coding":
         """Decide by the first files that tell; the log says in one line what was guessed.
 
-        Numbers are ids, 255 is the object where no file holds another number, else void, which
-        counts as background. Soft edges are told from ids; flat colours are ids, those of DAVIS
-        their own, others in the order in which they are met.
+        Numbers are ids, 255 is the object where no file holds another number, else void: not
+        labelled, and not scored in a ground-truth mask. Soft edges are told from ids; flat colours
+        are ids, those of DAVIS their own, others in the order in which they are met.
 
         Args:
             paths: mask files of one sequence, at least one.
-            single_object: whatever isn't background is object 1, as DAVIS-2016 has it.
+            single_object: whatever isn't background is object 1, as DAVIS-2016 has it, which
+                knows no void.
             own: a person painted them: 255 beside other numbers is an error rather than void,
                 and where no pixel is 0 what lies along the border is the background.
             known: ids of colours, those met in other files; what is met here is added.
@@ -65,15 +67,25 @@ class Coding:
             return coding
         if coding.numbers is not None:
             return cls(coding.kind, (np.arange(len(coding.numbers)) > 0).astype(np.uint8))
-        return cls(coding.kind, None, coding.values, np.minimum(coding.ids, 1), coding.soft)
+        ids = np.where(coding.ids == VOID, VOID, np.minimum(coding.ids, 1))
+        return cls(coding.kind, None, coding.values, ids, coding.soft)
 
-    def read(self, path: str | Path) -> np.ndarray:
+    def read(self, path: str | Path, keep_void: bool = False) -> np.ndarray:
         """Read a mask file as (H, W) uint8: 0 background, else the object's id.
+
+        Args:
+            keep_void: return `VOID` where a pixel is not labelled, as scoring needs it; by
+                default such pixels are background.
 
         Raises:
             OSError: no such file, or not a whole image.
             ValueError: not coded as those files that the decision was made by.
         """
+        mask = self._ids(path)
+        return mask if keep_void else np.where(mask == VOID, 0, mask)
+
+    def _ids(self, path: str | Path) -> np.ndarray:
+        """(H, W) uint8 ids of a mask file, with `VOID` where a pixel is not labelled."""
         pixels = layers.read(path, self.kind)
         if self.numbers is not None and pixels.ndim == 2:
             if pixels.max(initial=0) >= len(self.numbers):
@@ -119,10 +131,10 @@ def _decide(paths: list[Path], single_object: bool, own: bool,
         white = True
         if single_object:
             break
-    return Coding(kind or "numbers", numbers=_identity(1 if white else 0))
+    return Coding(kind or "numbers", numbers=_identity(1 if white else VOID))
 
 
-def _identity(white: int = 0) -> np.ndarray:
+def _identity(white: int = VOID) -> np.ndarray:
     """Ids as they are; `white` is what 255 means."""
     numbers = np.arange(256, dtype=np.uint8)
     numbers[VOID] = white
@@ -155,7 +167,8 @@ def _by_numbers(paths: list[Path], where: Path, path: Path, pixels: np.ndarray, 
             raise ValueError(f"{where}: {VOID} beside {levels[levels > 0][0]} would mean \"not "
                              "labelled\", expected another value for that object, or 0 where "
                              "there is none")
-        log.info("%s: %d beside other numbers is \"not labelled\", so background", where, VOID)
+        log.info("%s: %d beside other numbers is \"not labelled\": background where masks are "
+                 "used, left out where they are scored", where, VOID)
     return Coding(kind, numbers)
 
 
@@ -211,10 +224,9 @@ def _by_colours(paths: list[Path], where: Path, known: dict[tuple, int]) -> Codi
             ids[colour] = old or next((i for i in range(1, VOID) if i not in taken), VOID)
     if VOID in {i for c, i in ids.items() if _own_id(c, soft) is None}:
         raise ValueError(f"{where}: {len(ids)} colours, expected at most {VOID - 1} objects")
-    ids = {colour: 0 if i == VOID else i for colour, i in ids.items()}
     known |= ids
     log.info("%s: colours are objects%s: %s", where, ", with soft edges" if soft else "",
-             _named(ids.items()) or "none")
+             _named((colour, 0 if i == VOID else i) for colour, i in ids.items()) or "none")
     return Coding("colours", None, np.array([background, *ids]),
                   np.array([0, *ids.values()], np.uint8), soft)
 

@@ -3,8 +3,11 @@
 It knows of arrays only: no tensor, no network, no data set.
 """
 
+import logging
 import re
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -14,8 +17,14 @@ from PIL import Image, ImageOps
 from media.drawing import PALETTE
 from media.files import whole
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# not part of a date, a time or an address (2024.11.14)
+DECIMAL = r"(?<![0-9.])[0-9]+\.[0-9]+(?!\.?[0-9])"
+MOVING = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # formats whose pictures may be frames
 ORIENTATION = 0x0112  # the EXIF tag
+_several: set[tuple[Path, str | None]] = set()  # folders and formats that `open_image` has logged
 ENLARGED = 2  # times at most, for the network: small things need cells of their own
 
 
@@ -28,7 +37,11 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         OSError: no such file, or not a whole image; the message names it.
     """
-    image = open_image(path, "an image")
+    return rgb(open_image(path, "an image"))
+
+
+def rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture of any mode; see `read_image`."""
     if image.mode.startswith(("I", "F")):
         return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))
@@ -70,14 +83,33 @@ def image_shape(path: str | Path, what: str) -> tuple[int, int]:
 
 def files_in(folder: Path) -> list[Path]:
     """The images in a folder, by name, frame_2 before frame_10; hidden files are none."""
-    return sorted((file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES
-                   and not file.name.startswith(".") and file.is_file()), key=natural)
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES
+             and not file.name.startswith(".") and file.is_file()]
+    return sorted(files, key=partial(natural, decimals=has_decimals(files)))
 
 
-def natural(path: Path) -> tuple:
-    """A key to sort by: numbers in names count by their value, 2 before 10."""
-    return [int(part) if i % 2 else part.casefold()
-            for i, part in enumerate(re.split("([0-9]+)", path.stem))], path.name
+def natural(path: Path, decimals: bool = False) -> tuple:
+    """Sort key that compares numbers in names by value, so that 2 comes before 10.
+
+    Args:
+        decimals: 0.25 is one number, less than 0.5; otherwise it is two, and 0.5 comes first.
+    """
+    parts = re.split(f"({DECIMAL}|[0-9]+)" if decimals else "([0-9]+)", path.stem)
+    return [(float(part) if "." in part else int(part)) if i % 2 else part.casefold()
+            for i, part in enumerate(parts)], path.name
+
+
+def has_decimals(files: Iterable[Path]) -> bool:
+    """Whether a dot between digits in these names is a decimal point.
+
+    The alternative is a counter behind a version, take or scene number (v2.1 ... v2.12). Fractions
+    of equal length are in the same order either way. Of those that aren't, a counter has one that
+    ends in 0 (v2.10), which programs don't print behind a decimal point.
+    """
+    fractions = [number.partition(".")[2] for file in files
+                 for number in re.findall(DECIMAL, file.stem)]
+    return (len({len(fraction) for fraction in fractions}) > 1
+            and not any(len(fraction) > 1 and fraction.endswith("0") for fraction in fractions))
 
 
 def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tuple[int, ...],
@@ -90,12 +122,58 @@ def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tupl
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
-    """An image file, read by Pillow and turned as a viewer shows it; raises as `read_image`."""
+    """The first picture of an image file, turned as a viewer shows it; raises as `read_image`.
+
+    A file with more pictures is logged, the first one of each kind in a folder.
+    """
+    with _naming(path, what):
+        image = Image.open(path)
+        with suppress(Exception):  # later pictures may be damaged: they are of no use here
+            _tell_several(path, image)
+        image.load()
+        return upright(image)
+
+
+def _tell_several(path: str | Path, image: Image.Image) -> None:
+    kind = Path(path).parent, image.format
+    if kind not in _several and getattr(image, "is_animated", False):
+        log.info("%s: holds %d pictures (%s), only the first is used, of files like it too", path,
+                 getattr(image, "n_frames", 1), image.format)
+        _several.add(kind)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF orientation says; Pillow itself turns those of a TIFF."""
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) > 1 else image
+
+
+def open_pictures(path: str | Path, what: str) -> Image.Image:
+    """An image file of which every picture is wanted, to `seek` in; raises as `read_image`."""
     with _naming(path, what):
         image = Image.open(path)
         image.load()
-        turned = image.getexif().get(ORIENTATION, 1) > 1
-        return ImageOps.exif_transpose(image) if turned else image
+        return image
+
+
+def pictures(image: Image.Image) -> int:
+    """The number of frames in an image file: 1 where its pictures are versions of one.
+
+    So are the preview and the depth map of a photo (MPO), and the pages of a TIFF that differ in
+    size: the levels of a pyramid, a thumbnail.
+    """
+    if image.format != "TIFF":
+        return getattr(image, "n_frames", 1) if image.format in MOVING else 1
+    sizes: list[tuple[int, int]] = []
+    try:
+        while True:
+            image.seek(len(sizes))
+            sizes.append(image.size)
+    except EOFError:
+        pass
+    except Exception:  # whatever Pillow raises of a damaged page, which reading will name
+        sizes.append(sizes[0])
+    image.seek(0)
+    return len(sizes) if len(set(sizes)) == 1 else 1
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Clips of one's own: what a path holds, and video files, read frame by frame by FFmpeg (PyAV)."""
 
+import itertools
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from media.clip import ANIMATIONS, FOLDER_FPS, Animation, Clip, Folder
 log = logging.getLogger(__name__)
 
 EXPECTED = "expected a video, an animation (GIF, APNG, WebP) or a folder of frames"
+CHECKED = 8  # first frames that the index is compared with; it costs their decoding at opening
 TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # formats in which FFmpeg draws text files as video
 
 
@@ -45,14 +47,14 @@ class Video(Clip):
     Frame n is what `ffmpeg -i CLIP -vsync 0 -start_number 0 %05d.png` writes as n.png: the frames
     that the decoder gives, none doubled or dropped for the sake of a constant rate. They are
     turned as the metadata say, their pixels made square, HDR is toned down (`hdr`).
+
+    Opening a file reads its packets once, without decoding them: that gives the number of frames,
+    their times, and the key frames to seek to. Nothing but `count` changes afterwards, and each
+    reader opens the file for itself, so any number of threads may read one `Video`.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self._stamps: list[int | None] = []  # of the frames read so far, in the stream's unit
-        self._seconds: list[float] = []
-        self._keys = [0]  # frames that decoding can start from
-        self._rising = True  # whether each frame so far has a time, after the one before
+        self.path, self.files = path, [path]
         self._said: set[str] = set()
         with self._open() as (container, stream):
             rate = stream.average_rate or stream.base_rate
@@ -60,12 +62,16 @@ class Video(Clip):
             self.declared = stream.frames
             if container.format.name.startswith("mov"):  # its list of edits may leave some out
                 self.declared = min(self.declared, len(stream.index_entries))
-            self.count = stream.frames or int((container.duration or 0) / 1e6 * self.fps)
             aspect = float(stream.sample_aspect_ratio or 1)
-            codec = stream.codec_context.name
-        _, frame = next(self._decode(0), (0, None))
-        if frame is None:
+            codec, self._unit = stream.codec_context.name, stream.time_base
+            packets = [(packet.pts, packet.dts, packet.is_keyframe)
+                       for packet in _packets(container, stream)
+                       if packet and not packet.is_discard and _is_shown(packet, codec)]
+        checked = list(itertools.islice(self._decode_from(None), CHECKED))
+        if not checked:
             raise OSError(f"{path}: {EXPECTED}, but no frame of this one ({codec}) can be decoded")
+        self._index(packets, [frame.pts for frame in checked])
+        frame = checked[0]
         if not 0.1 < aspect < 10:
             aspect = 1.0  # nonsense
         # frames of another size are brought to that of the first, as FFmpeg does
@@ -81,11 +87,44 @@ class Video(Clip):
             log.info("%s: HDR (%s), toned down to an ordinary range of brightness", path,
                      hdr.NAMES[frame.color_trc])
 
+    def _index(self, packets: list[tuple[int | None, int | None, bool]],
+               decoded: list[int | None]) -> None:
+        """Number the frames, from the packets' times alone.
+
+        Args:
+            packets: presentation time, decoding time, and whether it is a key frame, in the order
+                of the file.
+            decoded: the times of the first frames as the decoder gives them. If the packets say
+                otherwise (two fields to a frame, say), frames are only counted, from the first on.
+        """
+        shown = _in_order(packets)
+        if shown and decoded[0] is not None:  # a cut may begin with frames that can't be decoded
+            shown = list(itertools.dropwhile(lambda one: one[0] < decoded[0], shown)) or shown
+        stamps = [stamp for stamp, _ in shown]
+        rising = all(a < b for a, b in itertools.pairwise(stamps))
+        self._indexed = bool(stamps) and rising and stamps[:len(decoded)] == decoded
+        self._stamps = stamps if self._indexed else []
+        self._keys = [0]  # frames that decoding can start from
+        if self._indexed:
+            self._keys += [n for n, (_, key) in enumerate(shown) if key and n]
+        self.count = len(stamps) or len(packets)
+        self._seconds = [float((decoded[0] or 0) * self._unit)]
+        for before, stamp in itertools.pairwise(stamps):
+            step = float((stamp - before) * self._unit)
+            # 0 or back: parts with times of their own follow each other
+            self._seconds.append(self._seconds[-1] + (step if step > 0 else 1 / self.fps))
+
     def has(self, frame: int) -> bool:
         return next(self._decode(frame), None) is not None
 
+    def start_of(self, frame: int) -> int:
+        return self._keys[bisect_right(self._keys, frame) - 1]
+
     def time(self, frame: int) -> float:
-        return self._seconds[frame]
+        known = len(self._seconds)
+        if frame < known:
+            return self._seconds[frame]
+        return self._seconds[-1] + (frame - known + 1) / self.fps
 
     def _read(self, start: int) -> Iterator[np.ndarray]:
         reformatter = VideoReformatter()
@@ -102,60 +141,62 @@ class Video(Clip):
             image = reformatter.reformat(frame, format="rgb24").to_ndarray()
         if image.shape[1::-1] != self._size:
             image = cv2.resize(image, self._size, interpolation=cv2.INTER_LINEAR)
-        return np.ascontiguousarray(_turn(image, _matrix(frame)))
+        image = np.ascontiguousarray(_turn(image, _matrix(frame)))
+        if image.shape[:2] != self.shape:  # the camera was turned while it recorded
+            self._say("%s: frames are turned by 90 degrees midway, and brought to the first's size")
+            image = cv2.resize(image, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return image
 
     def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Number and frame from `start` on; begins at the nearest key frame that is known."""
-        key = self._keys[bisect_right(self._keys, start) - 1]
-        index = key
-        try:
-            for frame in self._decode_from(key):
-                if index == len(self._stamps):
-                    self._note(index, frame)
-                elif key and frame.pts != self._stamps[index]:
-                    raise self._mistrust()
-                if index >= start:
-                    yield index, frame
-                index += 1
-            if not key or index >= len(self._stamps):
-                self.count = index
-                return
-            raise self._mistrust()
-        except _Again:
-            pass
-        yield from self._decode(max(start, index))
+        """Number and frame from `start` on, decoded from the last key frame before it.
 
-    def _mistrust(self) -> "_Again":
-        """Seeking led elsewhere than to the frame that was seen there before: not in this file."""
-        self._keys, self._rising = [0], False
-        return _Again()
+        A frame that can't be decoded is the one before it again, so that numbers stay those of
+        the index wherever decoding starts.
+        """
+        index, frames = self._seek(start)
+        last = None
+        for frame in frames:
+            place = self._place(frame, index)
+            if place < index:
+                continue  # not in the index, or there before
+            for number in range(index, place):
+                if last is not None and number >= start:
+                    yield number, last
+            if place >= start:
+                yield place, frame
+            index, last = place + 1, frame
+        self.count = index
 
-    def _note(self, index: int, frame: av.VideoFrame) -> None:
-        """Keep the time of a frame that is read for the first time."""
-        stamp, before = frame.pts, self._stamps[-1] if index else None
-        rises = stamp is not None and (not index or before is not None and stamp > before)
-        if rises and index:
-            seconds = self._seconds[-1] + float((stamp - before) * self._unit)
-        else:  # the first; or none is told, or parts with times of their own follow each other
-            seconds = (self._seconds[-1] + 1 / self.fps if index
-                       else float((stamp or 0) * self._unit))
-        self._stamps.append(stamp)
-        self._seconds.append(seconds)
-        self._rising &= rises
-        if index and frame.key_frame and self._rising:
-            self._keys.append(index)
+    def _seek(self, start: int) -> tuple[int, Iterator[av.VideoFrame]]:
+        """The last key frame up to `start`, and the frames from it on."""
+        key = self.start_of(start)
+        if key:
+            frames = self._decode_from(self._stamps[key])
+            first = next(frames, None)
+            if first is not None and first.pts == self._stamps[key]:
+                return key, itertools.chain([first], frames)
+            self._keys = [0]  # seeking leads elsewhere in this file
+        return 0, self._decode_from(None)
 
-    def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
-        """The frames from a key frame on, as far as they can be decoded."""
+    def _place(self, frame: av.VideoFrame, index: int) -> int:
+        """The number of a decoded frame, of which `index` is expected; -1 of an unknown one."""
+        if not self._indexed:
+            return index
+        if frame.pts is None:
+            return -1
+        place = bisect_left(self._stamps, frame.pts)
+        return place if self._stamps[place:place + 1] == [frame.pts] else -1
+
+    def _decode_from(self, stamp: int | None) -> Iterator[av.VideoFrame]:
+        """The frames from the key frame with this time on (None: all), as far as they go."""
         packets = damaged = frames = 0
         with self._open() as (container, stream):
-            self._unit = stream.time_base
             stream.thread_type = "SLICE"  # of the others, the last frames after damage are lost
-            if key:
+            if stamp is not None:
                 try:
-                    container.seek(self._stamps[key], stream=stream)
+                    container.seek(stamp, stream=stream)
                 except av.FFmpegError:
-                    raise self._mistrust() from None
+                    return
             for packet in _packets(container, stream):
                 packets += packet is not None
                 try:
@@ -166,21 +207,19 @@ class Video(Clip):
                     damaged += frames > 0
                     continue
                 for frame in decoded:
-                    if key and not frames and frame.pts is not None \
-                            and frame.pts < self._stamps[key]:
+                    if stamp is not None and not frames and frame.pts is not None \
+                            and frame.pts < stamp:
                         continue  # shown before the key frame, but decoded after it
                     damaged += frames > 0 and frame.is_corrupt
                     frames += 1
                     yield frame
         if damaged:
             self._say("%s: damaged in %d places, frames there are wrong or missing", damaged)
-        if not key and 0 < packets < self.declared:
+        if stamp is None and 0 < packets < self.declared:
             self._say("%s: ends after %d frames, though it declares %d", frames, self.declared)
 
     def _restart(self, end: int) -> int:
         """The key frame from which the frames before `end` fill the memory; at least the last."""
-        if len(self._stamps) < end:
-            self.has(end)
         fit = max(1, spool.MEMORY // (3 * self.shape[0] * self.shape[1]))
         return self._keys[min(bisect_left(self._keys, end - fit),
                               bisect_left(self._keys, end) - 1)]
@@ -209,12 +248,31 @@ class Video(Clip):
             yield container, stream
 
 
-class _Again(Exception):
-    """What was decoded is to be decoded again, from the start."""
-
-
 def _is_cover(stream) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _is_shown(packet: av.Packet, codec: str) -> bool:
+    """Whether a packet gives a frame: VP8 puts frames that are only referred to in their own."""
+    return codec != "vp8" or bool(memoryview(packet)[0] & 0x10)
+
+
+def _in_order(packets) -> list[tuple[int, bool]]:
+    """Packets' presentation times and key flags in the order of presentation.
+
+    Parts that begin with an earlier time, as in recordings that were joined, stay one after the
+    other. Empty where any packet has no time.
+    """
+    parts: list[list[tuple[int, bool]]] = [[]]
+    last = None
+    for stamp, decoded, key in packets:
+        if stamp is None:
+            return []
+        if last is not None and decoded is not None and decoded < last:
+            parts.append([])
+        last = decoded if decoded is not None else last
+        parts[-1].append((stamp, key))
+    return [one for part in parts for one in sorted(part)]
 
 
 def _packets(container, stream) -> Iterator[av.Packet | None]:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from media import sound
 from media.files import whole
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,10 @@ KINDS = {
                                          "cpu-used": "4", "row-mt": "1", "auto-alt-ref": "0"},
               65535),
 }
-# sound that is copied as it is; any other is encoded again
-SOUND = {".mp4": {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"},
-         ".mov": {"aac", "mp3", "ac3", "eac3", "alac", "pcm_s16le", "pcm_s24le"},
-         ".webm": {"opus", "vorbis"}}
+# Encoder of the sound and its bits per second. AAC and Opus because each is the one codec that
+# every player of the container knows, at rates above which hardly anybody hears a difference;
+# editors get samples as they are, since they encode again.
+SOUND = {".mp4": ("aac", 192_000), ".mov": ("pcm_s16le", 0), ".webm": ("libopus", 128_000)}
 BT709 = 1  # matrix, primaries and transfer, as ITU-T H.273 numbers them
 LIMITED = 1  # range of brightness, 16 to 235
 
@@ -65,6 +66,7 @@ class VideoWriter:
         self._rate, self._sound_of = rate, sound
         self._stream: av.VideoStream | None = None
         self._last = -1  # in units
+        self._cut = 0  # units that were taken out of the clip's times
         with ExitStack() as files:
             beside = files.enter_context(whole(path))
             beside.touch()  # which av.open puts off until the first frame
@@ -87,7 +89,13 @@ class VideoWriter:
             if self._stream is None:
                 self._start(image, time)
             units = (self._last + self._step if time is None
-                     else round((time - self._first) / self._unit))
+                     else round((time - self._first) / self._unit) - self._cut)
+            if self._last >= 0 and units - self._last > sound.LONGEST_GAP / self._unit:
+                if not self._cut:
+                    log.warning("%s: the clip's timestamps leave a gap of %.0f s, which is closed",
+                                self.path, (units - self._last) * self._unit)
+                self._cut += units - self._last - self._step
+                units = self._last + self._step
             self._last = max(units, self._last + 1) if self._last >= 0 else 0
             frame = av.VideoFrame.from_ndarray(self._fit(image),
                                                format="rgba" if image.shape[2] == 4 else "rgb24")
@@ -95,7 +103,7 @@ class VideoWriter:
                                                dst_colorspace="itu709")
             frame.pts, frame.time_base = self._last, self._unit
             self._container.mux(self._stream.encode(frame))
-            self._copy_sound(self._last)
+            self._write_sound(self._last)
 
     def _start(self, image: np.ndarray, time: float | None) -> None:
         codec, pixels, options, self._side = KINDS[self.path.suffix]
@@ -109,8 +117,13 @@ class VideoWriter:
         context.color_range = LIMITED
         self._reformatter = VideoReformatter()
         self._first, self._step = time or 0.0, round(1 / self._rate / self._unit)
-        self._sound = sound(self._container, self._sound_of, self.path.suffix, self._first)
-        self._waiting = next(self._sound, None)
+        self._track = sound.track(self._sound_of, self._first) if self._sound_of else iter(())
+        self._samples, self._heard, self._sound = next(self._track, None), 0, None
+        if self._samples is not None:
+            codec, rate = SOUND[self.path.suffix]
+            self._sound = self._container.add_stream(codec, rate=sound.RATE, layout="stereo")
+            if rate:
+                self._sound.codec_context.bit_rate = rate
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
@@ -123,18 +136,28 @@ class VideoWriter:
             image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         return np.ascontiguousarray(image)
 
-    def _copy_sound(self, until: int) -> None:
-        """Write the packets of sound that begin before `until`, in units."""
-        while self._waiting and self._waiting.pts * self._waiting.time_base < until * self._unit:
-            self._container.mux(self._waiting)
-            self._waiting = next(self._sound, None)
+    def _write_sound(self, until: int) -> None:
+        """Encode the sound up to `until`, in units of the picture."""
+        until = round(until * self._unit * sound.RATE)
+        while self._samples is not None and self._heard < until:
+            part = self._samples[:, :until - self._heard]
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="fltp",
+                                               layout="stereo")
+            frame.sample_rate, frame.time_base = sound.RATE, Fraction(1, sound.RATE)
+            frame.pts = self._heard
+            self._container.mux(self._sound.encode(frame))
+            self._heard += part.shape[1]
+            rest = self._samples[:, part.shape[1]:]
+            self._samples = rest if rest.shape[1] else next(self._track, None)
 
     def _close(self, kind, *_) -> None:
         if kind is None:
             with self._telling():
                 try:
                     self._container.mux(self._stream.encode())
-                    self._copy_sound(self._last + self._step)
+                    self._write_sound(self._last + self._step)
+                    if self._sound:
+                        self._container.mux(self._sound.encode())
                 finally:
                     self._container.close()
         else:  # that error counts, whatever follows from it
@@ -159,44 +182,3 @@ class VideoWriter:
 
 class _NothingWritten(Exception):
     """So that no file appears."""
-
-
-def sound(container: av.container.OutputContainer, source: str | Path | None, suffix: str,
-          start: float) -> Iterator[av.Packet]:
-    """Add a stream for the sound of a file, then yield its packets, which begin at `start` seconds.
-
-    What goes wrong with the source is said, and ends the sound only.
-    """
-    if source is None or not Path(source).is_file():
-        return
-    try:
-        with av.open(f"file:{source}", metadata_errors="ignore") as file:
-            stream = file.streams.best("audio")
-            if stream is None:
-                return
-            if stream.codec_context.codec.canonical_name in SOUND[suffix]:
-                packets = _copied(container.add_stream_from_template(stream), file, stream, start)
-            else:
-                out = container.add_stream("libopus" if suffix == ".webm" else "aac", rate=48000)
-                packets = _encoded(out, file, stream, start)
-            yield from packets
-    except (av.FFmpegError, OSError, ValueError) as error:
-        log.warning("%s: its sound can't be taken along to the end (%s)", source, error)
-
-
-def _copied(out, file, stream, start: float) -> Iterator[av.Packet]:
-    shift = round(start / stream.time_base)
-    for packet in file.demux(stream):
-        if packet.size and packet.pts is not None and packet.pts >= shift:
-            packet.pts -= shift
-            packet.dts = packet.pts
-            packet.stream = out
-            yield packet
-
-
-def _encoded(out, file, stream, start: float) -> Iterator[av.Packet]:
-    for frame in file.decode(stream):
-        if frame.pts is not None and frame.time >= start:
-            frame.pts -= round(start / frame.time_base)
-            yield from out.encode(frame)
-    yield from out.encode()

@@ -84,7 +84,7 @@ class Decoder(nn.Module):
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """What all objects of a frame have in common, for `decode`."""
-        levels = [*levels, F.avg_pool2d(levels[-1], 2, ceil_mode=True)]
+        levels = [*levels, halved(levels[-1])]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
         return [block.project_shared(level) for block, level in zip(self.blocks, levels)]
@@ -99,6 +99,15 @@ class Decoder(nn.Module):
                 own.append(resized(x, shared[i]))
             x = self.blocks[i](shared[i], torch.cat(own, 1))
         return self.score(F.relu(x))[:, 0]
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> half the size, rounded up.
+
+    With `count_include_pad` onnxruntime before 1.29 divides what lies at an odd side's end by all
+    four pixels, of which two are beyond it; PyTorch, without padding, gives the same either way.
+    """
+    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

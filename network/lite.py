@@ -12,7 +12,7 @@ import numpy as np
 
 from media.shown import Prompts
 from network.evidence import clicked, evidence
-from network.state import COUNTS, Features, State, Widths, blank
+from network.state import COUNTS, Features, State, Widths, blank, without
 from network.views import reference
 
 # a graph's name and its inputs by theirs -> its outputs by theirs
@@ -104,6 +104,18 @@ class LiteVideoMatch:
         """The state after a graph, which returns the fields that change."""
         found = self.run(graph, **state._asdict(), **_named(features), **more)
         return state._replace(**{name.removeprefix(NEXT): x for name, x in found.items()})
+
+    @staticmethod
+    def without(state: State, channel: int) -> State:
+        return without(state, channel, np.concatenate)
+
+    @staticmethod
+    def saved(state: State) -> dict[str, np.ndarray]:
+        return state._asdict()
+
+    @staticmethod
+    def restored(kept: dict[str, np.ndarray]) -> State:
+        return State(**kept)
 
     @staticmethod
     def array(x: np.ndarray) -> np.ndarray:

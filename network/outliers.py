@@ -3,7 +3,7 @@
 Arrays of numpy in, arrays out: it knows neither the network nor what it keeps of a video.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -22,8 +22,8 @@ def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
                                  cv2.DIST_MASK_PRECISE) <= distance
 
 
-def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, shares: dict[int, float],
-                    distance: float) -> None:
+def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
+                    shares: Mapping[int, float], distance: float) -> None:
     """Give an object's probability outside its extruded previous mask to the background, in place.
 
     An object that vanished may re-appear anywhere.
@@ -31,13 +31,13 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, shares: dic
     Args:
         probabilities: (N+1, H, W), channel 0 the background.
         previous: (H, W) uint8 mask of the frame before.
-        shares: of each object, in the order of the channels, the share of a reference frame that
-            it covers, in [0, 1].
+        object_ids: the objects of channels 1 to N.
+        shares: of each object the share of a reference frame that it covers, in [0, 1].
         distance: pixels.
     """
-    for channel, (object_id, share) in enumerate(shares.items(), start=1):
+    for channel, object_id in enumerate(object_ids, start=1):
         before = previous == object_id
-        if before.mean() <= VANISHED * share:
+        if before.mean() <= VANISHED * shares[object_id]:
             continue
         outside = ~extrude(before, distance)
         probabilities[0][outside] += probabilities[channel][outside]
@@ -82,6 +82,8 @@ def decide(probabilities: np.ndarray, object_ids: Sequence[int],
         threshold: a pixel belongs to an object where the probability of all objects together is
             above it, in [0, 1].
     """
+    if not object_ids:
+        return np.zeros(probabilities.shape[1:], np.uint8)
     # channel by channel: `argmax` along the first axis takes many times as long
     mask, best = np.full(probabilities.shape[1:], object_ids[0], np.uint8), probabilities[1]
     for object_id, channel in zip(object_ids[1:], probabilities[2:]):

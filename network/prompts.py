@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from media.shown import Prompts
-from network.decoder import Block, resized
+from network.decoder import Block, halved, resized
 from network.evidence import BOX, CLICKS, MASK, clicked, evidence
 
 WIDTHS = (32, 64, 128, 128)  # channels, finest level first
@@ -115,7 +115,7 @@ class PromptDecoder(nn.Module):
             clicks: points and not-points as `clicked` gives them, among coarse cells and fine.
         """
         known = self._evidence(seen, known, clicks)
-        levels = [*seen.levels, F.avg_pool2d(seen.levels[-1], 2, ceil_mode=True)]
+        levels = [*seen.levels, halved(seen.levels[-1])]
         x = None
         for i in reversed(range(len(levels))):
             own = [known] if x is None else [known, x]

@@ -48,6 +48,14 @@ class Sets:
             return self
         return replace(self, later=(*self.later, (grid, labels))[-self.frames:])
 
+    def without(self, channel: int) -> Self:
+        """Without one object, whose features are in no set then; channels behind it move up."""
+        def fewer(views):
+            return tuple((grid, torch.where(labels == channel, -1, labels - (labels > channel) * 1))
+                         for grid, labels in views)
+
+        return replace(self, sets=self.sets - 1, given=fewer(self.given), later=fewer(self.later))
+
     def plain(self) -> dict:
         """As numbers, lists and tensors, for `from_plain`: a file of them can run no code."""
         given, later = ([(grid.features, grid.factor, labels) for grid, labels in views]

@@ -134,3 +134,41 @@ def extra(members: int) -> int:
     The background's set has as many beyond a whole frame, for closer views.
     """
     return max(1, members // 4)
+
+
+def without(state: State, channel: int, concatenate: Callable[[list, int], Array]) -> State:
+    """The state without one object, of which everything is forgotten; those behind it move up.
+
+    Its locations are in no set then: were they background, it could not be found when it is asked
+    for again. What the union of the others would have been is blended from their values.
+
+    Args:
+        channel: of the object in `previous`, at least 1.
+        concatenate: arrays along an axis.
+    """
+    kept = [i for i in range(state.objects) if i != channel - 1]
+    labels, members = [0, *(i + 1 for i in kept)], state.memory_valid.shape[1]
+    each = extra(members)
+    rows = [*range(members + each),
+            *(members + (i + 1) * each + row for i in kept for row in range(each))]
+    found = {f"reference_{name}": getattr(state, f"reference_{name}")[:, rows]
+             for name in ("keys", "valid", "values", "absent")}
+    for name in ("reference_values", "memory_values", "recent_values"):
+        own = found.get(name, getattr(state, name))[..., kept, :]
+        found[name] = concatenate([own, _union(own, concatenate)], -2) if len(kept) > 1 else own
+    for name in ("reference_labels", "memory_labels", "linear"):  # linear in the labels, too
+        found[name] = getattr(state, name)[:, labels]
+    return state._replace(previous=state.previous[labels], **found)
+
+
+def _union(own: Array, concatenate: Callable[[list, int], Array]) -> Array:
+    """(..., N, VALUE + 1) values of several objects -> (..., 1, VALUE + 1), about their union's.
+
+    Which took the frame. Where one of them is, theirs are the object's, and elsewhere those of
+    objects that aren't there, so they are weighed by shares, and by what is missing from them.
+    """
+    share = own[..., -1:]
+    total, missing = share.sum(-2), (1 - share).sum(-2)
+    nowhere = ((1 - share) * own).sum(-2) / missing  # of several objects at least one is missing
+    values = (share * own).sum(-2) + (1 - total) * nowhere
+    return concatenate([values[..., :-1], total], -1)[..., None, :]

@@ -5,16 +5,19 @@ what makes a mask of them is handed in.
 """
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Set
+from dataclasses import replace
 
 import cv2
 import numpy as np
 
 from media import images
 from media.shown import Prompts
-from page.work import Work
+from page.work import Work, ids_in
 
-UNDONE = 100  # steps that can be taken back
+UNDONE = 64 * 2**20  # bytes of masks kept to take steps back: thousands at 480p, hundreds at 4K
+STEP = 1000  # bytes that a step takes beside a mask
 
 
 class Edits:
@@ -24,28 +27,45 @@ class Edits:
         work: where masks and objects are kept.
         image: a frame's (H, W, 3) uint8 RGB by its number; a ValueError where there is none.
         prompter: (H, W, 3) uint8 RGB and the `Prompts` of one object -> (H, W) bool, its mask.
-        states: has `drop(frame, given)` and `clear()`, called when a mask or all masks changed.
+        forget: called when the masks that trackers were made of no longer count.
 
     Attributes:
         lock: held while something changes.
-        version: one more with every change.
-        changed: of each frame whose mask is known the version of its last change.
-        past: the steps; each, called, takes itself back and returns its frame.
+        version: one more with every change; it begins with the time, so that a browser that
+            outlives this process takes everything anew.
+        changed: of each frame whose mask is known the version of its last change, oldest first.
+        everywhere: the version since which masks of all frames may be others: without a deleted
+            object, or one that is gone.
+        past: the steps, each with the bytes that it keeps; called, it takes itself back and
+            returns its frame.
     """
 
     def __init__(self, work: Work, image: Callable[[int], np.ndarray],
-                 prompter: Callable[[np.ndarray, Prompts], np.ndarray], states):
-        self.work, self.image, self.prompter, self.states = work, image, prompter, states
+                 prompter: Callable[[np.ndarray, Prompts], np.ndarray],
+                 forget: Callable[[], None]):
+        self.work, self.image, self.prompter, self.forget_states = work, image, prompter, forget
         self.lock = threading.RLock()
-        self.version, self.changed = 1, dict.fromkeys(work.given | set(work.found), 1)
-        self.prompts: dict[tuple[int, int], Prompts] = {}  # by frame and object
-        self.past: list[Callable[[], int]] = []
+        self.version = self.everywhere = time.time_ns() // 10**6
+        self.changed = dict.fromkeys(work.given | set(work.found), self.version)
+        self.prompts: dict[int, dict[int, Prompts]] = {}  # by frame, then by object; no masks
+        self.past: list[tuple[int, Callable[[], int]]] = []
 
     def change(self, *frames: int) -> None:
         """Something is new, of these frames their masks."""
         with self.lock:
             self.version += 1
-            self.changed.update(dict.fromkeys(frames, self.version))
+            for frame in frames:
+                self.changed.pop(frame, None)  # so that the newest stand last
+                self.changed[frame] = self.version
+
+    def since(self, version: int) -> dict[int, int]:
+        """The frames that changed after a version, each with the version of its change."""
+        found = {}
+        for frame, changed in reversed(self.changed.items()):
+            if changed <= version:
+                break
+            found[frame] = changed
+        return found
 
     def show(self, frame: int, object_id: int, box: tuple[int, int, int, int] | None = None,
              point: tuple[int, int] | None = None, wanted: bool = True) -> None:
@@ -54,20 +74,24 @@ class Edits:
         with self.lock:
             self._object(object_id)
             before = self._base(frame)
-            prompts = self.prompts.get((frame, object_id)) or Prompts()
-            drawn = before == object_id
+            prompts = self.prompts.get(frame, {}).get(object_id) or Prompts()
             if box:
                 prompts = Prompts([box])
             else:
                 points = [(prompts.points, prompts.not_points)[not wanted] + [point]]
                 prompts = Prompts(prompts.boxes, points[0] if wanted else prompts.points,
-                                  prompts.not_points if wanted else points[0], drawn)
-            found = np.asarray(self.prompter(image, prompts), bool)
-            self._give(frame, _painted(before, found, object_id), {(frame, object_id): prompts})
+                                  prompts.not_points if wanted else points[0])
+            # clicks correct the mask so far; a box begins anew
+            found = np.asarray(self.prompter(image, prompts if box else replace(
+                prompts, mask=before == object_id)), bool)
+            self._draw(frame, before, found, object_id, {object_id: prompts})
 
     def stroke(self, frame: int, object_id: int, points: list[tuple[int, int]], radius: int,
                erase: bool) -> None:
-        """Paint an object's mask along a line, or wipe it."""
+        """Paint an object's mask along a line, or wipe it.
+
+        With nothing of it left, it is not in this frame.
+        """
         with self.lock:
             self._object(object_id)
             before, line = self._base(frame), np.zeros(self.work.shape, np.uint8)
@@ -76,7 +100,30 @@ class Edits:
                 cv2.circle(line, (x, y), radius, 1, cv2.FILLED)
             found = before == object_id
             found = found & (line == 0) if erase else found | (line > 0)
-            self._give(frame, _painted(before, found, object_id), {})
+            self._draw(frame, before, found, object_id, {})
+
+    def mark(self, frame: int, object_id: int, word: str, on: bool = True) -> None:
+        """Say that an object is not in a frame, or take that back.
+
+        What is drawn of it in this frame goes. In other frames nothing is lost: where it is gone,
+        masks are shown and written without it.
+
+        Args:
+            word: "absent": not in this frame. "gone": neither in this one nor in later ones, up
+                to the next frame that shows it in a mask given by a person.
+        """
+        self.image(frame)
+        with self.lock:
+            self._object(object_id)
+            marks = {name: set(getattr(self.work.presence, name).get(frame, ()))
+                     for name in ("absent", "gone")}
+            if (object_id in marks[word]) == on:
+                return
+            (marks[word].add if on else marks[word].discard)(object_id)
+            mask = self.work.mask(frame) if frame in self.work.given else None
+            if on and mask is not None:
+                mask = np.where(mask == object_id, 0, mask).astype(np.uint8)
+            self._give(frame, mask, self.prompts.get(frame, {}), **marks)
 
     def give(self, frame: int, mask: np.ndarray) -> None:
         """A whole mask, (H, W) uint8; objects that it holds and nobody knows yet are added.
@@ -95,42 +142,62 @@ class Edits:
     def forget(self, frame: int) -> None:
         """Take back the mask given for a frame; what was found there shows again."""
         with self.lock:
-            if frame in self.work.given:
+            if frame in self.work.said():
                 self._give(frame, None, {})
 
     def undo(self) -> int | None:
         """Take the last step back; returns the frame of it."""
         with self.lock:
-            return self.past.pop()() if self.past else None
+            return self.past.pop()[1]() if self.past else None
 
     def _base(self, frame: int) -> np.ndarray:
         self.image(frame)
         mask = self.work.mask(frame)
         return np.zeros(self.work.shape, np.uint8) if mask is None else mask
 
-    def _give(self, frame: int, mask: np.ndarray | None, prompts: dict) -> None:
-        """Keep a given mask and how to take it back; prompts of the frame that it doesn't come
-        from count no more."""
-        before = self.work.mask(frame) if frame in self.work.given else None
-        shown, pending = dict(self.prompts), frame in self.work.pending
+    def _draw(self, frame: int, before: np.ndarray, drawn: np.ndarray, object_id: int,
+              prompts: dict[int, Prompts]) -> None:
+        """Keep a mask with one object where it is drawn, (H, W) bool, and nowhere else."""
+        mask = np.where(before == object_id, 0, before)
+        mask = np.where(drawn, object_id, mask).astype(np.uint8)
+        absent = set(self.work.presence.absent.get(frame, ()))
+        self._give(frame, mask, prompts, absent if drawn.any() else absent | {object_id},
+                   set(self.work.presence.gone.get(frame, ())))
+
+    def _give(self, frame: int, mask: np.ndarray | None, prompts: dict[int, Prompts],
+              absent: Set[int] = frozenset(), gone: Set[int] = frozenset()) -> None:
+        """Keep what a person says of a frame, and how to take it back; prompts of the frame that
+        it doesn't come from count no more, and objects that the mask shows are there."""
+        work, presence = self.work, self.work.presence
+        raw, pending = work.raw(frame), frame in work.pending
+        before = b"" if raw is None else _packed(raw)
+        marks = presence.absent.get(frame, set()), presence.gone.get(frame, set())
+        shown = self.prompts.get(frame, {})
 
         def back() -> int:
-            self.work.give(frame, before)
+            self._set(frame, _unpacked(before) if before else None, *marks)
             if not pending:
-                self.work.spread(frame)
-            self.prompts = shown
-            self._touch(frame)
+                work.spread(frame)
+            self.prompts[frame] = shown
             return frame
 
-        self.past = [*self.past, back][-UNDONE:]
-        self.work.give(frame, mask)
-        kept = {key: value for key, value in self.prompts.items() if key[0] != frame}
-        self.prompts = kept | prompts
-        self._touch(frame)
+        self._remember(len(before), back)
+        held = set() if mask is None else ids_in(mask)
+        self._set(frame, mask, set(absent) - held, set(gone) - held)
+        self.prompts[frame] = dict(prompts)
 
-    def _touch(self, frame: int) -> None:
-        self.states.drop(frame, self.work.given)
+    def _set(self, frame: int, mask: np.ndarray | None, absent: Set[int], gone: Set[int]) -> None:
+        reaching = bool(self.work.presence.gone)  # into later frames, whose masks are others then
+        self.work.give(frame, mask, absent, gone)
         self.change(frame)
+        if reaching or gone:
+            self.everywhere = self.version
+
+    def _remember(self, size: int, back: Callable[[], int]) -> None:
+        """Keep how a step is taken back, and as many before it as there is room for."""
+        self.past.append((size + STEP, back))
+        while len(self.past) > 1 and sum(size for size, _ in self.past) > UNDONE:
+            del self.past[0]
 
     def add_object(self) -> int:
         with self.lock:
@@ -157,14 +224,15 @@ class Edits:
                 self._set_objects(before)
                 return min(self.work.given, default=0)
 
-            self.past = [*self.past, back][-UNDONE:]
+            self._remember(0, back)
             self._set_objects([thing for thing in before if thing.id != object_id])
 
     def _set_objects(self, objects: list) -> None:
         self.work.objects = objects
         self.work.save()
-        self.states.clear()
-        self.change(*self.changed)
+        self.forget_states()
+        self.change()
+        self.everywhere = self.version
 
     def _meet(self, object_ids: list[int]) -> None:
         """Know these objects from now on."""
@@ -183,7 +251,9 @@ class Edits:
         raise ValueError(f"there is no object {object_id}")
 
 
-def _painted(mask: np.ndarray, drawn: np.ndarray, object_id: int) -> np.ndarray:
-    """(H, W) object ids with one object where it is drawn, (H, W) bool, and nowhere else."""
-    rest = np.where(mask == object_id, 0, mask)
-    return np.where(drawn, object_id, rest).astype(np.uint8)
+def _packed(mask: np.ndarray) -> bytes:
+    return cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def _unpacked(data: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

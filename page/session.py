@@ -10,22 +10,23 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+import annotations
 import confidence
 import report
 import segment
 import sinks
-from confidence import UNSURE, Measures, Stretch, unsure
-from manifest import Manifest
+from confidence import NOT_VISIBLE, Measures, stretches_to_review
+from manifest import Manifest, made_by
 from media import figures, files, images
 from media.clip import Clip
 from media.masks import concern
+from media.presence import Presence
 from media.shown import Prompts
 from page.edits import Edits
 from page.passes import Passes, States, end_of_pass
@@ -36,16 +37,44 @@ from videomatch import VideoMatch
 log = logging.getLogger(__name__)
 
 WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
-CACHED = 24  # decoded frames
-NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "cutout",
-                "cutout_format", "results_dir", "overwrite"}
-SHOWN, SURE = 6, 0.95  # stretches that are offered to be looked at; nobody need look at more
+CACHED = 128 * 2**20  # bytes of decoded frames, those looked at and those of thumbnails each
+# seconds from one search for stretches to review to the next while masks are found: each goes
+# through the whole clip, milliseconds for an hour
+REVIEW = 1.0
+NOT_REPEATED = {"mode", "mask", "mask_frame", "box", "point", "not_point", "page", "page_host",
+                "cutout", "cutout_format", "export", "results_dir", "overwrite"}
 
 
-def worth_a_look(measures: list[Measures]) -> list[Stretch]:
-    """Where to look first: what is unsure, and the least sure tenth in any case."""
-    tenth = float(np.quantile([one.confidence for one in measures], 0.1)) if measures else 0.0
-    return unsure(measures, max(UNSURE, min(tenth, SURE)))[:SHOWN]
+class Pictures:
+    """Single frames of a clip for whoever asks, from any thread.
+
+    A decoder goes on from where it is if that is nearer than the last key frame, so playing a clip
+    decodes each frame once. Some of the last frames are kept.
+    """
+
+    def __init__(self, clip: Clip):
+        self.clip, self.lock = clip, threading.Lock()
+        self.kept: dict[int, np.ndarray] = {}  # in the order of their last use
+        self.frames: Iterator[np.ndarray] = iter(())
+        self.next: int | None = None  # the frame that `frames` gives next
+
+    def __call__(self, frame: int) -> np.ndarray | None:
+        """(H, W, 3) uint8 RGB; None where the clip ends before it."""
+        with self.lock:
+            if frame in self.kept:
+                self.kept[frame] = image = self.kept.pop(frame)
+                return image
+            if self.next is None or not self.clip.start_of(frame) <= self.next <= frame:
+                self.frames, self.next = self.clip.frames(frame), frame
+            for image in self.frames:
+                self.kept[self.next], self.next = image, self.next + 1
+                while len(self.kept) > 1 and len(self.kept) * image.nbytes > CACHED:
+                    del self.kept[next(iter(self.kept))]
+                if self.next > frame:
+                    return image
+            self.next = None
+            return None
+
 
 
 class Session:
@@ -56,7 +85,9 @@ class Session:
         folder: of the results; what the session keeps lies in `page/` in it.
         prompt: (H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask.
         facts: what the results depend on, for the manifest.
-        command: of the command line that repeats it, all but masks, cut-out and folder.
+        command: of the command line that repeats it, all but masks, cut-out, annotations and
+            folder.
+        formats: of annotations that the command line asked for; the page has them chosen.
 
     Raises:
         ValueError: the folder holds a session on another clip.
@@ -64,20 +95,26 @@ class Session:
 
     def __init__(self, model: VideoMatch, clip: Clip, folder: Path, options: segment.Options,
                  prompt: Callable[[np.ndarray, Prompts], np.ndarray], facts: dict[str, str],
-                 command: list[str]):
+                 command: list[str], formats: Sequence[str] = ()):
         model.eval()
-        self.clip, self.folder = clip, folder
+        self.clip, self.folder, self.formats = clip, folder, list(formats)
         self.facts, self.command = facts, command
         self.count = clip.count or sum(1 for _ in clip.frames())
-        self._read = lru_cache(CACHED)(lambda frame: next(clip.frames(frame)))
+        # apart, so that who moves through the clip doesn't wait for thumbnails
+        self._pictures, self._thumbnails = Pictures(clip), Pictures(clip)
+        self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
         height, width = self.shape = self.work.shape
         self.cell = segment.cell(model, (height, width), options)
         self.states = States(folder / "page" / "states", lambda: Tracker(
             model, options.threshold, options.remove_outliers), facts)
         self.passes = Passes(clip, options, self.image, self.work, self.states)
-        self.edits = Edits(self.work, self.image, prompt, self.states)
+        self.edits = Edits(self.work, self.image, prompt, self.states.clear)
         self.lock = self.edits.lock
+        self._sureness: dict[int, np.ndarray] = {}  # by object, of each frame
+        for frame, found in self.work.found.items():
+            self._note(frame, found)
+        self._review: tuple[int, float, list[dict]] = (0, 0.0, [])  # version, time, stretches
         self.thread: threading.Thread | None = None
         self.run: dict | None = None  # what is under way, or how the last one ended
         self.stopping = threading.Event()
@@ -88,12 +125,29 @@ class Session:
         Raises:
             ValueError: there is no such frame.
         """
+        return self._image(self._pictures, frame)
+
+    def thumbnail(self, frame: int) -> np.ndarray:
+        """The same, for the timeline."""
+        return self._image(self._thumbnails, frame)
+
+    def _image(self, pictures: Pictures, frame: int) -> np.ndarray:
         if not 0 <= frame < self.count:
             raise ValueError(f"there is no frame {frame}, the clip has {self.count}")
-        try:
-            return self._read(frame)
-        except StopIteration:
-            raise ValueError(f"there is no frame {frame}, the clip ends before it") from None
+        image = pictures(frame)
+        if image is None:
+            self._ends(self.clip.count)
+            raise ValueError(f"there is no frame {frame}, the clip ends before it")
+        return image
+
+    def _ends(self, count: int) -> None:
+        """Learn that the clip has fewer frames than it declares."""
+        with self.lock:
+            if count < self.count:
+                log.warning("the clip ends after %d frames, though it declares %d", count,
+                            self.count)
+                self.count = count
+                self.edits.change()
 
     def mask(self, frame: int) -> np.ndarray | None:
         """(H, W) uint8 object ids: what a person gave, else what was found."""
@@ -106,24 +160,65 @@ class Session:
         return self.edits.version
 
     def state(self, since: int = 0) -> dict:
-        """All that a page shows but the pictures; of frames only what changed after `since`."""
+        """All that a page shows but the pictures; of frames only what changed after `since`.
+
+        Frames are indices; `numbers` are those that a person reads and types, null where they are
+        the indices. They and `formats`, which never change, are sent once.
+        """
         with self.lock:
-            work = self.work
+            work, presence = self.work, self.work.presence
             frames = {frame: {"given": frame in work.given, "version": version,
                               "sure": _sure(work.found.get(frame))}
-                      for frame, version in self.edits.changed.items() if version > since}
-            return {"version": self.edits.version, "count": self.count, "fps": self.clip.fps,
+                      for frame, version in self.edits.since(since).items()}
+            objects = [vars(thing) | {
+                "absent": sorted(frame for frame, ids in presence.absent.items()
+                                 if thing.id in ids),
+                "gone": presence.intervals(thing.id)} for thing in work.objects]
+            return {"version": self.edits.version, "everywhere": self.edits.everywhere,
+                    "count": self.count, "fps": self.clip.fps,
                     "height": work.shape[0], "width": work.shape[1], "frames": frames,
-                    "objects": [vars(thing) for thing in work.objects],
+                    "objects": objects,
                     "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
-                    "unsure": [vars(stretch) for stretch in worth_a_look(self.measures())]}
+                    "unsure": self._to_review(),
+                    **({} if since else {"numbers": self.numbers, "formats": self.formats})}
+
+    def _note(self, frame: int, found: Found) -> None:
+        """Put a new mask's confidence where `_to_review` looks for it."""
+        for object_id, value in _sure(found).items():
+            if object_id not in self._sureness:
+                self._sureness[object_id] = np.full(self.count, np.nan)
+            if frame < len(self._sureness[object_id]):
+                self._sureness[object_id][frame] = NOT_VISIBLE if value is None else value
+
+    def _to_review(self) -> list[dict]:
+        """The stretches to review first; looked for once in `REVIEW` seconds during a run."""
+        version, looked, found = self._review
+        now = time.monotonic()
+        running = self.run and not self.run["ended"]
+        if version == self.edits.version or running and now - looked < REVIEW:
+            return found
+        known, presence, given = {}, self.work.presence, list(self.work.given)
+        for thing in self.work.objects:
+            if thing.id in self._sureness:
+                known[thing.id] = values = self._sureness[thing.id].copy()
+                values[given] = np.nan
+                absent = [frame for frame, ids in presence.absent.items() if thing.id in ids]
+                values[absent] = np.nan
+                for first, stop in presence.intervals(thing.id):
+                    values[first:stop] = np.nan
+        found = [vars(stretch) for stretch in stretches_to_review(known)]
+        self._review = self.edits.version, now, found
+        return found
 
     def measures(self) -> list[Measures]:
         """Of every mask that was found, and not replaced by a given one, of objects still there."""
         known = {thing.id for thing in self.work.objects}
-        rows = (Measures(*row) for frame, found in sorted(self.work.found.items())
+        gone = {i: self.work.presence.intervals(i) for i in known}
+        rows = (Measures.of_row(row) for frame, found in sorted(self.work.found.items())
                 if frame not in self.work.given for row in found.measures)
-        return [one for one in rows if one.object_id in known]
+        return [one for one in rows if one.object_id in known and not any(
+            first <= one.frame and (stop is None or one.frame < stop)
+            for first, stop in gone[one.object_id])]
 
     def segment_from(self, start: int, way: str) -> None:
         """Find the masks behind a frame, `way` "forwards", "backwards" or "both", in a thread.
@@ -133,7 +228,8 @@ class Session:
         """
         with self.lock:
             if self.work.mask(start) is None:
-                raise ValueError(f"frame {start} has no mask to start from: draw one first")
+                raise ValueError(f"frame {self.clip.number(start)} has no mask to start from: "
+                                 "draw one first")
             ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
             total = sum(abs(end - start) - 1 for _, end in ends)
             self._start({"kind": "segment", "frame": start, "way": way, "total": total,
@@ -144,12 +240,18 @@ class Session:
         """End what is under way after the frame that it is at; what was found stays."""
         self.stopping.set()
 
-    def export(self, cutout: str | None = None, form: str = "png") -> None:
-        """Write masks, overlay and cut-out as the command line does, and that command line."""
+    def export(self, cutout: str | None = None, form: str = "png",
+               formats: Sequence[str] = ()) -> None:
+        """Write masks, overlay and cut-out as the command line does, and that command line.
+
+        Args:
+            cutout, form: as for `sinks.cutout_name`.
+            formats: some of `annotations.FORMATS`, with the objects' names as categories.
+        """
         form = form if cutout == "transparent" else "png"
         with self.lock:
             self._start({"kind": "export", "total": self.count},
-                        lambda: self._export(cutout, form))
+                        lambda: self._export(cutout, form, list(formats)))
 
     def close(self) -> None:
         """End what is under way, and wait for it."""
@@ -159,7 +261,8 @@ class Session:
         self.work.close()
 
     def _end(self, start: int, forwards: bool) -> int:
-        return end_of_pass(start, forwards, self.work.given, self.work.found, self.count)
+        return end_of_pass(start, forwards, self.work.given, self.work.found, self.count,
+                           self.work.presence.gone)
 
     def _start(self, run: dict, job: Callable[[], None]) -> None:
         if self.run and not self.run["ended"]:
@@ -206,31 +309,55 @@ class Session:
                     if frame in self.work.given:  # since the pass began
                         return
                     self.work.find(frame, mask, found)
+                    self._note(frame, found)
                     self._progress(began, frame)
                 if frame + way == end or self.stopping.is_set():
                     return
-        if forwards and frame + 1 < self.count:
-            log.warning("the clip ends after %d frames, though it declares %d", frame + 1,
-                        self.count)
-            self.count = frame + 1
+        if forwards:
+            self._ends(frame + 1)
 
-    def _export(self, cutout: str | None, form: str) -> None:
-        given = {frame: self.folder / f"mask_{frame:05d}.png" for frame in sorted(self.work.given)}
-        for frame, path in given.items():
-            images.write_mask(path, self.mask(frame))
-        with Manifest(self.folder, {**self.facts, "masks": "of the page"}, True) as manifest:
-            manifest.begin()
-            segment.drain(self._frames(), sinks.of_a_clip(
-                self.folder, self.clip, cutout, form, again=True))
-            measures = self.measures()
-            confidence.write(self.folder / "confidence.csv", measures)
-            report.write_clip(self.folder / "report.html", self.work.clip, measures, self.facts)
-        masks = [f"{frame}:{path}" for frame, path in given.items()]
-        again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form), "-j",
-                            f"{self.folder}_again"])
-        files.write(self.folder / "command.txt", again + "\n")
+    def _export(self, cutout: str | None, form: str, formats: list[str]) -> None:
+        with files.hold(self.folder):
+            again = self._write_results(cutout, form, formats)
         with self.lock:
             self.run = self.run | {"folder": str(self.folder), "command": again}
+
+    def _write_results(self, cutout: str | None, form: str, formats: list[str]) -> str:
+        """Replace what an earlier export or run wrote; the command line that repeats it."""
+        made_before = made_by(self.folder) is not None
+        manifest = Manifest(self.folder, {**self.facts, "masks": "of the page"}, made_before)
+        manifest.begin([self.folder / "masks", self.folder / "cutout"])
+        given = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
+                 for frame in sorted(self.work.given)}
+        if made_before:  # else nothing there is of this toolkit, and must stay
+            sinks.clear(self.folder, set())
+        for frame, path in given.items():
+            images.write_mask(path, self.mask(frame))
+        names = {thing.id: thing.name for thing in self.work.objects}
+        segment.drain(self._frames(), [
+            *sinks.of_a_clip(self.folder, self.clip, cutout, form, again=True),
+            *annotations.of_a_clip(self.folder, self.clip, formats, names)])
+        measures = self.measures()
+        confidence.write(self.folder / "confidence.csv", measures, self.clip)
+        report.write_clip(self.folder / "report.html", self.work.clip, self.clip, measures,
+                          self.facts)
+        masks = [f"{self.clip.number(frame)}:{path}" for frame, path in given.items()]
+        masks += self._marks()
+        again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form, formats),
+                            "-j", f"{self.folder}_again"])
+        files.write(self.folder / "command.txt", again + "\n")
+        return again
+
+    def _marks(self) -> list[str]:
+        """What --mask takes for objects that are not there, where an earlier mask shows them."""
+        presence, known = self.work.presence, {thing.id for thing in self.work.objects}
+        found = []
+        for word in ("absent", "gone"):
+            for frame, ids in sorted(getattr(presence, word).items()):
+                shown = set().union(*(other for at, other in presence.shown.items() if at < frame))
+                if ids := ",".join(map(str, sorted(ids & shown & known))):
+                    found.append(f"{self.clip.number(frame)}:{word}={ids}")
+        return found
 
     def _frames(self) -> Iterator[segment.Frame]:
         """The clip with the masks that are known; elsewhere they are empty."""
@@ -246,17 +373,19 @@ class Session:
             yield segment.Frame(frame, image, None, True, None, mask)
 
 
-def _sure(found: Found | None) -> dict[int, float] | None:
-    """Of each object the confidence in a mask that was found; None where none was."""
+def _sure(found: Found | None) -> dict[int, float | None] | None:
+    """The confidence of each object of a predicted mask, None where it isn't visible; None
+    where no mask was predicted."""
     if found is None:
         return None
-    rows = (Measures(*row) for row in found.measures)
+    rows = (Measures.of_row(row) for row in found.measures)
     return {one.object_id: one.confidence for one in rows}
 
 
-def _flags_of(cutout: str | None, form: str) -> list[str]:
+def _flags_of(cutout: str | None, form: str, formats: list[str]) -> list[str]:
     return [*(["--cutout", cutout] if cutout else []),
-            *(["--cutout_format", form] if form != "png" else [])]
+            *(["--cutout_format", form] if form != "png" else []),
+            *(["--export", *formats] if formats else [])]
 
 
 def check_page(port: int | None) -> None:
@@ -275,18 +404,25 @@ def check_page(port: int | None) -> None:
                          "requirements.txt brings it") from error
 
 
-def open_page(session: Session, masks: dict[int, np.ndarray], port: int | None) -> None:
+def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence,
+              port: int | None, hosts: list[str]) -> None:
     """Work on a session in a browser until Ctrl+C; `check_page` comes first.
 
     Args:
         masks: (H, W) uint8 of frames, given to begin with.
+        presence: objects that are not there, said to begin with.
         port: None or 0 takes a free one.
+        hosts: as for `server.serve`.
     """
     from page import server  # whose packages only this needs
     try:
         for frame, mask in masks.items():
             session.edits.give(frame, mask)
-        server.serve(session, port or 0, figures.has_browser())
+        for word in ("absent", "gone"):
+            for frame, ids in getattr(presence, word).items():
+                for object_id in sorted(ids):
+                    session.edits.mark(frame, object_id, word)
+        server.serve(session, port or 0, figures.has_browser(), hosts)
     finally:
         session.close()
     print(f"all that was given and found is in {session.work.folder}")

@@ -3,21 +3,25 @@
     given/00057.png   palette masks that a person drew, mended or brought
     found/00058.png   palette masks that a tracker found
     found.jsonl       of each found mask how sure it is, and which given frame it comes from
-    session.json      objects, and the given frames that no pass has started from since
+    session.json      objects, where they are said not to be, and the changed frames that no pass
+                      has started from since
 
 Each file is whole at every moment, so a kill loses nothing. It knows no network, and of the clip
 only the size of its frames.
 """
 
 import json
+import zlib
+from collections.abc import Set
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from media import files, images
 from media.masks import read_mask
+from media.presence import Presence
 
 MOST_OBJECTS = 254  # 255 means "not labelled" in a mask
 
@@ -55,7 +59,8 @@ class Work:
     Attributes:
         given: the frames whose mask a person gave.
         found: what is known of those whose mask was found.
-        pending: given frames that were changed since a pass started from them.
+        presence: which objects the person said are not in a frame, and which those masks show.
+        pending: frames that a person changed since a pass started from them.
 
     Raises:
         ValueError: somebody works there, the folder is of another clip, or a file of it can't be
@@ -64,14 +69,10 @@ class Work:
 
     def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
         self.folder, self.clip, self.shape = folder, clip, tuple(shape)
+        self._held = ExitStack()
+        self._held.enter_context(files.hold(folder))
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(folder / ".lock")  # which a kill gives back too
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{folder}: a page is open on it already, expected a folder of its "
-                             "own (--results_dir)") from None
         try:
             self._read()
         except BaseException:
@@ -82,32 +83,74 @@ class Work:
         folder = self.folder
         self.given = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
         self.found = self._read_found()
+        self.presence, self._sums = Presence(), {}
+        for frame in self.given:
+            mask = read_mask(self._path("given", frame))
+            self.presence.shown[frame], self._sums[frame] = ids_in(mask), zlib.crc32(mask.tobytes())
         self.objects, self.next_id, self.pending = self._read_session()
         self.save()
 
     def mask(self, frame: int) -> np.ndarray | None:
-        """(H, W) uint8 of the objects that weren't deleted: given, else found, else None."""
+        """(H, W) uint8 of the objects that weren't deleted: given, else found, else None.
+
+        Without those that are said not to be in the frame, whatever a tracker found.
+        """
         kind = "given" if frame in self.given else "found" if frame in self.found else None
         if kind is None:
             return None
         mask = read_mask(self._path(kind, frame))
         known = np.zeros(256, np.uint8)
+        missing = self.presence.missing(frame)
         for thing in self.objects:
-            known[thing.id] = thing.id
+            known[thing.id] = 0 if thing.id in missing else thing.id
         # the only object may have any number, but a file with 255 alone reads as 1
         return known[mask]
 
-    def give(self, frame: int, mask: np.ndarray | None) -> None:
-        """Keep a mask that a person gave, or forget it (None)."""
+    def raw(self, frame: int) -> np.ndarray | None:
+        """The mask that a person gave for a frame, also with objects that were deleted since."""
+        return read_mask(self._path("given", frame)) if frame in self.given else None
+
+    def give(self, frame: int, mask: np.ndarray | None, absent: Set[int] = frozenset(),
+             gone: Set[int] = frozenset()) -> None:
+        """Keep what a person said about a frame, in place of what was said before.
+
+        Args:
+            mask: (H, W) uint8 of all its objects; None: nobody gave one.
+            absent, gone: as in `Presence`.
+        """
+        # replaced, not changed: a pass reads them without a lock
+        absent_at, gone_at, shown = (dict(marks) for marks in (
+            self.presence.absent, self.presence.gone, self.presence.shown))
+        for kept, ids in ((absent_at, absent), (gone_at, gone)):
+            kept.pop(frame, None)
+            if ids:
+                kept[frame] = set(ids)
+        shown.pop(frame, None)
         if mask is None:
-            self.given.discard(frame)
-            self.pending.discard(frame)
+            self.given = self.given - {frame}
             self._path("given", frame).unlink(missing_ok=True)
         else:
             images.write_mask(self._path("given", frame), mask)
-            self.given.add(frame)
-            self.pending.add(frame)
+            shown[frame], self._sums[frame] = ids_in(mask), zlib.crc32(mask.tobytes())
+            self.given = self.given | {frame}
+        self.presence = Presence(absent_at, gone_at, shown)
+        (self.pending.add if self.key(frame) else self.pending.discard)(frame)
         self.save()
+
+    def said(self) -> set[int]:
+        """The frames that a person said something about."""
+        return {*self.given, *self.presence.absent, *self.presence.gone}
+
+    def key(self, frame: int) -> tuple | None:
+        """Tells apart what a person said about a frame; None where that is nothing."""
+        presence, given = self.presence, frame in self.given
+        if not (given or frame in presence.absent or frame in presence.gone):
+            return None
+        return (self._sums[frame] if given else -1, *sorted(presence.missing(frame)))
+
+    def keys(self) -> dict[int, tuple]:
+        """By frame, the key of what a person said about it."""
+        return {frame: key for frame in self.said() if (key := self.key(frame))}
 
     def find(self, frame: int, mask: np.ndarray, found: Found) -> None:
         """Keep a mask that a tracker found."""
@@ -138,13 +181,15 @@ class Work:
 
     def close(self) -> None:
         """Let others work in the folder."""
-        self.lock.release()
+        self._held.close()
 
     def save(self) -> None:
         files.write(self.folder / "session.json", json.dumps({
             "clip": self.clip, "shape": self.shape,
             "objects": [asdict(thing) for thing in self.objects], "next_id": self.next_id,
-            "pending": sorted(self.pending)}, indent=1))
+            "pending": sorted(self.pending),
+            "absent": _listed(self.presence.absent), "gone": _listed(self.presence.gone)},
+            indent=1))
 
     def _path(self, kind: str, frame: int) -> Path:
         return self.folder / kind / f"{frame:05d}.png"
@@ -156,8 +201,11 @@ class Work:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             of = kept["clip"], tuple(kept["shape"])
+            for name in ("absent", "gone"):  # which earlier versions did not write
+                getattr(self.presence, name).update(
+                    (int(frame), set(ids)) for frame, ids in kept.get(name, {}).items())
             found = ([Object(**thing) for thing in kept["objects"]], int(kept["next_id"]),
-                     set(kept["pending"]) & self.given)
+                     set(kept["pending"]) & self.said())
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not that of a session ({error})") from error
         if of != (self.clip, self.shape):
@@ -185,3 +233,12 @@ class Work:
                                               "measures": entry.measures}) + "\n"
                                   for frame, entry in found.items()))
         return found
+
+
+def ids_in(mask: np.ndarray) -> set[int]:
+    """The objects of an (H, W) uint8 mask; many times as fast as `np.unique`."""
+    return set(np.flatnonzero(np.bincount(mask.ravel(), minlength=1)).tolist()) - {0}
+
+
+def _listed(marks: dict[int, set[int]]) -> dict[int, list[int]]:
+    return {frame: sorted(ids) for frame, ids in sorted(marks.items())}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -69,6 +70,68 @@ def kill_when(condition, arguments, program=(ROOT / "main.py",)):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
+
+
+PAUSED = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import main, train
+from media import images
+write_mask, step, proceed = images.write_mask, train.step, pathlib.Path(sys.argv[2])
+steps = []
+def wait():
+    proceed.with_name("paused").touch()
+    while not proceed.exists():
+        time.sleep(0.01)
+def pausing_write(path, mask):
+    if pathlib.Path(path).name == "00004.png":
+        wait()
+    write_mask(path, mask)
+def pausing_step(*arguments, **more):
+    steps.append(1)
+    if len(steps) == 4:
+        wait()
+    return step(*arguments, **more)
+images.write_mask, train.step = pausing_write, pausing_step
+sys.exit(main.main(sys.argv[3:]))
+"""
+
+
+@contextmanager
+def paused_run(folder: Path, arguments):
+    """Run main.py in a process of its own, paused at mask 00004.png or at the fourth training step.
+
+    It proceeds when the context is left, and has to end well.
+
+    Args:
+        folder: for the files by which the two processes tell each other.
+    """
+    process = subprocess.Popen([sys.executable, "-c", PAUSED, ROOT, folder / "proceed", *arguments],
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE,
+                               text=True)
+    try:
+        while not (folder / "paused").exists() and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+        yield process
+    finally:
+        (folder / "proceed").touch()
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+@contextmanager
+def held(folder: Path, stem: str = ""):
+    """Another process holds a folder, as `media.files.hold` does it."""
+    code = ("import pathlib, sys; sys.path.insert(0, sys.argv[1]); from media.files import hold\n"
+            "with hold(pathlib.Path(sys.argv[2]), sys.argv[3]): print(flush=True); input()")
+    process = subprocess.Popen([sys.executable, "-c", code, ROOT, folder, stem],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline()
+        yield process
+    finally:
+        process.communicate("\n")
 
 
 STATE_OF_EACH_FRAME = """
@@ -189,10 +252,11 @@ def begin(clip, shipped, tmp_path):
     from segment import Options
     begun = []
 
-    def start(folder=tmp_path / "out", source=clip):
+    def start(folder=tmp_path / "out", source=clip, data=None):
         begun.append(Session(
             shipped, open_clip(source), folder, Options(), bright,
-            {"data": str(source)}, ["python", "main.py", "-m", "segment", "--video", str(source)]))
+            {"data": data or str(source)},
+            ["python", "main.py", "-m", "segment", "--video", str(source)]))
         return begun[-1]
 
     yield start

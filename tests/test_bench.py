@@ -1,4 +1,4 @@
-"""The benchmark runs and its two sides agree; how fast they are is not tested."""
+"""The benchmarks run and both sides agree; how fast they are is not tested."""
 
 import json
 
@@ -6,16 +6,15 @@ import pytest
 import torch
 from conftest import draw_frame
 
-import bench
-from benchmarks import runtimes
+from benchmarks import common, matching, runtimes, scorer
 from media import images
 
 
 def test_both_sides_agree_and_the_figures_are_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench.py", "-en", "mobilenet", "-p", "96", "160", "-uf", "1",
+    monkeypatch.setattr("sys.argv", ["matching", "-en", "mobilenet", "-p", "96", "160", "-uf", "1",
                                      "2", "--repeats", "1", "-c", "cpu",
                                      "--json", str(tmp_path / "b.json")])
-    assert bench.main() == 0
+    assert matching.main() == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [row["upsample_factor"] for row in rows] == [1, 2]
     for row in rows:
@@ -31,10 +30,10 @@ def test_both_scorers_agree(year, davis_2017, tmp_path, monkeypatch, capsys):
     for i in range(6):
         _, mask = draw_frame(max(i - 1, 0), (1, 2))  # a frame late
         images.write_mask(tmp_path / "results/dog" / f"{i:05d}.png", mask)
-    monkeypatch.setattr("sys.argv", ["bench.py", "--scorer", str(tmp_path / "results"), "-d",
+    monkeypatch.setattr("sys.argv", ["scorer", str(tmp_path / "results"), "-d",
                                      str(davis_2017), "-y", year, "--repeats", "1",
                                      "--json", str(tmp_path / "b.json")])
-    assert bench.main() == 0
+    assert scorer.main() == 0
     row = json.loads((tmp_path / "b.json").read_text())
     assert row["frames"] == 4 and row["times_faster"] > 0
     assert row["largest_difference"] < 1e-9
@@ -43,7 +42,7 @@ def test_both_scorers_agree(year, davis_2017, tmp_path, monkeypatch, capsys):
 
 def test_memory_is_that_of_the_call():
     held = []
-    peak = bench.peak_memory(lambda: held.append(torch.ones(1 << 24).sum().item()),
+    peak = common.peak_memory(lambda: held.append(torch.ones(1 << 24).sum().item()),
                              torch.device("cpu"))
     if peak is None:
         pytest.skip("this system doesn't tell its peak memory")
@@ -53,10 +52,10 @@ def test_memory_is_that_of_the_call():
 def test_each_runtime_follows_a_clip_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtimes, "WARM", 1)
     monkeypatch.setattr(runtimes.measured, "__defaults__", (1,))
-    monkeypatch.setattr("sys.argv", ["bench.py", "--runtimes", "--rows", "64", "--threads", "1",
+    monkeypatch.setattr("sys.argv", ["runtimes", "--rows", "64", "--threads", "1",
                                      "--frames", "2", "--repeats", "1",
                                      "--json", str(tmp_path / "b.json")])
-    assert bench.main() == 0
+    assert runtimes.main() == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [row["runtime"] for row in rows] == list(runtimes.RUNTIMES)
     assert all(row["first"] > row["seconds"] > 0 for row in rows)

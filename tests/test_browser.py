@@ -4,12 +4,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -31,22 +36,25 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER),
 class Server:
     """`python main.py -m segment --page` in a process of its own."""
 
-    def __init__(self, clip, folder):
-        self.folder, self.clip = folder, clip
+    def __init__(self, clip, folder, *flags, port=0, browser="true"):
+        self.folder, self.clip, self.flags, self.port = folder, clip, flags, str(port)
+        self.browser = browser  # the command that is started to open the page
         self.start()
 
     def start(self):
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "main.py", "-m", "segment", "--video", self.clip, "--page",
-             "-j", self.folder], stdout=subprocess.PIPE, text=True, cwd=self.folder.parent,
-            env=os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"})
+             self.port, *self.flags, "-j", self.folder], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=self.folder.parent,
+            env=os.environ | {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
+                              "BROWSER": self.browser})
         self.address = self.process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=\S{32}", self.address)
 
     def end(self, how=signal.SIGINT):
+        """Returns what it printed to stderr."""
         self.process.send_signal(how)
-        self.process.wait(PATIENCE)
-        self.process.stdout.close()
+        return self.process.communicate(timeout=PATIENCE)[1]
 
     def masks(self, kind="found"):
         return {int(path.stem): read_mask(path)
@@ -56,13 +64,13 @@ class Server:
 class Tab:
     """A browser with the page open, and the hands to work it."""
 
-    def __init__(self, address, profile):
+    def __init__(self, address, profile, *flags):
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1280,800"):
+        for flag in (*FLAGS, *flags, f"--user-data-dir={profile}", "--window-size=1280,800"):
             options.add_argument(flag)
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
         self.open(address)
@@ -80,8 +88,8 @@ class Tab:
     def ask(self, script):
         return self.driver.execute_script(f"return {script}")
 
-    def wait(self, script):
-        end = time.monotonic() + PATIENCE
+    def wait(self, script, seconds=PATIENCE):
+        end = time.monotonic() + seconds
         while not self.ask(script):
             assert time.monotonic() < end, f"waited in vain for {script}; {self.log()}"
             time.sleep(0.05)
@@ -158,8 +166,8 @@ def tab(server, tmp_path):
     """Opens a browser on the page, each with a profile of its own."""
     tabs = []
 
-    def start():
-        tabs.append(Tab(server.address, tmp_path / f"profile {len(tabs)}"))
+    def start(address=None, *flags):
+        tabs.append(Tab(address or server.address, tmp_path / f"profile {len(tabs)}", *flags))
         return tabs[-1]
 
     yield start
@@ -186,7 +194,7 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
     page.draw((40, 80), alt=True)
     mended = server.masks("given")[6] > 0
     assert not mended[80, 40] and overlap(mended, truth(6) > 0) > 0.6, "a click mends"
-    assert "Correct from frame 6" in page.find("#from").text
+    assert "Segment again from frame 6" in page.find("#from").text
     page.segment()
     again = server.masks()
     assert any((again[i] != found[i]).any() for i in (4, 5, 7, 8))
@@ -277,7 +285,7 @@ def test_objects_and_keys(server, tab):
     page.wait("clip.objects[0].hidden")
     assert page.seen().sum() < both.sum()
     page.wait("at('objects').textContent.includes('Show')")
-    page.find(".object button[aria-label^=delete]").click()
+    page.find(".object button[aria-label^=Delete]").click()
     page.wait("clip.objects.length === 1")
     press = lambda *keys: ActionChains(page.driver).send_keys(*keys).perform()  # noqa: E731
     press(Keys.END)
@@ -288,6 +296,272 @@ def test_objects_and_keys(server, tab):
     page.wait("view.frame > 2 && !frames.get(view.frame)")
     ActionChains(page.driver).key_down(Keys.CONTROL).send_keys("z").key_up(Keys.CONTROL).perform()
     page.wait("clip.objects.length === 2")
+
+
+def frame_seen(page):
+    """The (H, W, 3) uint8 pixels of the frame that the page shows."""
+    page.drawn()
+    return frame_seen_at_once(page)
+
+
+def frame_seen_at_once(page):
+    height, width = page.ask("clip.height"), page.ask("clip.width")
+    data = page.ask("Array.from(at('image').getContext('2d').getImageData(0, 0, clip.width, "
+                    "clip.height).data)")
+    return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
+
+
+def test_another_clip_on_the_same_port_is_not_shown_the_first_ones_frames(tmp_path, tab):
+    frames = {}
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / name).mkdir()
+        frames[name] = Image.new("RGB", (160, 96), colour)
+        for i in range(3):
+            frames[name].save(tmp_path / name / f"{i:05d}.png")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    first = Server(tmp_path / "red", tmp_path / "first", port=port)
+    page = tab(first.address)
+    assert abs(frame_seen(page).astype(int) - np.array(frames["red"])).max() < 8
+    first.end()
+    second = Server(tmp_path / "blue", tmp_path / "second", port=port)
+    try:
+        # the tab of the first clip is refused, until another one has brought the new cookie
+        page.wait("at('status').textContent.includes('token')")
+        page.driver.switch_to.new_window("tab")
+        page.open(second.address)
+        assert abs(frame_seen(page).astype(int) - np.array(frames["blue"])).max() < 8
+        thumbnail = page.ask("Array.from(at('timeline').getContext('2d')"
+                             ".getImageData(5, 5, 1, 1).data)")
+        page.wait("(async () => { await drawTimeline(); return true; })()")
+        assert thumbnail[2] > thumbnail[0]
+        page.driver.switch_to.window(page.driver.window_handles[0])
+        page.wait("clip.count > 0 && at('stage').dataset.shown && !at('status').textContent")
+        assert abs(frame_seen(page).astype(int) - np.array(frames["blue"])).max() < 8
+    finally:
+        second.end()
+
+
+@contextmanager
+def proxy(port, prefix, host=None):
+    """A reverse proxy that takes a prefix off, as nginx and JupyterHub do; yields its port, and the
+    paths that it was asked for. Redirects and cookies are the browser's business.
+
+    Args:
+        host: what it sends as Host; None passes on what the browser sent.
+    """
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def pass_on(self):
+            asked.append(self.path)
+            if not self.path.startswith(prefix + "/"):
+                return self.send_error(404)
+            line = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            headers = {key: value for key, value in self.headers.items() if key != "Connection"}
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            line.request(self.command, self.path[len(prefix):], body or None,
+                         headers | ({"Host": host} if host else {}))
+            answer = line.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for key, value in answer.getheaders():
+                if key.lower() not in ("content-length", "transfer-encoding", "connection"):
+                    self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = pass_on
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
+        one.daemon_threads = True
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield one.server_address[1], asked
+        one.shutdown()
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"])
+def test_behind_a_proxy_with_a_prefix_and_a_name(host, clip, tmp_path, tab):
+    """As in JupyterHub, which passes the name on, and as nginx does, which puts in its own."""
+    prefix, name = "/user/ann/proxy/8123", "hub.example"
+    server = Server(clip, tmp_path / "behind", "--page_host", "127.0.0.1", name)
+    url = urlsplit(server.address)
+    try:
+        with proxy(url.port, prefix, host) as (port, asked):
+            page = tab(f"http://{name}:{port}{prefix}/?{url.query}",
+                       f"--host-resolver-rules=MAP {name} 127.0.0.1")
+            assert page.driver.current_url == f"http://{name}:{port}{prefix}/"
+            cookie, = page.driver.get_cookies()
+            assert cookie["httpOnly"] and cookie["sameSite"] == "Strict"
+            assert cookie["path"] == prefix and cookie["domain"] == name
+            page.draw((8, 6), (66, 52))
+            assert overlap(page.seen(), truth(0) > 0) > 0.8
+            page.driver.refresh()
+            page.wait("clip.count > 0 && frames.has(0)")
+            assert all(path.startswith(prefix) for path in asked)
+            assert not page.log()
+    finally:
+        server.end()
+
+
+def test_a_link_without_the_last_slash(server, tab):
+    with proxy(urlsplit(server.address).port, "/a/b") as (port, _):
+        page = tab(f"http://127.0.0.1:{port}/a/b/?{urlsplit(server.address).query}")
+        page.ask("history.replaceState(null, '', '/a/b')")
+        assert page.ask("location.pathname") == "/a/b"
+        page.driver.execute_script("act('add')")
+        page.wait("clip.objects.length === 1")
+
+
+def test_a_stroke_is_for_the_frame_that_is_seen(server, tab):
+    """Whatever the page is loading, or a key asks for, while somebody draws."""
+    page = tab()
+    page.draw((8, 6), (66, 52))
+    page.click("[data-tool=brush]")
+    event = "{bubbles: true, pointerId: 1, clientX: box.left + 20, clientY: box.top + 20}"
+    draw = ("const box = at('hand').getBoundingClientRect(); "
+            "at('hand').setPointerCapture = () => 0; "
+            "const send = kind => at('hand').dispatchEvent(new PointerEvent(kind, " + event + "));")
+    # frame 5 never comes, so that frame 0 is still seen
+    page.driver.execute_script(
+        "const real = fetch; window.fetch = (url, ...rest) => "
+        "url.includes('frame/5') ? new Promise(() => 0) : real(url, ...rest); go(5); "
+        + draw + "send('pointerdown'); send('pointerup');")
+    page.wait("clip.undo === 2 && view.frame === 0")
+    assert set(server.masks("given")) == {0}
+    # a key leads to another frame in the middle of a stroke
+    page.driver.execute_script(draw + "send('pointerdown'); go(1); send('pointerup');")
+    page.drawn()
+    assert page.ask("clip.undo") == 2
+    # a frame that can't be read isn't shown as the one before
+    page.driver.execute_script("window.fetch = () => Promise.reject(new Error('broken')); go(7)")
+    page.wait("view.shown === null")
+    assert not frame_seen_at_once(page).any()
+
+
+def test_ctrl_c_with_an_open_tab_ends_quietly(server, tab):
+    page = tab()
+    page.draw((8, 6), (66, 52))
+    time.sleep(0.5)  # by then the tab waits for news, which the server answers after 15 seconds
+    told = server.end()
+    assert server.process.returncode == 0
+    assert "Traceback" not in told and "ERROR" not in told and "Cancel" not in told, told
+    page.wait("at('status').textContent.includes('Is main.py still running')")
+
+
+def test_two_fingers_zoom_and_move_but_draw_nothing(server, tab):
+    page = tab()
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled",
+                                {"enabled": True, "maxTouchPoints": 2})
+
+    def touch(kind, *points):
+        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
+            {"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]})
+
+    box = page.ask("at('hand').getBoundingClientRect().toJSON()")
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    place = ("(() => { const r = at('hand').getBoundingClientRect(); "
+             f"return [({x} - r.left) / r.width, ({y} - r.top) / r.height]; }})()")
+    for tool in ("box", "point", "brush"):
+        page.click(f"[data-tool={tool}]")
+        page.driver.execute_script("resetZoom()")
+        touch("touchStart", (x - 20, y))
+        touch("touchMove", (x - 18, y))
+        touch("touchStart", (x - 20, y), (x + 20, y))
+        for step in range(1, 11):
+            touch("touchMove", (x - 20 - 4 * step, y), (x + 20 + 4 * step, y))
+        page.wait("Math.abs(view.zoom - 3) < 0.1")  # 40 pixels apart, then 120
+        assert page.ask(place) == pytest.approx([0.5, 0.5], abs=0.01), "the middle stays"
+        before = page.ask("[view.left, view.top, view.zoom]")
+        touch("touchMove", (x - 60 + 30, y + 20), (x + 60 + 30, y + 20))
+        page.wait(f"view.left > {before[0]} + 29")
+        after = page.ask("[view.left, view.top, view.zoom]")
+        assert np.subtract(after, before) == pytest.approx([30, 20, 0], abs=1)
+        touch("touchEnd", (x - 30, y + 20))  # the finger that is left draws nothing
+        touch("touchMove", (x + 30, y + 40))
+        touch("touchEnd")
+        assert not page.ask("hand.down || pinching || fingers.size")
+        assert np.array_equal(page.ask("[view.left, view.top, view.zoom]"), after)
+    assert not page.ask("clip.objects.length"), "nothing was drawn"
+    page.driver.execute_script("resetZoom(); chooseTool('box')")
+    scale = box["width"] / 160
+    corner = [(box["x"] + scale * u, box["y"] + scale * v) for u, v in ((8, 6), (66, 52))]
+    touch("touchStart", corner[0])
+    touch("touchMove", corner[1])
+    touch("touchEnd")
+    page.wait("frames.has(0)")
+    assert overlap(page.seen(), truth(0) > 0) > 0.8, "one finger draws"
+
+
+def test_shortcuts_go_by_the_key_and_not_by_its_letter(server, tab):
+    page = tab()
+
+    def tool_after(where="document.body", **event):
+        page.driver.execute_script(
+            "chooseTool('eraser'); "
+            f"{where}.dispatchEvent(new KeyboardEvent('keydown', "
+            "{bubbles: true, ...arguments[0]}))", event)
+        return page.ask("view.tool")
+
+    for letter in ("b", "B", "и", "x"):  # plain, Caps Lock, Russian, Dvorak
+        assert tool_after(key=letter, code="KeyB") == "box"
+    assert tool_after(key="b", code="KeyN") == "not"
+    for held in ("ctrlKey", "metaKey", "altKey"):
+        assert tool_after(key="b", code="KeyB", **{held: True}) == "eraser"
+    page.draw((8, 6), (66, 52), answered="clip.objects.length > 0")
+    assert tool_after("document.querySelector('.object input')", key="b", code="KeyB") == "eraser"
+    assert tool_after("at('cutout')", key="b", code="KeyB") == "eraser"
+    assert tool_after("at('size')", key="b", code="KeyB") == "box", "a slider takes no letters"
+
+    def undone(**event):
+        before = page.ask("clip.version")
+        page.driver.execute_script("act('stroke', {frame: 0, object: 1, radius: 2, "
+                                   "points: [[arguments[0], 90]]})", before % 150)
+        page.wait(f"clip.version > {before} && clip.undo > 0")
+        steps = page.ask("clip.undo")
+        tool_after(ctrlKey=True, **event)
+        with suppress(AssertionError):
+            page.wait(f"clip.undo < {steps}", seconds=event.pop("seconds", 2))
+        return page.ask("clip.undo") < steps
+
+    assert undone(key="z", code="KeyY"), "a German keyboard"
+    assert undone(key="Z", code="KeyZ"), "Caps Lock"
+    assert undone(key="я", code="KeyZ"), "a Russian keyboard"
+    assert not undone(key="y", code="KeyZ"), "redo on a German keyboard"
+    page.driver.execute_script("act('add')")
+    page.wait("clip.objects.length === 2")
+    page.driver.execute_script("document.body.dispatchEvent(new KeyboardEvent('keydown', "
+                               "{key: '&', code: 'Digit1', bubbles: true}))")
+    assert page.ask("view.object") == 1, "a French keyboard"
+
+
+def test_an_object_that_left_the_frame_is_not_visible(tmp_path, tab):
+    """The words on the page, of masks that a session found earlier."""
+    (tmp_path / "clip").mkdir()
+    Image.new("RGB", (160, 96)).save(tmp_path / "clip" / "00000.png")
+    for i in range(1, 4):
+        shutil.copy(tmp_path / "clip" / "00000.png", tmp_path / "clip" / f"{i:05d}.png")
+    server = Server(tmp_path / "clip", tmp_path / "gone")
+    try:
+        page = tab(server.address)
+        page.driver.execute_script("""
+            const sure = value => ({ given: false, version: 9, sure: { 1: value } });
+            frames.set(1, sure(.9)); frames.set(2, sure(null)); frames.set(3, sure(null));
+            Object.assign(clip, { objects: [{ id: 1, name: "cat", hidden: false }],
+              unsure: [{ object_id: 1, first: 2, last: 3, confidence: 0 },
+                       { object_id: 1, first: 1, last: 3, confidence: 0 }] });
+            go(2);""")
+        assert "not visible" in page.find("#where").text
+        rows = [row.text for row in page.driver.find_elements("css selector", "#unsure .stretch")]
+        assert rows == ["Frames 2–3 · cat · not visible", "Frames 1–3 · cat · 90 %"]
+        assert "0 %" not in page.find("#where").text
+    finally:
+        server.end()
 
 
 @pytest.mark.parametrize("change, status", [
@@ -301,13 +575,11 @@ def test_without_the_token_nothing_is_shown(change, status, server):
 
 def test_a_stranger_on_the_wire(server):
     """What a real server does, byte for byte: a foreign host, a body of 100 MB."""
-    import http.client
-    from urllib.parse import urlsplit
     url = urlsplit(server.address)
     token = url.query.removeprefix("token=")
 
     def answer(method, path, body=None, **headers):
-        line = http.client.HTTPConnection(url.hostname, url.port, timeout=PATIENCE)
+        line = HTTPConnection(url.hostname, url.port, timeout=PATIENCE)
         with suppress(ConnectionError):  # it answers, and hangs up, before all is sent
             line.request(method, path, body, {"X-Token": token, **headers})
         try:

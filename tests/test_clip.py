@@ -41,6 +41,70 @@ def test_a_truncated_animation_is_used_as_far_as_it_goes(tmp_path, caplog):
     assert "clip.png: ends after" in caplog.text and "declares 6" in caplog.text
 
 
+def deep(i):
+    """16 bits, as microscopes and thermal cameras write them."""
+    return Image.fromarray(picture(i)[..., 0].astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize("page", [lambda i: Image.fromarray(picture(i)),
+                                  lambda i: Image.fromarray(picture(i)[..., 0]),
+                                  lambda i: Image.fromarray(picture(i)).convert("CMYK"), deep])
+def test_a_tiff_of_several_pages_is_a_clip(page, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    first, *others = map(page, range(5))
+    first.save(tmp_path / "stack.tif", save_all=True, append_images=others)
+    clip = video.open_clip(tmp_path / "stack.tif")
+    assert clip.count == 5 and clip.fps == 24 and clip.shape == SHAPE
+    assert numbers_of(clip.frames()) == list(range(5)) and numbers_of(clip.frames(3)) == [3, 4]
+    assert numbers_of(clip.backwards(4)) == [3, 2, 1, 0] and clip.time(2) == 2 / 24
+    assert clip.has(4) and not clip.has(5)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png", ".tif"])
+def test_animations_are_turned_as_a_viewer_shows_them(suffix, tmp_path):
+    first, *others = pictures()
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    path = tmp_path / f"phone{suffix}"
+    first.save(path, save_all=True, append_images=others, exif=exif, lossless=True)
+    clip = video.open_clip(path)
+    frames = list(clip.frames())
+    assert clip.shape == SHAPE[::-1] and clip.count == 5
+    for i, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame, np.rot90(picture(i), -1))
+
+
+def test_a_damaged_page_ends_the_clip_and_is_named(tmp_path, caplog):
+    first, *others = pictures()
+    path = tmp_path / "stack.tif"
+    first.save(path, save_all=True, append_images=others)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    clip = video.open_clip(path)
+    assert numbers_of(clip.frames()) == [0, 1] and clip.count == 2
+    assert "stack.tif: ends after 2 frames" in caplog.text
+
+
+@pytest.mark.parametrize("name, form", [("pyramid.tif", "TIFF"), ("photo.jpg", "MPO")])
+def test_versions_of_one_picture_are_one_frame_and_said_once(name, form, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    first, second = (Image.fromarray(picture(3, shape)) for shape in (SHAPE, (24, 40)))
+    first.save(tmp_path / name, format=form, save_all=True, append_images=[second])
+    clip = video.open_clip(tmp_path / name)
+    assert clip.count == 1 and numbers_of(clip.frames()) == [3]
+    assert numbers_of(video.open_clip(tmp_path).frames()) == [3]  # as a frame among others
+    (line,) = caplog.messages
+    assert f"{name}: holds 2 pictures ({form}), only the first is used" in line
+
+
+def test_an_animation_of_which_nothing_can_be_read_is_named(tmp_path, monkeypatch):
+    first, *others = pictures()
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=others)
+    monkeypatch.setattr(images, "rgb", lambda _: 1 / 0)
+    with pytest.raises(OSError, match="clip.webp: expected a picture or an animation"):
+        video.open_clip(tmp_path / "clip.webp")
+
+
 def test_one_picture_of_a_series_is_one_picture(tmp_path):
     for i, image in enumerate(pictures(3)):
         image.save(tmp_path / f"{i:05d}.png")
@@ -75,6 +139,8 @@ def test_a_folder_is_in_natural_order(tmp_path, caplog):
     (["1.png", "2.png", "last.png"], [0, 1, 2]),
     (["1.png", "01.jpg", "2.png"], [0, 1, 2]),
     (["a1.png", "b1.png"], [0, 1]),
+    (["t_0.25.png", "t_0.5.png", "t_0.75.png"], [0, 1, 2]),
+    (["v1.8.png", "v1.9.png", "v1.10.png"], [8, 9, 10]),
     (["photo7.png"], [0])])
 def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
     caplog.set_level(logging.INFO)
@@ -86,6 +152,22 @@ def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
     with pytest.raises(ValueError, match=f"no frame {numbers[-1] + 1}, .* {len(names)} frames, "
                                          f"numbered {numbers[0]} to {numbers[-1]}"):
         clip.index(numbers[-1] + 1)
+
+
+@pytest.mark.parametrize("names", [
+    ["t_0.25.png", "t_0.5.png", "t_1.0.png", "t_9.75.png", "t_10.125.png"],
+    ["v2.1.png", "v2.2.png", "v2.9.png", "v2.10.png", "v2.11.png"],  # takes of version 2
+    ["2024.9.1.png", "2024.9.2.png", "2024.11.1.png"]])
+def test_decimal_numbers_are_told_from_counters_and_dates(names, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    clip = video.open_clip(folder(tmp_path / "clip", names))
+    assert numbers_of(clip.frames()) == list(range(len(names)))
+    assert ("decimal numbers" in caplog.text) == (names[0] == "t_0.25.png")
+
+
+def test_a_number_in_a_gap_is_that_of_the_next_frame(tmp_path):
+    clip = video.open_clip(folder(tmp_path / "clip", ["0.png", "5.png", "10.png"]))
+    assert [clip.first_from(number) for number in (0, 1, 5, 6, 10, 50)] == [0, 1, 1, 2, 2, 3]
 
 
 def test_what_is_no_frame_is_left_out(tmp_path, caplog):
@@ -112,7 +194,10 @@ def test_folders_that_are_no_clip(tmp_path):
     path = folder(tmp_path / "sizes", ["0.png", "1.png"])
     images.write_image(path / "1.png", picture(0, (40, 60)))
     with pytest.raises(ValueError, match="1.png: a frame of 60x40 pixels, expected 80x48"):
-        list(video.open_clip(path).frames())
+        video.open_clip(path)  # before any work, whichever frame it is
+    (path / "1.png").write_bytes(b"")
+    with pytest.raises(OSError, match="1.png: expected a frame"):
+        video.open_clip(path)
     with pytest.raises(FileNotFoundError, match="nowhere.mp4: no such file"):
         video.open_clip("nowhere.mp4")
 

@@ -1,10 +1,13 @@
 """How sure a mask is: known answers, and the file that keeps them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from confidence import Confidence, Measures, measure, read, unsure
+from confidence import Confidence, Measures, frames_to_review, measure, read, write
+from media.clip import Clip
 from segment import Frame
 from tracker import Step
 
@@ -37,33 +40,72 @@ def test_similarity_is_the_mean_score_over_the_mask():
     assert Step(mask, torch.zeros(4, 8, 12), (1, 2, 3)).similarity() == {1: 1, 2: 1, 3: 1}
 
 
-def test_what_vanished_is_not_present_and_not_sure():
-    one, = measure(0, step(np.zeros((8, 8))), {1: 0.1})
-    assert not one.present and one.confidence == one.probability == one.change == 0
+class Numbered(Clip):
+    """Frames with the numbers of a folder that has gaps."""
+
+    path, count, numbers = Path("clip"), 6, [5, 6, 7, 20, 21, 22]
 
 
-def test_a_file_is_read_back_and_gone_on_with(tmp_path):
+def test_what_cannot_be_seen_has_no_confidence_rather_than_none_at_all(tmp_path):
+    one, = gone = measure(0, step(np.zeros((8, 8))), {1: 0.1})
+    assert not one.present and one.area == 0
+    assert one.confidence is one.probability is one.doubt is one.change is None
+    write(tmp_path / "c.csv", gone, Numbered())
+    assert (tmp_path / "c.csv").read_text().splitlines() == [
+        "frame,object_id,present,probability,doubt,area,change,confidence", "5,1,0,,,0.0,,"]
+    assert read(tmp_path / "c.csv", Numbered()) == gone
+
+
+def test_rows_of_earlier_versions_are_understood(tmp_path):
+    assert Measures.of_row([3, 1, True, 0.9, 0.1, 0.2, 0.8, 0.7, 0.6]) == Measures(
+        3, 1, True, 0.9, 0.1, 0.2, 0.8, 0.6)
+    assert Measures.of_row([3, 1, False, 0, 1.0, 0, 0, 0, 0]).confidence is None
+
+
+def test_a_file_has_the_frames_numbers_and_is_read_back_and_resumed(tmp_path):
     rng = np.random.default_rng(0)
-    path, image = tmp_path / "c.csv", np.zeros((12, 9, 3), np.uint8)
+    path, image, clip = tmp_path / "c.csv", np.zeros((12, 9, 3), np.uint8), Numbered()
     frames = [Frame(i, image, step(rng.random((12, 9))), True, None) for i in range(6)]
-    with Confidence(path) as whole:
+    with Confidence(path, clip) as whole:
         for frame in frames:
             whole.write(frame)
-    assert read(path) == whole.measures and len(whole.measures) == 6
+    assert read(path, clip) == whole.measures and len(whole.measures) == 6
+    assert [line.partition(",")[0] for line in path.read_text().splitlines()[1:]] == [
+        "5", "6", "7", "20", "21", "22"]
     content = path.read_bytes()
-    for start, goes_on in ((0, False), (3, True)):
-        with Confidence(path, goes_on) as part:
+    for start, resume in ((0, False), (3, True)):
+        with Confidence(path, clip, resume) as part:
             for frame in frames[start:3 if start == 0 else 6]:
                 part.write(frame)
     assert path.read_bytes() == content
     path.write_text("frame,area\n1,x\n")
     with pytest.raises(ValueError, match="c.csv: not a table"):
-        read(path)
+        read(path, clip)
 
 
-def test_stretches_are_joined_and_the_least_sure_comes_first():
-    sure = {1: [0.9, 0.5, 0.9, 0.4, 0.9, 0.9, 0.9, 0.9, 0.55], 2: [0.9] * 8 + [0.1]}
-    measures = [Measures(i, k, True, 1.0, 0.0, 0.1, 1.0, 1.0, c)
-                for k, values in sure.items() for i, c in enumerate(values)]
-    assert [str(stretch) for stretch in unsure(measures)] == [
-        "frame 8 of object 2", "frames 1 to 3 of object 1", "frame 8 of object 1"]
+def sure_by(values):
+    """Measures from the confidence of each object in each frame; None: not visible."""
+    return [Measures(i, k, c is not None, c, c, 0.1, c, c)
+            for k, row in values.items() for i, c in enumerate(row)]
+
+
+def test_stretches_are_joined_and_the_lowest_confidence_comes_first():
+    found = frames_to_review(sure_by(
+        {1: [0.9, 0.5, 0.9, 0.4, 0.9, 0.9, 0.9, 0.9, 0.55], 2: [0.99] * 8 + [0.1]}))
+    assert [stretch.text(Clip()) for stretch in found] == [
+        "frame 8 of object 2 (10 % sure)", "frames 1 to 3 of object 1 (40 % sure)",
+        "frame 8 of object 1 (55 % sure)"]
+
+
+def test_an_object_out_of_sight_is_not_visible_and_comes_last():
+    found = frames_to_review(sure_by({1: [0.99, 0.98, 0.3, None, None, None]}))
+    assert [stretch.text(Numbered()) for stretch in found] == [
+        "frame 7 of object 1 (30 % sure)", "frames 20 to 22 of object 1 (not visible)"]
+
+
+def test_the_least_sure_tenth_is_reviewed_in_any_case():
+    sure = [0.94] * 60
+    sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]
+    found = frames_to_review(sure_by({1: sure}))
+    assert [(one.first, one.last) for one in found] == [(20, 22), (5, 7)]
+    assert not frames_to_review([]) and not frames_to_review(sure_by({1: [0.97, 0.96]}))

@@ -1,5 +1,6 @@
 """Every `python` command and every example in README and docs is run, on small data."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -26,12 +27,14 @@ from training import prompts as train_prompts
 from videomatch import VideoMatch
 
 PAGES = [ROOT / "README.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = sorted({line.strip() for page in PAGES
-                   for line in re.findall(r"python \w+\.py[^`\n]*", page.read_text())})
+COMMANDS = sorted({line.strip() for page in PAGES for line in re.findall(
+    r"python (?:\w+\.py|-m benchmarks\.\w+)[^`\n]*", page.read_text().replace("\\\n", " "))})
 EXAMPLES = [code for page in PAGES
             for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 QUICKLY = {"train": ["-i", "1", "-r", "-1", "-p", "32", "48", "--workers", "0"],
-           "bench": ["-en", "mobilenet", "-p", "32", "48", "-uf", "1", "--repeats", "1"]}
+           "benchmarks.matching": ["-en", "mobilenet", "-p", "32", "48", "-uf", "1",
+                                   "--repeats", "1"],
+           "benchmarks.video": ["--rows", "64", "--frames", "1"]}
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +103,18 @@ def folder(tmp_path, monkeypatch, exported):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_command_runs(command, folder, monkeypatch):
     arguments = shlex.split(re.sub(r"\[.*?\]", "", command))[1:]
-    script = Path(arguments[0]).stem
+    if arguments[0] == "-m":
+        arguments = arguments[1:]
+    script = arguments[0].removesuffix(".py")
     quickly = QUICKLY["train"] if "train" in arguments[:3] else QUICKLY.get(script, [])
     if script == "main" and "segment" not in arguments:
         quickly = [*quickly, "--overwrite"]  # the folder holds what other commands are to read
     monkeypatch.setattr(sys, "argv", [*arguments, *quickly])
     try:
-        runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        if arguments[0].endswith(".py"):
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+        else:
+            assert not importlib.import_module(arguments[0]).main()
     except SystemExit as end:
         assert not end.code
     for flag in ("-j", "-s", "--save", "--json"):

@@ -1,6 +1,8 @@
 """What evaluation leaves behind, and its figures against the independent scorer."""
 
 import csv
+import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, content, held
 from PIL import Image
 from vos_benchmark.benchmark import benchmark
 
@@ -222,6 +224,21 @@ def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016
     assert sorted(p.name for p in (results / "ant").iterdir()) == [f"{i:05d}.png" for i in range(4)]
 
 
+def test_nothing_is_written_behind_a_write_that_failed():
+    """Above all no state to resume from, which would lie behind a frame without a mask."""
+    written = []
+
+    def write(frame):
+        if frame == 2:
+            raise OSError("the disk is full")
+        written.append(frame)
+
+    with pytest.raises(OSError, match="full"), background.Background(write) as later:
+        for frame in range(9):
+            later(frame)
+    assert written == [0, 1]
+
+
 def test_few_frames_are_read_ahead():
     taken, most = 0, 0
 
@@ -252,6 +269,76 @@ def test_script_scores_masks_made_by_anything(davis_2016):
     assert (masks / "global_results-train.csv").is_file() and (masks / "report.html").is_file()
 
 
+def copied(masks, folder, *names):
+    for name in names:
+        shutil.copytree(masks / name, folder / name)
+    return folder
+
+
+def test_some_sequences_replace_neither_the_tables_nor_the_report_of_all(davis_2016, tmp_path):
+    masks = copied(davis_2016 / "Annotations" / "480p", tmp_path / "out", "ant", "bee", "cat")
+    assert script(masks, "-d", davis_2016, "-t", "train").returncode == 0
+    before = content(masks)
+    run = script(masks, "-d", davis_2016, "-t", "train", "-q", "bee")
+    assert run.returncode == 0 and "bee" in run.stdout and "ant" not in run.stdout
+    assert "the tables of the whole set stay" in run.stderr
+    after = content(masks)
+    assert {path.name for path in after.keys() - before.keys()} == {"report_selected.html"}
+    assert all(after[path] == before[path] for path in before)
+
+
+def test_an_evaluation_of_some_sequences_keeps_rows_and_report_of_the_others(
+        model, davis_2016, results):
+    sequences = Davis(davis_2016, set="train").sequences
+    options = evaluate.Options(results=results, set_name="train")
+    evaluate.evaluate(model, sequences, options)
+    before = content(results)
+    evaluate.evaluate(model, sequences[:1], options)
+    after = content(results)
+    assert {path.name for path in after.keys() - before.keys()} == {"report_selected.html"}
+    assert all(after[path] == before[path] for path in before)
+    options.set_name = "val"  # whose table holds no row of another set
+    evaluate.evaluate(model, Davis(davis_2016, set="val").sequences, options)
+    rows = read_csv(results / "per-sequence_results-val.csv")
+    assert [row["Sequence"] for row in rows] == ["dog"]
+
+
+def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
+    masks = davis_2016 / "Annotations" / "480p"
+    folders = [copied(masks, tmp_path / way / "results", "ant") for way in ("old", "new")]
+    assert script(*folders, "-d", davis_2016, "-t", "train", "-q", "ant").returncode == 0
+    page = (folders[1] / "against_results_selected.html").read_text()
+    assert "old/results against new/results" in page
+    assert evaluate.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert evaluate.labels([tmp_path / "a", tmp_path / "x" / ".." / "a"]) == ["a (1)", "a (2)"]
+
+
+@pytest.mark.parametrize("refuses", ["hold", "whole"])  # a read-only folder, a full disk
+def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, monkeypatch, capsys,
+                                                         caplog):
+    masks = davis_2016 / "Annotations" / "480p"
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for module in (evaluate, evaluate.report.files):
+        monkeypatch.setattr(module, "whole", refuse)
+    if refuses == "hold":
+        monkeypatch.setattr(evaluate, "hold", refuse)
+    evaluate.compare([masks], Davis(davis_2016, set="train").sequences, "train")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("all ")
+    assert "not all tables and reports could be written" in caplog.text
+    assert not list(masks.glob("*.csv")) + list(masks.glob("*.html"))
+
+
+def test_what_another_run_writes_is_not_scored(davis_2016):
+    masks = davis_2016 / "Annotations" / "480p"
+    with held(masks) as other:
+        run = script(masks, "-d", davis_2016, "-t", "train")
+    assert run.returncode == 2
+    assert f"{masks}: another run is writing there (process {other.pid}" in run.stderr
+
+
 def noise():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8))
 
@@ -270,3 +357,42 @@ def test_bad_results_are_named(spoil, message, davis_2016, tmp_path):
     spoil(tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         evaluate.score_folder(tmp_path, [sequence])
+
+
+def results_of(sequence, folder, change):
+    """Masks in `folder`: `change` of those that are true."""
+    (folder / sequence.name).mkdir(parents=True)
+    for i, path in enumerate(sequence.masks):
+        images.write_mask(folder / sequence.name / path.name, change(sequence.mask(i)))
+
+
+@pytest.mark.parametrize("colours", [False, True])  # 255 of DAVIS' palette is a colour
+def test_pixels_that_are_not_labelled_are_not_scored(model, davis_2017, tmp_path, colours):
+    folder = davis_2017 / "Annotations" / "480p" / "dog"
+    for path in sorted(folder.iterdir())[1:]:
+        mask = np.array(Image.open(path))
+        mask[(mask == 0) & (cv2.dilate(mask, np.ones((9, 9))) > 0)] = 255  # a wide outline
+        images.write_mask(path, mask)
+        if colours:
+            Image.open(path).convert("RGB").save(path)
+    sequence, = Davis(davis_2017, "2017", "val").sequences
+    results_of(sequence, tmp_path, lambda mask: cv2.dilate(mask, np.ones((5, 5))))
+    table = evaluate.table(evaluate.score_folder(tmp_path, [sequence]))
+    assert [row["J&F-Mean"] for row in table.values()] == [1.0, 1.0]
+    # as while it is segmented
+    found = evaluate.evaluate(model, [sequence], evaluate.Options(results=tmp_path / "own"))
+    assert found == evaluate.table(evaluate.score_folder(tmp_path / "own", [sequence]))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda mask: np.where(mask == 2, 3, mask), ["not scored", "bee has 3", "ground truth 1, 2"]),
+    (lambda mask: mask * 0, ["all masks are empty", "bee"]),
+    (lambda mask: mask, [])])
+def test_ids_that_the_truth_lacks_and_empty_masks_are_warned_of_once(change, words, davis_2017,
+                                                                     tmp_path, caplog):
+    sequences = Davis(davis_2017, "2017", "train", names=["bee"]).sequences
+    results_of(sequences[0], tmp_path, lambda mask: change(mask).astype(np.uint8))
+    evaluate.score_folder(tmp_path, sequences)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(words)
+    assert all(word in warnings[0] and str(tmp_path) in warnings[0] for word in words)

@@ -10,9 +10,19 @@ import sys
 import cv2
 import pytest
 import torch
-from conftest import ROOT, STATE_OF_EACH_FRAME, content, kill_when, write_list, write_sequence
+from conftest import (
+    ROOT,
+    STATE_OF_EACH_FRAME,
+    content,
+    held,
+    kill_when,
+    paused_run,
+    write_list,
+    write_sequence,
+)
 from torchvision import models
 
+import checkpoint
 import main
 from videomatch import VideoMatch
 
@@ -60,6 +70,31 @@ def test_killed_training_goes_on_to_the_same_weights(training, tmp_path):
     best = [torch.load(tmp_path / name / "vm.pth", weights_only=True) for name in
             ("whole", "killed")]
     torch.testing.assert_close(best[1]["model"], best[0]["model"], rtol=0, atol=0)
+
+
+def test_a_second_training_leaves_the_first_ones_files_alone(training, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with paused_run(tmp_path, training("run")) as first:
+        before = content(folder)
+        assert {path.suffix for path in before} >= {".jsonl", ".pth", ".state"}
+        for more in ((), ("--overwrite",), ("--resume",), ("-l", "3e-4")):
+            assert main.main(training("run", *more)) == 2
+            assert (f"{folder / 'vm'}: another run is writing there (process {first.pid}"
+                    in capsys.readouterr().err)
+            assert content(folder) == before
+    reports = (folder / "vm.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in reports] == [0, 3, 6, 9]
+
+
+def test_a_state_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "vm.state", []
+
+    def fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(path, {"iteration": 3})
+    assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_resume_with_nothing_to_resume_starts(training, tmp_path):
@@ -124,6 +159,27 @@ def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_pa
     assert capsys.readouterr().out.split("frames in")[0] == table
     assert content(killed) == content(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_second_evaluation_leaves_the_first_ones_files_alone(evaluation, tmp_path, capsys):
+    out = tmp_path / "out"
+    with paused_run(tmp_path, evaluation("out", "-v")) as first:
+        before = content(out)
+        for more in ((), ("-v",), ("-k", "7"), ("--overwrite",), ("-q", "cat")):
+            assert main.main(evaluation("out", *more)) == 2
+            assert (f"{out}: another run is writing there (process {first.pid}"
+                    in capsys.readouterr().err)
+            assert content(out) == before
+    assert main.main(evaluation("whole", "-v")) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_an_export_of_a_checkpoint_is_written_by_one_run(tmp_path, capsys):
+    with held(tmp_path):
+        assert main.main(["-m", "export", "--export_dir", str(tmp_path), "-c", "cpu"]) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
@@ -200,7 +256,7 @@ def test_a_full_disk_leaves_the_weights_so_far(training, tmp_path):
     assert main.main(training("run", "-i", "3")) == 0
     before = content(tmp_path / "run")
     size = (tmp_path / "run" / "vm.pth").stat().st_size
-    result = on_a_full_disk(training("run", "-i", "3", "--seed", "1"), size // 2)
+    result = on_a_full_disk(training("run", "-i", "3", "--seed", "1", "--overwrite"), size // 2)
     assert result.returncode == 2 and "vm." in result.stderr and "Traceback" not in result.stderr
     after = content(tmp_path / "run")
     assert all(after[path] == before[path] for path in before if path.suffix != ".jsonl")

@@ -11,7 +11,6 @@ from conftest import ROOT
 # new at the root has to be put into one of the lines. A wing's name stands for all files in it
 # that have no line of their own.
 RANKS = [
-    {"bench"},
     {"main", "benchmarks"},
     {"own_video", "export"},
     {"eight_bit"},
@@ -36,7 +35,7 @@ RANKS = [
     {"preprocess", "metrics"},
     {"data", "page"},  # the demo, downloads; the page's server, and what a session keeps
     {"network", "media", "distributed"},
-    {"media.shown"},
+    {"media.shown", "version", "errors"},
 ]
 WINGS = {"network", "media", "data", "benchmarks", "training", "page"}
 TORCH = {"torch", "torchvision", "triton"}
@@ -45,7 +44,7 @@ FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil",
 FORBIDDEN = {"network": FILES, "media": TORCH,  # the wings' own names are left to RANKS
              **dict.fromkeys(("page.server", "page.edits", "page.work"), TORCH)}
 # A function of more lines than a screen holds does too much; a module with more public names than
-# this is several modules. The length of a file is no limit: things that belong together stay together.
+# this is several modules. Files may be long: things that belong together stay together.
 FUNCTION_LINES, PUBLIC_NAMES = 65, 28
 
 # What breaks a rule today. The list must shrink: an entry that is no longer needed fails.

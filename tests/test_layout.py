@@ -222,6 +222,15 @@ def test_what_can_not_be_used_is_left_out_and_named(davis_2016, spoil, words, ca
     assert all(word in str(caught.value) for word in ["no sequence is left", *words])
 
 
+def test_a_listed_sequence_without_its_first_mask_is_named(davis_2016):
+    """Scored from its second frame on, its figures would compare with no others."""
+    mask = davis_2016 / "Annotations" / "480p" / "bee" / "00000.png"
+    mask.unlink()
+    with pytest.raises(ValueError, match=f"{mask}: no such mask.*first frame of sequence bee"):
+        Davis(davis_2016)
+    assert names(Davis(davis_2016, names=["ant", "cat"])) == ["ant", "cat"]
+
+
 def test_a_mask_without_its_frame_is_named(davis_2016):
     images.write_mask(davis_2016 / "Annotations/480p/bee/00009.png", np.ones(SHAPE, np.uint8))
     with pytest.raises(FileNotFoundError, match="bee/00009.jpg: no such frame.*bee/00009.png"):

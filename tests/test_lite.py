@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, draw_frame, overlap, truth
+from conftest import ROOT, content, draw_frame, held, overlap, truth
 from PIL import Image
 
 import eight_bit
@@ -20,6 +21,7 @@ import lite
 import main
 import preprocess
 import prompts
+import version
 from data import demo
 from media.shown import Prompts
 from network import views
@@ -28,7 +30,7 @@ from tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 # what requirements.txt has and requirements-lite.txt has not
-ABSENT = ("torch", "torchvision", "matplotlib", "filelock", "starlette", "uvicorn", "onnx")
+ABSENT = ("torch", "torchvision", "matplotlib", "starlette", "uvicorn", "onnx")
 WITHOUT = f"""
 import runpy, sys
 class Absent:
@@ -76,6 +78,40 @@ def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_
     for step in range(12):
         found = np.array(Image.open(tmp_path / f"out/masks/{step:05d}.png"))
         assert overlap(found == 1, truth(step) == 1) > 0.8, step
+
+
+def test_a_shorter_clip_leaves_no_masks_of_the_one_before(clip, first, exported, tmp_path, capsys):
+    out, shorter = tmp_path / "out", tmp_path / "shorter"
+    arguments = [str(first), "-j", str(out), "-o", str(exported), "--threads", "1"]
+    shorter.mkdir()
+    for step in range(3):
+        shutil.copy(clip / f"{step:05d}.png", shorter)
+    by_hand = out / "masks" / "99999.png"
+    by_hand.parent.mkdir(parents=True)
+    shutil.copy(first, by_hand)
+    assert lite.main([str(shorter), *arguments]) == 0
+    assert by_hand.is_file()  # nothing told that it was this script's
+    assert lite.main([str(shorter), *arguments]) == 0
+    names = ["00000.png", "00001.png", "00002.png"]
+    assert sorted(path.name for path in (out / "masks").iterdir()) == names
+    made = json.loads((out / "manifest.json").read_text())
+    assert made["versions"] == f"videomatch {version.__version__}"
+    (out / "manifest.json").write_text(json.dumps({"flags": "default"}))
+    before = content(out)
+    assert lite.main([str(shorter), *arguments]) == 2
+    assert "manifest.json: these are not results of lite.py" in capsys.readouterr().err
+    assert content(out) == before
+
+
+def test_a_folder_that_another_run_writes_is_left_alone(clip, first, exported, tmp_path, capsys):
+    with held(tmp_path / "out") as other:
+        before = content(tmp_path / "out")
+        for given in ([str(first)], ["--box", "14", "10", "44", "36"]):
+            assert lite.main([str(clip), *given, "-j", str(tmp_path / "out"),
+                              "-o", str(exported)]) == 2
+            assert (f"out: another run is writing there (process {other.pid}"
+                    in capsys.readouterr().err)
+        assert content(tmp_path / "out") == before
 
 
 SHOWN = [Prompts([(14, 10, 44, 36)]), Prompts(points=[(36, 28)]),
@@ -272,6 +308,26 @@ def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
         image = draw_frame(step)[0].repeat(2, 0).repeat(2, 1)
         mask = follower.step(network.normalized(image), None if step else truth(0)).mask
         assert overlap(mask == 1, truth(step) == 1) > 0.8, step
+
+
+def test_an_export_of_8_bits_that_computes_something_else_is_refused(exact, tmp_path, monkeypatch):
+    quantized = eight_bit.quantized
+
+    def reversed_scales(values, axis):
+        whole, scales = quantized(values, axis)
+        return whole, scales[::-1].copy()
+
+    monkeypatch.setattr(eight_bit, "quantized", reversed_scales)
+    with pytest.raises(ValueError, match="--eight_bit.*differ"):
+        export.export(exact, tmp_path, small=True)
+
+
+def test_no_pooling_is_exported_that_older_onnxruntimes_compute_otherwise(exported):
+    """Before 1.29 they count pixels beyond the border where a side is odd."""
+    pools = [{a.name: a.i for a in node.attribute} for path in exported.glob("*.onnx")
+             for node in onnx.load(path).graph.node if node.op_type == "AveragePool"]
+    assert any(pool.get("ceil_mode") for pool in pools)
+    assert not any(pool.get("ceil_mode") and pool.get("count_include_pad") for pool in pools)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

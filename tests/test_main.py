@@ -1,9 +1,13 @@
 """The command line: its flags, its errors in one line, the road from frames to table."""
 
+import json
+import multiprocessing
 import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -11,6 +15,7 @@ from conftest import ROOT
 import build
 import flags
 import main
+from media import images
 from videomatch import VideoMatch
 
 
@@ -108,6 +113,62 @@ def test_no_traceback_from_the_real_command(tmp_path):
     result = run("-d", "nowhere", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
+
+
+def raised(function):
+    with pytest.raises(ValueError) as caught:
+        function()
+    return caught.value
+
+
+class Broken(torch.utils.data.Dataset):
+    """Data that a loader's worker fails on: by an error of the toolkit, or by a bug."""
+
+    def __init__(self, bug):
+        self.bug = bug
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return broken(self.bug)
+
+
+def broken(bug):
+    if bug:
+        return np.zeros(3) + np.zeros(4)
+    images.check_same_shape("frame.jpg", (4, 5), "mask.png", (6, 7))
+
+
+def in_a_process(bug):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        pool.submit(broken, bug).result()
+
+
+def in_a_thread(bug):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(broken, bug).result()
+
+
+@pytest.mark.parametrize("run", [
+    broken, in_a_thread, in_a_process,
+    lambda bug: list(torch.utils.data.DataLoader(Broken(bug), num_workers=1))])
+def test_errors_of_the_toolkit_are_one_line_and_bugs_keep_their_traceback(run):
+    line = main.explained(raised(lambda: run(False)))
+    assert line.startswith("mask.png: ") and "frame.jpg" in line and "\n" not in line
+    assert main.explained(raised(lambda: run(True))) is None
+
+
+def test_errors_of_libraries_that_nothing_caught_are_bugs():
+    for bug in (lambda: int("x"), lambda: torch.optim.SGD([], lr=1),
+                lambda: json.loads("{"), lambda: np.zeros((2, 3)).reshape(4)):
+        assert main.explained(raised(bug)) is None
+
+
+def test_a_bug_ends_with_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "run_eval", lambda args: broken(True))
+    with pytest.raises(ValueError, match="broadcast"):
+        main.main(["-m", "eval", "--demo"])
 
 
 def test_help_names_every_published_flag():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import draw_frame
 from PIL import Image
-from test_masks import BALL, BLACK, DISK, GREEN, GRID, RED, alike, davis, flat, grey, painted
+from test_masks import BALL, BLACK, DISK, GREEN, GRID, ONE, RED, alike, davis, flat, grey, painted
 
 from media import images
 from media.coding import Coding
@@ -109,6 +109,40 @@ def test_an_empty_mask_is_refused_first_and_allowed_later(tmp_path):
     with pytest.raises(ValueError, match="empty.png: the mask holds no object.*frame 2"):
         read_masks({2: [empty], 4: [full]})
     assert not read_masks({2: [full], 4: [empty]})[4].any()
+
+
+@pytest.mark.parametrize("form", [np.uint8, np.uint16, np.float32])
+def test_pages_of_a_tiff_are_masks_of_consecutive_frames(form, tmp_path, caplog):
+    """As napari and ImageJ export labels; pages that nobody labelled are empty."""
+    caplog.set_level(logging.INFO)
+    pages = [Image.fromarray((GRID * (i in (1, 3))).astype(form)) for i in range(5)]
+    path = tmp_path / "labels.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    masks = read_masks({10: [path]})
+    assert list(masks) == [11, 13]
+    for mask in masks.values():
+        np.testing.assert_array_equal(mask, GRID)
+    assert "labels.tif: its pages are the masks" in caplog.text and "frames 11, 13" in caplog.text
+    pages[0].save(path, save_all=True, append_images=[pages[0]])
+    with pytest.raises(ValueError, match="labels.tif: no page of it holds an object"):
+        read_masks({0: [path]})
+
+
+def test_a_stack_beside_a_mask_of_its_own(tmp_path):
+    Image.fromarray(ONE).save(tmp_path / "first.png")
+    Image.fromarray(0 * GRID).save(tmp_path / "labels.tif", save_all=True,
+                                   append_images=[Image.fromarray(GRID)])
+    masks = read_masks({0: [tmp_path / "first.png", tmp_path / "labels.tif"]})
+    np.testing.assert_array_equal(masks[0], ONE)
+    np.testing.assert_array_equal(masks[1], GRID)
+
+
+def test_an_animated_mask_is_its_first_picture_and_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    first, second = (Image.fromarray(grid * 255) for grid in (ONE, ONE[::-1].copy()))
+    first.save(tmp_path / "mask.gif", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(read_masks({0: [tmp_path / "mask.gif"]})[0], ONE)
+    assert "mask.gif: holds 2 pictures (GIF), only the first is used" in caplog.text
 
 
 @pytest.mark.parametrize("shape", [None, (96, 160)])

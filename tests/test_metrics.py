@@ -147,6 +147,43 @@ def test_a_frame_scores_as_its_whole_masks_do(rows, columns):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def official_j_and_f(prediction, truth, void) -> tuple[float, float]:
+    """The official formulas with void pixels, written out: J, and F with a Euclidean distance."""
+    prediction, truth = prediction & ~void, truth & ~void
+    union = (prediction | truth).sum()
+    j = (prediction & truth).sum() / union if union else 1.0
+    edges = [naive_boundary(mask).astype(bool) for mask in (prediction, truth)]
+    radius = np.ceil(0.008 * np.hypot(*truth.shape))
+    points = [np.argwhere(edge) for edge in edges]
+    if not len(points[0]) or not len(points[1]):
+        return j, float(len(points[0]) == len(points[1]))
+    off = np.linalg.norm(points[0][:, None] - points[1][None], axis=2) <= radius
+    precision, recall = off.any(1).mean(), off.any(0).mean()
+    return j, 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pixels_that_are_not_labelled_count_neither_for_j_nor_for_f(seed):
+    rng = np.random.default_rng(seed)
+    prediction, truth = (3 * mask.astype(np.uint8) for mask in blobs(rng, (44, 61), 0.3, 0.6))
+    prediction[blobs(rng, (44, 61), 0.1, 0.5)[0]] = 1
+    void = blobs(rng, (44, 61), 0.2, 0.5)[0]
+    plain = metrics.score_frame(prediction, truth, [1, 3])
+    truth[void] = 255
+    found = metrics.score_frame(prediction, truth, [1, 3])
+    assert found != plain  # or the test would show nothing
+    for object_id, measures in zip((1, 3), found):
+        assert measures == pytest.approx(official_j_and_f(
+            prediction == object_id, truth == object_id, void), abs=1e-12)
+
+
+def test_an_object_that_lies_in_what_is_not_labelled_is_not_there():
+    prediction, truth = np.zeros((2, 20, 30), np.uint8)
+    prediction[4:9, 5:12] = 1
+    truth[3:10, 4:13] = 255
+    assert metrics.score_frame(prediction, truth, [1]) == [(1.0, 1.0)]
+
+
 @pytest.mark.parametrize("values, first, last", [
     ([0.9, 0.7, 0.5, 0.1], [0.9, 0.7], [0.5, 0.1]),
     ([1.0, 0.8, 0.6, 0.4, 0.3], [1.0, 0.8], [0.4, 0.3]),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import SHAPE, draw_frame
 
-from network.outliers import VANISHED, decide, extrude, remove_outliers
+from network.outliers import NEAR, VANISHED, decide, extrude, keep_identities, remove_outliers
 
 
 @pytest.mark.parametrize("distance", [0, 1, 5, 12.5])
@@ -22,7 +22,7 @@ def test_a_few_stray_pixels_do_not_lock_the_object_out():
     stray[50, 5] = 1
     probabilities = np.zeros((2, 60, 200), np.float32)
     probabilities[1, 20:36, 160:176] = 1
-    remove_outliers(probabilities, stray, {1: 16 * 16 / stray.size}, distance=5)
+    remove_outliers(probabilities, stray, [1], {1: 16 * 16 / stray.size}, distance=5)
     assert probabilities[1, 20:36, 160:176].min() == 1
 
 
@@ -33,19 +33,52 @@ def test_an_object_has_vanished_at_a_hundredth_of_its_reference_area(pixels, loc
     previous[50, :pixels] = 1
     probabilities = np.zeros((2, 60, 200), np.float32)
     probabilities[1, 20:36, 160:176] = 1
-    remove_outliers(probabilities, previous, {1: 1000 / previous.size}, distance=5)
+    remove_outliers(probabilities, previous, [1], {1: 1000 / previous.size}, distance=5)
     assert probabilities[1].any() != locked
 
 
 def test_removed_probability_goes_to_the_background():
     mask = draw_frame(0, (1, 2))[1]
-    shares = {i: float((mask == i).mean()) for i in (1, 2)}
+    shares = {i: float((mask == i).mean()) for i in (2, 1)}  # in another order than the channels
     probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), SHAPE).transpose(2, 0, 1)
     before = probabilities.copy()
-    remove_outliers(probabilities, mask, shares, distance=3)
+    remove_outliers(probabilities, mask, [1, 2], shares, distance=3)
     np.testing.assert_allclose(probabilities.sum(0), 1)
     near = extrude(mask == 2, 3)
     np.testing.assert_array_equal(probabilities[2], np.where(near, before[2], 0))
+
+
+def test_a_body_keeps_the_identity_of_what_was_near():
+    """Three squares: near the first object, near both, near none."""
+    previous = np.zeros((60, 160), np.uint8)
+    previous[20:30, 10:20], previous[20:30, 60:70], previous[20:30, 70:80] = 3, 3, 7
+    probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), (60, 160)).transpose(2, 0, 1)
+    probabilities[:] *= 0.05 / probabilities.sum(0)
+    probabilities[0] += 0.95
+    squares = [(slice(24, 34), slice(12, 22)), (slice(24, 34), slice(62, 82)),
+               (slice(24, 34), slice(78 + 2 * NEAR, 88 + 2 * NEAR))]
+    for square in squares:
+        probabilities[(slice(None), *square)] = np.array([0.1, 0.2, 0.7])[:, None, None]
+    before = probabilities.copy()
+    keep_identities(probabilities, previous, [3, 7])
+    first, *others = squares
+    np.testing.assert_allclose(probabilities[(slice(None), *first)].transpose(1, 2, 0)
+                               - [0.1, 0.9, 0], 0, atol=1e-6)
+    for square in others:
+        np.testing.assert_array_equal(*(x[(slice(None), *square)] for x in (probabilities, before)))
+    np.testing.assert_allclose(probabilities.sum(0), 1)
+    np.testing.assert_array_equal(probabilities[0], before[0])
+
+
+def test_a_body_whose_object_is_thought_impossible_stays_foreground():
+    previous = np.zeros((20, 30), np.uint8)
+    previous[5:9, 5:9] = 1
+    probabilities = np.zeros((3, 20, 30), np.float32)
+    probabilities[0] = 1
+    probabilities[:, 5:9, 6:10] = np.float32([0, 0, 1])[:, None, None]
+    keep_identities(probabilities, previous, [1, 2])
+    assert (decide(probabilities, [1, 2]) > 0).sum() == 16
+    assert (decide(probabilities, [1, 2])[5:9, 6:10] == 1).all()
 
 
 @pytest.mark.parametrize("threshold, expected", [(0.2, [9, 4, 9, 9]), (0.5, [0, 4, 0, 9]),

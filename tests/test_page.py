@@ -1,13 +1,21 @@
 """The page without a browser: who is let in, and what is refused."""
 
+import errno
 import json
+import re
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from conftest import TOKEN, do, draw_frame, png, truth
+from PIL import Image
+from starlette.testclient import TestClient
 
 import main
+from media import images
+from page import server
 from page import session as sessions
 from page.server import MOST_JSON, MOST_MASK
 
@@ -42,6 +50,134 @@ def test_the_page_asks_for_nothing_from_elsewhere(client):
     assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
     assert "http://" not in answer.text and "https://" not in answer.text
     assert answer.headers["referrer-policy"] == "no-referrer"
+
+
+def test_the_token_is_exchanged_for_a_cookie(client):
+    del client.headers["X-Token"]
+    assert client.get("/state/0").status_code == 403
+    answer = client.get("/", params={"token": TOKEN})
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and TOKEN not in cookie
+    # without a path a browser takes that of the page, as it sees it through a proxy
+    assert "path" not in cookie.lower()
+    assert client.get("/state/0").status_code == 200
+    name, value = re.match("([^=]+)=([^;]+)", cookie).groups()
+    client.cookies.clear()
+    for wrong in (f"{name}=x", f"x={value}", f"{name}={TOKEN}"):
+        assert client.get("/state/0", headers={"Cookie": wrong}).status_code == 403
+
+
+def test_the_token_in_an_address_opens_the_page_alone(client):
+    del client.headers["X-Token"]
+    for path in ("/state/0", "/frame/0", "/mask/0"):
+        assert client.get(path, params={"token": TOKEN}).status_code == 403
+    assert client.post("/", params={"token": TOKEN}).status_code == 403
+
+
+def test_only_pictures_of_this_run_may_be_kept(client):
+    session = re.search('data-session="(.+?)"', client.get("/").text)[1]
+    for path in ("/", "/state/0", "/frame/0", "/thumbnail/0", "/mask/0", "/frame/99"):
+        assert client.get(path).headers["cache-control"] == "no-store"
+        kept = client.get(path, params={"session": session}).headers["cache-control"]
+        assert ("max-age" in kept) == (path in ("/frame/0", "/thumbnail/0"))
+        stale = client.get(path, params={"session": "of an earlier run"})
+        assert stale.status_code == 409 and stale.headers["cache-control"] == "no-store"
+    assert client.post("/do/add", params={"session": "x"}).status_code == 409
+    again = TestClient(server.application(client.session, TOKEN), base_url="http://127.0.0.1:8000",
+                       headers={"X-Token": TOKEN})
+    assert session not in again.get("/").text, "each run has a key of its own"
+
+
+def test_the_page_has_the_colours_of_exported_masks(client, tmp_path):
+    page = client.get("/").text
+    palette = bytes.fromhex(re.search('data-palette="(.+?)"', page)[1])
+    images.write_mask(tmp_path / "mask.png", np.arange(256, dtype=np.uint8).reshape(16, 16))
+    shown = np.frombuffer(palette, np.uint8).reshape(16, 16, 3)
+    np.testing.assert_array_equal(shown, Image.open(tmp_path / "mask.png").convert("RGB"))
+
+
+# where it is reached
+
+def guarded(client, *hosts):
+    return TestClient(server.application(client.session, TOKEN, hosts=[*server.LOOPBACK, *hosts]),
+                      headers={"X-Token": TOKEN})
+
+
+@pytest.mark.parametrize("hosts, host, status", [
+    ((), "192.168.1.5:8000", 421), (("*",), "192.168.1.5:8000", 200), (("*",), "[fe80::1]:9", 200),
+    (("*",), "evil.example", 421), (("*",), "192.168.1.5.evil.example", 421), (("*",), "", 421),
+    (("Hub.example",), "hub.EXAMPLE:443", 200), (("hub.example",), "x.hub.example", 421)])
+def test_a_name_is_accepted_if_it_was_named(hosts, host, status, client):
+    answer = guarded(client, *hosts).get("/state/0", headers={"Host": host})
+    assert answer.status_code == status
+    assert status == 200 or "--page_host" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("headers, status", [
+    # a proxy passes the name on, which it was asked by over https
+    ({"Host": "hub.example", "Origin": "https://hub.example"}, 200),
+    ({"Host": "127.0.0.1:8123", "Origin": "https://hub.example"}, 200),  # it puts in its own
+    ({"Host": "127.0.0.1:8123", "Origin": "https://other.example"}, 403),
+    ({"Host": "127.0.0.1:8123", "Origin": "http://a:90", "X-Forwarded-Host": "b, a:90"}, 200),
+    ({"Host": "127.0.0.1:8123", "Origin": "http://a:91", "X-Forwarded-Host": "a:90"}, 403),
+    ({"Host": "127.0.0.1:8123", "Origin": "https://a", "Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Host": "hub.example:1", "Origin": "http://hub.example:2"}, 403),  # another port's page
+    ({"Host": "127.0.0.1:8123", "Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+    ({"Host": "127.0.0.1:8123", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}, 403),
+    ({"Host": "127.0.0.1:8123", "Origin": "http://[::1"}, 403),
+    ({"Host": "127.0.0.1:8123", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+     200)])
+def test_behind_a_proxy_other_sites_are_still_refused(headers, status, client):
+    assert guarded(client, "hub.example").post("/do/stop", headers=headers | {
+        "Content-Length": "2"}, content=b"{}").status_code == status
+
+
+def served(client, monkeypatch, capsys, *hosts, port=0):
+    """What `serve` prints, the address that it opens in a browser, and the application."""
+    opened, served = [], []
+    monkeypatch.setattr(server.webbrowser, "open", opened.append)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(
+        (self.config.app, sockets[0].getsockname())))
+    server.serve(client.session, port, hosts=hosts or ["127.0.0.1"])
+    (app, name), = served
+    return capsys.readouterr().out, opened[0], TestClient(app), name
+
+
+def test_the_browser_is_started_with_a_code_for_once(client, monkeypatch, capsys):
+    out, opened, browser, _ = served(client, monkeypatch, capsys)
+    printed = out.split()[0]
+    assert opened != printed and opened.split("?")[0] == printed.split("?")[0]
+    assert browser.get(opened).status_code == 200
+    assert browser.get(opened.split("?")[0]).status_code == 200, "the cookie stays"
+    browser.cookies.clear()
+    assert browser.get(opened).status_code == 403, "other users may have seen it in a list"
+    for _ in range(2):
+        browser.cookies.clear()
+        assert browser.get(printed).status_code == 200
+
+
+@pytest.mark.parametrize("host, listens, shown", [
+    ("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("localhost", None, None),
+    ("0.0.0.0", "0.0.0.0", "127.0.0.1")])
+def test_the_address_to_listen_on(host, listens, shown, client, monkeypatch, capsys):
+    out, _, browser, name = served(client, monkeypatch, capsys, host)
+    assert listens in (None, name[0]) and (shown or "") in out.split()[0]
+    assert ("nothing is encrypted" in out) == (host == "0.0.0.0")
+    token = out.split()[0].split("token=")[1]
+    elsewhere = {"X-Token": token, "Host": "192.0.2.7:8123"}
+    assert browser.get("/state/0", headers=elsewhere).status_code == (
+        200 if host == "0.0.0.0" else 421)
+
+
+def test_an_address_that_cannot_be_had_is_named(client):
+    with pytest.raises(OSError, match="--page_host 192.0.2.1.*expected an address of this machine"):
+        server.serve(client.session, hosts=["192.0.2.1"])  # of no machine, RFC 5737
+    with pytest.raises(OSError, match="--page_host no name: "):
+        server.serve(client.session, hosts=["no name"])
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError) as refused:
+        server.serve(client.session, taken.getsockname()[1])
+    assert str(refused.value).startswith("--page ")
+    assert refused.value.__cause__.errno == errno.EADDRINUSE
 
 
 # what is refused
@@ -107,6 +243,7 @@ def test_the_page_is_refused_what_it_cannot_do(clip, tmp_path, monkeypatch, caps
     for words, message in (
             ([], "--mask, --box, --page: expected one of them"),
             (["--page", "70000"], "--page: expected a port"),
+            (["--page_host", "0.0.0.0", "--mask", "x.png"], "--page_host: expected --page"),
             (["--page", "--finetune", "3"], "--page: expected no --finetune"),
             (["--page", "--overwrite"], "--page: expected no --overwrite")):
         assert main.main(["-m", "segment", "--video", str(clip), *words]) == 2

@@ -1,5 +1,8 @@
 """What of a clip is segmented and how it is cut out: parts of it, soft edges, films with alpha."""
 
+import csv
+import re
+
 import av
 import cv2
 import numpy as np
@@ -29,9 +32,15 @@ def written(folder):
     return [int(path.stem) for path in sorted(folder.glob("*.png"))]
 
 
+def numbers(path):
+    with path.open(newline="") as file:
+        return [int(row["frame"]) for row in csv.DictReader(file)]
+
+
 @pytest.mark.parametrize("part, expected", [
     ("7:11", [7, 8, 9, 10]), ("8:9", [8]), ("12:", None), (":8", None), (":10", [5, 6, 7, 8, 9]),
-    ("8:", list(range(8, 15))), ("6:15", list(range(6, 15)))])
+    ("8:", list(range(8, 15))), ("6:15", list(range(6, 15))), ("0:9", [5, 6, 7, 8]),
+    ("13:50", None)])
 def test_a_part_of_a_clip(part, expected, clip, tmp_path, capsys):
     status = main.main([*clip, "--frames", part, "--cutout", "transparent"])
     if expected is None:
@@ -39,10 +48,23 @@ def test_a_part_of_a_clip(part, expected, clip, tmp_path, capsys):
         return
     assert status == 0
     assert written(tmp_path / "out" / "masks") == written(tmp_path / "out" / "cutout") == expected
+    assert numbers(tmp_path / "out" / "confidence.csv") == expected
     with av.open(str(tmp_path / "out" / "overlay.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == len(expected)
     assert main.main([*clip, "--frames", part, "--cutout", "transparent"]) == 0
     assert f"{len(expected)} frames were finished before" in capsys.readouterr().out
+
+
+def test_the_frames_to_review_are_named_by_their_numbers(clip, tmp_path, capsys):
+    for number in range(11, 15):  # where the object is gone
+        image = images.read_image(tmp_path / "clip" / f"{number:05d}.png")
+        images.write_image(tmp_path / "clip" / f"{number:05d}.png", np.minimum(image, 59))
+    assert main.main(clip) == 0
+    found = re.search(r"--mask 8:FIRST.png (\d+):MENDED.png", said := capsys.readouterr().out)
+    assert found and 5 <= int(found[1]) <= 14 and int(found[1]) != 8, said
+    assert "frame 8 of" not in said
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r"frames? 1\d( to 14)? of object 1 \((not visible|\d+ % sure)\)", report)
 
 
 @pytest.mark.parametrize("part", ["", ":", "5", "9:9", "9:7", "a:b", "-3:5", "1:2:3"])
@@ -51,7 +73,7 @@ def test_what_is_no_part(part, clip, capsys):
     assert "--frames" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["3:10", "5:16"])
+@pytest.mark.parametrize("part", ["3:5", "15:16", "15:"])
 def test_a_part_that_is_not_there(part, clip, capsys):
     assert main.main([*clip, "--frames", part]) == 2
     assert "numbered 5 to 14" in capsys.readouterr().err

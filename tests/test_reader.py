@@ -6,8 +6,18 @@ import torch.nn.functional as F
 
 from network import reader as module
 from network.decoder import Decoder
-from network.reader import EVIDENCE, VALUE, Reader, best_other, conjugate_gradients, filled
-from network.state import COUNTS, MEM_FRAMES, blank
+from network.reader import (
+    EVIDENCE,
+    VALUE,
+    Reader,
+    best_other,
+    conjugate_gradients,
+    filled,
+    foreground_first,
+    rivals,
+    with_union,
+)
+from network.state import COUNTS, MEM_FRAMES, blank, without
 
 H, W, C, SIDE = 5, 7, 20, 2
 
@@ -347,6 +357,86 @@ def test_the_best_other_object():
     x = torch.tensor([[1.0, 5, 2], [3, 5, 1], [2, 0, 4]])
     assert best_other(x).tolist() == [[3, 5, 4], [2, 5, 4], [3, 5, 2]]
     assert best_other(x[:1]).tolist() == [[0, 0, 0]]
+
+
+def test_the_union_of_objects_is_read_as_a_single_object_would_be(reader):
+    """All but the linear labels, in whose sums each object weighs alike."""
+    seen, later, mask, found = features(reader, 0), features(reader, 1), ids(0, 3), masks(1, 3)
+    state = reader.start(empty(reader, 3), seen, one_hot(mask, 3)[None], labels(mask)[None])
+    state = reader.remember(state, later, found, long=True)
+    mask = (mask > 0).long()
+    alone = reader.start(empty(reader, 1), seen, one_hot(mask, 1)[None], labels(mask)[None])
+    alone = reader.remember(alone, later, torch.stack([found[0], found[1:].sum(0)]), long=True)
+    with torch.no_grad():
+        evidence, expected = (reader.read(x, features(reader, 9))[0] for x in (state, alone))
+    assert len(evidence) == 4 and len(expected) == 1
+    fitted = [3, 4]
+    others = [i for i in range(EVIDENCE) if i not in fitted]
+    torch.testing.assert_close(evidence[3:, others], expected[:, others], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(evidence[3:, fitted], 0 * expected[:, fitted])
+
+
+@pytest.mark.parametrize("objects", [1, 2, 5])
+def test_the_union_decides_what_is_foreground(objects):
+    own = 4 * torch.randn(objects, 3, 4)
+    assert torch.equal(foreground_first(own[:1], 1), own[:1])
+    assert torch.equal(with_union(own)[:objects], own)
+    assert len(with_union(own)) == len(rivals(own)) == objects + (objects > 1)
+    if objects > 1:
+        union = 4 * torch.randn(1, 3, 4)
+        found = foreground_first(torch.cat([own, union]), objects)
+        found = F.pad(found, (0, 0, 0, 0, 1, 0)).softmax(0)
+        torch.testing.assert_close(found[1:], union.sigmoid() * own.softmax(0))
+        torch.testing.assert_close(with_union(own)[-1], own.sum(0))
+        assert torch.equal(rivals(own)[:-1], best_other(own)) and not rivals(own)[-1].any()
+
+
+@pytest.mark.parametrize("objects, channel", [(2, 1), (3, 2), (3, 3)])
+def test_of_a_removed_object_nothing_is_left(reader, objects, channel):
+    """As if it had never been asked for, but for the values of others, whose rival it was."""
+    kept = [i for i in range(objects + 1) if i != channel]
+    fewer = torch.tensor([kept.index(i) if i in kept else -1 for i in range(objects + 1)])
+    state, expected = empty(reader, objects), empty(reader, objects - 1)
+    for seed in (0, 7):
+        seen, mask = features(reader, seed), ids(seed, objects)
+        state = reader.start(state, seen, one_hot(mask, objects)[None], labels(mask)[None])
+        expected = reader.start(expected, seen, one_hot(mask, objects)[None, kept],
+                                fewer[labels(mask)][None])
+    for i in (1, 2):
+        state = reader.remember(state, features(reader, i), masks(i, objects), i == 2)
+        expected = reader.remember(expected, features(reader, i), masks(i, objects)[kept], i == 2)
+    found = without(state, channel, torch.cat)
+    for name, now, then in zip(found._fields, found, expected):
+        assert now.shape == then.shape, name
+        if name in ("memory_values", "recent_values", "reference_values"):
+            shares, wanted = (x[..., -1] for x in (now, then))
+            if name == "reference_values":
+                shares, wanted = (x[expected.reference_valid > 0] for x in (shares, wanted))
+            torch.testing.assert_close(shares, wanted)
+        elif not name.endswith(("squares", "labels", "linear", "absent")):  # it weighed there
+            if name == "reference_keys":
+                now, then = (x[expected.reference_valid > 0] for x in (now, then))
+            torch.testing.assert_close(now, then)
+    torch.testing.assert_close(found.linear, state.linear[:, kept])
+    with torch.no_grad():
+        evidence, scores = reader.read(found, features(reader, 9))
+        torch.testing.assert_close(scores, reader.read(expected, features(reader, 9))[1])
+    assert len(evidence) == objects - 1 + (objects > 2)
+
+
+def test_the_union_of_those_that_are_left_is_about_what_it_would_have_been(reader):
+    """Exactly where the others' values say nothing of it: here values of shares alone."""
+    state, expected = empty(reader, 3), empty(reader, 2)
+    with torch.no_grad():
+        for p in (reader.own.weight, reader.layers[2].weight, reader.layers[5].weight):
+            p.zero_()  # all the same but for the share
+    mask = ids(0, 3)
+    seen = features(reader, 0)
+    state = reader.start(state, seen, one_hot(mask, 3)[None], labels(mask)[None])
+    lacking = torch.tensor([0, 1, -1, 2])[labels(mask)]
+    expected = reader.start(expected, seen, one_hot(mask, 3)[None, [0, 1, 3]], lacking[None])
+    found = without(state, 2, torch.cat)
+    torch.testing.assert_close(found.recent_values, expected.recent_values, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),

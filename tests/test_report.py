@@ -12,11 +12,14 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, write_list, write_sequence
+from PIL import Image
 
 import evaluate
 import metrics
 import report
+from confidence import Measures
 from davis import Davis
+from media.clip import Clip
 
 SCORES = {"ant": ([0.5, 0.9, 0.7, 0.6], [0.4, 0.8, 0.6, 0.5]),
           "bee": ([0.9, 0.9, 0.9, 0.9], [1.0, 1.0, 1.0, 1.0])}
@@ -74,6 +77,63 @@ def test_errors_are_told_apart_by_colour():
 
     assert [leading(0, x) for x in range(4)] == ["grey", "g", "b", "r"]
     assert leading(1, 0) == "r"  # the other object
+    truth[0, 2:] = truth[1, 0] = 255  # not labelled: neither missed nor too much
+    picture = report.errors(image, mask, truth).astype(int)
+    assert [leading(0, x) for x in range(4)] == ["grey", "g", "grey", "grey"]
+    assert leading(1, 0) == "grey"
+
+
+def lines_of(page):
+    """The points of each line in an SVG."""
+    return [[tuple(map(float, point.split(","))) for point in points.split()]
+            for points in re.findall("polyline points='([^']+)'", page)]
+
+
+def test_curves_are_drawn_at_their_frames_and_end_where_an_object_is_not_visible(tmp_path):
+    class Numbered(Clip):
+        numbers = [*range(1, 101)]
+
+    def sure(frame, object_id, value):
+        return Measures(frame, object_id, value is not None, value, value, 0.1, value, value)
+
+    measures = [sure(i, 1, 0.97) for i in range(100)]
+    measures += [sure(i, 2, 0.99 if i < 80 or i == 90 else None) for i in range(50, 100)]
+    page = report.write_clip(tmp_path / "r.html", "mine", Numbered(), measures, {}).read_text()
+    one, two, again = lines_of(page)
+    left, right = one[0][0], one[-1][0]
+    place = {frame: left + frame * (right - left) / 99 for frame in range(100)}
+    assert [x for x, _ in two] == pytest.approx([place[i] for i in range(50, 80)], abs=0.06)
+    assert [x for x, _ in again] == pytest.approx([place[90]] * 2, abs=0.06)  # a dot
+    assert re.findall("<text [^>]*y=156[^>]*>(\\d+)", page) == ["1", "100"]
+    assert "frames 81 to 100 of object 2 (not visible)" in page
+
+
+def test_pictures_take_colours_for_the_same_object_in_every_frame(tmp_path):
+    root = tmp_path / "davis"
+    write_sequence(root, "ant", ids=(1, 2), value=None)
+    write_list(root, "2017", "val", ["ant"])
+    for i, path in enumerate(sorted((root / "Annotations" / "480p" / "ant").iterdir())):
+        truth = np.array(Image.open(path))
+        truth = np.flipud(truth) if i == 2 else truth  # object 2 is above object 1
+        Image.fromarray(truth).save(path)
+        colours = np.array([(0, 0, 0), (255, 140, 0), (30, 144, 255)], np.uint8)
+        (tmp_path / "found" / "ant").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colours[truth]).save(tmp_path / "found" / "ant" / f"{5 * i:05d}.png")
+        path.rename(path.with_name(f"r{5 * i:05d}.png"))
+        image = root / "JPEGImages" / "480p" / "ant" / f"{i:05d}.jpg"
+        image.rename(image.with_name(f"r{5 * i:05d}.jpg"))
+    for path in root.rglob("r*.[jp][pn]g"):
+        path.rename(path.with_name(path.name[1:]))
+    sequences = Davis(root, "2017", "val").sequences
+    runs = [report.Run("found", tmp_path / "found",
+                       evaluate.score_folder(tmp_path / "found", sequences, 1))]
+    page = report.write(tmp_path / "r.html", sequences, runs, {}).read_text()
+    pictures = re.findall(r"base64,([^']+)", page)
+    assert {"frame 5", "frame 20"} & set(re.findall(r"frame \d+", page)) and pictures
+    for picture in pictures:
+        blue, green, red = cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), 1) \
+            .astype(int).transpose(2, 0, 1)
+        assert (green - red > 20).any() and not (red - green > 40).any()
 
 
 def test_evaluation_leaves_a_report(model, davis_2016, tmp_path):

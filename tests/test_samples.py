@@ -10,7 +10,7 @@ from conftest import SHAPE, write_list, write_sequence
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.samples import Clips, Pairs, PairSampler
+from data.samples import Clips, Pairs, PairSampler, large_enough
 from davis import Davis
 from preprocess import Augment
 
@@ -183,6 +183,64 @@ def test_all_objects_of_a_sequence_are_followed_under_any_id(davis_2017):
 def test_a_clip_of_one_frame_is_refused():
     with pytest.raises(ValueError, match="two frames"):
         Clips([], AsIs(), frames=1)
+
+
+def write_square(root, name, side, frames=4, shape=(200, 300)):
+    """A sequence of a square of `side` pixels that moves right."""
+    for kind in ("JPEGImages", "Annotations"):
+        (root / kind / "480p" / name).mkdir(parents=True)
+    for i in range(frames):
+        mask = np.zeros(shape, np.uint8)
+        mask[80:80 + side, 100 + 3 * i:100 + 3 * i + side] = 1
+        Image.fromarray(np.where(mask > 0, 230, 40).astype(np.uint8).repeat(3, 1).reshape(
+            *shape, 3)).save(root / "JPEGImages" / "480p" / name / f"{i:05d}.jpg")
+        Image.fromarray(mask).save(root / "Annotations" / "480p" / name / f"{i:05d}.png")
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Sequences with objects of 1, 5 x 5 and 40 x 40 pixels in frames of 200 x 300."""
+    for name, side in (("dot", 1), ("small", 5), ("whole", 40)):
+        write_square(tmp_path, name, side)
+    write_list(tmp_path, "2016", "train", ["dot", "small", "whole"])
+    return Davis(tmp_path).sequences
+
+
+def test_a_clip_is_made_of_an_object_below_the_usual_least_area(squares):
+    dot, small, whole = squares
+    clips = Clips([small], Augment((200, 300), random=False), paste=0)
+    assert Clips.LEAST * 200 * 300 > 25
+    images, masks = clips[0, 1]
+    assert (masks[0] == 1).sum() == 25 and masks[1:].any()
+
+
+def test_a_sequence_that_yields_no_clip_is_replaced_by_another(squares):
+    dot, small, whole = squares
+    clips = Clips([dot, whole], Augment((200, 300), random=False), paste=0)
+    for seed in range(3):
+        assert (clips[0, seed][1][0] > 0).sum() == 1600
+    with pytest.raises(ValueError, match="dot.*--input_image_shape"):
+        Clips([dot], Augment((200, 300), random=False), paste=0)[0, 0]
+
+
+def test_sequences_with_too_small_objects_are_named_once(squares, caplog):
+    assert [s.name for s in large_enough(squares, 16)] == ["small", "whole"]
+    assert [s.name for s in large_enough(squares, 16, (100, 150))] == ["whole"]  # 25 / 4 pixels
+    first, second = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert "dot" in first and "small." not in first and "-p" in first
+    assert "dot, small" in second
+
+
+def test_the_same_object_has_to_be_in_two_masks(squares):
+    dot, small, whole = squares
+    for path in whole.masks[1:]:
+        Image.fromarray(np.zeros((200, 300), np.uint8)).save(path)
+    assert large_enough([whole], 16) == [] and large_enough([whole], 16, masks=1) == [whole]
+
+
+def test_nothing_is_drawn_of_no_frames():
+    with pytest.raises(ValueError, match="no frame"):
+        list(PairSampler(0, 3))
 
 
 def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):

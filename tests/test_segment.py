@@ -112,6 +112,29 @@ def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
     assert [frame.step.object_ids for frame in seen[:4]] == [(1,)] * 4
 
 
+@pytest.mark.parametrize("word, after", [("absent", True), ("gone", False)])
+def test_a_later_mask_may_say_that_an_object_is_not_there(word, after, tmp_path):
+    masks = []
+    for i in range(7):
+        image, mask = (x.repeat(4, 0).repeat(4, 1) for x in draw_frame(i, (1, 2)))
+        if i == 2:  # hidden there
+            image[mask == 2] = 20
+            mask[mask == 2] = 0
+        images.write_image(tmp_path / "clip" / f"{i + 5:05d}.png", image)
+        masks.append(mask)
+    first, last = (write(tmp_path / f"mask{i}.png", masks[i]) for i in (0, 6))
+    run = ["-m", "segment", "--video", str(tmp_path / "clip"), "-j", str(tmp_path / "out")]
+    assert main.main([*run, "--mask", f"5:{first}", f"7:{word}=2", f"11:{last}"]) == 0
+    found = masks_in(tmp_path / "out")
+    assert overlap(found[1] == 2, masks[1] == 2) > 0.6 and not (found[2] == 2).any()
+    assert ((found[3] == 2).any(), (found[4] == 2).any()) == (after, after)
+    np.testing.assert_array_equal(found[6], masks[6])  # the next mask that shows it brings it back
+    assert all(overlap(mask == 1, right == 1) > 0.6 for mask, right in zip(found, masks))
+    other = "gone" if word == "absent" else "absent"
+    assert main.main([*run, "--mask", f"5:{first}", f"7:{other}=2", f"11:{last}"]) == 0
+    assert (masks_in(tmp_path / "out")[4] == 2).any() != after, "other marks, other masks"
+
+
 class Counting(video.Folder):
     """A clip that keeps account of the frames that were read."""
 
@@ -212,6 +235,12 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
     (["--video", "CLIP", "--mask", "m.png"], "m.png: no such file"),
     (["--video", "CLIP", "--mask", "99:MASK"], "there is no frame 99"),
     (["--video", "CLIP", "--mask", "SMALL"], "expected 160x96"),
+    (["--video", "CLIP", "--mask", "3:gone=1"], "expected a mask beside"),
+    (["--video", "CLIP", "--mask", "MASK", "gone=1"], "expected a frame number, N:gone=1"),
+    (["--video", "CLIP", "--mask", "MASK", "3:gone=2"], "an earlier frame holds, none holds 2"),
+    (["--video", "CLIP", "--mask", "MASK", "0:gone=1"], "none holds 1"),
+    (["--video", "CLIP", "--mask", "MASK", "4:MASK", "4:absent=1"], "the same frame holds"),
+    (["--video", "CLIP", "--mask", "MASK", "99:absent=1"], "there is no frame 99"),
     (["--video", "CLIP", "--mask", "EMPTY"], "holds no object"),
     (["--video", "MASK", "--mask", "MASK"], "mask.txt"),
     (["--video", "CLIP", "--box", "1", "1", "9", "9", "--mask_frame", "99"], "ends before it"),

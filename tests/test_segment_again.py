@@ -1,19 +1,35 @@
 """Clips that are segmented again: after a kill, for another cut-out, with other flags."""
 
+import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STATE_OF_EACH_FRAME, content, draw_frame, kill_when
+from conftest import (
+    ROOT,
+    STATE_OF_EACH_FRAME,
+    content,
+    draw_frame,
+    held,
+    kill_when,
+    paused_run,
+)
 from PIL import Image
 
 import main
 import segment
-from media import images
+import version
+from manifest import Manifest, made_by
+from media import files, images
 from media.masks import read_mask
-from own_video import numbered
+from media.video import open_clip
+from own_video import fingerprint, given_masks, numbered
 from tracker import Tracker
 
 
@@ -114,6 +130,8 @@ def test_other_masks_of_a_clip_make_its_results_anew(clip, tmp_path, caplog):
     with caplog.at_level("INFO"):
         assert main.main(clip("out")) == 0
     assert "was made from other masks" in caplog.text
+    assert (json.loads((tmp_path / "out" / "manifest.json").read_text())["versions"]
+            .startswith(f"videomatch {version.__version__}, torch"))
     assert main.main(clip("whole")) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
@@ -173,6 +191,111 @@ def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
     assert Kept.frames == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_second_run_leaves_the_first_ones_files_alone(clip, tmp_path, capsys):
+    """Whatever it would do there, while the first one is in the middle of the clip."""
+    out = tmp_path / "out"
+    with paused_run(tmp_path, clip("out", "--cutout", "blur")) as first:
+        before = content(out)
+        box = [word for word in clip("out", masks=()) if word != "--mask"]
+        box += ["--box", "8", "6", "20", "16"]
+        for second in (clip("out", "--cutout", "blur"), clip("out", "-k", "7"),
+                       clip("out", "--overwrite"), clip("out", masks=["9:9.png"]), box,
+                       [*box, "--page"]):
+            assert main.main(second) == 2
+            error = capsys.readouterr().err.splitlines()
+            assert f"{out}: another run is writing there (process {first.pid}" in error[-1]
+            assert content(out) == before
+    assert main.main(clip("whole", "--cutout", "blur")) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_locks_nobody_out_and_leaves_no_unfinished_file(clip, tmp_path):
+    out = tmp_path / "out"
+
+    def writes_the_overlay():
+        return any(out.glob(".overlay.part*"))
+
+    kill_when(writes_the_overlay, clip("out"))
+    assert list(out.glob(".overlay.part*"))
+    assert main.main(clip("out")) == 0 and main.main(clip("whole")) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    """The lock file outlives each run: two runs must never lock different files of that name."""
+    unfinished = tmp_path / ".overlay.part-123.mp4"
+    with held(tmp_path) as first:
+        number = (tmp_path / ".lock").stat().st_ino
+        with pytest.raises(ValueError, match=rf"{tmp_path}: another .*process {first.pid} on "), \
+                files.hold(tmp_path):
+            pass
+        with files.hold(tmp_path / "inner"), files.hold(tmp_path, "vm"):
+            pass  # what others hold in it is theirs
+        unfinished.touch()
+    assert unfinished.exists()
+    with files.hold(tmp_path):
+        assert (tmp_path / ".lock").stat().st_ino == number and not unfinished.exists()
+    assert not list(tmp_path.glob("*.holder"))
+
+
+def test_a_name_is_held_apart_from_its_neighbours(tmp_path):
+    names = (".vm.part-1.pth", ".other.part-1.pth", ".part.pth")
+    with held(tmp_path, "other"):
+        for name in names:
+            (tmp_path / name).touch()
+        with files.hold(tmp_path, "vm"):
+            assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+        with files.hold(tmp_path):
+            assert (tmp_path / ".other.part-1.pth").exists()
+        with pytest.raises(ValueError, match=r"other: another run.*or name another file"), \
+                files.hold(tmp_path, "other", "another file"):
+            pass
+
+
+def test_files_written_by_two_processes_at_once_are_whole(tmp_path):
+    with files.whole(tmp_path / "a.txt") as first:
+        first.write_text("first")
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); from media import files\n"
+                "files.write(sys.argv[2], 'second')")
+        subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "a.txt"], check=True)
+        assert (tmp_path / "a.txt").read_text() == "second"
+    assert (tmp_path / "a.txt").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
+    frames = tmp_path / "clip"
+    images.write_mask(frames / "mask.png", read_mask(tmp_path / "7.png"))
+    again = clip("out", masks=["7:clip/mask.png"])
+    assert main.main(again) == 0
+    before = fingerprint(open_clip(frames, [frames / "mask.png"]))
+    (frames / ".DS_Store").write_bytes(b"Finder")
+    (frames / "notes.txt").write_text("frame 9 is blurred")
+    (frames / "mask_00007.png").write_bytes((frames / "mask.png").read_bytes())  # as --box makes
+    os.utime(frames / "mask.png", (0, 0))
+    capsys.readouterr()
+    assert main.main(again) == 0 and "finished before" in capsys.readouterr().out
+    assert fingerprint(open_clip(frames, [frames / "mask.png"])) == before
+    os.utime(frames / "00003.png", (0, 0))
+    assert main.main(again) == 2 and "results of other data" in capsys.readouterr().err
+
+
+def test_a_run_that_another_commit_resumes_names_both(tmp_path, caplog):
+    made = {"flags": "default", "versions": "videomatch 1.0.0"}
+    Manifest(tmp_path, made | {"commit": "aaa"}).begin()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            Manifest(tmp_path, made | {"commit": "bbb"}).begin()
+    assert caplog.text.count("begun by commit aaa of this toolkit, resumed by bbb") == 1
+    assert made_by(tmp_path)["commit"] == "aaa then bbb"
+    Manifest(tmp_path, made).begin()  # without Git
+    assert made_by(tmp_path)["commit"] == "aaa then bbb"
+    with pytest.raises(ValueError, match="results of other versions"):
+        Manifest(tmp_path, made | {"versions": "videomatch 1.1.0"})
+
+
 def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "12:30.png").touch()
@@ -180,3 +303,16 @@ def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
     assert numbered("12:31.png") == (12, "31.png")
     (tmp_path / "30.png").touch()
     assert numbered("12:30.png") == (12, "30.png")
+
+
+def test_a_stack_of_masks_begins_at_its_frame(tmp_path):
+    frames = [Image.fromarray(draw_frame(i)[0]) for i in range(6)]
+    frames[0].save(tmp_path / "clip.tif", save_all=True, append_images=frames[1:])
+    masks = [Image.fromarray(draw_frame(i)[1] * (i % 2)) for i in range(4)]
+    masks[0].save(tmp_path / "labels.tif", save_all=True, append_images=masks[1:])
+    args = Namespace(mask=[f"2:{tmp_path / 'labels.tif'}"], box=[], point=[], mask_frame=None,
+                     video=tmp_path / "clip.tif")
+    found = given_masks(args, open_clip(args.video), tmp_path, None)
+    assert list(found) == [3, 5]
+    for frame, mask in found.items():
+        np.testing.assert_array_equal(mask, draw_frame(frame - 2)[1])

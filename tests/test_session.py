@@ -1,19 +1,27 @@
 """A session on one clip: what is given, found, mended and exported, by what a browser sends."""
 
+import json
 import shlex
 import shutil
+import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import do, overlap, png, shown, truth
+from conftest import TOKEN, content, do, draw_frame, held, overlap, png, shown, truth
 from PIL import Image
+from starlette.testclient import TestClient
+from test_video import make, number_of
 
 import main
-from confidence import Measures
+from media import images
 from media.masks import read_mask
-from page import passes
+from media.video import open_clip
+from own_video import fingerprint
+from page import edits, passes
 from page import session as sessions
+from page.server import ACTIONS, Fields, application
 from page.work import Found
 
 FRAMES, SHAPE = 12, (96, 160)
@@ -53,7 +61,8 @@ def test_objects_come_and_go(client):
     assert client.put("/mask/0", content=png(mask)).status_code == 200
     assert [thing["id"] for thing in state(client)["objects"]] == [1, 2]
     do(client, "change", object=2, name="the blue one", hidden=True)
-    assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "hidden": True}
+    assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "hidden": True,
+                                            "absent": [], "gone": []}
     do(client, "delete", object=1)
     np.testing.assert_array_equal(shown(client, 0), np.where(mask == 2, 2, 0))
     assert do(client, "add").json() == {"object": 3}, "numbers are never used twice"
@@ -98,6 +107,39 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     assert not cut[cut[..., 3] == 0].any()
 
 
+def test_frames_have_their_files_numbers(begin, clip, tmp_path):
+    folder = tmp_path / "numbered from 1, with a gap"
+    folder.mkdir()
+    for step, number in enumerate((1, 2, 3, 20, 21)):
+        shutil.copy(clip / f"{step:05d}.png", folder / f"{number:05d}.png")
+    session = begin(source=folder)
+    assert session.state()["numbers"] == [1, 2, 3, 20, 21]
+    assert "numbers" not in session.state(session.version)
+    with pytest.raises(ValueError, match="frame 20 has no mask"):
+        session.segment_from(3, "both")
+    session.edits.give(3, truth(3))
+    session.segment_from(3, "forwards")
+    finished(session)
+    session.edits.change_object(1, name="the square")
+    ACTIONS["export"](session, Fields(b'{"coco": true, "yolo": true}'))
+    run, out = finished(session), tmp_path / "out"
+    assert run["ended"] == "done", run
+    words = _words(run["command"])
+    assert words[words.index("--mask") + 1] == f"20:{out / 'mask_00020.png'}"
+    np.testing.assert_array_equal(read_mask(out / "mask_00020.png"), truth(3))
+    assert words[words.index("--export"):][:3] == ["--export", "coco", "yolo"]
+    assert (out / "confidence.csv").read_text().splitlines()[1].startswith("21,1,1,")
+    coco = json.loads((out / "annotations.json").read_text())
+    assert [(one["id"], one["file_name"]) for one in coco["images"]] == [
+        (number, f"{number:05d}.png") for number in (1, 2, 3, 20, 21)]
+    assert coco["categories"] == [{"id": 1, "name": "the square"}]
+    assert [one["image_id"] for one in coco["annotations"]] == [20, 21]
+    assert (out / "labels" / "00021.txt").read_text().startswith("0 ")
+    assert '0: "the square"' in (out / "data.yaml").read_text()
+    begin(tmp_path / "other")
+    assert begin(tmp_path / "third").state()["numbers"] is None  # the frames count from 0
+
+
 def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
     client.put("/mask/0", content=png(truth(0)))
     do(client, "export", cutout="transparent", format="mov")
@@ -108,6 +150,24 @@ def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
     do(client, "export", cutout="blur", format="mov")  # whose format there is only one of
     assert "--cutout_format" not in finished(client.session)["command"]
     assert (tmp_path / "out" / "cutout.mp4").is_file()
+    assert not (tmp_path / "out" / "cutout.mov").exists()  # whose masks may have been others
+
+
+def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit(client, tmp_path):
+    out = tmp_path / "out"
+    client.put("/mask/0", content=png(truth(0)))
+    (out / "cutout.mov").write_bytes(b"of the other run")
+    with held(out) as other:
+        before = content(out)
+        do(client, "export", cutout="blur")
+        run = finished(client.session)
+        assert f"another run is writing there (process {other.pid}" in run["error"]
+        assert content(out) == before
+    (out / "masks").mkdir()
+    (out / "masks" / "by hand.png").write_bytes(png(truth(0)))
+    do(client, "export")
+    assert "holds files that no manifest tells of" in finished(client.session)["error"]
+    assert (out / "masks" / "by hand.png").is_file() and (out / "cutout.mov").is_file()
 
 
 def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
@@ -136,8 +196,8 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_given(client, 
     before = {frame: shown(client, frame) for frame in range(FRAMES)}
     seen = []
     step = passes.segment.follow
-    monkeypatch.setattr(passes.segment, "follow", lambda tracker, index, *rest:
-                        seen.append(index) or step(tracker, index, *rest))
+    monkeypatch.setattr(passes.segment, "follow", lambda tracker, index, *rest, **more:
+                        seen.append(index) or step(tracker, index, *rest, **more))
     client.put("/mask/4", content=png(truth(4)))
     do(client, "segment", frame=4, way="both")
     assert finished(session)["ended"] == "done"
@@ -186,6 +246,205 @@ def test_a_mask_may_say_that_nothing_is_there(client):
     assert not shown(client, 4).any() and overlap(shown(client, 5) > 0, truth(5) > 0) > 0.6
 
 
+# objects that are not there
+
+def two(step):
+    return truth(step, (1, 2))
+
+
+@pytest.fixture
+def pair(begin, tmp_path, tmp_path_factory):
+    """A session on a clip of two objects, of which nothing is segmented yet but frame 0 given."""
+    folder = tmp_path_factory.mktemp("pair")
+    for step in range(FRAMES):
+        Image.fromarray(draw_frame(step, (1, 2))[0].repeat(2, 0).repeat(2, 1)).save(
+            folder / f"{step:05d}.png")
+    session = begin(tmp_path / "pair", folder)
+    session.edits.give(0, two(0))
+    return session
+
+
+def go(session, start, way="forwards"):
+    session.segment_from(start, way)
+    assert finished(session)["ended"] == "done", session.run
+
+
+def ids(session, *frames):
+    return [set(np.unique(session.mask(frame)).tolist()) - {0} for frame in frames]
+
+
+def test_an_object_that_is_wiped_out_is_not_in_this_frame(pair):
+    go(pair, 0)
+    assert ids(pair, 5, 6, 7) == [{1, 2}] * 3
+    pair.edits.stroke(6, 2, [(0, 64), (159, 64)], 24, True)
+    assert pair.work.presence.absent == {6: {2}} and ids(pair, 5, 6, 7) == [{1, 2}, {1}, {1, 2}]
+    go(pair, 6)
+    assert ids(pair, 6) == [{1}], "a pass leaves it out, too"
+    assert overlap(pair.mask(9) == 1, two(9) == 1) > 0.6
+    pair.edits.stroke(6, 2, [(60, 60), (80, 60)], 5, False)
+    assert not pair.work.presence.absent and ids(pair, 6) == [{1, 2}]
+    for _ in range(2):
+        pair.edits.undo()
+    assert not pair.work.presence.absent and pair.work.given == {0}
+
+
+def test_an_object_is_gone_from_a_frame_on_until_a_mask_shows_it(pair, tmp_path):
+    go(pair, 0)
+    pair.edits.give(9, two(9))
+    pair.edits.mark(4, 2, "gone")
+    assert 4 not in pair.work.given and 4 in pair.work.pending
+    assert ids(pair, 3, 4, 5, 8, 9, 10) == [{1, 2}, {1}, {1}, {1}, {1, 2}, {1, 2}]
+    assert pair.state()["objects"][1]["gone"] == [(4, 9)]
+    assert {one.object_id for one in pair.measures() if 4 <= one.frame < 9} == {1}
+    go(pair, 4)
+    assert ids(pair, 4, 5, 8) == [{1}] * 3
+    assert {row[1] for row in pair.work.found[6].measures} == {1}, "it is not looked for"
+    go(pair, 9, "both")  # backwards, too
+    assert ids(pair, 3, 4, 8, 9, 10) == [{1, 2}, {1}, {1}, {1, 2}, {1, 2}]
+    expected = [pair.mask(frame) for frame in range(FRAMES)]
+    pair.export()
+    command = _words(finished(pair)["command"])
+    assert "4:gone=2" in command
+    assert main.main(command) == 0
+    for step in (*range(6), 9):
+        again = read_mask(tmp_path / "pair_again" / "masks" / f"{step:05d}.png")
+        np.testing.assert_array_equal(np.unique(again), np.unique(expected[step]))
+    pair.edits.undo()
+    assert not pair.work.presence.gone and ids(pair, 4) == [{1}], "until it is segmented again"
+    go(pair, 3)
+    assert ids(pair, 4, 5) == [{1, 2}] * 2
+
+
+def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_path):
+    client = TestClient(application(pair, TOKEN), base_url="http://127.0.0.1:8000",
+                        headers={"X-Token": TOKEN})
+    everywhere = state(client)["everywhere"]
+    assert do(client, "gone", frame=0, object=2).status_code == 200
+    assert state(client)["everywhere"] > everywhere, "masks of other frames are others now"
+    assert ids(pair, 0) == [{1}] and pair.work.presence.gone == {0: {2}}
+    do(client, "absent", frame=7, object=1)
+    assert do(client, "absent", frame=7, object=9).status_code == 400
+    assert do(client, "gone", frame=99, object=1).status_code == 400
+    pair.close()
+    again = begin(tmp_path / "pair", pair.clip.path)
+    assert again.work.presence == pair.work.presence
+    assert again.work.presence.absent == {7: {1}} and 7 in again.work.pending
+    again.edits.mark(7, 1, "absent", False)
+    assert not again.work.presence.absent and 7 not in again.work.pending
+
+
+def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes.States, "EVERY", 1)
+    one, fresh = begin(tmp_path / "one"), begin(tmp_path / "fresh")
+    bad = np.roll(truth(0), 40, 0)
+    one.edits.give(0, bad)
+    one.edits.give(5, truth(5))
+    go(one, 0)
+    go(one, 5)
+    one.edits.give(0, truth(0))  # states behind frame 5 hold the bad one as a reference, too
+    one.edits.give(9, truth(9))
+    for frame in (0, 5, 9):
+        fresh.edits.give(frame, truth(frame))
+    for session in (one, fresh):
+        go(session, 9)
+    for frame in (10, 11):
+        np.testing.assert_array_equal(one.mask(frame), fresh.mask(frame))
+    assert one.states.nearest(8, True, one.work.keys()) is None
+    one.edits.undo()
+    one.edits.undo()  # with the bad mask back, they are what they were made of
+    assert one.states.nearest(8, True, one.work.keys())[0] == 8
+
+
+def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
+    whole, one = begin(tmp_path / "whole"), begin(tmp_path / "one")
+    for session in (whole, one):
+        session.edits.give(0, truth(0))
+    go(whole, 0)
+    step = passes.segment.follow
+
+    def failing(tracker, index, *rest, **more):
+        if index == 7:
+            raise MemoryError("no room")
+        return step(tracker, index, *rest, **more)
+
+    monkeypatch.setattr(passes.segment, "follow", failing)
+    one.segment_from(0, "forwards")
+    assert finished(one)["error"] == "no room"
+    monkeypatch.setattr(passes.segment, "follow", step)
+    go(one, 6)
+    for frame in range(FRAMES):
+        np.testing.assert_array_equal(one.mask(frame), whole.mask(frame))
+
+
+# long clips
+
+def test_news_cost_no_look_at_all_frames(begin):
+    class Untouched(dict):
+        def refused(self, *_):
+            raise AssertionError("all frames were gone through")
+        __iter__ = items = values = keys = refused
+
+    session = begin()
+    session.edits.give(0, truth(0))
+    for frame in range(1, FRAMES):
+        found = Found(0, [(frame, 1, True, .9, .1, .1, 1., .9, .4 if frame == 6 else .9)])
+        session.work.find(frame, truth(frame), found)
+        session._note(frame, found)
+        session.edits.change(frame)
+    version = session.version
+    session.work.found = Untouched(session.work.found)
+    session.edits.give(8, truth(8))
+    news = session.state(version)
+    assert list(news["frames"]) == [8]
+    assert [(one["first"], one["last"]) for one in news["unsure"]] == [(6, 6)]
+
+
+def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
+    session = begin()
+    noise = np.random.default_rng(0).integers(0, 2, SHAPE, np.uint8)
+    session.edits.give(0, noise)
+    monkeypatch.setattr(edits, "UNDONE", 40_000)
+    for i in range(60):
+        session.edits.stroke(0, 1, [(i, i)], 1, False)
+    kept = [size for size, _ in session.edits.past]
+    assert sum(kept) <= 40_000 and 1 < len(kept) < 60
+    before = session.mask(0)
+    session.edits.stroke(0, 1, [(80, 50)], 20, True)
+    session.edits.undo()
+    np.testing.assert_array_equal(session.mask(0), before)
+
+
+def test_pictures_from_any_thread_decode_a_clip_once(tmp_path, monkeypatch):
+    path = make(tmp_path / "clip.mp4", 48, options={"g": "12"})
+    clip, decoded = open_clip(path), []
+    read = clip._read
+    monkeypatch.setattr(clip, "_read", lambda start: (
+        decoded.append(1) or image for image in read(start)))
+    pictures = sessions.Pictures(clip)
+    assert [number_of(pictures(frame)) for frame in range(48)] == list(range(48))
+    assert len(decoded) == 48, "playing goes on from where it is"
+    monkeypatch.setattr(sessions, "CACHED", 3 * pictures(0).nbytes)
+    pictures = sessions.Pictures(clip)
+    with ThreadPoolExecutor(8) as pool:
+        frames = [*range(40, 0, -3), *range(48)]
+        assert [number_of(image) for image in pool.map(pictures, frames)] == frames
+    assert len(pictures.kept) <= 3 and pictures(48) is None
+
+
+def test_the_header_is_not_trusted_for_the_length(begin, tmp_path):
+    path = make(tmp_path / "clip.avi", 20, "mjpeg", "yuvj420p")
+    data = bytearray(path.read_bytes())
+    for place in (data.index(b"avih") + 24, data.index(b"strh") + 40):
+        struct.pack_into("<I", data, place, 5)
+    path.write_bytes(data)
+    session = begin(source=path)
+    assert session.state()["count"] == 20 and number_of(session.image(19)) == 19
+    session.count = 25  # as if it declared more than can be decoded
+    with pytest.raises(ValueError, match="the clip ends before it"):
+        session.image(22)
+    assert session.state()["count"] == 20
+
+
 def test_a_clip_that_ends_early(client):
     session = client.session
     session.count += 3
@@ -212,13 +471,24 @@ def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
 
 def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
     first, other = begin(), tmp_path / "other"
-    with pytest.raises(ValueError, match="a page is open on it already"):
+    with pytest.raises(ValueError, match=r"another run is writing there \(process"):
         begin()
     first.close()
     shutil.copytree(clip, other)
     with pytest.raises(ValueError, match="a session on my clip"):
         begin(source=other)
     begin()
+
+
+def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
+    frames = tmp_path / "frames"
+    shutil.copytree(clip, frames)
+    first = begin(source=frames, data=fingerprint(open_clip(frames)))
+    first.edits.give(3, truth(3))
+    first.close()
+    (frames / ".DS_Store").write_bytes(b"Finder")
+    images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
+    assert begin(source=frames, data=fingerprint(open_clip(frames))).work.given == {3}
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [
@@ -230,14 +500,3 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
 def test_where_a_pass_ends(start, forwards, given, origins, end):
     found = {frame: Found(origin, []) for frame, origin in origins.items()}
     assert passes.end_of_pass(start, forwards, given, found, 12) == end
-
-
-def test_the_least_sure_tenth_is_offered_worst_first():
-    def at(frame, value):
-        return Measures(frame, 1, True, value, 0.0, 0.1, 1.0, 0.9, value)
-
-    sure = [0.94] * 60
-    sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]
-    found = sessions.worth_a_look([at(i, value) for i, value in enumerate(sure)])
-    assert [(one.first, one.last) for one in found] == [(20, 22), (5, 7)]
-    assert not sessions.worth_a_look([]) and not sessions.worth_a_look([at(0, 0.97), at(1, 0.96)])

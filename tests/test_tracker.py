@@ -21,6 +21,13 @@ def frame(step, ids=(1,), scale=1):
     return preprocess.to_tensor(image), mask
 
 
+def without(step, object_id, ids, scale):
+    """The image of a frame in which one of the objects is not there."""
+    image, mask = draw_frame(step, ids)
+    image[mask == object_id] = draw_frame(step + 1, ())[0][mask == object_id]
+    return preprocess.to_tensor(image.repeat(scale, 0).repeat(scale, 1))
+
+
 def intersection_over_union(a, b):
     return (a & b).sum() / (a | b).sum()
 
@@ -98,6 +105,68 @@ def test_an_empty_later_mask_means_that_nothing_is_there(model):
     image, both = frame(2, (1, 2), scale=4)
     found = tracker.step(image).mask
     assert tracker.object_ids == (1, 2) and found.shape == both.shape
+
+
+def test_a_removed_object_stays_away_and_the_other_is_followed(any_method):
+    tracker = Tracker(any_method, outlier_removal=False)
+    tracker.step(*frame(0, (1, 2), scale=2))
+    tracker.step(frame(1, (1, 2), scale=2)[0])
+    both = tracker.copy()
+    tracker.remove(1)
+    assert tracker.object_ids == (2,) and both.object_ids == (1, 2)
+    for i in range(2, 4):
+        image, truth = frame(i, (1, 2), scale=2)
+        step = tracker.step(image)
+        assert not (step.mask == 1).any() and step.object_ids == (2,)
+        assert intersection_over_union(step.mask == 2, truth == 2) > 0.5
+        torch.testing.assert_close(step.probabilities.sum(0), torch.ones(truth.shape))
+    image, truth = frame(2, (1, 2), scale=2)
+    assert intersection_over_union(both.step(image).mask == 1, truth == 1) > 0.5
+
+
+def test_a_removed_object_comes_back_with_a_later_mask(any_method):
+    tracker = Tracker(any_method, outlier_removal=False)
+    tracker.step(*frame(0, (1, 2), scale=2))
+    tracker.remove(1)
+    tracker.step(without(1, 1, (1, 2), scale=2))
+    tracker.step(*frame(2, (1, 2), scale=2))
+    assert set(tracker.object_ids) == {1, 2}
+    image, truth = frame(3, (1, 2), scale=2)
+    found = tracker.step(image).mask
+    for i in (1, 2):
+        assert intersection_over_union(found == i, truth == i) > 0.5
+
+
+def test_after_the_last_object_is_removed_masks_are_empty(any_method):
+    tracker = Tracker(any_method)
+    tracker.step(*frame(0, scale=2))
+    with pytest.raises(ValueError, match=r"object_id: expected one of \[1\], got 2"):
+        tracker.remove(2)
+    tracker.remove(1)
+    again = Tracker(any_method)
+    again.load_state(tracker.state())
+    for one in (tracker, again):
+        image, mask = frame(1, scale=2)
+        step = one.step(image, shape=(30, 50))
+        assert step.object_ids == one.object_ids == () and not step.mask.any()
+        assert step.mask.shape == (30, 50) and (step.probabilities == 1).all()
+        assert not one.step(image, 0 * mask).mask.any()
+        assert one.step(image, mask).object_ids == (1,)
+        assert one.step(image).mask.any()
+
+
+def test_an_absent_object_is_in_no_mask_and_may_come_back(any_method):
+    tracker = Tracker(any_method, outlier_removal=False)
+    tracker.step(*frame(0, (1, 2), scale=2))
+    image, both = frame(1, (1, 2), scale=2)
+    for mask in (None, 0 * both, np.where(both == 2, 2, 0)):
+        one = tracker.copy()
+        found = one.step(image, mask, absent=(1,)).mask
+        assert not (found == 1).any() and one.object_ids == (1, 2)
+        assert intersection_over_union(found == 2, both == 2) > 0.5
+    tracker.step(without(2, 1, (1, 2), scale=2), absent={1})
+    image, both = frame(3, (1, 2), scale=2)
+    assert intersection_over_union(tracker.step(image).mask == 1, both == 1) > 0.5
 
 
 def test_threshold(model):

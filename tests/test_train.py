@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import SHAPE
 from PIL import Image
 
 import train
@@ -261,6 +262,34 @@ def test_stills_come_first_and_longer_clips_last(first, sequences, options, monk
         indices, lengths = torch.cat(part).T
         assert set(lengths.tolist()) == {length}
         assert (indices >= frames).float().mean().item() == pytest.approx(share, abs=0.08)
+
+
+def shrunk(sequence, side):
+    """Write masks in which the object is a square of so many pixels."""
+    for path in sequence.masks:
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[20:20 + side, 30:30 + side] = 255
+        Image.fromarray(mask).save(path)
+
+
+def test_a_sequence_of_small_objects_is_left_out_with_one_warning(sequences, options, caplog):
+    training, held_out = sequences
+    shrunk(training[0], 1)  # 4 pixels of 96x160, 27 in the closest crop
+    options.iterations, options.augment = 1, False
+    torch.manual_seed(0)
+    model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
+    train.train(model, training, [], options)
+    warning, = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert training[0].name in warning and training[1].name not in warning
+
+
+def test_where_all_objects_are_small_an_error_says_what_helps(sequences, options, model):
+    for sequence in sequences[0]:
+        shrunk(sequence, 1)
+    options.augment = False
+    with pytest.raises(ValueError, match="too small.*--input_image_shape"):
+        train.train(model, *sequences, options)
+    assert not options.save.parent.exists()
 
 
 def test_stills_are_for_clips(model, sequences, options):

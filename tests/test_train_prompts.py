@@ -8,10 +8,10 @@ import torch
 from conftest import draw_frame, write_sequence
 from PIL import Image
 
-import bench
 import main
 import preprocess
 import prompts
+from benchmarks import prompts as prompt_bench
 from data.stills import Stills
 from davis import Davis
 from media import images
@@ -111,6 +111,20 @@ def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
     assert kinds == {(True, False), (False, False), (False, True)}
 
 
+def test_scenes_end_where_no_object_is_large_enough(stills_dir):
+    """Instead of looking for one for ever."""
+    stills = Stills(stills_dir).stills
+    for still in stills:
+        mask = np.zeros((48, 80), np.uint8)
+        mask[10:17, 20:27] = 1  # 49 pixels
+        images.write_mask(still.masks[0], mask)
+    with pytest.raises(ValueError, match="60 pixels"):
+        train_prompts.Scenes([], stills)[0]
+    mask[10:20, 20:27] = 1
+    images.write_mask(still.masks[0], mask)
+    assert all(train_prompts.Scenes([], stills)[i][1].any() for i in range(3))
+
+
 def test_held_out_stills_are_apart():
     stills = [object() for _ in range(10)]
     training, apart = train_prompts.split_stills(stills, 0.3, 0)
@@ -133,10 +147,10 @@ def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_
 
     monkeypatch.setattr(prompts, "prompt", prompt)
     monkeypatch.setattr("sys.argv", [
-        "bench.py", "--prompts", "-d", str(davis_2017), "-y", "2017", "-o",
+        "prompts", "-d", str(davis_2017), "-y", "2017", "-o",
         str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu", "--json",
         str(tmp_path / "b.json")])
-    assert bench.main() == 0
+    assert prompt_bench.main() == 0
     figures = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["dog_1", "dog_2"]
     assert figures["mean"] == pytest.approx({"true box": 0.6, "moved box": 0.6, "1 clicks": 0.6,

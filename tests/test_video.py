@@ -2,6 +2,7 @@
 
 import logging
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import av
@@ -95,6 +96,68 @@ def test_backwards_are_the_same_frames(memory, gops, monkeypatch):
         backwards = list(video.open_clip(gops).backwards(start))
         assert len(backwards) == start
         assert all((a == b).all() for a, b in zip(backwards, forwards[:start][::-1]))
+
+
+def test_opening_reads_packets_and_a_late_frame_costs_its_key_frames_distance(
+        gops, monkeypatch):
+    decoded = []
+    real = video.Video._decode_from
+    monkeypatch.setattr(video.Video, "_decode_from", lambda self, *rest: (
+        decoded.append(1) or frame for frame in real(self, *rest)))
+    clip = video.open_clip(gops)
+    assert clip.count == 40 and clip.time(39) - clip.time(0) == pytest.approx(39 / 25)
+    assert len(decoded) == video.CHECKED
+    decoded.clear()
+    assert number_of(next(clip.frames(37))) == 37
+    assert len(decoded) <= 8
+
+
+def test_threads_may_read_one_clip(gops):
+    clip = video.open_clip(gops)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: numbers_of(clip.frames(n, n + 3)), range(37)))
+    assert found == [[n, n + 1, n + 2] for n in range(37)]
+    assert clip.count == 40
+
+
+@pytest.mark.parametrize("suffix, codec, options", [
+    (".webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "10"}),
+    (".m2v", "mpeg2video", {"g": "8", "bf": "2"}), (".avi", "mpeg4", {"g": "8", "bf": "2"}),
+    (".h264", "libx264", {"g": "8", "bf": "2"}), (".mkv", "libx265", {"g": "8", "bf": "2"})])
+def test_numbers_are_the_decoders_whatever_packets_tell(suffix, codec, options, tmp_path):
+    """Hidden frames, no times at all, times of the order of decoding: FFmpeg is the judge."""
+    shape = (80, 96)
+    path = make(tmp_path / f"clip{suffix}", 40, codec, options=options, shape=shape)
+    with av.open(str(path)) as container:
+        expected = numbers_of(f.to_ndarray(format="rgb24") for f in container.decode(video=0))
+    clip = video.open_clip(path)
+    assert numbers_of(clip.frames()) == expected
+    count = len(expected)
+    assert clip.count == count
+    for start in (1, 9, 17, count - 1):
+        assert numbers_of(clip.frames(start, start + 2)) == expected[start:start + 2]
+    assert numbers_of(video.open_clip(path).backwards(count)) == expected[::-1]
+    times = [clip.time(i) for i in range(count)]
+    assert times == sorted(set(times)) and times[-1] - times[0] == pytest.approx(39 / 25, abs=0.2)
+
+
+@pytest.mark.parametrize("suffix, codec, options", [
+    (".avi", "mjpeg", {}), (".mp4", "libx264", {"g": "8", "bf": "2"}),
+    (".mkv", "libvpx-vp9", {"g": "8"})])
+def test_numbers_stay_where_a_frame_cannot_be_decoded(suffix, codec, options, tmp_path):
+    path = make(tmp_path / f"clip{suffix}", 40, codec,
+                "yuvj420p" if codec == "mjpeg" else "yuv420p", options)
+    with av.open(str(path)) as container:
+        packet = [bytes(packet) for packet in container.demux(video=0)][10]
+    data = path.read_bytes()
+    assert data.count(packet) == 1
+    path.write_bytes(data.replace(packet, bytes(len(packet))))
+    whole = numbers_of(video.open_clip(path).frames())
+    assert len(whole) == 40 and whole[20:] == list(range(20, 40))
+    clip = video.open_clip(path)
+    for start in (4, 12, 18, 39):
+        assert numbers_of(clip.frames(start)) == whole[start:]
+    assert clip.count == 40
 
 
 class Counting:
@@ -252,7 +315,7 @@ def test_a_header_with_too_few_frames(tmp_path, caplog):
     struct.pack_into("<I", data, data.index(b"strh") + 40, 5)
     path.write_bytes(data)
     clip = video.open_clip(path)
-    assert clip.count == 5 and clip.has(19) and not clip.has(20)
+    assert clip.count == 20 and clip.has(19) and not clip.has(20)
     assert numbers_of(clip.frames()) == list(range(20)) and clip.count == 20
     assert not caplog.records
 
@@ -325,6 +388,15 @@ def test_frames_of_another_size_are_brought_to_the_first(tmp_path, caplog):
     assert times == sorted(set(times)) and times[-1] - times[0] < 1
     (line,) = [line for line in caplog.messages if "size" in line]
     assert "from 80x48 to 160x96" in line
+
+
+def test_frames_that_are_turned_midway_keep_the_first_ones_size(gops, monkeypatch, caplog):
+    quarter = np.array([[0, 1], [-1, 0]]) * 65536
+    monkeypatch.setattr(video, "_matrix", lambda frame: quarter if frame.pts > 20 * 512 else None)
+    frames = list(video.open_clip(gops).frames())
+    assert {frame.shape for frame in frames} == {(*SHAPE, 3)} and len(frames) == 40
+    (line,) = caplog.messages
+    assert "gops.mp4: frames are turned" in line
 
 
 def test_sound_alone_is_no_clip(tmp_path):

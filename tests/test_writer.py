@@ -3,13 +3,16 @@
 import logging
 import resource
 from fractions import Fraction
+from itertools import islice
 
 import av
 import cv2
 import numpy as np
 import pytest
 from conftest import draw_frame
+from PIL import Image
 
+from media import sound
 from media.writer import VideoWriter
 
 COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 200, 20), (120, 120, 120)]
@@ -95,6 +98,17 @@ def test_times_of_the_clip_are_kept(tmp_path):
     assert found == sorted(set(found)) and len(found) == 5 and found[3] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+def test_a_gap_that_no_player_would_wait_for_is_closed(suffix, tmp_path, caplog):
+    """A damaged timestamp, or recordings of several days in one file."""
+    times = [0, 0.04, 60, 1e6, 1e6 + 0.04, 1e12]
+    path = write(tmp_path / f"video{suffix}", 6, times=times, fps=25)
+    found = stream_of(path)[3]
+    assert found == pytest.approx([0, 0.04, 60, 60.04, 60.08, 60.12], abs=1e-3)
+    (line,) = caplog.messages
+    assert "gap of 999940 s" in line
+
+
 @pytest.mark.parametrize("suffix, decoder", [(".mov", "prores"), (".webm", "libvpx-vp9")])
 @pytest.mark.parametrize("shape", [(48, 80), (49, 81)])
 def test_transparency(suffix, decoder, shape, tmp_path):
@@ -120,21 +134,26 @@ def test_transparency(suffix, decoder, shape, tmp_path):
         assert np.abs(found[part] - image[part]).max() < 12
 
 
-def with_sound(path, video, audio, rate=48000, seconds=2):
+def with_sound(path, video, audio, rate=48000, seconds=2, layout="stereo", tracks=1):
     """25 frames a second, and a tone that begins at 1 s."""
     with av.open(str(path), "w") as container:
         pictures = container.add_stream(video, rate=25)
         pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
-        track = container.add_stream(audio, rate=rate)
+        sounds = [container.add_stream(audio, rate=rate, layout=layout) for _ in range(tracks)]
+        if audio == "wmav2":  # refuses the default
+            sounds[0].codec_context.bit_rate = 128_000
         for i in range(25 * seconds):
             frame = av.VideoFrame.from_ndarray(flat((5 * i,) * 3, (48, 64)), format="rgb24")
             container.mux(pictures.encode(frame))
         time = np.arange(rate * seconds) / rate
         tone = (20000 * np.sin(2 * np.pi * 440 * time) * (time >= 1)).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(tone.repeat(2)[None], format="s16", layout="stereo")
-        frame.sample_rate = rate
-        container.mux(track.encode(frame))
-        for stream in (pictures, track):
+        channels = av.AudioLayout(layout).nb_channels
+        for track in sounds:
+            frame = av.AudioFrame.from_ndarray(tone.repeat(channels)[None], format="s16",
+                                               layout=layout)
+            frame.sample_rate = rate
+            container.mux(track.encode(frame))
+        for stream in (pictures, *sounds):
             container.mux(stream.encode())
     return path
 
@@ -156,7 +175,7 @@ def sound_of(path):
     ("phone.mp4", "libx264", "aac", ".mp4", "aac"), ("camera.mov", "libx264", "pcm_s16le", ".mp4",
                                                      "aac"),
     ("browser.webm", "libvpx-vp9", "libopus", ".webm", "opus"), ("old.avi", "mpeg4", "libmp3lame",
-                                                                 ".mp4", "mp3"),
+                                                                 ".mp4", "aac"),
     ("phone.mp4", "libx264", "aac", ".webm", "opus"), ("camera.mov", "libx264", "pcm_s16le",
                                                        ".mov", "pcm_s16le"),
     ("tv.ts", "libx264", "mp2", ".mp4", "aac"), ("stream.ts", "libx264", "aac", ".mp4", "aac")])
@@ -176,6 +195,154 @@ def test_sound_ends_with_the_frames(tmp_path):
     source = with_sound(tmp_path / "phone.mp4", "libx264", "aac")
     path = write(tmp_path / "out.mp4", 30, fps=25, sound=source)
     assert sound_of(path)[2] == pytest.approx(30 / 25, abs=0.1)
+
+
+@pytest.mark.parametrize("name, video, audio, rate, layout", [
+    ("camera.avi", "mpeg4", "pcm_u8", 11025, "mono"), ("disc.mkv", "libx264", "ac3", 44100, "5.1"),
+    ("studio.mkv", "libx264", "pcm_s24le", 96000, "7.1"),
+    ("old.wmv", "wmv2", "wmav2", 44100, "stereo"),
+    ("recorder.mov", "libx264", "pcm_s16le", 48000, "hexadecagonal"),
+    ("phone.mp4", "libx264", "alac", 44100, "stereo"), ("voice.avi", "mpeg4", "adpcm_ms", 8000,
+                                                        "mono"),
+    ("archive.mkv", "ffv1", "libmp3lame", 12000, "mono")])
+def test_any_codec_rate_and_layout(name, video, audio, rate, layout, tmp_path, caplog):
+    source = with_sound(tmp_path / name, video, audio, rate, layout=layout)
+    for suffix in (".mp4", ".mov", ".webm"):
+        path = write(tmp_path / f"out{suffix}", 50, fps=25, sound=source)
+        _, tone, end = sound_of(path)
+        assert tone == pytest.approx(1, abs=0.12) and end == pytest.approx(2, abs=0.12)
+        assert len(stream_of(path)[3]) == 50
+    assert not caplog.records
+
+
+PIECE = 4800  # samples at 48 kHz, 0.1 s
+
+
+def played(times, monkeypatch, start=0.0):
+    """The number of the piece that is heard in each 0.1 s, 0 for silence.
+
+    Piece n is constant and n / 100 loud, and its timestamp is the nth of `times`, in seconds.
+    """
+    def frames(*_):
+        for i, time in enumerate(times):
+            frame = av.AudioFrame.from_ndarray(np.full((2, PIECE), (i + 1) / 100, np.float32),
+                                               format="fltp", layout="stereo")
+            frame.sample_rate, frame.time_base = 48000, Fraction(1, 1000)
+            frame.pts = None if time is None else round(1000 * time)
+            yield frame
+
+    monkeypatch.setattr(sound, "_tracks", lambda _: [0])
+    monkeypatch.setattr(sound, "_decoded", frames)
+    pieces = islice(sound.track("clip.mp4", start), 99)
+    samples = np.concatenate([np.zeros((2, 0)), *pieces], axis=1)
+    return [round(100 * float(value)) for value in samples[0, PIECE // 2::PIECE]]
+
+
+@pytest.mark.parametrize("times, start, expected, warning", [
+    ([0, 0.1, 0.2, 0.3], 0, [1, 2, 3, 4], None),
+    ([None] * 4, 0, [1, 2, 3, 4], None),
+    ([0, None, 0.2, None, None, 0.6], 0, [1, 2, 3, 4, 5, 0, 6], None),
+    ([1.5, 1.6, 1.7], 1.5, [1, 2, 3], None),
+    ([0.5, 0.6], 0.2, [0, 0, 0, 1, 2], None),  # begins late
+    ([0, 0.1, 0.2, 0.3], 0.2, [3, 4], None),  # begins early
+    ([-0.2, -0.1, 0, 0.1], 0, [3, 4], None),
+    ([0, 0.1, 0.4, 0.5], 0, [1, 2, 0, 0, 3, 4], None),  # a gap
+    ([0, 0.13, 0.17, 0.31, 0.42, 0.49], 0, [1, 2, 3, 4, 5, 6], None),  # jitter
+    ([0, 0.1, 0.2, 0, 0.1, 0.2], 0, [1, 2, 3, 4, 5, 6], "jump back"),  # parts joined
+    ([5, 5.1, 0, 0.1, 3, 3.1], 5.1, [2, 3, 4, *[0] * 28, 5, 6], "jump back"),
+    ([0, 0.1, 0.1, 0.3], 0, [1, 2, 3, 4], None),
+    ([0, 0, 0.2, 0.2, 0.4, 0.4], 0, [1, 2, 3, 4, 5, 6], "repeat"),
+    ([0] * 5, 0, [1, 2, 3, 4, 5], "repeat"),
+    ([0, 0.1, 999, 0.3, 0.4], 0, [1, 2, 3, 4, 5], None),  # a single wrong one
+    ([0, 0.1, -999, 0.3, 0.4], 0, [1, 2, 3, 4, 5], None),
+    ([999, 0.1, 0.2], 0, [0, 2, 3], None),
+    ([0, 0.1, 0.2, 900], 0.1, [2, 3, *[0] * 38], None),
+    ([0, 0.1, 1e9, 1e9 + 0.1], 0, [1, 2, 3, 4], None),  # another clock
+    ([1e6, 1e6 + 0.1, 1e6 + 0.3], 5, [1, 2, 0, 3], None),
+    ([0, 0.1], 7, [], "ends before the first frame")])
+def test_sound_of_any_timestamps_is_continuous(times, start, expected, warning, monkeypatch,
+                                               caplog):
+    caplog.set_level(logging.WARNING)
+    assert played(times, monkeypatch, start)[:40] == expected
+    assert len(caplog.records) == (warning is not None) and (warning or "") in caplog.text
+
+
+def test_sound_that_runs_slower_than_its_timestamps_stays_in_step(monkeypatch):
+    heard = played([0.05 * i for i in range(40)], monkeypatch)
+    assert len(heard) == pytest.approx(0.05 * 40 / 0.1, abs=2)
+    assert heard == sorted(heard) and abs(heard[10] - 20) <= 2
+
+
+@pytest.mark.parametrize("rates", [(48000, 48000), (32000, 48000)])
+def test_parts_joined_byte_by_byte_keep_picture_and_sound(rates, tmp_path, caplog):
+    """As cameras' and recorders' .ts files are: timestamps begin again, and the rate changes."""
+    for i, rate in enumerate(rates):
+        with_sound(tmp_path / f"{i}.ts", "mpeg2video", "mp2", rate)
+    source = tmp_path / "joined.ts"
+    source.write_bytes(b"".join((tmp_path / f"{i}.ts").read_bytes() for i in range(2)))
+    first = stream_of(source)[3][0]
+    for suffix in (".mp4", ".mov", ".webm"):
+        path = write(tmp_path / f"out{suffix}", 100, fps=25, sound=source, times=[
+            first + i / 25 for i in range(100)])
+        _, tone, end = sound_of(path)
+        assert tone == pytest.approx(1, abs=0.12) and end == pytest.approx(4, abs=0.2)
+        assert len(stream_of(path)[3]) == 100
+    assert len(caplog.records) == 3 and "jump back" in caplog.text
+
+
+def test_repeated_timestamps_keep_picture_and_sound(tmp_path):
+    """Matroska allows equal ones, MP4 doesn't."""
+    source = tmp_path / "twice.mkv"
+    whole = with_sound(tmp_path / "whole.mkv", "libx264", "libmp3lame")
+    with av.open(str(whole)) as file, av.open(str(source), "w") as out:
+        copies = {stream: out.add_stream_from_template(stream) for stream in file.streams}
+        last = 0
+        for i, packet in enumerate(packet for packet in file.demux() if packet.size):
+            if packet.stream.type == "audio":
+                if i % 5 == 0:
+                    packet.pts = packet.dts = last
+                last = packet.pts
+            packet.stream = copies[packet.stream]
+            out.mux(packet)
+    path = write(tmp_path / "out.mp4", 50, fps=25, sound=source)
+    assert len(stream_of(path)[3]) == 50 and sound_of(path)[1] == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("name, audio, known, unknown", [
+    ("camera.mkv", "ac3", b"A_AC3", b"A_XYZ"), ("phone.mp4", "ac3", b"ac-3", b"zzzz")])
+@pytest.mark.parametrize("tracks", [1, 2])
+def test_sound_that_nothing_decodes(name, audio, known, unknown, tracks, tmp_path, caplog):
+    """The other track is used; where there is none, one warning says so."""
+    source = with_sound(tmp_path / name, "libx264", audio, tracks=tracks)
+    data = source.read_bytes()
+    place = data.index(known)
+    source.write_bytes(data[:place] + unknown + data[place + len(known):])
+    path = write(tmp_path / "out.mp4", 50, fps=25, sound=source)
+    assert len(stream_of(path)[3]) == 50
+    with av.open(str(path)) as container:
+        assert len(container.streams.audio) == tracks - 1
+    assert [("can't be decoded" in text) for text in caplog.messages] == [True] * (2 - tracks)
+
+
+def test_channels_that_cannot_be_mixed(tmp_path, caplog):
+    """Cameras for 360 degrees record ambisonic sound, whose first channel is what all hear."""
+    values = np.linspace(-0.5, 0.5, 4 * 4800, dtype=np.float32).reshape(4, 4800)
+    for form, array in (("fltp", values), ("flt", values.T.reshape(1, -1))):
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(array), format=form,
+                                           layout="ambisonic 1")
+        frame.sample_rate = 48000
+        samples = sound._Converter("clip.mp4").convert(frame)
+        np.testing.assert_allclose(samples, values[[0, 0]], atol=1e-6)
+        assert "(ambisonic 1) can't be mixed" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".tif", ".png"])
+def test_pictures_have_no_sound_and_it_goes_without_saying(suffix, tmp_path, caplog):
+    path = tmp_path / f"clip{suffix}"
+    images = [Image.fromarray(flat(colour)) for colour in COLOURS]
+    images[0].save(path, save_all=True, append_images=images[1:])
+    assert len(stream_of(write(tmp_path / "out.mp4", sound=path))[3]) == 5
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("source", ["silent.mp4", "broken.mp4", "nowhere.mp4", "."])

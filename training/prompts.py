@@ -20,6 +20,7 @@ import metrics
 import preprocess
 import prompts as looking
 from data import clicks, crowds
+from data.samples import large_enough
 from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
@@ -41,6 +42,7 @@ MASKED = 0.25  # of the clicked scenes begin with a mask that is wrong here and 
 KEPT = 0.75  # of the rounds show the mask so far
 ROUNDS = {"box": (1, 1, 2, 3), "click": range(1, 9)}
 SMALLEST = 60  # pixels: what is smaller isn't shown
+TRIES = 100  # random frames that are looked at for such an object before all others are
 RATE = 10  # times the learning rate of an encoder, since it begins from nothing
 CHECKED = 30  # held-out frames at most
 
@@ -85,16 +87,24 @@ class Scenes(Dataset):
 
     def _object(self, rng) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 and (H, W) bool of any object that is large enough to be shown."""
-        while True:
-            stills = not self.sequences or (self.stills and rng.random() < STILLS)
-            sources = self.stills if stills else self.sequences
-            source = sources[rng.integers(len(sources))]
-            frame = int(rng.choice(source.labelled))
+        for source, frame in self._frames(rng):
             mask = source.mask(frame)
             ids, counts = np.unique(mask, return_counts=True)
             ids = ids[(ids > 0) & (counts >= SMALLEST)]
             if len(ids):
                 return source.image(frame), mask == rng.choice(ids)
+        raise ValueError(f"--prompts: no mask holds an object of at least {SMALLEST} pixels, "
+                         "expected larger objects, or images of a higher resolution")
+
+    def _frames(self, rng):
+        """Labelled frames to look for an object in: `TRIES` random ones, then each of all once."""
+        for _ in range(TRIES):
+            stills = not self.sequences or (self.stills and rng.random() < STILLS)
+            sources = self.stills if stills else self.sequences
+            source = sources[rng.integers(len(sources))]
+            yield source, int(rng.choice(source.labelled))
+        for source in (*self.sequences, *self.stills):
+            yield from ((source, frame) for frame in source.labelled)
 
 
 def shows(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, slice], int]:
@@ -176,12 +186,15 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
         ValueError: `options.resume`, and the state is that of a run with other options.
     """
     torch.manual_seed(options.seed)
+    sequences = large_enough(sequences, SMALLEST, masks=1)
+    if not sequences and not stills:
+        raise ValueError(f"nothing to train on: no object has at least {SMALLEST} pixels")
     decoder = add(model)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
     schedule = one_cycle(optimizer, RATE * options.learning_rate, options.iterations)
     report = PromptReport(model, optimizer, schedule, sequences, held_out, options, stills)
     done = report.begin()
-    with interruptible() as interrupted:
+    with report, interruptible() as interrupted:
         bar = progress(total=options.iterations, initial=done, desc="training",
                        disable=distributed.rank() > 0)
         while done < options.iterations and report.stale < options.patience:

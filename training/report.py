@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from checkpoint import save
 from data.stills import Still
 from davis import Sequence
 from media import figures, files
+from media.coding import VOID
 from tracker import Tracker
 from training.options import Options
 from videomatch import VideoMatch
@@ -36,8 +38,8 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
         tracker.step(preprocess.to_tensor(sequence.image(first), shape), mask)
         for frame in others[1::2] or others:
             image = preprocess.to_tensor(sequence.image(frame), shape)
-            result = tracker.step(image, shape=mask.shape).mask
-            truth = sequence.mask(frame)
+            truth = sequence.truth(frame)
+            result = np.where(truth == VOID, 0, tracker.step(image, shape=mask.shape).mask)
             scores.append(float(np.mean([metrics.jaccard(result == i, truth == i)
                                          for i in tracker.object_ids])))
     return scores
@@ -46,7 +48,8 @@ def validate(model: VideoMatch, sequences: list[Sequence], shape: tuple[int, int
 class Report:
     """Validate, log one JSON line, keep the best weights and the state, draw the curves.
 
-    Of several processes each validates some sequences; the first one writes.
+    Of several processes each validates some sequences; the first one writes. `begin` locks the
+    files against other runs, leaving the context releases them.
     """
 
     # what may differ between a run and its continuation
@@ -67,9 +70,25 @@ class Report:
         self.best, self.stale = -1.0, 0
         self.start = time.monotonic()
         self.state = options.save.with_suffix(".state")
+        self._held = ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._held.close()
 
     def begin(self) -> int:
-        """The iteration to go on from; at 0 with a first report."""
+        """The iteration to go on from; at 0 with a first report.
+
+        Raises:
+            ValueError: another run writes to these files, or an earlier one did and is neither to
+                be resumed nor overwritten.
+        """
+        if distributed.rank() == 0:
+            save = self.options.save
+            self._held.enter_context(files.hold(save.parent, save.stem,
+                                                "another file (--model_save)"))
         done = self.resume() if self.options.resume else None
         if done is None:
             if not self.options.overwrite:

@@ -1,14 +1,17 @@
-"""How long a frame takes on its whole road, from its file to its mask, part by part.
+"""Seconds per frame, from the image file to the mask, broken down by part.
 
-It knows what the parts of the network are called, and nothing of what else is measured.
+    python -m benchmarks.video [--rows H ...] [--json FILE]
+
+The shipped weights track one object and five objects through a clip of the demo data.
 """
 
+import argparse
 import copy
 import itertools
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -16,26 +19,14 @@ import numpy as np
 import torch
 
 import preprocess
+from benchmarks import common
+from benchmarks.common import WARM, peak_memory, seconds
+from build import device_of
 from data import demo
 from media import images
+from network import precision
 from tracker import Tracker
-from videomatch import VideoMatch
-
-WARM = 20  # frames of a clip before those that are measured, until its memory is full
-
-
-def seconds(run: Callable, device: torch.device) -> float:
-    """Of one call; on a GPU between two events."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    run()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1000
+from videomatch import SHIPPED, VideoMatch
 
 
 class Parts:
@@ -57,14 +48,11 @@ class Parts:
         setattr(owner, name, timed)
 
 
-def road(model: VideoMatch, rows: int, objects: int, frames: int,
-         peak_memory: Callable) -> dict:
-    """Seconds a frame by part: the median over the frames, and the memory at its peak.
+def measure_clip(model: VideoMatch, rows: int, objects: int, frames: int) -> dict:
+    """Median seconds per frame of each part, and the peak memory.
 
-    The clip is one of the demo data, enlarged; its object is cut into upright strips.
-
-    Args:
-        peak_memory: of a function and a device, bytes that it takes.
+    The clip is one of the demo data, resized to `rows`; its object is divided into `objects`
+    vertical strips.
     """
     model, device = copy.deepcopy(model), model.device
     shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
@@ -104,3 +92,37 @@ def _strips(mask: np.ndarray, count: int) -> np.ndarray:
     bounds = np.linspace(columns[0], columns[-1] + 1, count + 1)[1:-1]
     strips = 1 + np.digitize(np.arange(mask.shape[1]), bounds)
     return np.where(mask > 0, strips, 0).astype(np.uint8)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    device = device_of(args.cuda_device)
+    model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
+    model.encoder.fold_batchnorm()
+    model.precision = precision.of(None, device, model.method)
+    names = ("reading", "encoder", "matching", "decoder", "keeping", "deciding", "frame")
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
+          f"{model.precision}; seconds a frame, median of {args.frames}")
+    print(f"{'rows':>5} {'objects':>8} " + " ".join(f"{name:>9}" for name in names)
+          + f" {'peak MB':>8} {'encoders':>8}")
+    found = []
+    for rows in args.rows:
+        for objects in (1, 5):
+            row = measure_clip(model, rows, objects, args.frames)
+            peak = row["peak_bytes"]
+            print(f"{rows:5} {objects:8} " + " ".join(f"{row[name]:9.4f}" for name in names)
+                  + f" {'?' if peak is None else round(peak / 2**20):>8}"
+                  + f" {row['times_the_encoder']:8.2f}", flush=True)
+            found.append(row)
+    return {"torch": torch.__version__, "device": str(device), "precision": str(model.precision),
+            "threads": torch.get_num_threads(), "rows": found}
+
+
+def main() -> int:
+    parser = common.parser("Benchmark of the whole pipeline on a clip.")
+    common.add_device(parser)
+    common.add_clip(parser, (360, 480, 720))
+    return common.run(parser, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
