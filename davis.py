@@ -1,6 +1,6 @@
 """Data sets: DAVIS and what is laid out like YouTube-VOS; a sequence is a clip with truth.
 
-It knows no tensor and no network; where files lie is told by data/layout.py.
+It knows no tensor and no network; where files lie is told by datasets/layout.py.
 
 Run by itself it downloads DAVIS:
     python davis.py --download DIR [--year 2017]
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-import errors
-from data import download, layout
+from datasets import download, layout
+from masks.encoding import Coding
+from masks.read import is_empty
 from media import images
 from media.clip import FOLDER_FPS, Clip, file_numbers
-from media.coding import Coding
-from media.masks import is_empty
+from system import errors
 
 log = logging.getLogger(__name__)
 

@@ -21,20 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import confidence
-import distributed
-import errors
 import metrics
-import report
-import segment
-import sinks
-from confidence import Confidence
 from davis import SETS, YEARS, Davis, Sequence
-from manifest import Manifest, stamp
+from masks.encoding import VOID, Coding
 from media import drawing, images
 from media.background import progress
-from media.coding import VOID, Coding
 from media.files import hold, keep_apart, whole
+from outputs import report, writers
+from outputs.run_folder import Manifest, stamp
+from system import distributed, errors
+from tracking import confidence, pipeline
+from tracking.confidence import Confidence
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -46,7 +43,7 @@ Table = dict[str, dict[str, float]]  # one row of measures for each sequence or 
 
 
 @dataclass
-class Options(segment.Options):
+class Options(pipeline.Options):
     """What `evaluate` needs to know beside model and data; the flags of `main.py`."""
 
     results: Path | None = None  # folder for masks, videos and tables; None keeps nothing
@@ -131,7 +128,7 @@ def _write_tables(scored: list[Sequence], scores: Scores, manifest: Manifest, op
     run = report.Run(options.results.name, options.results, scores, {
         s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
     name = "report_selected.html" if earlier else "report.html"
-    return report.write(options.results / name, scored, [run], options.facts | {"speed": speed})
+    return report.write(options.results / name, scored, [run], manifest.made_by | {"speed": speed})
 
 
 def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
@@ -144,7 +141,7 @@ def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
     folders = [options.results / s.name for s in todo] if options.results else []
     with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
                   disable=distributed.rank() > 0) as bar:
-        def seen(frame: segment.Frame) -> None:
+        def seen(frame: pipeline.Frame) -> None:
             manifest.begin(folders)  # not before: nothing is left where a first frame is refused
             bar.update(frame.index > 0)
 
@@ -185,7 +182,7 @@ def _score(manifest: Manifest, name: str) -> metrics.SequenceScore:
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     seen: Callable[[segment.Frame], object] = lambda _: None
+                     seen: Callable[[pipeline.Frame], object] = lambda _: None
                      ) -> metrics.SequenceScore:
     """Segment a sequence; masks are written and scored in the background.
 
@@ -196,36 +193,36 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         seen: called with each frame.
     """
     scores = Score(sequence)
-    outputs: list[segment.Sink] = [scores]
+    outputs: list[pipeline.Sink] = [scores]
     kept = None
     if options.results:
-        kept = segment.Progress(options.results / sequence.name, sequence)
+        kept = pipeline.Progress(options.results / sequence.name, sequence)
         kept = kept.load(model)
         film = options.results / f"{sequence.name}.mp4"
-        outputs += [sinks.Masks(options.results / sequence.name, sequence),
+        outputs += [writers.Masks(options.results / sequence.name, sequence),
                     Confidence(_confidence_of(options.results, sequence), sequence,
                                kept.index is not None)]
         if options.videos:
-            outputs.append(sinks.Film(film, sequence, lambda frame:
+            outputs.append(writers.Film(film, sequence, lambda frame:
                                       drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
             film.unlink(missing_ok=True)  # of other masks
-    frames = segment.track(model, sequence, sequence.given(), options, kept)
-    segment.drain(frames, outputs, kept, seen)
+    frames = pipeline.track(model, sequence, sequence.given(), options, kept)
+    pipeline.drain(frames, outputs, kept, seen)
     if options.results:  # all of them only serve a run that goes on
         for i in set(range(len(sequence))) - set(sequence.wanted):
             (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
     return scores.found
 
 
-class Score(segment.Sink):
+class Score(pipeline.Sink):
     """J and F of frames with truth but the first and the last, as the DAVIS protocol has it."""
 
     def __init__(self, sequence: Sequence):
         self.sequence, self.frames = sequence, set(sequence.scored)
         self.found = metrics.SequenceScore(sequence.scored_objects())
 
-    def write(self, frame: segment.Frame) -> None:
+    def write(self, frame: pipeline.Frame) -> None:
         if frame.index in self.frames:
             truth = self.sequence.truth(frame.index)
             object_ids = self.sequence.scored_objects(frame.index)

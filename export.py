@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import build
 import eight_bit
 import lite
 import preprocess
+from cli import setup
 from media import files
 from media.shown import Prompts
 from network import graphs
@@ -40,7 +40,7 @@ CLOSE_8_BITS = 0.04
 
 
 def run(args: argparse.Namespace) -> None:
-    model = build.model_in_use(args).cpu().eval()
+    model = setup.load_for_inference(args).cpu().eval()
     with files.hold(args.export_dir, instead="another folder (--export_dir)"):
         export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
@@ -82,7 +82,7 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
         "network": {"stride": model.encoder.spec.stride, "zoom": model.zoom,
                     "mean": preprocess.IMAGENET_MEAN, "std": preprocess.IMAGENET_STD,
                     "dilation": model.dilation, "widths": model.reader.widths,
-                    "shown": model.prompts is not None},
+                    "edges": model.edges, "shown": model.prompts is not None},
         "graphs": written}, indent=1))
     most, mean = _apart(model, lite.load(folder))
     model.precision = precision
@@ -100,9 +100,9 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], list[str]]]:
     """Of each graph the module, inputs to trace it with, and what its outputs are called."""
     (h, w), spec = CELLS, model.encoder.spec
-    encode = graphs.Encode(model.encoder, model.reader)
+    encode = graphs.Encode(model.encoder, model.reader, model.edges)
     image = torch.rand(2, 3, h * spec.stride, w * spec.stride)
-    names = [f"level{i}" for i in range(len(spec.levels))]
+    names = [f"level{i}" for i in range(len(spec.levels) + model.edges)]
     frame, view = (dict(zip((*graphs.SEEN, *names), encode(x[None]))) for x in image)
     views = frame | {name: torch.cat([frame[name], view[name]]) for name in ("key", "shared")}
     masks = torch.rand(2, 3, h * model.side, w * model.side).softmax(1)
@@ -127,10 +127,11 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     if model.prompts is not None:
         clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),
                           (torch.arange(count) for count in (2, 3, 4, 5))))
-        prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *frame["level0"].shape[2:])}
+        finest = frame[names[int(model.edges)]].shape[2:]
+        prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *finest)}
         inputs = {"image": image[:1], "unit": frame["unit"]} | prompts | clicks
         inputs |= {name: frame[name] for name in names}
-        parts["show"] = graphs.Show(model.prompts, spec.finer), inputs, ["logits"]
+        parts["show"] = graphs.Show(model.prompts, spec.finer, model.edges), inputs, ["logits"]
     return parts
 
 

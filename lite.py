@@ -18,18 +18,17 @@ from typing import Any
 
 import numpy as np
 
-import errors
-import version
+from masks.read import read_masks
 from media import drawing, files, images
 from media.background import progress
 from media.files import hold, keep_apart
-from media.masks import read_masks
 from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
 from network.outliers import decide
-from prompts import in_order, masks_of
+from system import errors, version
 from tracker import Tracker, resized
+from tracking.prompting import in_order, masks_of
 
 PROGRAM = "lite.py"  # in manifest.json, which main.py writes too
 DESCRIPTION = "videomatch.json"

@@ -16,19 +16,16 @@ from pathlib import Path
 
 import torch
 
-import build
-import distributed
-import errors
 import evaluate
 import export
-import flags
-import own_video
 import train
-from build import device_of
-from data.stills import Stills
+from cli import options, segment, setup
+from cli.setup import select_device
 from davis import for_training, split
 from network import precision
-from training import prompts as train_prompts
+from system import distributed, errors
+from training import prompt_training as train_prompts
+from training.static_images import Stills
 
 log = logging.getLogger("videomatch")
 
@@ -46,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a code page may lack what a file's name has
             stream.reconfigure(errors="replace")
     try:
-        args = flags.parse(argv)
+        args = options.parse(argv)
         logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
         distributed.start()
         if distributed.rank():
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
-        device_of(args.cuda_device)  # what isn't there is told before anything is read
-        {"train": run_train, "eval": run_eval, "segment": own_video.run,
+        select_device(args.cuda_device)  # what isn't there is told before anything is read
+        {"train": run_train, "eval": run_eval, "segment": segment.run,
          "export": export.run}[args.mode](args)
         distributed.end()
     except BrokenPipeError:  # nobody reads what is printed; every file was written before
@@ -97,45 +94,46 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def run_train(args: argparse.Namespace) -> None:
     stills = [still for folder in args.stills for still in Stills(folder)]
-    sequences = for_training(build.data(args).sequences) if args.dataset or args.demo else []
+    with_videos = args.dataset or args.demo or not args.stills
+    sequences = for_training(setup.load_dataset(args).sequences) if with_videos else []
     training, held_out = (split(sequences, args.validation_size, args.seed) if sequences
                           else ([], []))
     if args.prompts:
         return run_train_prompts(args, training, held_out, stills)
     torch.manual_seed(args.seed)
-    model = build.model_of(args)
+    model = setup.build_model(args)
     model.precision = precision.of(args.precision, model.device, model.method, training=True)
     frames = sum(len(source.labelled) for source in (*training, *stills))
     each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s", len(training),
              len(stills), ", ".join(s.name for s in held_out) or "none")
-    train.train(model, training, held_out, build.training(args, model, iterations), stills)
+    train.train(model, training, held_out, setup.training_options(args, model, iterations), stills)
 
 
 def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
                       stills: list) -> None:
     stills, apart = train_prompts.split_stills(stills, args.validation_size, args.seed)
     torch.manual_seed(args.seed)
-    model = build.model_of(args)
+    model = setup.build_model(args)
     frames = sum(len(source.labelled) for source in (*training, *stills))
     iterations = args.epochs * (frames if args.iters == -1 else args.iters)
     log.info("%d sequences and %d still images to train on, held out: %s, and %d still images",
              len(training), len(stills),
              ", ".join(sequence.name for sequence in held_out) or "none", len(apart))
     train_prompts.train_prompts(model, training, stills, [*held_out, *apart],
-                                build.training(args, model, iterations))
+                                setup.training_options(args, model, iterations))
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    sequences = build.data(args).sequences
-    model = build.model_in_use(args)
-    source = "demo" if args.demo else str(args.dataset.resolve())
+    sequences = setup.load_dataset(args).sequences
+    model = setup.load_for_inference(args)
+    source = "demo" if args.demo else str((args.dataset or setup.DAVIS).resolve())
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
-        set_name=build.set_name(args), videos=args.visualize or args.demo,
-        facts=build.facts(args, model, {"data": source}),
-        overwrite=args.overwrite or args.demo, **build.road(args, model)))
+        set_name=setup.split_name(args), videos=args.visualize or args.demo,
+        facts=setup.run_metadata(args, model, {"data": source}),
+        overwrite=args.overwrite or args.demo, **setup.pipeline_options(args)))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ CVPR 2016; averaged over objects as in DAVIS-2017.
 import cv2
 import numpy as np
 
-from media.coding import VOID
-from media.validation import binary_mask, check_same_size, id_mask
+from masks.encoding import VOID
+from masks.validation import binary_mask, check_same_size, id_mask
 
 BOUND = 0.008  # tolerance of F, as a share of the image diagonal
 RECALL_THRESHOLD = 0.5

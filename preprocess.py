@@ -9,17 +9,17 @@ import logging
 import math
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-import errors
-from data.motion import recoloured
+from masks.read import read_masks
+from masks.validation import check_frame
 from media import drawing, figures, images
-from media.masks import read_masks
-from media.validation import check_frame
+from system import errors
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,21 @@ def to_image(tensor: torch.Tensor) -> np.ndarray:
     """(3, H, W) ImageNet-normalised -> (H, W, 3) uint8 RGB: the inverse of `to_tensor`."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((tensor.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def recoloured(image: np.ndarray, light: float, contrast: float, saturation: float,
+               hue: float) -> np.ndarray:
+    """(H, W, 3) uint8 RGB with factors of light, contrast and saturation, hue turned by radians.
+
+    All four are linear in RGB: hue turns about grey in YIQ (Haeberli: Matrix operations for image
+    processing, 1993).
+    """
+    grey = np.array([0.299, 0.587, 0.114])
+    to_yiq = np.array([grey, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
+    change = np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ to_yiq
+    offset = np.full((3, 1), 128 * light * (1 - contrast))
+    return cv2.transform(image, np.concatenate([change * light * contrast, offset], 1))
 
 
 class Augment:

@@ -13,8 +13,8 @@ from typing import Any, Self
 import cv2
 import numpy as np
 
+from masks.validation import check_normalized, id_mask
 from media.images import resize_mask
-from media.validation import check_normalized, id_mask
 from network.outliers import decide, keep_identities, remove_outliers
 from network.state import MEM_EVERY, Array
 

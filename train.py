@@ -3,32 +3,37 @@
 Whole sequences are held out. It knows neither flags nor how samples are drawn.
 """
 
-import copy
 import logging
 
 import numpy as np
 import torch
 
-import distributed
 import preprocess
-from data.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
-from data.stills import Still
 from davis import Sequence
 from media.background import interruptible, progress
-from network.losses import LOSSES
+from network.losses import LOSSES, grouping
+from network.sets import Sets
+from network.state import Features, State
 from network.views import labels_of, shares_of
+from system import distributed
 from training.options import GRADIENT, Options, one_cycle
 from training.report import Report
+from training.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
+from training.static_images import Still
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
 DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
+NEW_RATE = 25  # likewise of object tokens and edges, which start without effect
 KEY_RATE = 3  # likewise of what compares cells, which starts well
 KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
+COARSE_WEIGHT = 0.3  # of that of object tokens alone
+GROUPING_WEIGHT = 0.25  # of the union of objects and their identities, beside the other losses
+LEARNED = 4  # last frames of a clip that gradients flow through; those before cost a third
+COARSE = 4  # pixels of a frame on each side of one that losses beside the decoder's see
 START = 16  # images of which the first keys are made
-FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
@@ -62,6 +67,8 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
         raise ValueError(f"nothing to train on: all objects are too small. {TOO_SMALL}")
     if model.prompts is not None:
         keep_encoder(model)
+    if model.refined:
+        model.extend()
     if model.refined and not model.facts:  # not loaded from anywhere
         start(model, training or stills, options.shape)
     optimizer, schedule = optimizer_of(model, options)
@@ -126,9 +133,12 @@ def optimizer_of(model: VideoMatch, options: Options):
     parts = [(list(model.encoder.parameters()), 1)]
     if model.refined:
         keys = model.reader.comparing()
+        new = [p for part in (model.reader.tokens, model.decoder.edges) if part is not None
+               for p in part.parameters()]
+        apart = {id(p) for p in (*keys, *new)}
         others = [p for part in (model.reader, model.decoder) for p in part.parameters()
-                  if all(p is not key for key in keys)]
-        parts += [(keys, KEY_RATE), (others, DECODER_RATE)]
+                  if id(p) not in apart]
+        parts += [(keys, KEY_RATE), (others, DECODER_RATE), (new, NEW_RATE)]
     rates = [times * options.learning_rate for _, times in parts]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.requires_grad], "lr": rate}
@@ -164,11 +174,12 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
     """The loss of a clip, (T, 3, H, W) and (T, H, W) ids 0 to N.
 
     The first frame is the reference. Each of the others is segmented with what the model itself
-    found in those before, all objects at once.
+    found in those before, all objects at once. Only the last `LEARNED` count: the first ones of a
+    long clip serve to let errors grow that the last ones have to live with.
     """
     features, object_ids = model.encode(images), range(1, int(masks[0].max()) + 1)
     first, mask = features.frame(0), masks[0].cpu().numpy().astype(np.uint8)
-    memory, sets = None, None
+    memory = sets = None
     if model.method == "memory":
         grid = tuple(first.near.shape[1:3])
         pixels = shares_of(mask, tuple(model.side * side for side in grid), object_ids)
@@ -176,43 +187,42 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
                              model.array(labels_of(mask, grid, object_ids)[None]))
     if first.matched.requires_grad:
         sets = model.refer_sets(None, first.matched[0], mask, object_ids)
-    size, total = masks.shape[1:], 0
-    for t in range(1, len(images)):
-        frame, outputs = features.frame(t), []
-        if sets:
-            weight = FEATURE_WEIGHT if model.method == "memory" else 1
-            outputs.append((model.match(frame, sets) / model.temperature, weight))
-        if memory:
-            logits, scores = model.step(memory, frame)
-            outputs += [(logits, 1), (scores / model.temperature, KEY_WEIGHT)]
-            # the frames of a clip lie apart already: each goes into the long-term memory
-            memory = model.remember(memory, frame, logits.softmax(0), long=True)
-        for output, weight in outputs:
-            found = model.enlarged(output, size)
-            total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
-    return total / (len(images) - 1)
+    counted = max(1, len(images) - LEARNED) if model.method == "memory" else 1
+    with torch.no_grad():
+        for t in range(1, counted):
+            logits, _ = model.step(memory, features.frame(t))
+            memory = _remembered(model, memory, features.frame(t), logits)
+    total = torch.zeros(())
+    for t in range(counted, len(images)):
+        loss, memory = _loss_of_frame(model, features.frame(t), masks[t], memory, sets, losses)
+        total = total + loss
+    return total / (len(images) - counted)
 
 
-def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
-             options: Options) -> VideoMatch:
-    """A copy of the model, fitted to the reference frame of a video by augmenting it.
+def _remembered(model: VideoMatch, memory: State, frame: Features,
+                logits: torch.Tensor) -> State:
+    """The frames of a clip lie apart already: each goes into the long-term memory."""
+    return model.remember(memory, frame, logits.softmax(0), long=True)
 
-    Args:
-        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
-        options: `iterations`, `shape`, `losses`, `learning_rate`, `weight_decay` and `seed` count.
-    """
-    precision, model = model.precision, copy.deepcopy(model)
-    model.precision = torch.float32
-    augment = preprocess.Augment(options.shape)
-    optimizer, schedule = optimizer_of(model, options)
-    rng = np.random.default_rng(options.seed)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        for _ in range(options.iterations):
-            wanted = (mask == rng.choice(np.unique(mask[mask > 0]))).astype(np.uint8)
-            clip = [augment(image, wanted), *augment.clip([(image, wanted)] * FINETUNE_FRAMES)]
-            batch = [torch.stack(parts)[None] for parts in zip(*clip)]
-            step(model, optimizer, batch, options.losses, shared=False)
-            schedule.step()
-    model.precision = precision
-    return model.eval()
+
+def _loss_of_frame(model: VideoMatch, frame: Features, mask: torch.Tensor, memory: State | None,
+                   sets: Sets | None, losses: tuple[str, ...]
+                   ) -> tuple[torch.Tensor, State | None]:
+    """The loss of a frame, and the state after it, in which the frame is as it was found."""
+    small = mask[COARSE // 2::COARSE, COARSE // 2::COARSE]
+    outputs = []
+    if sets is not None:
+        weight = FEATURE_WEIGHT if model.method == "memory" else 1
+        outputs.append((model.match(frame, sets) / model.temperature, mask, weight))
+    if memory is not None:
+        logits, scores, coarse = model.refine(memory, frame)
+        outputs += [(logits, mask, 1), (scores / model.temperature, small, KEY_WEIGHT)]
+        if coarse is not None:
+            outputs.append((coarse, small, COARSE_WEIGHT))
+        memory = _remembered(model, memory, frame, logits)
+    total = torch.zeros(())
+    for output, truth, weight in outputs:
+        found = model.enlarged(output, truth.shape)
+        total = total + weight * (sum(LOSSES[name](found, truth) for name in losses)
+                                  + GROUPING_WEIGHT * grouping(found, truth))
+    return total, memory

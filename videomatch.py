@@ -17,22 +17,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import errors
 import preprocess
 from checkpoint import Checkpointed
+from masks.read import read_masks
+from masks.validation import check_normalized, id_mask
 from media import drawing, figures, images
-from media.masks import read_masks
 from media.shown import Prompts
-from media.validation import check_normalized, id_mask
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
+from network.object_tokens import ObjectTokens
 from network.outliers import decide
 from network.prompts import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
 from network.state import COUNTS, KEYS, Features, State, blank, without
 from network.views import labels_of, reference
+from system import errors
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
@@ -55,6 +56,8 @@ class VideoMatch(Checkpointed):
         refined: there are a `Reader` and a `Decoder`.
         zoom: in use, not in training, frames are enlarged by this before the encoder, > 0.
         prompts: there is a `PromptDecoder`, for which no part of a video's road has any use.
+        object_tokens: there are `ObjectTokens` beside the memory.
+        edges: the decoder has a level of stride 2.
 
     Attributes:
         method: "matching": the scores of the reference frame decide. "paper": its sets grow with
@@ -68,7 +71,8 @@ class VideoMatch(Checkpointed):
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
                  temperature: float = 0.05, dilation: int = 100, refined: bool = False,
-                 zoom: float = 1.0, prompts: bool = False):
+                 zoom: float = 1.0, prompts: bool = False, object_tokens: bool = False,
+                 edges: bool = False):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -88,11 +92,27 @@ class VideoMatch(Checkpointed):
         channels = tuple(spec.levels.values())
         if refined:
             self.reader = Reader(spec.channels, spec.finest, 2 ** spec.finer)
+            if object_tokens:
+                self.reader.tokens = ObjectTokens(spec.channels, EVIDENCE)
             # NHWC, as in the encoder
-            self.decoder = Decoder(EVIDENCE, channels, spec.finer).to(
-                memory_format=torch.channels_last)
+            self.decoder = Decoder(EVIDENCE, channels, spec.finer,
+                                   spec.stem[1] if edges else 0).to(
+                                       memory_format=torch.channels_last)
+        self.object_tokens, self.edges = object_tokens, edges
         self.prompts = PromptDecoder(channels) if prompts else None
         self.precision = torch.float32
+
+    def extend(self) -> None:
+        """Add object tokens and the level of stride 2, unless they are there.
+
+        They have no effect until they are trained, so that a checkpoint without them can be.
+        """
+        spec = self.encoder.spec
+        whole = VideoMatch(self.encoder, refined=True, object_tokens=True, edges=bool(spec.stem))
+        if not self.object_tokens:
+            self.object_tokens, self.reader.tokens = True, whole.reader.tokens.to(self.device)
+        if not self.edges and spec.stem:
+            self.edges, self.decoder.edges = True, whole.decoder.edges.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +136,7 @@ class VideoMatch(Checkpointed):
             image = F.interpolate(image, scale_factor=scale, mode="bilinear",
                                   align_corners=False, antialias=scale < 1)
         with self._in_precision():
-            features, levels = self.encoder.pyramid(image)
+            features, levels = self.encoder.pyramid(image, self.edges)
         if self.method != "memory":
             return Features(features)
         precision = torch.float32 if self.training else self.precision
@@ -147,16 +167,28 @@ class VideoMatch(Checkpointed):
         """Logits of a frame, by what is known of its video; `remember` makes the next state of it.
 
         Returns:
-            (N+1, H/4, W/4) logits, those of the background 0; (N+1, h, w) scores, the cosines of
-            the keys alone. Differentiable.
+            (N+1, H/4, W/4) logits (H/2, W/2 with `edges`), those of the background 0; (N+1, h, w)
+            scores, the cosines of the keys alone.
+        """
+        return self.refine(state, features)[:2]
+
+    def refine(self, state: State, features: Features
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `step`, and (N+1, h, w) logits of object tokens alone, None without them.
+
+        Differentiable.
         """
         evidence, scores = self.reader.read(state, features)
-        before = state.previous[1:]
+        before, coarse = state.previous[1:], None
+        if self.object_tokens:
+            evidence, coarse = self.reader.tokens(features.unit[0], state.tokens, evidence,
+                                                  self.reader.shares(before))
+            coarse = _beside_background(coarse)
         with self._in_precision():
             logits = self.decoder(evidence, torch.stack([with_union(before), rivals(before)], 1),
                                   features.levels)
         logits = foreground_first(logits.float(), before.shape[0])
-        return F.pad(logits, (0, 0, 0, 0, 1, 0)), scores
+        return _beside_background(logits), scores, coarse
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,
                  long: bool) -> State:
@@ -293,7 +325,9 @@ class VideoMatch(Checkpointed):
 
     def configuration(self) -> dict:
         # unless it is there nothing is said of it: older models keep their digest
-        shown = {} if self.prompts is None else {"prompts": True}
+        shown = {name: True for name, there in (
+            ("prompts", self.prompts is not None), ("object_tokens", self.object_tokens),
+            ("edges", self.edges)) if there}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
@@ -309,6 +343,11 @@ class VideoMatch(Checkpointed):
         if layer != encoder.spec.layer:
             raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
         return cls(encoder, **config)
+
+
+def _beside_background(logits: torch.Tensor) -> torch.Tensor:
+    """(N, h, w) logits of objects -> (N+1, h, w), those of the background 0."""
+    return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import preprocess
 from benchmarks import common
 from benchmarks.common import peak_memory, seconds
-from build import device_of
-from data import demo
+from cli.setup import select_device
+from datasets import demo
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
 from network.views import labels_of
@@ -113,7 +113,7 @@ def line(row: dict) -> str:
 
 
 def measure_all(args: argparse.Namespace) -> dict:
-    device = device_of(args.cuda_device)
+    device = select_device(args.cuda_device)
     floor_rates = rates(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, {device} ({where}), {torch.get_num_threads()} threads, "

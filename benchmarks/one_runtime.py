@@ -47,7 +47,7 @@ def _steps(runtime: str, weights: Path, threads: int):
 
 def main(runtime: str, clip: str, mask: str, weights: str, threads: str, warm: str,
          start: str) -> None:
-    from media.masks import read_mask
+    from masks.read import read_mask
     from media.video import open_clip
     step, precision = _steps(runtime, Path(weights), int(threads))
     times, first = [], 0.0

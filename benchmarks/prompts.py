@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import prompts
 from benchmarks import common
-from build import device_of
+from cli.setup import select_device
 from davis import Davis, Sequence
 from media.shown import Prompts
-from training import prompts as train_prompts
+from tracking import prompting
+from training import prompt_training as train_prompts
 from videomatch import SHIPPED, VideoMatch
 
 CLICKS = 8  # per object; users rarely give more before they draw the mask by hand
@@ -46,7 +46,7 @@ def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict
 @torch.no_grad()
 def prompt_seconds(model: VideoMatch, repeats: int) -> float:
     """Fastest time of a box prompt, without the encoder, at the network's input size."""
-    shape = prompts.seen_size((320, 480))
+    shape = prompting.seen_size((320, 480))
     image = torch.zeros(1, 3, *shape, device=model.device)
     seen = model.prompts.look(image, *model.encoder.pyramid(image))
     times = []
@@ -58,7 +58,7 @@ def prompt_seconds(model: VideoMatch, repeats: int) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    model = VideoMatch.load(args.model_load).eval().to(device_of(args.cuda_device))
+    model = VideoMatch.load(args.model_load).eval().to(select_device(args.cuda_device))
     return measured(model, Davis(args.dataset, args.year, args.set).sequences,
                             args.repeats)
 

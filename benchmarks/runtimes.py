@@ -23,7 +23,7 @@ import torch
 import export
 from benchmarks import common
 from benchmarks.common import WARM
-from data import demo
+from datasets import demo
 from media import images
 from videomatch import SHIPPED, VideoMatch
 

@@ -21,8 +21,8 @@ import torch
 import preprocess
 from benchmarks import common
 from benchmarks.common import WARM, peak_memory, seconds
-from build import device_of
-from data import demo
+from cli.setup import select_device
+from datasets import demo
 from media import images
 from network import precision
 from tracker import Tracker
@@ -95,7 +95,7 @@ def _strips(mask: np.ndarray, count: int) -> np.ndarray:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    device = device_of(args.cuda_device)
+    device = select_device(args.cuda_device)
     model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
     model.encoder.fold_batchnorm()
     model.precision = precision.of(None, device, model.method)

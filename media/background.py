@@ -1,4 +1,4 @@
-"""Work beside the network: threads a few frames ahead or late, in order; progress; Ctrl+C."""
+"""Background threads for reading ahead and writing, progress bars, and Ctrl+C."""
 
 import signal
 import sys
@@ -10,11 +10,13 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-AHEAD = 3  # items that are got before their turn, or calls that wait
+# Items read ahead, and calls that may wait: a few even out frames that take longer than others;
+# each holds a decoded frame in memory.
+AHEAD = 3
 
 
 def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
-    """function(item) of each item in order, with AHEAD calls more under way than are asked for."""
+    """Yield function(item) for each item, in order, with up to AHEAD calls running in advance."""
     calls: deque[Future] = deque()
     for item in items:
         calls.append(pool.submit(function, item))
@@ -25,11 +27,11 @@ def ahead(pool: Executor, function: Callable, items: Iterable) -> Iterator:
 
 
 class Background:
-    """Calls of a function, one after the other, in a thread of their own.
+    """Calls a function in a background thread, one call after the other.
 
-    Leaving the context, by an error or by Ctrl+C too, waits for the calls that were made. An
-    error in one is raised by a later call, or on leaving. The calls after it are dropped: what
-    they write could contradict the gap, such as the state of a run at a frame behind it.
+    Leaving the context waits for pending calls, also after an error or Ctrl+C. An error in a call
+    is raised by a later call, or on exit. The calls after it are dropped: what they write could
+    contradict the gap, such as the state of a run at a later frame.
     """
 
     def __init__(self, function: Callable):
@@ -47,7 +49,7 @@ class Background:
             raise
 
     def __call__(self, *arguments) -> None:
-        """Arguments may not be changed any more by anybody."""
+        """Queue a call. The arguments must not be modified afterwards."""
         self.calls.append(self.thread.submit(self._call, *arguments))
         if len(self.calls) > AHEAD:
             self.calls.popleft().result()
@@ -64,10 +66,10 @@ class Background:
 
 @contextmanager
 def interruptible():
-    """Turn Ctrl+C into a flag for as long as the context lasts: it yields a function that asks.
+    """Turn Ctrl+C into a flag while the context lasts, so that the frame in progress is finished.
 
-    So what is under way ends whole. Outside of the main thread, which alone may do so, it does
-    nothing.
+    Yields a function that returns whether Ctrl+C was pressed. Only the main thread may install a
+    signal handler; in others that function always returns False.
     """
     caught: list[bool] = []
     if threading.current_thread() is not threading.main_thread():
@@ -81,7 +83,7 @@ def interruptible():
 
 
 class Lines:
-    """A file for tqdm where there is no terminal: a line for each state of the bar."""
+    """A file for tqdm that prints each state of the bar on a line of its own."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -92,7 +94,10 @@ class Lines:
 
 
 def progress(items: Iterable | None = None, **options) -> tqdm:
-    """A bar on a terminal, elsewhere a line a minute; arguments are those of tqdm."""
+    """Wrap items in a tqdm bar; without a terminal it prints one line a minute.
+
+    A log file would otherwise fill with thousands of states of the bar.
+    """
     if not sys.stderr.isatty():
         options = {"file": Lines(), "mininterval": 60, "maxinterval": 60, "miniters": 1,
                    "ascii": True, "ncols": 80} | options

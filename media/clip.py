@@ -1,7 +1,4 @@
-"""A clip, of whatever kind: frames in order. Folders of images, and what Pillow reads.
-
-Arrays come out. Video files are in `video`; what is drawn on frames it does not know.
-"""
+"""Clips as sequences of frames: folders of images, animations and stacks; `video` reads videos."""
 
 import logging
 import re
@@ -12,25 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from media import images, spool
+from media import frame_stack, images
 
 log = logging.getLogger(__name__)
 
 ANIMATIONS = (*images.SUFFIXES, ".gif", ".apng", ".avif")  # what Pillow reads; a single picture too
-FOLDER_FPS = 24.0  # of a folder of frames, which tells none
+FOLDER_FPS = 24.0  # frames per second of a clip without timestamps, the usual rate of film
 
 
 class Clip:
-    """Frames in order, counted from 0. None is kept: an hour takes the memory of a second.
+    """Frames in order, counted from 0, read as they are needed: memory doesn't grow with length.
 
     Attributes:
-        path: where it was read from.
-        files: those that the frames come from, and no others that lie beside them.
-        fps: frames per second; on the average, where that varies.
-        count: how many frames there are said to be, a hint until one has read to the end; 0 if
-            unknown.
-        shape: (H, W) of the frames that are yielded: upright, of square pixels.
-        stored: (H, W) before the pixels are made square; what FFmpeg writes as pictures.
+        path: the file or folder.
+        files: the files that hold the frames, without others in the same folder.
+        fps: frames per second, the average if it varies.
+        count: the number of frames; only an estimate until the clip was read to its end, 0 if
+            there is none.
+        shape: (H, W) of the frames that are yielded: upright, with square pixels.
+        stored: (H, W) before pixels are made square, the size at which FFmpeg exports frames.
         numbers: the numbers in the files' names, ascending; None: frames are counted from 0.
     """
 
@@ -43,15 +40,15 @@ class Clip:
     numbers: Sequence[int] | None = None
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """(H, W, 3) uint8 RGB frames from `start` on, to before `stop` or to the end."""
+        """Yield the frames from `start` to before `stop` (None: the end) as (H, W, 3) uint8 RGB."""
         return islice(self._read(start), None if stop is None else max(0, stop - start))
 
     def backwards(self, start: int) -> Iterator[np.ndarray]:
-        """The frames before `start`, the last of them first."""
+        """Yield the frames before `start`, last to first."""
         end = start
         while end > 0:
             first = self._restart(end)
-            with spool.Spool() as stack:
+            with frame_stack.Spool() as stack:
                 for image in self.frames(first, end):
                     stack.push(image)
                 while (image := stack.pop()) is not None:
@@ -59,11 +56,11 @@ class Clip:
             end = first
 
     def has(self, frame: int) -> bool:
-        """Whether there is such a frame: looked for, not taken from what the header says."""
+        """Whether there is such a frame; decodes up to it, since headers may be wrong."""
         return next(self.frames(frame), None) is not None
 
     def frame_name(self, frame: int) -> str:
-        """What the frame's mask is called, without suffix."""
+        """The file name of the frame's mask, without suffix."""
         return f"{frame:05d}"
 
     def number(self, frame: int) -> int:
@@ -88,11 +85,11 @@ class Clip:
         return bisect_left(self.numbers, number) if self.numbers else number
 
     def time(self, frame: int) -> float:
-        """Seconds at which a frame that was read is shown; they rise from frame to frame."""
+        """When a frame that was read before is shown, in seconds; rises from frame to frame."""
         return frame / self.fps
 
     def fit(self, mask: np.ndarray) -> np.ndarray:
-        """An (H, W) mask painted on a frame as it is stored, at `shape`; any other as it is."""
+        """Resize an (H, W) mask of the `stored` size to `shape`; return any other unchanged."""
         return images.resize_mask(mask, self.shape) if mask.shape == self.stored else mask
 
     def start_of(self, frame: int) -> int:
@@ -103,7 +100,7 @@ class Clip:
         raise NotImplementedError
 
     def _restart(self, end: int) -> int:
-        """A frame before `end` from which reading towards `end` starts without detour."""
+        """A frame before `end` at which decoding can start, for reading backwards."""
         raise NotImplementedError
 
 
@@ -159,10 +156,10 @@ class Folder(Clip):
 
 
 def _frame_files(path: Path, masks: Iterable[str | Path]) -> list[Path]:
-    """The images of a folder that are frames; what is left out is said."""
+    """The images of a folder that are frames; those left out as masks are logged."""
     named = {Path(mask).resolve() for mask in masks}
     files = images.files_in(path)
-    # those that the toolkit made, of a box or by --annotate; unless there is nothing else
+    # masks that the toolkit wrote for a box or point, unless the folder holds nothing else
     made = {file for file in files if re.fullmatch(r"mask_\d{5,}\.png", file.name)}
     left_out = {file for file in files if file.resolve() in named}
     if len(made) < len(files):
@@ -209,7 +206,7 @@ class Animation(Clip):
                 try:
                     image.seek(frame)
                     picture = images.rgb(images.upright(image)) if frame >= start else None
-                except Exception as error:  # whatever Pillow raises
+                except Exception as error:  # Pillow raises many kinds for damaged files
                     log.warning("%s: ends after %d frames, though it declares %d (%s)", self.path,
                                 frame, self.count, error)
                     self.count = frame

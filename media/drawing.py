@@ -1,13 +1,13 @@
-"""Masks drawn over frames, and objects cut out of them: arrays in, arrays out."""
+"""Draws masks over frames and cuts objects out of them."""
 
 import cv2
 import numpy as np
 
 
 def _davis_palette() -> np.ndarray:
-    """(256, 3) uint8: the colour map of PASCAL VOC, which DAVIS uses for object ids.
+    """The PASCAL VOC colour map, (256, 3) uint8, which DAVIS uses for object ids.
 
-    Bits 0, 1, 2 of the id, then 3, 4, 5 and so on, become bits 7, 6, ... of red, green, blue.
+    Bits 0, 1, 2 of an id become bit 7 of red, green and blue, bits 3, 4, 5 bit 6, and so on.
     """
     ids = np.arange(256)
     palette = np.zeros((256, 3), dtype=np.uint8)
@@ -19,17 +19,22 @@ def _davis_palette() -> np.ndarray:
 
 
 PALETTE = _davis_palette()
-SOFT = 0.8  # pixels, standard deviation of an edge of which only the mask is known
-RAMP = 0.6  # difference of probability from clear to opaque
-EDGE = 5  # pixels: an edge is at most half as wide on each side of the mask's
+# Standard deviation in pixels of the blur at an edge for which there are no probabilities: enough
+# to hide the stairs of a mask, too little to show background.
+SOFT = 0.8
+# Range of probability from transparent to opaque, around the threshold. A smaller one gives hard
+# edges; a larger one lets uncertain areas inside an object turn translucent.
+RAMP = 0.6
+EDGE = 5  # pixels; an edge reaches half as far outside the mask, so that stray pixels stay out
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Colour each object and draw its outline.
+    """Tint each object in its palette colour and draw a white outline around it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        mask: (H, W) uint8, 0 background, else the object's id.
+        mask: (H, W) uint8 object ids, 0 background.
+        opacity: of the tint, from 0 to 1.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -45,21 +50,21 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5) -> np.nda
 
 
 def areas(ids: np.ndarray) -> np.ndarray:
-    """(256,) how many pixels of a mask (H, W) have which id; much quicker than `np.bincount`."""
+    """Number of pixels of each id in an (H, W) uint8 mask, (256,); faster than `np.bincount`."""
     return cv2.calcHist([ids], [0], None, [256], [0, 256]).ravel().astype(int)
 
 
 def soft(mask: np.ndarray, probability: np.ndarray | None = None,
          threshold: float = 0.5) -> np.ndarray:
-    """How much of each pixel is of an object, soft at the edges.
+    """Compute the alpha channel of a cut-out with soft edges.
 
     Args:
         mask: (H, W), above 0 on the objects.
-        probability: (H, W) float of all objects together; without it edges are blurred a little.
-        threshold: the probability that an edge lies at.
+        probability: (H, W) float, of all objects together; None blurs the mask's edge slightly.
+        threshold: the probability at the edge of the mask.
 
     Returns:
-        (H, W) uint8 alpha, at least 128 in the mask, below it elsewhere, 0 far from it.
+        (H, W) uint8 alpha: at least 128 inside the mask, less outside, 0 away from it.
     """
     inside = (mask > 0).astype(np.uint8)
     if probability is None:
@@ -67,25 +72,32 @@ def soft(mask: np.ndarray, probability: np.ndarray | None = None,
     else:
         alpha = np.clip((probability - threshold) / RAMP + 0.5, 0, 1)
         alpha = (255 * alpha * cv2.dilate(inside, np.ones((EDGE, EDGE), np.uint8))).round()
-    # what is on which side of the edge the mask says
+    # the mask decides which side of the edge a pixel is on, so that both agree at half opacity
     return np.where(inside, np.maximum(alpha, 128), np.minimum(alpha, 127)).astype(np.uint8)
 
 
 def transparent(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB and (H, W) uint8 -> (H, W, 4) RGBA, black where it can't be seen."""
+    """Join (H, W, 3) uint8 RGB and (H, W) uint8 alpha to RGBA, black where alpha is 0.
+
+    Otherwise the background would still be in the file, for anybody who drops the alpha channel.
+    """
     return np.dstack([image * (alpha[..., None] > 0), alpha])
 
 
 def replace_background(image: np.ndarray, mask: np.ndarray, background: str) -> np.ndarray:
-    """Objects on a colour, or in front of the frame's blurred background.
+    """Put the objects on a plain colour or on the blurred frame.
 
     Args:
-        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, above 0 on the objects.
         background: "blur" or "#rrggbb".
+
+    Returns:
+        (H, W, 3) uint8 RGB.
     """
     alpha = soft(mask)[..., None] / np.float32(255)
     if background == "blur":
-        size = max(image.shape) // 16 | 1
+        size = max(image.shape) // 16 | 1  # relative, so that faces blur alike at any resolution
         behind = cv2.GaussianBlur(image, (size, size), 0)
     else:
         behind = np.full_like(image, [int(background[i:i + 2], 16) for i in (1, 3, 5)])

@@ -1,4 +1,4 @@
-"""Figures and windows, by matplotlib."""
+"""Figures and windows (matplotlib)."""
 
 import os
 import sys
@@ -14,10 +14,13 @@ Panel = tuple[str, np.ndarray]  # a title and an (H, W, 3) or (H, W) picture
 
 
 def grid(panels: list[Panel], columns: int, window: bool = False):
-    """A matplotlib figure of titled pictures; 2-D ones are probabilities in [0, 1].
+    """Arrange titled pictures in a matplotlib figure; 2-D ones are probabilities in [0, 1].
 
     Args:
-        window: it can be shown; else only saved, by Agg, whatever MPLBACKEND says.
+        panels: titles and pictures, row by row.
+        columns: pictures in a row.
+        window: create a figure that can be shown. Otherwise it can only be saved, and MPLBACKEND
+            is ignored: a notebook's backend may be missing here.
     """
     rows = -(-len(panels) // columns)
     height, width = panels[0][1].shape[:2]
@@ -57,7 +60,7 @@ def curves(path: str | Path, history: list[dict]) -> None:
 
 
 def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: Path) -> None:
-    """A `grid` in a window, or written to `path`; without a display, to `default`."""
+    """Show a `grid` in a window, or save it to `path`; without a display, to `default`."""
     figure = grid(panels, columns, window=path is None and has_display())
     if path is None and not has_display():
         print("no display, so the figure is saved instead")
@@ -72,7 +75,7 @@ def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: 
 
 
 def has_browser() -> bool:
-    """Whether a page can be opened in a window."""
+    """Whether a browser window can be opened."""
     with suppress(webbrowser.Error):
         return has_display() and webbrowser.get() is not None
     return False
@@ -87,13 +90,13 @@ def has_display() -> bool:
 
 
 def _figure(window: bool, size: tuple[float, float]):
-    """An empty figure of (width, height) inches."""
+    """Create an empty figure of (width, height) inches."""
     if window:
         return _pyplot().figure(figsize=size, layout="constrained")
-    # on import matplotlib looks for the backend that MPLBACKEND names, and fails without it
+    # importing matplotlib fails if the backend that MPLBACKEND names isn't installed
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        from matplotlib.figure import Figure  # takes a second, and evaluation may never need it
+        from matplotlib.figure import Figure  # importing it takes a second
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend

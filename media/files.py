@@ -88,10 +88,12 @@ def hold(folder: Path, stem: str = "", instead: str = "another folder (--results
         ValueError: another run holds it; the message says which.
         OSError: nothing can be written there; it names `folder`.
     """
-    lock = FileLock(folder / (f".{stem}.lock" if stem else ".lock"), thread_local=False)
-    holder = Path(f"{lock.lock_file}.holder")  # older versions of filelock empty the lock file
+    path = folder / (f".{stem}.lock" if stem else ".lock")
+    holder = path.with_name(f"{path.name}.holder")  # older versions of filelock empty the lock file
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # whoever may write into the folder may lock it: it may be a group's
+        lock = FileLock(path, mode=folder.stat().st_mode & 0o666, thread_local=False)
         lock.acquire(timeout=0)
     except Timeout:
         try:

@@ -1,7 +1,4 @@
-"""Images as files, read and written, and masks written; what a mask file means: media/masks.py.
-
-It knows of arrays only: no tensor, no network, no data set.
-"""
+"""Reads and writes image files, and writes masks; `masks.read` decides what a mask file means."""
 
 import logging
 import re
@@ -20,35 +17,37 @@ from media.files import whole
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-# not part of a date, a time or an address (2024.11.14)
+# A decimal number in a file name, unless it is part of a date or an address (2024.11.14).
 DECIMAL = r"(?<![0-9.])[0-9]+\.[0-9]+(?!\.?[0-9])"
 MOVING = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # formats whose pictures may be frames
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # EXIF tag
 _several: set[tuple[Path, str | None]] = set()  # folders and formats that `open_image` has logged
-ENLARGED = 2  # times at most, for the network: small things need cells of their own
+# Largest factor by which small frames are enlarged for the network, so that small objects cover
+# feature locations of their own; a larger one adds cost, but no detail.
+ENLARGED = 2
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8 RGB, turned as its EXIF orientation tells.
+    """Read an image file as (H, W, 3) uint8 RGB, turned by its EXIF orientation.
 
-    Grey of 16 bits is scaled by the whole range, whatever part of it a frame uses: else a clip
-    would flicker.
+    16-bit grey is scaled by the whole range of 16 bits, not by the values in the file: otherwise
+    the brightness of a clip would flicker from frame to frame.
 
     Raises:
-        OSError: no such file, or not a whole image; the message names it.
+        OSError: the file is missing, no image, or truncated; the message names it.
     """
     return rgb(open_image(path, "an image"))
 
 
 def rgb(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture of any mode; see `read_image`."""
+    """Convert an image of any mode to (H, W, 3) uint8 RGB; see `read_image` for 16 bits."""
     if image.mode.startswith(("I", "F")):
         return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """(H, W) of 16 or 32 bits -> uint8; what is a fraction runs from 0 to 1."""
+    """Scale (H, W) values of 16 or 32 bits to uint8; floats up to 1 are fractions of white."""
     if np.issubdtype(values.dtype, np.floating):
         whole_range = 1.0 if values.max(initial=0) <= 1 else 255.0
     else:
@@ -57,7 +56,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 RGB in the format that the file's name says."""
+    """Write (H, W, 3) uint8 RGB in the format of the path's suffix."""
     with whole(path) as beside:
         Image.fromarray(image).save(beside, quality=90)
 
@@ -65,16 +64,20 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 def write_mask(path: str | Path, mask: np.ndarray) -> None:
     """Write a (H, W) uint8 mask as PNG with the DAVIS palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
-    image.putpalette(PALETTE.tobytes())  # which makes a grey image a palette one
+    image.putpalette(PALETTE.tobytes())  # turns a grey image into a palette image
     with whole(path) as beside:
         image.save(beside, format="PNG")
 
 
 def image_shape(path: str | Path, what: str) -> tuple[int, int]:
-    """(H, W) of an image file, from its header; raises as `read_image` does."""
+    """Read the size (H, W) of an image from its header alone; raises as `read_image` does.
+
+    Args:
+        what: what the file should be, for the error message ("a frame").
+    """
     with _naming(path, what), Image.open(path) as image:
-        # a PNG that doesn't tell at its start would be decoded to look at its end
-        # a TIFF has been turned by Pillow already
+        # a PNG may have its EXIF block at the end, which would mean decoding all of it; Pillow has
+        # already turned a TIFF
         tells = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
         if tells and image.getexif().get(ORIENTATION, 1) >= 5:  # turned by 90 degrees
             return image.width, image.height
@@ -82,7 +85,7 @@ def image_shape(path: str | Path, what: str) -> tuple[int, int]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The images in a folder, by name, frame_2 before frame_10; hidden files are none."""
+    """List the images in a folder in natural order (frame_2, frame_10), without hidden files."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES
              and not file.name.startswith(".") and file.is_file()]
     return sorted(files, key=partial(natural, decimals=has_decimals(files)))
@@ -114,7 +117,7 @@ def has_decimals(files: Iterable[Path]) -> bool:
 
 def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tuple[int, ...],
                      what: str = "a mask") -> None:
-    """Raise a ValueError that names `path` unless its (H, W, ...) is that of `expected_path`."""
+    """Raise a ValueError that names `path` unless its (H, W) is that of `expected_path`."""
     if expected[:2] != shape[:2]:
         turned = " (turned by 90 degrees?)" if expected[:2] == shape[1::-1] else ""
         raise ValueError(f"{path}: {what} of {shape[1]}x{shape[0]} pixels, expected "
@@ -122,13 +125,16 @@ def check_same_shape(expected_path, expected: tuple[int, ...], path, shape: tupl
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
-    """The first picture of an image file, turned as a viewer shows it; raises as `read_image`.
+    """Open an image file, turned upright, at its first picture; raises as `read_image` does.
 
-    A file with more pictures is logged, the first one of each kind in a folder.
+    If it holds several pictures that is logged, once per folder and format.
+
+    Args:
+        what: what the file should be, for the error message ("a mask").
     """
     with _naming(path, what):
         image = Image.open(path)
-        with suppress(Exception):  # later pictures may be damaged: they are of no use here
+        with suppress(Exception):  # damage to later pictures doesn't matter here
             _tell_several(path, image)
         image.load()
         return upright(image)
@@ -143,12 +149,12 @@ def _tell_several(path: str | Path, image: Image.Image) -> None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF orientation says; Pillow itself turns those of a TIFF."""
+    """Turn a picture by its EXIF orientation; Pillow itself does so for a TIFF."""
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) > 1 else image
 
 
 def open_pictures(path: str | Path, what: str) -> Image.Image:
-    """An image file of which every picture is wanted, to `seek` in; raises as `read_image`."""
+    """Open an image file to `seek` through all its pictures; raises as `read_image` does."""
     with _naming(path, what):
         image = Image.open(path)
         image.load()
@@ -156,10 +162,10 @@ def open_pictures(path: str | Path, what: str) -> Image.Image:
 
 
 def pictures(image: Image.Image) -> int:
-    """The number of frames in an image file: 1 where its pictures are versions of one.
+    """Count the frames of an image file; 1 if its pictures are versions of the same one.
 
-    So are the preview and the depth map of a photo (MPO), and the pages of a TIFF that differ in
-    size: the levels of a pyramid, a thumbnail.
+    Those are the preview and depth map of a photo (MPO), and TIFF pages that differ in size, such
+    as the levels of a pyramid or a thumbnail.
     """
     if image.format != "TIFF":
         return getattr(image, "n_frames", 1) if image.format in MOVING else 1
@@ -170,7 +176,7 @@ def pictures(image: Image.Image) -> int:
             sizes.append(image.size)
     except EOFError:
         pass
-    except Exception:  # whatever Pillow raises of a damaged page, which reading will name
+    except Exception:  # a damaged page, which is counted so that reading reports it
         sizes.append(sizes[0])
     image.seek(0)
     return len(sizes) if len(set(sizes)) == 1 else 1
@@ -178,7 +184,7 @@ def pictures(image: Image.Image) -> int:
 
 @contextmanager
 def _naming(path: str | Path, what: str):
-    """Turn whatever Pillow raises into an OSError that names the file and what was expected."""
+    """Turn any exception of Pillow into an OSError that names the file and what was expected."""
     try:
         yield
     except FileNotFoundError:
@@ -188,23 +194,26 @@ def _naming(path: str | Path, what: str):
 
 
 def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8 mask to another (H, W), by nearest neighbour."""
+    """Resize an (H, W) uint8 mask to another (H, W) by nearest neighbour."""
     if mask.shape == tuple(shape):
         return mask
     return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def working_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
-    """(H, W) of a frame for the network: the short side is `size`, unless that is 0.
+    """The size (H, W) at which the network sees a frame.
 
-    Or `ENLARGED` times the frame's own where that is less.
+    Args:
+        shape: (H, W) of the frame.
+        size: length of the short side, but at most `ENLARGED` times the frame's own; 0 keeps the
+            frame's size.
     """
     scale = min(size / min(shape), ENLARGED) if size else 1.0
     return round(shape[0] * scale), round(shape[1] * scale)
 
 
 def scaled(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB at its `working_shape`."""
+    """Resize (H, W, 3) uint8 RGB to its `working_shape`."""
     shape = working_shape(image.shape[:2], size)
     if shape == image.shape[:2]:
         return image

@@ -1,4 +1,4 @@
-"""What a person shows of one object in one frame. Who makes a mask of it is not known here."""
+"""Prompts for one object in one frame: boxes, points and the mask so far."""
 
 from dataclasses import dataclass, field
 
@@ -7,12 +7,13 @@ import numpy as np
 
 @dataclass
 class Prompts:
-    """What a person showed of one object in one frame, in pixels of the frame.
+    """Prompts for one object in one frame, in pixels of the frame.
 
     Args:
-        boxes: around it or its parts, each x, y of the upper left corner, width, height.
-        points, not_points: x, y on the object, and not on it.
-        mask: (H, W) bool, the mask so far.
+        boxes: around the object or its parts; x, y of the upper left corner, width, height.
+        points: x, y of positive points, on the object.
+        not_points: x, y of negative points, not on the object.
+        mask: (H, W) bool, the current mask; None if there is none yet.
     """
 
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
@@ -21,7 +22,12 @@ class Prompts:
     mask: np.ndarray | None = None
 
     def seen(self, part: tuple[slice, slice], shape: tuple[int, int]) -> "Prompts":
-        """The same in a part of the frame that is resized: rows and columns, and its new (H, W)."""
+        """Return the prompts in the coordinates of a cropped and resized frame.
+
+        Args:
+            part: rows and columns of the crop.
+            shape: (H, W) that the crop is resized to.
+        """
         rows, columns = part
         tall = shape[0] / (rows.stop - rows.start)
         wide = shape[1] / (columns.stop - columns.start)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,16 @@ import cv2
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from media import hdr, spool
+from media import frame_stack, hdr
 from media.clip import ANIMATIONS, FOLDER_FPS, Animation, Clip, Folder
 
 log = logging.getLogger(__name__)
 
 EXPECTED = "expected a video, an animation (GIF, APNG, WebP) or a folder of frames"
 CHECKED = 8  # first frames that the index is compared with; it costs their decoding at opening
+# a declared rate that is off by this factor is not believed, such as the 1000 frames a second of
+# what browsers record
+WRONG = 1.5
 TEXT = {"tty", "bin", "xbin", "adf", "idf"}  # formats in which FFmpeg draws text files as video
 
 
@@ -108,9 +112,14 @@ class Video(Clip):
         if self._indexed:
             self._keys += [n for n, (_, key) in enumerate(shown) if key and n]
         self.count = len(stamps) or len(packets)
+        steps = [float((b - a) * self._unit) for a, b in itertools.pairwise(stamps)]
+        if rising and steps and not 1 / WRONG < statistics.median(steps) * self.fps < WRONG:
+            rate = 1 / statistics.median(steps)
+            log.info("%s: declares %.4g frames a second, taken as %.4g by their times", self.path,
+                     self.fps, rate)
+            self.fps = rate
         self._seconds = [float((decoded[0] or 0) * self._unit)]
-        for before, stamp in itertools.pairwise(stamps):
-            step = float((stamp - before) * self._unit)
+        for step in steps:
             # 0 or back: parts with times of their own follow each other
             self._seconds.append(self._seconds[-1] + (step if step > 0 else 1 / self.fps))
 
@@ -220,7 +229,7 @@ class Video(Clip):
 
     def _restart(self, end: int) -> int:
         """The key frame from which the frames before `end` fill the memory; at least the last."""
-        fit = max(1, spool.MEMORY // (3 * self.shape[0] * self.shape[1]))
+        fit = max(1, frame_stack.MEMORY // (3 * self.shape[0] * self.shape[1]))
         return self._keys[min(bisect_left(self._keys, end - fit),
                               bisect_left(self._keys, end) - 1)]
 

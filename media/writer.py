@@ -1,7 +1,6 @@
-"""Video files, written frame by frame, with the sound of another file.
+"""Writes videos frame by frame, with the sound of another file.
 
-What browsers, notebooks and QuickTime play (H.264), and with transparency what editors take
-(ProRes 4444, VP9). It knows of arrays only.
+H.264 plays in browsers, notebooks and QuickTime; for transparency editors take ProRes 4444 and VP9.
 """
 
 import logging
@@ -21,13 +20,15 @@ from media.files import whole
 
 log = logging.getLogger(__name__)
 
-# of each kind of file: encoder, pixels, options, the longest side that it takes
+# For each suffix: encoder, pixel format, encoder options, longest side that it accepts.
 KINDS = {
-    # without mbtree, whose vector code reads past the rows of small frames: the file would differ
+    # superfast: encoding must not slow down segmentation; crf 18: no visible loss, at the price of
+    # larger files. mbtree reads past the rows of small frames, so that files differ between runs.
     ".mp4": ("libx264", "yuv420p", {"preset": "superfast", "crf": "18", "x264-params": "mbtree=0"},
              16384),
     ".mov": ("prores_ks", "yuva444p10le", {"profile": "4444", "vendor": "apl0"}, 65535),
-    # without alternate references, which lose the transparency
+    # good and cpu-used 4: the slower settings take several times as long for little. Alternate
+    # reference frames lose the transparency.
     ".webm": ("libvpx-vp9", "yuva420p", {"crf": "24", "b": "0", "deadline": "good",
                                          "cpu-used": "4", "row-mt": "1", "auto-alt-ref": "0"},
               65535),
@@ -36,24 +37,28 @@ KINDS = {
 # every player of the container knows, at rates above which hardly anybody hears a difference;
 # editors get samples as they are, since they encode again.
 SOUND = {".mp4": ("aac", 192_000), ".mov": ("pcm_s16le", 0), ".webm": ("libopus", 128_000)}
-BT709 = 1  # matrix, primaries and transfer, as ITU-T H.273 numbers them
-LIMITED = 1  # range of brightness, 16 to 235
+# Written into the file, because players guess the colours of untagged files by their size.
+BT709 = 1  # matrix, primaries and transfer characteristics (ITU-T H.273)
+LIMITED = 1  # luma from 16 to 235
 
 
 class VideoWriter:
-    """Write RGB or RGBA frames to a video: .mp4 (H.264), or .mov, .webm (with transparency).
+    """Writes RGB or RGBA frames to a video: .mp4 (H.264), or .mov and .webm with transparency.
 
-    The file is opened at once, so that what can't be written fails before there is work to lose;
-    it appears when the writer is left, if a frame was written. Use as a context manager.
+    Use as a context manager. The file is created at once, under a temporary name, so that a folder
+    that can't be written to fails before there is work to lose. It gets its name on exit, if any
+    frame was written and there was no error.
 
     Args:
-        fps: frames per second where `write` is given no times; any number above 0.
-        sound: a video whose sound is taken along, beginning with the first frame. What has none
-            is left silent.
+        path: the video to write; its suffix selects the codec.
+        fps: frames per second where `write` is given no times; 24 is used in place of a rate that
+            is no positive number.
+        sound: a video whose sound is added, from the time of the first frame written. A file
+            without sound, or that is no video, leaves the result silent.
 
     Raises:
         ValueError: the suffix is none of these.
-        OSError: nothing can be written there, or the disk is full; it names `path`.
+        OSError: the file can't be written or the disk is full; the error names `path`.
     """
 
     def __init__(self, path: str | Path, fps: float = 24, sound: str | Path | None = None):
@@ -61,7 +66,8 @@ class VideoWriter:
         if self.path.suffix not in KINDS:
             raise ValueError(f"{path}: expected one of {', '.join(KINDS)}")
         rate = Fraction(fps if 1e-3 < fps < 1e5 else 24).limit_denominator(1001)
-        # at least 1/90000 s, and a whole number of it for each frame where the rate is constant
+        # the time base: 1/90000 s or finer, and a whole number of units per frame at a constant
+        # rate, since rounding would make playback jitter
         self._unit = 1 / (rate.numerator * Fraction(math.ceil(90000 / rate.numerator)))
         self._rate, self._sound_of = rate, sound
         self._stream: av.VideoStream | None = None
@@ -69,8 +75,8 @@ class VideoWriter:
         self._cut = 0  # units that were taken out of the clip's times
         with ExitStack() as files:
             beside = files.enter_context(whole(path))
-            beside.touch()  # which av.open puts off until the first frame
-            # with the index in front, so that it plays before it is loaded to the end
+            beside.touch()  # av.open creates it only at the first frame
+            # the index in front lets a browser play the file before all of it is loaded
             options = {"movflags": "+faststart"} if self.path.suffix != ".webm" else {}
             self._container = av.open(f"file:{beside}", "w", options=options)
             files.push(self._close)
@@ -80,10 +86,10 @@ class VideoWriter:
         """Append a frame.
 
         Args:
-            image: (H, W, 3) RGB or (H, W, 4) RGBA uint8, all of one shape. What H.264 can't hold
-                is padded (odd sides, by a row or column) or reduced (over 16384 pixels).
-            time: seconds, from any zero, at which it is shown; by default one frame after the
-                one before.
+            image: (H, W, 3) RGB or (H, W, 4) RGBA uint8, the same shape for all frames. For H.264
+                odd sides are padded by a row or column and sides over 16384 pixels scaled down.
+            time: when the frame is shown, in seconds from any origin; defaults to one frame
+                duration after the last one. A gap of more than `sound.LONGEST_GAP` is closed.
         """
         with self._telling():
             if self._stream is None:
@@ -160,7 +166,7 @@ class VideoWriter:
                         self._container.mux(self._sound.encode())
                 finally:
                     self._container.close()
-        else:  # that error counts, whatever follows from it
+        else:  # errors that follow from the first one must not hide it
             with suppress(av.FFmpegError, OSError):
                 self._container.close()
 
@@ -181,4 +187,4 @@ class VideoWriter:
 
 
 class _NothingWritten(Exception):
-    """So that no file appears."""
+    """Raised inside to discard the temporary file."""

@@ -6,6 +6,7 @@ from torch import nn
 
 WIDTHS = (16, 32, 96, 128)  # channels of the decoder, finest level first
 SURVEY = 64  # channels of one level more, half as fine as the coarsest features
+EDGES = 8  # channels at stride 2. All objects share the convolution that costs most
 GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
 PREVIOUS = 2  # channels of what was found in the frame before: the object, the best other one
 
@@ -46,9 +47,11 @@ class Decoder(nn.Module):
         evidence: channels of what is known of an object at a cell.
         channels: of the features, finest first; as many levels as `WIDTHS` has, or fewer.
         finer: how many of the levels are finer than the evidence.
+        stem: channels of the features of one more level, twice as fine, which sharpens edges and
+            thin parts; 0: there is none.
     """
 
-    def __init__(self, evidence: int, channels: tuple[int, ...], finer: int):
+    def __init__(self, evidence: int, channels: tuple[int, ...], finer: int, stem: int = 0):
         super().__init__()
         self.finer = finer
         widths = (*WIDTHS[:len(channels)], SURVEY)
@@ -59,6 +62,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(s, o + b, w)
                                     for s, o, b, w in zip(shared, own, below, widths))
         self.score = nn.Conv2d(widths[0], 1, 3, padding=1)
+        self.edges = Edges(stem, widths[0]) if stem else None
 
     def forward(self, evidence: torch.Tensor, previous: torch.Tensor,
                 levels: list[torch.Tensor]) -> torch.Tensor:
@@ -66,8 +70,8 @@ class Decoder(nn.Module):
 
         Args:
             evidence: (N, E, h, w).
-            previous: (N, PREVIOUS, H, W), at the finest level.
-            levels: (1, C, ., .) features, finest first.
+            previous: (N, PREVIOUS, H, W), at the finest level but the stem.
+            levels: (1, C, ., .) features, finest first, those of the stem before all others.
 
         Returns:
             (N, H, W).
@@ -84,21 +88,53 @@ class Decoder(nn.Module):
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """What all objects of a frame have in common, for `decode`."""
-        levels = [*levels, halved(levels[-1])]
+        fine = [] if self.edges is None else [self.edges.stem(levels[0])]
+        levels = [*levels[len(fine):], halved(levels[-1])]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
-        return [block.project_shared(level) for block, level in zip(self.blocks, levels)]
+        return fine + [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
     def decode(self, evidence: torch.Tensor, previous: torch.Tensor,
                shared: list[torch.Tensor]) -> torch.Tensor:
         """As `forward`, of all objects at once."""
         x = None
+        fine, shared = (None, shared) if self.edges is None else (shared[0], shared[1:])
         for i in reversed(range(len(shared))):
             own = [resized(previous if i < self.finer else evidence, shared[i])]
             if x is not None:
                 own.append(resized(x, shared[i]))
             x = self.blocks[i](shared[i], torch.cat(own, 1))
-        return self.score(F.relu(x))[:, 0]
+        x = F.relu(x)
+        logits = self.score(x)
+        return (logits if fine is None else self.edges(x, logits, fine))[:, 0]
+
+
+class Edges(nn.Module):
+    """Logits at twice the resolution: enlarged, and corrected by features that know edges.
+
+    Args:
+        stem: channels of these features.
+        width: channels at the level below.
+    """
+
+    def __init__(self, stem: int, width: int):
+        super().__init__()
+        self.stem = nn.Conv2d(stem, EDGES, 3, padding=1)
+        self.own = nn.Conv2d(width + 1, EDGES, 1)
+        self.score = nn.Conv2d(EDGES, 1, 3, padding=1)
+        nn.init.zeros_(self.score.weight)  # begins as enlargement only
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, x: torch.Tensor, logits: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+        """(N, 1, 2H, 2W).
+
+        Args:
+            x, logits: (N, C, H, W) features of each object, (N, 1, H, W).
+            fine: (1, EDGES, 2H, 2W), what `stem` makes.
+        """
+        # logits are clipped, as only those near 0 are at an edge
+        own = resized(self.own(torch.cat([x, logits.clamp(-6, 6) / 3], 1)), fine)
+        return resized(logits, fine) + self.score(F.relu(own + fine))
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ class Backbone:
     factor: float = 1.0
     top_k: int = 20
     zoom: float = 1.0
+    stem: tuple[int, int] | None = None  # index and channels of a layer of stride 2
 
     @property
     def finest(self) -> int:
@@ -78,7 +79,7 @@ BACKBONES = {
     "mobilenet": Backbone(_mobilenet_v2, "features.13 and features.16",
                           {3: 24, 6: 32, 13: 96, 16: 160}, (13, 16), 16, 4, "features.",
                           models.MobileNet_V2_Weights.IMAGENET1K_V1,
-                          factor=2.0, top_k=5, zoom=1.2),
+                          factor=2.0, top_k=5, zoom=1.2, stem=(1, 16)),
 }
 
 
@@ -157,9 +158,14 @@ class Encoder(nn.Module):
         """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w), about H and W / stride."""
         return self._joined(self._run(image, self.spec.matched))
 
-    def pyramid(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The same, and the features of all `levels` of the backbone, the finest first."""
-        levels = self._run(image, self.spec.levels)
+    def pyramid(self, image: torch.Tensor,
+                stem: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The same, and the features of all `levels` of the backbone, the finest first.
+
+        Args:
+            stem: those of stride 2 before them.
+        """
+        levels = self._run(image, [*([self.spec.stem[0]] if stem else []), *self.spec.levels])
         return self._joined(levels), list(levels.values())
 
     def _joined(self, levels: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -23,7 +23,8 @@ AXES = {
     "reference_absent": "fmg.", "memory_keys": ".sg.", "memory_valid": ".sg",
     "memory_values": ".sgo.", "memory_absent": ".sg.", "recent_keys": ".hw.", "recent_valid": ".",
     "recent_values": ".co.", "previous": "nyx", "reference_squares": "..",
-    "reference_labels": ".n", "memory_squares": "..", "memory_labels": ".n", "linear": ".n",
+    "reference_labels": ".n", "reference_tokens": "n.", "memory_squares": "..",
+    "memory_labels": ".n", "memory_tokens": "n.", "linear": ".n", "tokens": "n.",
     "frames": "", "memories": "", "unit": ".c.", "key": "vc.", "near": ".hw.", "shared": "v.hw",
     "masks": "vnyx", "labels": "vhw", "probabilities": "nYX", "image": "..YX", "known": "..yx",
     "points": "1", "not_points": "2", "fine_points": "3", "fine_not_points": "4"}
@@ -59,22 +60,22 @@ class Graph(nn.Module):
 class Encode(nn.Module):
     """A frame, of whole locations, to its features."""
 
-    def __init__(self, encoder: nn.Module, reader: nn.Module):
+    def __init__(self, encoder: nn.Module, reader: nn.Module, edges: bool):
         super().__init__()
-        self.encoder, self.reader = encoder, reader
+        self.encoder, self.reader, self.edges = encoder, reader, edges
 
     def forward(self, image):
         """(1, 3, H, W) normalised -> the fields `SEEN` of `Features`, and its levels."""
-        features = self.reader.describe(*self.encoder.pyramid(image))
+        features = self.reader.describe(*self.encoder.pyramid(image, self.edges))
         return *(getattr(features, name) for name in SEEN), *features.levels
 
 
 class Show(nn.Module):
     """What a person showed of an object in a frame, to its logits."""
 
-    def __init__(self, prompts: PromptDecoder, finer: int):
+    def __init__(self, prompts: PromptDecoder, finer: int, edges: bool):
         super().__init__()
-        self.prompts, self.finer = prompts, finer
+        self.prompts, self.finer, self.edges = prompts, finer, edges
 
     def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
                 *levels):
@@ -85,6 +86,7 @@ class Show(nn.Module):
             unit, levels: of it, as `Encode` gives them.
             known, points, ...: see `PromptDecoder.answer`.
         """
+        levels = levels[int(self.edges):]  # prompts don't use the level of stride 2
         coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])
         seen = Seen(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
         return self.prompts.answer(seen, known, [points, not_points, fine_points, fine_not_points])

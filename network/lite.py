@@ -30,6 +30,7 @@ class LiteVideoMatch:
         dilation: of outlier removal, in pixels.
         mean, std: of the colours of images that the encoder is used to, in [0, 1].
         shown: it can be shown objects.
+        edges: the first level is of stride 2.
         widths: see `Widths`.
     """
 
@@ -38,10 +39,10 @@ class LiteVideoMatch:
     inference = nullcontext
 
     def __init__(self, run: Run, stride: int, zoom: float, dilation: int, mean: list[float],
-                 std: list[float], shown: bool, widths: list[int]):
+                 std: list[float], shown: bool, edges: bool, widths: list[int]):
         self.run, self.stride, self.zoom, self.dilation = run, stride, zoom, dilation
         self.mean, self.std = np.float32(mean), np.float32(std)
-        self.shown, self.widths = shown, Widths(*widths)
+        self.shown, self.edges, self.widths = shown, edges, Widths(*widths)
         self.side = self.widths.side
 
     def normalized(self, image: np.ndarray) -> np.ndarray:
@@ -59,7 +60,7 @@ class LiteVideoMatch:
                              "boxes and clicks")
         size, image = image.shape[:2], np.ascontiguousarray(self.normalized(image)[None])
         features = self._encoded(image)
-        shapes = features.near.shape[1:3], features.levels[0].shape[2:]
+        shapes = features.near.shape[1:3], features.levels[int(self.edges)].shape[2:]
         names = "points", "not_points", "fine_points", "fine_not_points"
         clicks = [clicked(points, size, shape) for shape in shapes
                   for points in (prompts.points, prompts.not_points)]

@@ -34,6 +34,25 @@ def balanced(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
                                        truth[None], reduction="none")[0]).mean()
 
 
+def grouping(probabilities: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """How well the union of several objects is found, and whose it is where that is known.
+
+    Dice of the union, plus the cross-entropy of identities given the foreground: averaged over
+    each object's true pixels, then over the objects, so that small ones count as large ones do.
+    The cross-entropy of all pixels holds the same parts, but an object of a thousandth of the
+    frame has next to no weight in it. 0 for a single object. Arguments as for `dice`.
+    """
+    foreground = probabilities[1:].sum(0)
+    if len(probabilities) == 2:
+        return 0 * foreground.mean()
+    union = dice(torch.stack([1 - foreground, foreground]), (truth > 0).long())
+    target = _one_hot(truth, len(probabilities))[1:]
+    likely = (probabilities[1:] / foreground.clamp(min=1e-6)).clamp(min=1e-4).log()
+    count = target.sum((1, 2))
+    mean = -(target * likely).sum((1, 2)) / count.clamp(min=1)
+    return union + mean.sum() / (count > 0).sum().clamp(min=1)
+
+
 def _one_hot(truth: torch.Tensor, count: int) -> torch.Tensor:
     """(H, W) -> (count, H, W) float32."""
     return F.one_hot(truth, count).permute(2, 0, 1).float()

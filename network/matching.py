@@ -24,8 +24,6 @@ import cv2
 import torch
 import torch.nn.functional as F
 
-from network import kernel
-
 log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -229,8 +227,6 @@ def _search_large(query: Grid, reference: Reference, k: int):
 
 def _products(query: torch.Tensor, reference: torch.Tensor, k: int):
     """(n, C) and (m, C) -> the k largest products of each query row, and the rows: (n, k) each."""
-    if kernel.takes(query, reference, k):
-        return kernel.top_k(query, reference, k)
     parts, start, rows = [], 0, max(1, CHUNK // max(1, len(reference)))
     while start < len(query):
         try:

@@ -44,7 +44,6 @@ class Reader(nn.Module):
     def __init__(self, channels: int, finest: int, side: int):
         super().__init__()
         self.finest, self.side = finest, side
-        self.widths = Widths(channels, KEY, NEAR, VALUE, side)
         self.key = nn.Linear(channels, KEY, bias=False)
         self.near = nn.Linear(finest, NEAR, bias=False)
         self.log_temperatures = nn.Parameter(torch.tensor([TEMPERATURE, TEMPERATURE]).log())
@@ -55,6 +54,12 @@ class Reader(nn.Module):
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1))
         self.value = nn.Conv2d(WIDTH, VALUE, 1)
+        self.tokens: nn.Module | None = None  # `ObjectTokens`
+
+    @property
+    def widths(self) -> Widths:
+        tokens = 0 if self.tokens is None else self.tokens.kept
+        return Widths(self.key.in_features, KEY, NEAR, VALUE, self.side, tokens)
 
     def comparing(self) -> list[nn.Parameter]:
         """What decides which locations are alike."""
@@ -103,10 +108,10 @@ class Reader(nn.Module):
         keys = features.key.flatten(0, 1)[index]
         reference = {"keys": keys, "valid": valid.float(), "values": values.flatten(0, 1)[index],
                      "absent": absent.flatten(0, 1)[index]}
-        squares, sums = self._sums(features.unit[0], masks[0])
+        sums = {f"reference_{name}": getattr(state, f"reference_{name}") + new
+                for name, new in self._sums(features.unit[0], masks[0]).items()}
         state = state._replace(
-            reference_squares=state.reference_squares + squares,
-            reference_labels=state.reference_labels + sums,
+            **sums,
             # of objects that earlier frames lack: what they would be there hardly differs
             recent_values=_wider(state.recent_values, absent[:1], before, masks),
             **{f"reference_{name}": torch.cat([getattr(state, f"reference_{name}"), new[None]])
@@ -134,11 +139,12 @@ class Reader(nn.Module):
                "absent": absent[0][index], "valid": (row < cells).float().reshape(members, groups)}
         slot = torch.arange(slots, device=found.device) == state.memories % slots
         rate = LATER + (1 - LATER) * (state.memories == 0).float()
-        squares, labels = (
-            old + (now - old) * rate for old, now in
-            zip((state.memory_squares, state.memory_labels), self._sums(features.unit[0], found)))
+        sums = {}
+        for name, now in self._sums(features.unit[0], found).items():
+            old = getattr(state, f"memory_{name}")
+            sums[f"memory_{name}"] = old + (now - old) * rate
         return self._fitted(state._replace(
-            memories=state.memories + 1, memory_squares=squares, memory_labels=labels,
+            memories=state.memories + 1, **sums,
             **{f"memory_{name}": torch.where(slot.reshape(-1, *[1] * x.dim()), x,
                                              getattr(state, f"memory_{name}"))
                for name, x in new.items()}))
@@ -195,25 +201,40 @@ class Reader(nn.Module):
         found = torch.cat(found).flatten(2).reshape(objects, views, VALUE + 1, -1)
         return found.permute(1, 3, 0, 2).contiguous()
 
-    def _sums(self, unit: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(C, C) and (C, N+1): features times features, and times labels; objects weigh alike."""
-        labels = self.shares(found).T  # (h*w, N+1)
+    def _sums(self, unit: torch.Tensor, found: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is summed over frames, by name.
+
+        squares, labels: (C, C) and (C, N+1), features times features, and times labels; objects
+            weigh alike.
+        tokens: (N+1, ...), of which object tokens are made, if there are some.
+        """
+        shares = self.shares(found)
+        labels = shares.T  # (h*w, N+1)
         weights = (labels / (labels.mean(0) + LEAST)).sum(1)
         weighted = unit * (weights / weights.sum())[:, None]
-        return unit.T @ weighted, weighted.T @ labels
+        sums = {"squares": unit.T @ weighted, "labels": weighted.T @ labels}
+        return sums if self.tokens is None else sums | {"tokens": self.tokens.sums(unit, shares)}
 
     def shares(self, found: torch.Tensor) -> torch.Tensor:
         """(n, h*side, w*side) -> (n, h*w), the mean at each location."""
         return F.avg_pool2d(found[None], self.side)[0].flatten(1)
 
     def _fitted(self, state: State) -> State:
-        """With labels that are linear in the features, by ridge regression in closed form."""
+        """With what the sums over frames are for.
+
+        That is labels that are linear in the features, by ridge regression in closed form, and
+        object tokens.
+        """
         references = state.reference_keys.shape[0]
         weight = 1 - (1 - GIVEN) * (state.memories > 0).float()
-        squares, labels = (later + (given / references - later) * weight for given, later in
-                           ((state.reference_squares, state.memory_squares),
-                            (state.reference_labels, state.memory_labels)))
-        return state._replace(linear=solved(squares, labels, self.log_ridge.exp()))
+
+        def mean(name):
+            later = getattr(state, f"memory_{name}")
+            return later + (getattr(state, f"reference_{name}") / references - later) * weight
+
+        linear = solved(mean("squares"), mean("labels"), self.log_ridge.exp())
+        tokens = {} if self.tokens is None else {"tokens": mean("tokens")}
+        return state._replace(linear=linear, **tokens)
 
     # reading
 
@@ -346,8 +367,10 @@ def widened(state: State, masks: torch.Tensor) -> State:
         size[axis] = count
         return torch.cat([x, x.new_zeros(size)], axis)
 
-    found = {name: longer(getattr(state, name), 0 if name == "previous" else 1, new)
-             for name in ("previous", "reference_labels", "memory_labels", "linear")}
+    found = {name: longer(getattr(state, name), 1, new)
+             for name in ("reference_labels", "memory_labels", "linear")}
+    found |= {name: longer(getattr(state, name), 0, new)
+              for name in ("previous", "reference_tokens", "memory_tokens", "tokens")}
     for name in ("reference", "memory"):
         found[f"{name}_values"] = _wider(getattr(state, f"{name}_values"),
                                          getattr(state, f"{name}_absent"), before, masks)

@@ -65,12 +65,16 @@ class State(NamedTuple):
     recent_valid: Array  # (2,)
     recent_values: Array  # (2, h*w, M, VALUE + 1)
     previous: Array  # (N+1, h*side, w*side) probabilities of the last frame
-    # of the linear labels: features times features, and features times labels
+    # Sums over frames. Of the linear labels: features times features, and features times labels.
+    # Of object tokens: features summed over masks. Of zero width where there are none.
     reference_squares: Array  # (C, C), summed over the reference frames
     reference_labels: Array  # (C, N+1)
+    reference_tokens: Array  # (N+1, TOKENS * (WIDTH + 1)), see `ObjectTokens.sums`
     memory_squares: Array  # (C, C), averaged over long-term memory frames, the newest most
     memory_labels: Array  # (C, N+1)
+    memory_tokens: Array  # (N+1, ...)
     linear: Array  # (C, N+1), which makes labels of features
+    tokens: Array  # (N+1, ...), of which object tokens are made
     frames: Array  # () int64, how many were seen
     memories: Array  # () int64, how many of them went into the long-term memory
 
@@ -97,6 +101,7 @@ class Widths(NamedTuple):
     near: int
     value: int
     side: int  # pixels of `previous` on each side of a location
+    tokens: int  # numbers of each object that object tokens are made of
 
 
 def blank(grid: tuple[int, int], objects: int, widths: Widths,
@@ -112,7 +117,7 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
     groups = max(MEMBERS, -(-h * w // members))  # as many as are read, at least
     rows = members + (objects + 1) * extra(members), groups
     slots = MEM_FRAMES, members, groups
-    features, labels = widths.features, objects + 1
+    features, labels, tokens = widths.features, objects + 1, (objects + 1, widths.tokens)
     shapes = {
         "reference_keys": (0, *rows, widths.key), "reference_valid": (0, *rows),
         "reference_values": (0, *rows, followed, value), "reference_absent": (0, *rows, value),
@@ -122,6 +127,7 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
         "recent_values": (SHORT_TERM, h * w, followed, value),
         "previous": (labels, h * widths.side, w * widths.side),
         "reference_squares": (features, features), "reference_labels": (features, labels),
+        "reference_tokens": tokens, "memory_tokens": tokens, "tokens": tokens,
         "memory_squares": (features, features), "memory_labels": (features, labels),
         "linear": (features, labels), "frames": (), "memories": ()}
     return State(**{name: zeros(name, shape) for name, shape in shapes.items()})
@@ -158,7 +164,9 @@ def without(state: State, channel: int, concatenate: Callable[[list, int], Array
         found[name] = concatenate([own, _union(own, concatenate)], -2) if len(kept) > 1 else own
     for name in ("reference_labels", "memory_labels", "linear"):  # linear in the labels, too
         found[name] = getattr(state, name)[:, labels]
-    return state._replace(previous=state.previous[labels], **found)
+    for name in ("reference_tokens", "memory_tokens", "tokens", "previous"):
+        found[name] = getattr(state, name)[labels]
+    return state._replace(**found)
 
 
 def _union(own: Array, concatenate: Callable[[list, int], Array]) -> Array:

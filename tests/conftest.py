@@ -248,8 +248,8 @@ def bright(image: np.ndarray, prompts) -> np.ndarray:
 def begin(clip, shipped, tmp_path):
     """Starts a session in the test's folder, as often as it is called."""
     from media.video import open_clip
-    from page.session import Session
-    from segment import Options
+    from tracking.pipeline import Options
+    from webapp.session import Session
     begun = []
 
     def start(folder=tmp_path / "out", source=clip, data=None):
@@ -269,7 +269,7 @@ def client(begin):
     """What a browser of the session `client.session` may send."""
     from starlette.testclient import TestClient
 
-    from page.server import application
+    from webapp.server import application
     one = begin()
     client = TestClient(application(one, TOKEN), base_url="http://127.0.0.1:8000",
                         headers={"X-Token": TOKEN}, raise_server_exceptions=False)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from annotations import Coco, Yolo, polygon
 from media import run_lengths
 from media.clip import Clip
-from segment import Frame
+from outputs.annotations import Coco, Yolo, polygon
+from tracking.pipeline import Frame
 
 SMALL = arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, overlap, truth
 from PIL import Image
 
-from media.masks import read_mask
+from masks.read import read_mask
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -213,6 +213,39 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
     assert not page.log()
 
 
+def test_an_object_that_left_is_ended(server, tab):
+    page = tab()
+    page.draw((16, 12), (56, 44))
+    page.segment("forwards")
+    pressed = "at('{}').getAttribute('aria-pressed') === 'true'"
+    page.go(7)
+    assert page.seen().any() and not page.ask(pressed.format("gone"))
+    page.go(5)
+    page.click("#gone")
+    page.wait(pressed.format("gone"))
+    for frame, visible in ((4, True), (5, False), (9, False)):
+        page.go(frame)
+        page.wait(f"clip.objects[0].gone.length && frames.get({frame}).version")
+        assert page.seen().any() == visible
+    assert page.find("#gone").text == "Gone since frame 5"
+    page.click("#gone")
+    page.wait(f"!({pressed.format('gone')})")
+    page.go(8)
+    page.go(9)
+    assert page.seen().any()
+    page.click("#absent")
+    page.wait(pressed.format("absent"))
+    page.go(8)
+    assert page.seen().any()
+    page.go(9)
+    assert not page.seen().any()
+    page.click("#undo")
+    page.wait(f"!({pressed.format('absent')})")
+    page.go(8)
+    page.go(9)
+    assert page.seen().any() and not page.log()
+
+
 def test_a_reload_a_second_tab_and_undo(server, tab):
     page, other = tab(), tab()
     page.draw((8, 6), (66, 52))
@@ -251,6 +284,28 @@ def test_a_kill_loses_nothing(server, tab):
     assert set(server.masks()) == set(range(1, 12))
     server.end()
     assert server.process.returncode == 0
+
+
+def test_frames_are_shown_and_found_by_the_numbers_of_their_files(server, tab):
+    from selenium.webdriver.common.keys import Keys
+    page = tab()
+    assert page.ask("clip.numbers") is None and page.ask("at('where').textContent").startswith(
+        "frame 0 of 12")
+    page.driver.execute_script("clip.numbers = [1, 2, 3, 20, 21, 22, 23, 24, 25, 26, 27, 28]")
+    for typed, index, number in (("20", 3, 20), ("4", 3, 20), ("2", 1, 2), ("99", 11, 28)):
+        field = page.find("#number")
+        field.click()
+        field.send_keys(typed, Keys.ENTER)
+        page.wait(f"view.frame === {index}")
+        page.wait(f"at('where').textContent.startsWith('frame {number} ({index + 1} of 12)')")
+        assert page.ask("at('number').value") == str(number)
+        assert page.ask("at('from').textContent") == f"Segment from frame {number}"
+    page.driver.execute_script(
+        "clip.objects = [{id: 1, name: 'dog', hidden: false}];"
+        "frames.set(3, {given: false, version: 1, sure: {1: null}}); "
+        "clip.unsure = [{object_id: 1, first: 3, last: 5, confidence: null}]; go(3)")
+    assert page.find(".stretch").text == "frames 20 to 22, dog · not visible"
+    assert page.ask("at('where').textContent").endswith("found, not visible")
 
 
 def test_the_page_on_a_phone(server, tab):

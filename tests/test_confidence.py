@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from confidence import Confidence, Measures, frames_to_review, measure, read, write
 from media.clip import Clip
-from segment import Frame
 from tracker import Step
+from tracking.confidence import Confidence, Measures, frames_to_review, measure, read, write
+from tracking.pipeline import Frame
 
 
 def step(probability, ids=(1,)):

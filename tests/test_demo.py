@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from data import demo
+from datasets import demo
 from davis import Davis
 
 SCENES = {name: scene for scenes in demo.SCENES.values() for name, scene in scenes.items()}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, write_list, write_sequence
 
-import flags
 import main
-from data.samples import PairSampler
+from cli import options
 from davis import Davis
+from training.samples import PairSampler
 from videomatch import SHIPPED
 
 
@@ -49,12 +49,12 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
     assert one == two and len(one) == 22
 
 
-def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
-    fits = ["--finetune", "2", "-p", "64", "96"]
+def test_several_processes_overwrite_an_earlier_run(evaluation, tmp_path):
+    size = ["-p", "64", "96"]
     before = torchrun(*evaluation("two"))
     assert before.returncode == 0, before.stderr
-    one = torchrun(*evaluation("one"), *fits, processes=1)
-    two = torchrun(*evaluation("two"), *fits, "--overwrite")
+    one = torchrun(*evaluation("one"), *size, processes=1)
+    two = torchrun(*evaluation("two"), *size, "--overwrite")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     table = one.stdout.split("14 frames in")[0]
     assert two.stdout.split("14 frames in")[0] == table
@@ -65,11 +65,11 @@ def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
 def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_size, steps,
                                                              model, davis_2016, monkeypatch):
     seen = []
-    monkeypatch.setattr(main.build, "data", lambda _: Davis(davis_2016))
-    monkeypatch.setattr(main.build, "model_of", lambda _: model)
+    monkeypatch.setattr(main.setup, "load_dataset", lambda _: Davis(davis_2016))
+    monkeypatch.setattr(main.setup, "build_model", lambda _: model)
     monkeypatch.setattr(main.distributed, "count", lambda: processes)
     monkeypatch.setattr(main.train, "train", lambda *arguments: seen.append(arguments[3]))
-    main.run_train(flags.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
+    main.run_train(options.parse(["-b", str(batch_size), "-vs", "0", "-s", "vm.pth"]))
     assert seen[0].iterations == steps  # of 18 frames
 
 

@@ -19,12 +19,12 @@ from PIL import Image
 from torchvision import models
 
 import export
-import prompts
 from benchmarks import runtimes
-from data import demo, download
-from page import server as page
-from training import prompts as train_prompts
+from datasets import demo, download
+from tracking import prompting
+from training import prompt_training as train_prompts
 from videomatch import VideoMatch
+from webapp import server as page
 
 PAGES = [ROOT / "README.md", ROOT / "models/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({line.strip() for page in PAGES for line in re.findall(
@@ -89,7 +89,7 @@ def folder(tmp_path, monkeypatch, exported):
     monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=3))
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
     # the checkpoint in models/ may be older than the part that is shown objects
-    monkeypatch.setattr(prompts, "masks_of", lambda model, image, objects: (
+    monkeypatch.setattr(prompting, "masks_of", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
     monkeypatch.setattr(runtimes, "measured", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import davis
-from data import download
+from datasets import download
 
 
 def archive(extra=()):

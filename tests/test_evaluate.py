@@ -199,7 +199,7 @@ def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results,
         np.testing.assert_array_equal(np.array(Image.open(path)), found.mask)
     # no half of a video
     assert sorted(path.name for path in results.iterdir()) == [
-        ".ant.progress", "ant", "ant.confidence.csv", "manifest.json"]
+        ".ant.progress", ".lock", "ant", "ant.confidence.csv", "manifest.json"]
 
 
 def test_slow_writing_keeps_order_and_loses_nothing(model, davis_2016, results, slow_writes):

@@ -2,17 +2,18 @@
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 
-import flags
+from cli import options
 
 MODES = ("train", "eval", "segment", "export")
 SEGMENT = "-m segment --video clip.mp4 --mask first.png"
 
 
 def of(line):
-    return flags.parse(line.split())
+    return options.parse(line.split())
 
 
 @pytest.mark.parametrize("line, flag, mode, expected", [
@@ -26,7 +27,9 @@ def of(line):
     ("--video clip.mp4 --mask a.png", "--video", "train", "segment"),
     ("-j results", "--results_dir", "train", "eval or -m segment"),
     ("-m train --size 480", "--size", "train", "eval or -m segment"),
-    ("-m train --finetune 3", "--finetune", "train", "eval or -m segment"),
+    ("-m eval -l 1e-3", "--learning_rate", "eval", "train"),
+    (f"{SEGMENT} --weight_decay=0.1", "--weight_decay", "segment", "train"),
+    (f"{SEGMENT} -lf dice", "--loss_function", "segment", "train"),
     ("-m eval --cutout blur", "--cutout", "eval", "segment"),
     ("-m eval --box 1 2 3 4", "--box", "eval", "segment"),
     ("-m eval -x", "--loss_visualization", "eval", "train"),
@@ -35,27 +38,25 @@ def of(line):
 def test_a_flag_of_another_mode_is_refused(line, flag, mode, expected):
     with pytest.raises(ValueError) as refused:
         of(line)
-    assert str(refused.value) == (f"{flag}: not for -m {mode}, expected -m {expected} beside it")
+    assert str(refused.value) == f"{flag}: not a flag of -m {mode}, expected -m {expected}"
 
 
-@pytest.mark.parametrize("flag", ["learning_rate 1e-3", "weight_decay 0.1", "loss_function dice"])
-@pytest.mark.parametrize("mode", ["-m eval", SEGMENT])
-def test_flags_of_fitting_need_something_to_fit(mode, flag):
-    with pytest.raises(ValueError, match=f"--{flag.split()[0]}: without --finetune"):
-        of(f"{mode} --{flag}")
-    assert of(f"{mode} --{flag} --finetune 1").finetune == 1
-    of(f"-m train --{flag}")
-
-
-def test_defaults_are_set_whatever_the_mode():
-    for line in ("", "-m eval", SEGMENT):
-        args = vars(of(line))
-        default = flags.defaults()
-        default.pop("help", None)
+def test_defaults_are_those_of_the_mode():
+    for mode, words in (("train", ""), ("eval", "-m eval"), ("segment", SEGMENT)):
+        args = vars(of(words))
+        default = {action.dest: action.default for action in options.build_parser(mode)._actions
+                   if action.dest != "help"}
         assert args.keys() == default.keys()
-        given = {"mode", "video", "mask"} if "--video" in line else {"mode"}
+        given = {"mode", "video", "mask"} if "--video" in words else {"mode"}
         assert all(args[name] == default[name] for name in args.keys() - given)
     assert of("").mode == "train" and of("").loss_function == ["dice", "bce"]
+
+
+def test_flags_that_change_masks_are_told_from_those_that_do_not():
+    args = of(f"{SEGMENT} -k 3 --fg_thresh 0.5 -o a.pth -j out --cutout blur -f warn")
+    assert options.changed(args, "metadata") == {"top_k": 3}
+    assert options.changed(args, "command") == {
+        "video": Path("clip.mp4"), "top_k": 3, "model_load": Path("a.pth"), "logger": "warn"}
 
 
 def help_of(line, capsys):
@@ -73,7 +74,8 @@ def test_help_shows_all_flags_or_those_of_a_mode(capsys):
     assert everything == set().union(*shown.values())
     assert help_of("-h -m segment", capsys)[1] == help_of("--help --mode segment", capsys)[1] \
         == shown["segment"]
-    names = set(flags.defaults()) - {"help", "no_shuffle", "no_augment"}
+    names = {action.dest for action in options.build_parser(None)._actions} - {
+        "help", "no_shuffle", "no_augment"}
     assert everything == {f"--{name}" for name in names} | {"--no-shuffle", "--no-augment"}
     common = {"--mode", "--seed", "--encoder", "--method", "--input_image_shape", "--top_k"}
     for mode, mine, others in (
@@ -87,8 +89,7 @@ def test_help_shows_all_flags_or_those_of_a_mode(capsys):
 @pytest.mark.parametrize("mode", MODES)
 def test_help_shows_what_the_mode_takes_and_nothing_else(mode, capsys):
     _, shown = help_of(f"-m {mode} -h", capsys)
-    parser, _ = flags._parser()
-    for action in parser._actions:
+    for action in options.build_parser(None)._actions:
         flag = action.option_strings[0]
         if flag in ("-h", "--mode"):
             continue
@@ -100,10 +101,10 @@ def test_help_shows_what_the_mode_takes_and_nothing_else(mode, capsys):
         if flag == "--frames":
             values = ["1:2"]
         try:
-            flags.parse(["-m", mode, flag, *values])
+            options.parse(["-m", mode, flag, *values])
             refused = False
         except ValueError as error:
-            refused = f"not for -m {mode}" in str(error)
+            refused = f"not a flag of -m {mode}" in str(error)
         assert refused == (flag not in shown), flag
 
 

@@ -7,42 +7,38 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# From the top down. A module imports what stands in a lower line, and a wing from itself; what is
-# new at the root has to be put into one of the lines. A wing's name stands for all files in it
-# that have no line of their own.
+# The layout of docs/architecture.md, from the top down. A folder stands for all files in it. A
+# module imports from lower lines and from its own folder.
 RANKS = [
-    {"main", "benchmarks"},
-    {"own_video", "export"},
+    {"main"},
+    {"benchmarks"},
+    {"export"},
     {"eight_bit"},
-    {"build"},
-    {"flags"},
-    {"groups"},
-    {"evaluate"},
+    {"cli"},
+    {"webapp"},
     {"train"},
     {"training"},
-    {"page.session"},
-    {"report", "manifest"},
-    {"page.passes"},
-    {"annotations", "confidence", "sinks"},
-    {"segment"},
+    {"evaluate"},
+    {"outputs"},
     {"lite"},
+    {"tracking"},
     {"tracker"},
-    {"prompts"},
     {"videomatch"},
     {"checkpoint"},
-    {"data.samples", "data.stills"},
+    {"network"},
     {"davis"},
-    {"preprocess", "metrics"},
-    {"data", "page"},  # the demo, downloads; the page's server, and what a session keeps
-    {"network", "media", "distributed"},
-    {"media.shown", "version", "errors"},
+    {"datasets"},
+    {"preprocess"},
+    {"metrics"},
+    {"masks"},
+    {"media"},
+    {"system"},
 ]
-WINGS = {"network", "media", "data", "benchmarks", "training", "page"}
-TORCH = {"torch", "torchvision", "triton"}
+TORCH = {"torch", "torchvision"}
 FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil", "tempfile",
          "urllib", "zipfile"}
-FORBIDDEN = {"network": FILES, "media": TORCH,  # the wings' own names are left to RANKS
-             **dict.fromkeys(("page.server", "page.edits", "page.work"), TORCH)}
+FORBIDDEN = {"network": FILES, "media": TORCH, "masks": TORCH,
+             **dict.fromkeys(("webapp.server", "webapp.annotations", "webapp.store"), TORCH)}
 # A function of more lines than a screen holds does too much; a module with more public names than
 # this is several modules. Files may be long: things that belong together stay together.
 FUNCTION_LINES, PUBLIC_NAMES = 65, 28
@@ -82,11 +78,11 @@ def rank(name: str) -> int | None:
 
 
 def upwards(modules: dict[str, ast.Module]) -> set[tuple[str, str]]:
-    """The imports that don't go down: to a higher line, or in one's own to another room or wing."""
+    """Imports that don't go down: to a higher line, or to another module or folder of the same."""
     def down(name: str, other: str) -> bool:
-        wing = name.split(".")[0]
-        same_wing = wing in WINGS and other.split(".")[0] == wing
-        return rank(other) > rank(name) or (rank(other) == rank(name) and same_wing)
+        folder, _, module = name.partition(".")
+        same_folder = bool(module) and other.startswith(f"{folder}.")
+        return rank(other) > rank(name) or (rank(other) == rank(name) and same_folder)
 
     return {(name, other) for name, tree in modules.items()
             for other in imported(name, tree, modules) & modules.keys()
@@ -171,12 +167,11 @@ def parsed(**sources: str) -> dict[str, ast.Module]:
 
 
 @pytest.mark.parametrize("importer, source, other", [
-    ("tracker", "import segment", "segment"),  # up
-    ("tracker", "def f():\n    from segment import Options", "segment"),  # in a function
-    ("train", "import evaluate", "evaluate"),  # from the same line
-    ("davis", "from data import samples", "data.samples"),
-    ("data.demo", "from data.samples import Pairs", "data.samples"),  # up, though the same wing
-    ("network.search", "from media import files", "media.files"),
+    ("tracking.pipeline", "import evaluate", "evaluate"),  # up
+    ("davis", "def f():\n    from videomatch import VideoMatch", "videomatch"),  # in a function
+    ("davis", "from training import samples", "training.samples"),
+    ("datasets.demo", "from training.samples import Pairs", "training.samples"),
+    ("network.search", "from tracking import pipeline", "tracking.pipeline"),
     ("media.video", "import network.encoder as e", "network.encoder"),
     ("media.video", "import preprocess", "preprocess")])
 def test_an_import_that_goes_up_is_found(importer, source, other):
@@ -185,11 +180,11 @@ def test_an_import_that_goes_up_is_found(importer, source, other):
 
 
 @pytest.mark.parametrize("importer, source, other", [
-    ("segment", "from tracker import Tracker", "tracker"),
+    ("tracking.pipeline", "from tracking.presence import Presence", "tracking.presence"),
     ("network.sets", "from network.matching import Grid", "network.matching"),
-    ("data.demo", "from media import images", "media.images"),
-    ("data.stills", "from data import download", "data.download"),
-    ("davis", "from data import download", "data.download")])
+    ("datasets.demo", "from media import images", "media.images"),
+    ("training.samples", "from training import warps", "training.warps"),
+    ("davis", "from datasets import download", "datasets.download")])
 def test_an_import_that_goes_down_is_allowed(importer, source, other):
     modules = {other: ast.parse(""), importer: ast.parse(source)}
     assert not upwards(modules) and imported(importer, modules[importer], modules) == {other}

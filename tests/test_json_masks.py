@@ -11,11 +11,12 @@ import pytest
 from matplotlib.path import Path as Outline
 from PIL import Image
 
-from annotations import Coco
-from media import json_masks, run_lengths
+from masks import annotation_files
+from masks.read import read_masks
+from media import run_lengths
 from media.clip import Clip
-from media.masks import read_masks
-from segment import Frame
+from outputs.annotations import Coco
+from tracking.pipeline import Frame
 
 SHAPE = (40, 60)
 
@@ -38,7 +39,8 @@ def test_polygons_are_filled_by_the_centres_of_pixels():
     for _ in range(20):
         polygon = star(rng)
         inside = Outline(polygon).contains_points(np.stack([x.ravel(), y.ravel()], 1))
-        np.testing.assert_array_equal(json_masks.filled(polygon, SHAPE), inside.reshape(SHAPE))
+        np.testing.assert_array_equal(annotation_files.filled(polygon, SHAPE),
+                                      inside.reshape(SHAPE))
 
 
 def test_polygons_are_filled_as_pycocotools_does_but_for_the_edge():
@@ -48,7 +50,8 @@ def test_polygons_are_filled_as_pycocotools_does_but_for_the_edge():
         polygon = 8 * star(rng)
         shape = 8 * SHAPE[0], 8 * SHAPE[1]
         code = coco.frPyObjects([polygon.ravel().tolist()], *shape)
-        assert overlap(json_masks.filled(polygon, shape), coco.decode(code)[..., 0] > 0) > 0.98
+        filled = annotation_files.filled(polygon, shape)
+        assert overlap(filled, coco.decode(code)[..., 0] > 0) > 0.98
 
 
 def square(x, y, side=10, **more):
@@ -86,7 +89,7 @@ def test_labelme_shapes_are_objects_and_groups_are_one(tmp_path, caplog):
     expected = drawn(_1=(0, 0, 10), _2=(20, 0, 10), _3=(0, 20, 10), _4=(40, 0, 10), _5=(40, 20, 10),
                      _250=(50, 30, 8))
     expected[20:30, 20:30], expected[20:24, 20:24] = 3, 0
-    np.testing.assert_array_equal(json_masks.read(path, names=names), expected)
+    np.testing.assert_array_equal(annotation_files.read(path, names=names), expected)
     assert names == {1: "a", 2: "a", 3: "b", 4: "c", 5: "d", 250: "250"}
     assert "m.json: a is 1, a is 2, b is 3, c is 4, d is 5, 250 is 250" in caplog.text
     assert "1 of shape point left out" in caplog.text
@@ -96,7 +99,7 @@ def test_a_circle_is_filled(tmp_path):
     path = labelme(tmp_path / "m.json", {"label": "a", "points": [[30, 20], [30, 30]],
                                          "shape_type": "circle"})
     y, x = np.mgrid[:SHAPE[0], :SHAPE[1]] + 0.5
-    np.testing.assert_array_equal(json_masks.read(path) > 0, np.hypot(x - 30, y - 20) <= 10)
+    np.testing.assert_array_equal(annotation_files.read(path) > 0, np.hypot(x - 30, y - 20) <= 10)
 
 
 def test_an_object_keeps_its_id_in_the_masks_of_later_frames(tmp_path):
@@ -128,14 +131,15 @@ def test_coco_masks_are_read_as_pycocotools_reads_them(tmp_path):
                 {"size": [*SHAPE], "counts": run_lengths.compress(run_lengths.encode(mask))}):
         path = coco_file(tmp_path / "m.json", [one])
         read = coco.COCO(str(path))
-        np.testing.assert_array_equal(json_masks.read(path), read.annToMask(read.anns[1]))
+        np.testing.assert_array_equal(annotation_files.read(path), read.annToMask(read.anns[1]))
 
 
 def test_coco_annotations_are_objects_the_later_one_in_front(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     boxes = [[0, 0, 10, 0, 10, 10, 0, 10]], [[5, 5, 15, 5, 15, 15, 5, 15]], []
     expected = drawn(_1=(0, 0, 10), _2=(5, 5, 10))
-    np.testing.assert_array_equal(json_masks.read(coco_file(tmp_path / "m.json", boxes)), expected)
+    read = annotation_files.read(coco_file(tmp_path / "m.json", boxes))
+    np.testing.assert_array_equal(read, expected)
     assert "cat is 1, cat is 2" in caplog.text and "overlap in 25 pixels" in caplog.text
     assert "1 annotations without a segmentation left out" in caplog.text
 
@@ -183,5 +187,5 @@ SIZE = {"height": SHAPE[0], "width": SHAPE[1]}
 def test_what_is_no_annotation_file_is_named(content, told, tmp_path):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(ValueError, match="m.json: ") as found:
-        json_masks.read(tmp_path / "m.json")
+        annotation_files.read(tmp_path / "m.json")
     assert told in str(found.value) and "\n" not in str(found.value)

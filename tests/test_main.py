@@ -12,9 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import build
-import flags
 import main
+from cli import parser, setup
 from media import images
 from videomatch import VideoMatch
 
@@ -82,9 +81,9 @@ def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
 
 
 def test_matching_flags_override_the_checkpoint(checkpoint):
-    args = flags.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
+    args = parser.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
                         "--temperature", "0.2", "--dilation", "7"])
-    model = build.model_of(args)
+    model = setup.build_model(args)
     assert (model.upsample_factor, model.top_k) == (4, 9)
     assert (model.temperature, model.dilation) == (0.2, 7)
 

@@ -8,9 +8,9 @@ from conftest import draw_frame
 from PIL import Image
 from test_masks import BALL, BLACK, DISK, GREEN, GRID, ONE, RED, alike, davis, flat, grey, painted
 
+from masks.encoding import Coding
+from masks.read import concern, is_empty, read_mask, read_masks
 from media import images
-from media.coding import Coding
-from media.masks import concern, is_empty, read_mask, read_masks
 
 # -- a sequence
 

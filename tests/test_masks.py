@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
 
+from masks.encoding import Coding
+from masks.read import is_empty, read_mask, read_masks
 from media import images
-from media.coding import Coding
 from media.drawing import PALETTE
-from media.masks import is_empty, read_mask, read_masks
 
 GRID = np.array([[0, 1, 2], [0, 0, 1]], np.uint8)
 ONE = (GRID > 0).astype(np.uint8)
@@ -142,7 +142,6 @@ SAVED = {
     "png": lambda image: image,
     "quantised to 8": lambda image: image.quantize(8),
     "quantised to 64": lambda image: image.quantize(64),
-    "web palette": lambda image: image.convert("P", palette=Image.Palette.WEB),
     "web palette, not dithered": lambda image: image.convert(
         "P", palette=Image.Palette.WEB, dither=Image.Dither.NONE),
 }

@@ -15,9 +15,9 @@ from starlette.testclient import TestClient
 
 import main
 from media import images
-from page import server
-from page import session as sessions
-from page.server import MOST_JSON, MOST_MASK
+from webapp import server
+from webapp import session as sessions
+from webapp.server import MOST_JSON, MOST_MASK
 
 FRAMES, SHAPE = 12, (96, 160)
 
@@ -244,16 +244,15 @@ def test_the_page_is_refused_what_it_cannot_do(clip, tmp_path, monkeypatch, caps
             ([], "--mask, --box, --page: expected one of them"),
             (["--page", "70000"], "--page: expected a port"),
             (["--page_host", "0.0.0.0", "--mask", "x.png"], "--page_host: expected --page"),
-            (["--page", "--finetune", "3"], "--page: expected no --finetune"),
-            (["--page", "--overwrite"], "--page: expected no --overwrite")):
+            (["--page", "--overwrite"], "--page: expected another --results_dir")):
         assert main.main(["-m", "segment", "--video", str(clip), *words]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(clip, monkeypatch, capsys):
-    monkeypatch.setitem(main.sys.modules, "page.server", None)
-    import page
-    monkeypatch.delattr(page, "server")
+    monkeypatch.setitem(main.sys.modules, "webapp.server", None)
+    import webapp
+    monkeypatch.delattr(webapp, "server")
     assert main.main(["-m", "segment", "--video", str(clip), "--page"]) == 2
     assert "--page: expected the package" in capsys.readouterr().err
 

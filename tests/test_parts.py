@@ -11,8 +11,8 @@ from conftest import draw_frame
 from PIL import Image
 
 import main
+from masks.read import read_mask
 from media import drawing, images
-from media.masks import read_mask
 
 FRAMES = 10
 

@@ -12,9 +12,9 @@ from conftest import ROOT, draw_frame
 from PIL import Image
 
 import preprocess
+from masks.read import read_mask
 from media import images
 from media.images import resize_mask, write_mask
-from media.masks import read_mask
 from preprocess import Augment, to_image, to_tensor
 
 GRID = np.array([[0, 1, 2], [0, 0, 1]], np.uint8)

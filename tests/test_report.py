@@ -16,10 +16,10 @@ from PIL import Image
 
 import evaluate
 import metrics
-import report
-from confidence import Measures
 from davis import Davis
 from media.clip import Clip
+from outputs import report
+from tracking.confidence import Measures
 
 SCORES = {"ant": ([0.5, 0.9, 0.7, 0.6], [0.4, 0.8, 0.6, 0.5]),
           "bee": ([0.9, 0.9, 0.9, 0.9], [1.0, 1.0, 1.0, 1.0])}
@@ -105,7 +105,8 @@ def test_curves_are_drawn_at_their_frames_and_end_where_an_object_is_not_visible
     assert [x for x, _ in two] == pytest.approx([place[i] for i in range(50, 80)], abs=0.06)
     assert [x for x, _ in again] == pytest.approx([place[90]] * 2, abs=0.06)  # a dot
     assert re.findall("<text [^>]*y=156[^>]*>(\\d+)", page) == ["1", "100"]
-    assert "frames 81 to 100 of object 2 (not visible)" in page
+    assert "frames 81 to 90 of object 2 (not visible)" in page
+    assert "frames 92 to 100 of object 2 (not visible)" in page
 
 
 def test_pictures_take_colours_for_the_same_object_in_every_frame(tmp_path):

@@ -10,9 +10,9 @@ from conftest import SHAPE, write_list, write_sequence
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.samples import Clips, Pairs, PairSampler, large_enough
 from davis import Davis
 from preprocess import Augment
+from training.samples import Clips, Pairs, PairSampler, large_enough
 
 
 def as_is(image, mask):
@@ -145,6 +145,7 @@ def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
 def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     sequences = grey_sequences(tmp_path, "ab", frames=6)
     clips = Clips(sequences, AsIs(), frames=3, paste=1)
+    clips.SWARM = clips.LINES = clips.CROSSES = 0
     clips.MORE, counts = 0.3, Counter()
     for seed in range(120):
         images, masks = clips[seed % 12, seed]
@@ -155,7 +156,7 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
                                                 for m in (masks == i).byte().numpy()])) > 0
             # frames of one sequence are darker than those of the other
             foreign = (images[inside].float().mean(1) > 100) != bool(seed % 12 // 6)
-            if len(foreign) > 60:  # a small thing is edges mostly
+            if len(foreign) > 90:  # a small thing is edges mostly
                 share = foreign.float().mean()
                 assert share < 0.1 or share > 0.9  # edges are mixed
                 own[int(share > 0.5)] += 1
@@ -247,11 +248,11 @@ def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
-    clips.DOUBLES = 1.0
+    clips.DOUBLES, clips.FAR, clips.SWARM, clips.LINES = 1.0, 0.5, 0, 0
     double, pasted, in_far = 0, clips._pasted, []
 
-    def spy(own, free, poses, shape, step, far, rng):
-        found = pasted(own, free, poses, shape, step, far, rng)
+    def spy(own, free, poses, shape, step, far, *others):
+        found = pasted(own, free, poses, shape, step, far, *others)
         in_far.extend([bool(found)] if far else [])
         return found
 
@@ -265,6 +266,17 @@ def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
         assert all(b[m > 0].float().mean() > 0.7 for b, m in zip(bright, masks) if m.sum() > 30)
     assert double > 5
     assert len(in_far) > 5 and not any(in_far)
+
+
+def test_a_swarm_is_followed_and_never_far(tmp_path):
+    write_sequence(tmp_path, "ant", frames=6)
+    write_list(tmp_path, "2016", "train", ["ant"])
+    clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=5, paste=1, objects=9)
+    clips.SWARM, clips.FAR, clips.OTHERS, clips.LEAST = 1, 0, 0, 0
+    counts = [int(clips[i % 6, i][1][0].max()) for i in range(12)]
+    assert max(counts) > 4
+    clips.FAR, clips.MORE, clips.DOUBLES = 1, 0, 0
+    assert max(int(clips[i % 6, i][1][0].max()) for i in range(12)) <= 2
 
 
 def test_a_clip_depends_on_its_index_alone(davis_2016):

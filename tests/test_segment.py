@@ -8,11 +8,11 @@ from conftest import draw_frame
 from PIL import Image
 
 import main
-import segment
-import sinks
+from masks.read import read_mask
 from media import figures, images, video
-from media.masks import read_mask
 from network.encoder import Encoder
+from outputs import writers
+from tracking import pipeline
 from videomatch import SHIPPED, VideoMatch
 
 FRAMES = 9
@@ -102,8 +102,8 @@ def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
     first = np.where(masks[0] == 1, 1, 0).astype(np.uint8)
     model, clip = VideoMatch.load(SHIPPED["mobilenet"]), video.open_clip(tmp_path / "clip")
     seen = []
-    segment.drain(segment.track(model, clip, {0: first, 4: masks[4]}, segment.Options()),
-                  sinks.of_a_clip(tmp_path, clip), seen=seen.append)
+    pipeline.drain(pipeline.track(model, clip, {0: first, 4: masks[4]}, pipeline.Options()),
+                  writers.of_a_clip(tmp_path, clip), seen=seen.append)
     found = masks_in(tmp_path)
     assert all(set(np.unique(mask)) <= {0, 1} for mask in found[:4])
     np.testing.assert_array_equal(found[4], masks[4])
@@ -152,8 +152,8 @@ class Counting(video.Folder):
 @pytest.mark.parametrize("first", [0, 5])
 def test_each_frame_is_decoded_once(first, cutout, model, clip_folder, tmp_path):
     clip = Counting(clip_folder)
-    frames = segment.track(model, clip, {first: truth(first), 7: truth(7)}, segment.Options())
-    assert segment.drain(frames, sinks.of_a_clip(tmp_path, clip, cutout)) == FRAMES
+    frames = pipeline.track(model, clip, {first: truth(first), 7: truth(7)}, pipeline.Options())
+    assert pipeline.drain(frames, writers.of_a_clip(tmp_path, clip, cutout)) == FRAMES
     assert sorted(clip.read) == list(range(FRAMES))
 
 
@@ -164,35 +164,22 @@ def test_a_film_has_its_frames_in_the_order_of_the_clip(first, model, clip_folde
     def draw(frame):  # a grey for each
         return np.full_like(frame.image, 20 * frame.index + 20)
 
-    with sinks.Film(tmp_path / "film.mp4", clip, draw) as film:
+    with writers.Film(tmp_path / "film.mp4", clip, draw) as film:
         met = [film.write(frame) or frame.index for frame in
-               segment.track(model, clip, {first: truth(first)}, segment.Options())]
+               pipeline.track(model, clip, {first: truth(first)}, pipeline.Options())]
     assert met == [*range(first - 1, -1, -1), *range(first, FRAMES)]
     greys = [frame.mean() for frame in video.open_clip(tmp_path / "film.mp4").frames()]
     np.testing.assert_allclose(greys, [20 * i + 20 for i in range(FRAMES)], atol=5)
 
 
 def test_a_sink_that_fails_ends_the_run_with_its_error(model, clip_folder):
-    class Full(segment.Sink):
+    class Full(pipeline.Sink):
         def write(self, frame):
             raise OSError(28, "full", f"{frame.index}.png")
 
     clip = Counting(clip_folder)
     with pytest.raises(OSError, match="0.png"):
-        segment.drain(segment.track(model, clip, {0: truth(0)}, segment.Options()), [Full()])
-
-
-def test_finetuning_starts_from_the_frame_with_the_mask(clip_file, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(main.train, "finetune", lambda model, image, mask, options:
-                        seen.append((image, mask, options.iterations)) or model)
-    mask = write(tmp_path / "mask.png", truth(3))
-    assert main.main(["-m", "segment", "--video", str(clip_file), "--mask", f"3:{mask}",
-                      "--finetune", "7", "-j", str(tmp_path / "out"), "-p", "96", "160"]) == 0
-    (image, first, steps), = seen
-    np.testing.assert_array_equal(image, next(video.open_clip(clip_file).frames(3)))
-    np.testing.assert_array_equal(first, truth(3))
-    assert steps == 7
+        pipeline.drain(pipeline.track(model, clip, {0: truth(0)}, pipeline.Options()), [Full()])
 
 
 @pytest.mark.parametrize("how, expected", [("transparent", None), ("blur", None),
@@ -202,9 +189,9 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
     (tmp_path / "masks").mkdir()
     for i in range(FRAMES):
         images.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
-    kept = segment.Progress(tmp_path / "masks", clip).all()
-    frames = segment.track(model, clip, {0: truth(0)}, segment.Options(), kept)
-    segment.drain(frames, sinks.of_a_clip(tmp_path, clip, how), kept)
+    kept = pipeline.Progress(tmp_path / "masks", clip).all()
+    frames = pipeline.track(model, clip, {0: truth(0)}, pipeline.Options(), kept)
+    pipeline.drain(frames, writers.of_a_clip(tmp_path, clip, how), kept)
     frame, mask = next(clip.frames(3)), truth(3) > 0
     if how == "transparent":
         picture = np.array(Image.open(tmp_path / "cutout" / "00003.png"))

@@ -23,14 +23,14 @@ from conftest import (
 from PIL import Image
 
 import main
-import segment
-import version
-from manifest import Manifest, made_by
+from cli.segment import fingerprint, given_masks, numbered
+from masks.read import read_mask
 from media import files, images
-from media.masks import read_mask
 from media.video import open_clip
-from own_video import fingerprint, given_masks, numbered
+from outputs.run_folder import Manifest, made_by
+from system import version
 from tracker import Tracker
+from tracking import pipeline
 
 
 def alpha(path):
@@ -171,7 +171,7 @@ def test_a_broken_state_is_named(clip, tmp_path, capsys):
 
 
 def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
-    class Kept(segment.Sink):
+    class Kept(pipeline.Sink):
         frames: list = []
 
         def write(self, frame):
@@ -179,13 +179,13 @@ def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
 
     def frames():
         image = np.zeros((4, 5, 3), np.uint8)
-        yield from (segment.Frame(i, image, None, True, None, image[..., 0]) for i in range(3))
+        yield from (pipeline.Frame(i, image, None, True, None, image[..., 0]) for i in range(3))
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            segment.drain(frames(), [Kept()])
+            pipeline.drain(frames(), [Kept()])
     finally:
         signal.signal(signal.SIGINT, before)
     assert Kept.frames == [0, 1, 2]
@@ -226,7 +226,9 @@ def test_a_killed_run_locks_nobody_out_and_leaves_no_unfinished_file(clip, tmp_p
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     """The lock file outlives each run: two runs must never lock different files of that name."""
     unfinished = tmp_path / ".overlay.part-123.mp4"
+    tmp_path.chmod(0o770)  # of a group, all of whom may hold it
     with held(tmp_path) as first:
+        assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o660
         number = (tmp_path / ".lock").stat().st_ino
         with pytest.raises(ValueError, match=rf"{tmp_path}: another .*process {first.pid} on "), \
                 files.hold(tmp_path):

@@ -15,14 +15,14 @@ from starlette.testclient import TestClient
 from test_video import make, number_of
 
 import main
+from cli.segment import fingerprint
+from masks.read import read_mask
 from media import images
-from media.masks import read_mask
 from media.video import open_clip
-from own_video import fingerprint
-from page import edits, passes
-from page import session as sessions
-from page.server import ACTIONS, Fields, application
-from page.work import Found
+from webapp import annotations, propagation, server
+from webapp import session as sessions
+from webapp.server import ACTIONS, Fields, application
+from webapp.store import Found
 
 FRAMES, SHAPE = 12, (96, 160)
 
@@ -105,6 +105,27 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     cut = np.array(Image.open(out / "cutout" / "00003.png"))
     np.testing.assert_array_equal(cut[..., 3] >= 128, truth(3) > 0)
     assert not cut[cut[..., 3] == 0].any()
+
+
+def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monkeypatch):
+    corners = [[20, 30], [56, 30], [56, 66], [20, 66]]
+    (tmp_path / "m.json").write_text(json.dumps({
+        "imageHeight": SHAPE[0], "imageWidth": SHAPE[1],
+        "shapes": [{"label": "cat", "points": corners, "shape_type": "polygon"}]}))
+    opened = []
+
+    def serve(session, *_):
+        opened.append(session.state())
+        session.edits.change_object(1, name="dog")
+
+    monkeypatch.setattr(server, "serve", serve)
+    arguments = ["-m", "segment", "--video", str(clip), "--mask", f"2:{tmp_path / 'm.json'}",
+                 "--page", "-c", "cpu", "-j", str(tmp_path / "out")]
+    assert main.main(arguments) == 0
+    assert [(one["id"], one["name"]) for one in opened[0]["objects"]] == [(1, "cat")]
+    assert opened[0]["frames"][2]["given"]
+    assert main.main(arguments) == 0  # which takes no name back that was changed since
+    assert opened[1]["objects"][0]["name"] == "dog"
 
 
 def test_frames_have_their_files_numbers(begin, clip, tmp_path):
@@ -195,8 +216,8 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_given(client, 
     assert [session.work.found[i].origin for i in range(1, 10)] == 4 * [0] + 5 * [10]
     before = {frame: shown(client, frame) for frame in range(FRAMES)}
     seen = []
-    step = passes.segment.follow
-    monkeypatch.setattr(passes.segment, "follow", lambda tracker, index, *rest, **more:
+    step = propagation.pipeline.follow
+    monkeypatch.setattr(propagation.pipeline, "follow", lambda tracker, index, *rest, **more:
                         seen.append(index) or step(tracker, index, *rest, **more))
     client.put("/mask/4", content=png(truth(4)))
     do(client, "segment", frame=4, way="both")
@@ -334,7 +355,7 @@ def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_p
 
 
 def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes.States, "EVERY", 1)
+    monkeypatch.setattr(propagation.States, "EVERY", 1)
     one, fresh = begin(tmp_path / "one"), begin(tmp_path / "fresh")
     bad = np.roll(truth(0), 40, 0)
     one.edits.give(0, bad)
@@ -360,17 +381,17 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     for session in (whole, one):
         session.edits.give(0, truth(0))
     go(whole, 0)
-    step = passes.segment.follow
+    step = propagation.pipeline.follow
 
     def failing(tracker, index, *rest, **more):
         if index == 7:
             raise MemoryError("no room")
         return step(tracker, index, *rest, **more)
 
-    monkeypatch.setattr(passes.segment, "follow", failing)
+    monkeypatch.setattr(propagation.pipeline, "follow", failing)
     one.segment_from(0, "forwards")
     assert finished(one)["error"] == "no room"
-    monkeypatch.setattr(passes.segment, "follow", step)
+    monkeypatch.setattr(propagation.pipeline, "follow", step)
     go(one, 6)
     for frame in range(FRAMES):
         np.testing.assert_array_equal(one.mask(frame), whole.mask(frame))
@@ -397,13 +418,15 @@ def test_news_cost_no_look_at_all_frames(begin):
     news = session.state(version)
     assert list(news["frames"]) == [8]
     assert [(one["first"], one["last"]) for one in news["unsure"]] == [(6, 6)]
+    session.edits.mark(6, 1, "absent")
+    assert not session.state(version)["unsure"], "that it isn't there was said by the person"
 
 
 def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
     session = begin()
     noise = np.random.default_rng(0).integers(0, 2, SHAPE, np.uint8)
     session.edits.give(0, noise)
-    monkeypatch.setattr(edits, "UNDONE", 40_000)
+    monkeypatch.setattr(annotations, "UNDONE", 40_000)
     for i in range(60):
         session.edits.stroke(0, 1, [(i, i)], 1, False)
     kept = [size for size, _ in session.edits.past]
@@ -429,6 +452,9 @@ def test_pictures_from_any_thread_decode_a_clip_once(tmp_path, monkeypatch):
         frames = [*range(40, 0, -3), *range(48)]
         assert [number_of(image) for image in pool.map(pictures, frames)] == frames
     assert len(pictures.kept) <= 3 and pictures(48) is None
+    pictures.frames, pictures.next = iter([]), 20  # as after an error, while it was decoding
+    pictures.kept.clear()
+    assert pictures(20) is None and number_of(pictures(20)) == 20
 
 
 def test_the_header_is_not_trusted_for_the_length(begin, tmp_path):
@@ -499,4 +525,4 @@ def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin
     (8, False, {0, 8}, {i: 0 for i in range(1, 8)}, 3)])
 def test_where_a_pass_ends(start, forwards, given, origins, end):
     found = {frame: Found(origin, []) for frame, origin in origins.items()}
-    assert passes.end_of_pass(start, forwards, given, found, 12) == end
+    assert propagation.end_of_pass(start, forwards, given, found, 12) == end

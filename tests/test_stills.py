@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.samples import Clips, Pairs, PairSampler
-from data.stills import Stills
 from preprocess import Augment, to_image
+from training.samples import Clips, Pairs, PairSampler
+from training.static_images import Stills
 
 SHAPE = (64, 112)
 COLOURS = ((230, 40, 40), (40, 220, 40), (60, 60, 240))

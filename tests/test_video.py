@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from media import spool, video
+from media import frame_stack, video
 
 SHAPE = (48, 80)
 NEVER = {"g": "1000", "sc_threshold": "0"}  # no key frame but the first
@@ -90,7 +90,7 @@ def test_any_frame_and_any_part(gops):
 
 @pytest.mark.parametrize("memory", [1, 3 * 48 * 80 * 5, 10**9])
 def test_backwards_are_the_same_frames(memory, gops, monkeypatch):
-    monkeypatch.setattr(spool, "MEMORY", memory)
+    monkeypatch.setattr(frame_stack, "MEMORY", memory)
     forwards = list(video.open_clip(gops).frames())
     for start in (40, 17, 8, 1, 0):
         backwards = list(video.open_clip(gops).backwards(start))
@@ -178,7 +178,7 @@ class Counting:
 @pytest.mark.parametrize("memory", [3 * 48 * 80 * 4, 10**9])
 def test_backwards_takes_linear_time(options, memory, tmp_path, monkeypatch):
     """Whatever key frames there are: at most three packets for each frame, one pass to find it."""
-    monkeypatch.setattr(spool, "MEMORY", memory)
+    monkeypatch.setattr(frame_stack, "MEMORY", memory)
     path = make(tmp_path / "clip.mp4", 240, options=options, draw=lambda i, s: picture(i % 50, s))
     clip, packets = video.open_clip(path), Counting(monkeypatch)
     assert numbers_of(clip.backwards(240)) == [i % 50 for i in range(239, -1, -1)]
@@ -270,6 +270,17 @@ def test_times_of_a_variable_rate(tmp_path):
         assert numbers_of(clip.frames()) == list(range(6))  # none doubled, none dropped
         assert [clip.time(i) for i in range(6)] == pytest.approx([t / 1000 for t in times],
                                                                  abs=1e-3)
+
+
+def test_a_declared_rate_that_the_times_belie(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = make(tmp_path / "clip.mkv", 12, times=[100 * i for i in range(12)])
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83\x84") + 4  # DefaultDuration of 4 bytes, in nanoseconds
+    path.write_bytes(data[:at] + struct.pack(">I", 1_000_000) + data[at + 4:])
+    clip = video.open_clip(path)
+    assert clip.fps == pytest.approx(10) and clip.time(11) == pytest.approx(1.1)
+    assert "clip.mkv: declares" in caplog.text and "taken as 10" in caplog.text
 
 
 @pytest.mark.parametrize("rate", ["66667/1000", "105611/500", "24000/1001"])
@@ -412,8 +423,8 @@ def test_sound_alone_is_no_clip(tmp_path):
 
 
 def test_a_full_disk_where_frames_are_put_aside_is_said(gops, monkeypatch):
-    monkeypatch.setattr(spool, "MEMORY", 1)
+    monkeypatch.setattr(frame_stack, "MEMORY", 1)
     with open("/dev/full", "wb") as full:
-        monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda: full)
+        monkeypatch.setattr(frame_stack.tempfile, "TemporaryFile", lambda: full)
         with pytest.raises(OSError, match="No space left.*TMPDIR"):
             list(video.open_clip(gops).backwards(20))

@@ -1,1 +1,1 @@
-"""What trainings share, and that of the part for boxes and clicks; the loop is `train.py`."""
+"""Training: samples, synthetic motion, losses, reports, and the prompt decoder."""

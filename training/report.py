@@ -12,16 +12,16 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-import distributed
 import metrics
 import preprocess
 from checkpoint import save
-from data.stills import Still
 from davis import Sequence
+from masks.encoding import VOID
 from media import figures, files
-from media.coding import VOID
+from system import distributed, version
 from tracker import Tracker
 from training.options import Options
+from training.static_images import Still
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,8 @@ class Report:
     def keep(self, iteration: int, **held_out) -> None:
         """Write the weights, which are the best so far."""
         of_prompts = {name: fact for name, fact in self.model.facts.items() if name == "prompts"}
-        self.model.save(self.options.save, iteration=iteration, **held_out, **of_prompts)
+        self.model.save(self.options.save, iteration=iteration, version=version.__version__,
+                        **held_out, **of_prompts)
 
     def scores(self, held_out: list[Sequence]) -> list[float]:
         """What decides which weights are best, by its mean."""

@@ -1,0 +1,1 @@
+"""The command line: flags of each mode, and what they set up."""

@@ -1,1 +1,0 @@
-"""Samples to train on, the demo data, downloads."""

@@ -1,0 +1,1 @@
+"""Data sets on disk: their layouts, downloads, and the demo data."""

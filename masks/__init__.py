@@ -1,0 +1,1 @@
+"""Reading mask files: which channel holds the mask, and which object each value means."""

@@ -1,0 +1,71 @@
+"""A stack of frames that spills to a temporary file.
+
+A decoder only runs forward. To read backwards, the frames between two key frames are decoded once,
+pushed here and popped in reverse, which takes linear time however far apart key frames are.
+"""
+
+import tempfile
+from collections import deque
+from contextlib import suppress
+
+import cv2
+import numpy as np
+
+# Bytes of frames held in memory: 40 frames of 1080p, more than most distances between key frames,
+# and little beside the network. Frames beyond it cost a PNG written and read.
+MEMORY = 256 * 2**20
+
+
+class Spool:
+    """A stack of (H, W, 3) uint8 images; use as a context manager.
+
+    Raises:
+        OSError: the disk with the temporary files is full; the error names the folder.
+    """
+
+    def __init__(self):
+        self._held: deque[np.ndarray] = deque()
+        self._bytes = 0
+        self._sizes: list[int] = []  # of the images in the file, which are the oldest
+        self._file = None
+
+    def push(self, image: np.ndarray) -> None:
+        self._held.append(image)
+        self._bytes += image.nbytes
+        while self._bytes > MEMORY and len(self._held) > 1:
+            self._put_away(self._held.popleft())
+
+    def pop(self) -> np.ndarray | None:
+        """Remove and return the image pushed last; None if the stack is empty."""
+        if self._held:
+            image = self._held.pop()
+            self._bytes -= image.nbytes
+            return image
+        if not self._sizes:
+            return None
+        self._file.seek(-self._sizes[-1], 2)
+        data = self._file.read(self._sizes[-1])
+        self._file.seek(-self._sizes.pop(), 2)
+        self._file.truncate()
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+    def _put_away(self, image: np.ndarray) -> None:
+        self._bytes -= image.nbytes
+        # OpenCV takes RGB for BGR here and when it decodes, so the channels keep their order
+        data = cv2.imencode(".png", image)[1].tobytes()
+        try:
+            self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, frames are put aside there (TMPDIR "
+                          "names another place)", tempfile.gettempdir()) from error
+        self._sizes.append(len(data))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._file:
+            with suppress(OSError):  # of a full disk, reported when it was written to
+                self._file.close()

@@ -1,0 +1,1 @@
+"""What a run leaves: masks, videos, cut-outs, annotations, reports, and the run folder itself."""

@@ -1,1 +1,0 @@
-"""The page on which a person shows objects, looks, and mends: its server and its session."""

@@ -1,0 +1,1 @@
+"""The running process: several processes of one job, user errors, the version."""

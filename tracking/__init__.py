@@ -1,0 +1,1 @@
+"""Tracking objects through one video, and masks from boxes and points."""
