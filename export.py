@@ -6,11 +6,11 @@ tells, and of each graph the digest. It knows flags, and nothing of videos.
 
 import argparse
 import hashlib
-import inspect
 import io
 import json
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +24,8 @@ from media import files
 from media.shown import Prompts
 from network import graphs
 from network.evidence import BOX, CLICKS, MASK
-from network.lite import ENCODED
-from network.rules import RADIUS, VALUE
-from network.tiles import tiles, windows_of_tiles
+from network.lite import NEXT
+from network.state import Features
 from tracker import Tracker
 from videomatch import VideoMatch
 
@@ -65,11 +64,10 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
     if model.method != "memory":
         raise ValueError("-m export: expected a checkpoint that was trained for --method memory, "
                          "and no other --method")
-    if model.object_tokens or model.edges:
-        raise ValueError("-m export: object tokens and the level of stride 2 can't be exported yet")
     if model.zoom < 1:
         raise ValueError(f"-m export: expected a model that sees frames enlarged, not {model.zoom} "
                          "as large")
+    precision, model.precision = model.precision, torch.float32
     written = {}
     for name, (graph, inputs, outputs) in _graphs(model).items():
         content = _traced(graph, inputs, outputs)
@@ -83,10 +81,11 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
         "config": model.configuration(),
         "network": {"stride": model.encoder.spec.stride, "zoom": model.zoom,
                     "mean": preprocess.IMAGENET_MEAN, "std": preprocess.IMAGENET_STD,
-                    "dilation": model.dilation, "side": model.reader.side,
-                    "ridge": model.reader.ridge().item(), "shown": model.prompts is not None},
+                    "dilation": model.dilation, "widths": model.reader.widths,
+                    "edges": model.edges, "shown": model.prompts is not None},
         "graphs": written}, indent=1))
     most, mean = _apart(model, lite.load(folder))
+    model.precision = precision
     log.info("probabilities of the export and of PyTorch differ by %.1e at most, %.1e in the mean",
              most, mean)
     if small and not mean < CLOSE_8_BITS:
@@ -98,45 +97,54 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
                          f"expected less than {CLOSE}")
 
 
-def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, tuple, list[str]]]:
+def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], list[str]]]:
     """Of each graph the module, inputs to trace it with, and what its outputs are called."""
-    (h, w), reader, spec = CELLS, model.reader, model.encoder.spec
-    encode = graphs.Encode(model.encoder, reader)
-    image = torch.rand(1, 3, h * spec.stride, w * spec.stride)
-    unit, key, near, shared, *levels = encode(image)
-    found = torch.rand(3, h * reader.side, w * reader.side).softmax(0)
-    values = torch.rand(4 * h * w, 3 * (VALUE + 1))  # of two objects and their union
-    windows, inside = (torch.from_numpy(x) for x in windows_of_tiles(h, w, RADIUS, 2))
-    of_tile, place = (torch.from_numpy(x) for x in tiles(h, w))
-    read = (unit, near, torch.rand(4, h * w), values, torch.rand(h * w, 40),
-            torch.randint(len(values), (h * w, 40)), torch.rand(unit.shape[1], 3), found,
-            torch.cat([near, near]).flatten(0, 1), values[:2 * h * w], of_tile, place, inside,
-            windows, *levels)
-    names = [f"level{i}" for i in range(len(levels))]
-    shown = {}
+    (h, w), spec = CELLS, model.encoder.spec
+    encode = graphs.Encode(model.encoder, model.reader, model.edges)
+    image = torch.rand(2, 3, h * spec.stride, w * spec.stride)
+    names = [f"level{i}" for i in range(len(spec.levels) + model.edges)]
+    frame, view = (dict(zip((*graphs.SEEN, *names), encode(x[None]))) for x in image)
+    views = frame | {name: torch.cat([frame[name], view[name]]) for name in ("key", "shared")}
+    masks = torch.rand(2, 3, h * model.side, w * model.side).softmax(1)
+    labels = torch.randint(-1, 3, (2, h, w))
+    state = None
+    for _ in range(2):  # of two reference frames, so that nothing is taken for one
+        state = model.start(state, Features(None, *(views[name] for name in graphs.SEEN)), masks,
+                            labels)
+    features = Features(None, *(frame[name] for name in graphs.SEEN))
+    state = model.remember(state, features, masks[0], long=True)
+    known = state._asdict()
+    parts = {"encode": (encode, {"image": image[:1]}, [*graphs.SEEN, *names]),
+             "step": (graphs.Graph(model, model.step), known | frame, ["logits", "scores"])}
+    for name, function, inputs in (
+            ("start", model.start, {"masks": masks, "labels": labels}),
+            ("remember", partial(model.remember, long=False), {"probabilities": masks[0]}),
+            ("remember_long", partial(model.remember, long=True), {"probabilities": masks[0]})):
+        graph = graphs.Graph(model, function, tuple(inputs))
+        seen = {part: (views if name == "start" else frame)[part] for part in graphs.SEEN}
+        inputs = known | seen | inputs
+        parts[name] = graph, inputs, [f"{NEXT}{field}" for field in graph(*inputs.values())]
     if model.prompts is not None:
-        clicks = [torch.arange(count) for count in (2, 3, 4, 5)]
-        known = torch.rand(1, BOX + CLICKS + MASK, *levels[0].shape[2:])
-        shown["show"] = (graphs.Show(model.prompts, spec.finer),
-                         (image, unit, known, *clicks, *levels), ["logits"])
-    return {"encode": (encode, (image,), [*ENCODED, *names]),
-            "values": (graphs.Values(reader), (shared, found), ["values"]),
-            "nearest": (graphs.Nearest(), (key, torch.stack([key, key])), ["best", "positions"]),
-            "read": (graphs.Read(reader, model.decoder), read, ["logits"]), **shown}
+        clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),
+                          (torch.arange(count) for count in (2, 3, 4, 5))))
+        finest = frame[names[int(model.edges)]].shape[2:]
+        prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *finest)}
+        inputs = {"image": image[:1], "unit": frame["unit"]} | prompts | clicks
+        inputs |= {name: frame[name] for name in names}
+        parts["show"] = graphs.Show(model.prompts, spec.finer, model.edges), inputs, ["logits"]
+    return parts
 
 
-def _traced(graph: nn.Module, inputs: tuple, outputs: list[str]) -> bytes:
-    names = [name for name, parameter in inspect.signature(graph.forward).parameters.items()
-             if parameter.kind != parameter.VAR_POSITIONAL]
-    names += [f"level{i}" for i in range(len(inputs) - len(names))]
-    # batches of images are of one, colours and channels as many as they are
-    axes = {name: {axis: f"{name}_{axis}" for axis in range(x.dim()) if x.dim() != 4 or axis > 1}
-            for name, x in zip(names, inputs)}
+def _traced(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> bytes:
+    axes = {name: {axis: f"{letter}{name}" if name.startswith("level") else letter for axis, letter
+                   in enumerate(graphs.AXES.get(name, "..hw")) if letter != "."}
+            for name in inputs}
     content = io.BytesIO()
     with warnings.catch_warnings():  # of sizes that are constants in the trace, as they are
         warnings.simplefilter("ignore")
-        torch.onnx.export(graph.eval(), inputs, content, dynamo=False, opset_version=OPSET,
-                          input_names=names, output_names=outputs, dynamic_axes=axes)
+        torch.onnx.export(graph.eval(), tuple(inputs.values()), content, dynamo=False,
+                          opset_version=OPSET, input_names=list(inputs), output_names=outputs,
+                          dynamic_axes=axes)
     return content.getvalue()
 
 
@@ -149,8 +157,7 @@ def _apart(model: VideoMatch, export) -> tuple[float, float]:
     frames = torch.rand(3, 3, 90, 150, generator=random)
     mask = torch.zeros(90, 150, dtype=torch.uint8)
     mask[20:60, 20:60], mask[30:70, 90:130] = 1, 2
-    one, other = Tracker(model), lite.Follower(export)
-    precision, model.precision = model.precision, torch.float32
+    one, other = Tracker(model), Tracker(export)
     for i, frame in enumerate(frames):
         found = [tracker.step(image, None if i else mask.numpy()).probabilities
                  for tracker, image in ((one, frame), (other, frame.numpy()))]
@@ -161,5 +168,4 @@ def _apart(model: VideoMatch, export) -> tuple[float, float]:
         found = [torch.from_numpy(network.look(picture, shown)).sigmoid()
                  for network in (model, export)]
         apart.append((found[0] - found[1]).abs())
-    model.precision = precision
-    return (max(one.max().item() for one in apart), max(one.mean().item() for one in apart))
+    return max(one.max().item() for one in apart), max(one.mean().item() for one in apart)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from follow import Follower, resized
 from masks.read import read_masks
 from media import drawing, files, images
 from media.background import progress
@@ -28,6 +27,7 @@ from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
 from network.outliers import decide
 from system import errors, version
+from tracker import Tracker, resized
 from tracking.prompting import in_order, masks_of
 
 PROGRAM = "lite.py"  # in manifest.json, which main.py writes too
@@ -70,7 +70,7 @@ def load(folder: Path, threads: int = 0) -> LiteVideoMatch:
         if kept["format"] != FORMAT:
             raise ValueError(f"of format {kept['format']}, expected {FORMAT}: export again")
         graphs = dict(kept["graphs"])
-        model = LiteVideoMatch(lambda name, **inputs: sessions[name].run(None, inputs),
+        model = LiteVideoMatch(lambda name, **inputs: _run(sessions[name], inputs),
                                **kept["network"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an export that can be used ({error})") from error
@@ -90,6 +90,12 @@ def load(folder: Path, threads: int = 0) -> LiteVideoMatch:
     return model
 
 
+def _run(session, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A graph's outputs by their names; it takes those of the inputs that it uses."""
+    outputs = session.run(None, {x.name: inputs[x.name] for x in session.get_inputs()})
+    return dict(zip((x.name for x in session.get_outputs()), outputs))
+
+
 def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
     """Each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
 
@@ -100,17 +106,17 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
     Raises:
         ValueError: the mask is of another size than the frames, or holds no object.
     """
-    follower = Follower(model)
+    tracker = Tracker(model)
     first = clip.fit(first)
     for i, image in enumerate(clip.frames()):
         if i == 0:
             images.check_same_shape("frame 0", image.shape, "the mask", first.shape)
         small = images.scaled(image, size)
-        step = follower.step(model.normalized(small), None if i else first)
+        step = tracker.step(model.normalized(small), None if i else first)
         mask = step.mask
         if mask.shape != image.shape[:2]:
             mask = decide(resized(step.probabilities, image.shape[:2]), step.object_ids,
-                          follower.threshold)
+                          tracker.threshold)
         yield image, mask
 
 

@@ -6,14 +6,16 @@ Whole sequences are held out for validation. `training.samples` draws the traini
 
 import logging
 
+import numpy as np
 import torch
 
 import preprocess
 from davis import Sequence
 from media.background import interruptible, progress
-from network.bank import Frames
 from network.losses import LOSSES, grouping
-from network.memory import Memory
+from network.sets import Sets
+from network.state import Features, State
+from network.views import labels_of, shares_of
 from system import distributed
 from training.options import MAX_GRADIENT_NORM, Options, one_cycle
 from training.report import Report
@@ -151,7 +153,7 @@ def initialise_keys(model: VideoMatch, sources: list, shape: tuple[int, int]) ->
     with torch.no_grad():
         images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
         features = [model.encoder(image[None])[0].flatten(1).T for image in images]
-    model.reader.start(torch.cat(features))
+    model.reader.begin(torch.cat(features))
 
 
 def make_optimizer(model: VideoMatch, options: Options):
@@ -213,35 +215,52 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
         masks: (T, H, W) int64, 0 background, 1..N objects of the first frame.
         losses: keys of `LOSSES`, added up.
     """
-    frames, memories = model.encode(images), [model.memory(list(range(1, int(masks[0].max()) + 1)))]
-    model.refer(images[:1], masks[:1], memories, frames[:1])
-    first = max(1, len(images) - LEARNED) if model.method == "memory" else 1
+    features, object_ids = model.encode(images), range(1, int(masks[0].max()) + 1)
+    first, mask = features.frame(0), masks[0].cpu().numpy().astype(np.uint8)
+    memory = sets = None
+    if model.method == "memory":
+        grid = tuple(first.near.shape[1:3])
+        pixels = shares_of(mask, tuple(model.side * side for side in grid), object_ids)
+        memory = model.start(None, first, model.array(pixels[None]),
+                             model.array(labels_of(mask, grid, object_ids)[None]))
+    if first.matched.requires_grad:
+        sets = model.refer_sets(None, first.matched[0], mask, object_ids)
+    counted = max(1, len(images) - LEARNED) if model.method == "memory" else 1
     with torch.no_grad():
-        for t in range(1, first):
-            logits = model.refine(frames[t:t + 1], memories)[0]
-            model.remember(frames[t:t + 1], memories, logits.softmax(1))
-    total = sum(_loss_of_frame(model, frames[t:t + 1], masks[t], memories, losses)
-                for t in range(first, len(images)))
-    return total / (len(images) - first)
+        for t in range(1, counted):
+            logits, _ = model.step(memory, features.frame(t))
+            memory = _remembered(model, memory, features.frame(t), logits)
+    total = torch.zeros(())
+    for t in range(counted, len(images)):
+        loss, memory = _loss_of_frame(model, features.frame(t), masks[t], memory, sets, losses)
+        total = total + loss
+    return total / (len(images) - counted)
 
 
-def _loss_of_frame(model: VideoMatch, frame: Frames, mask: torch.Tensor, memories: list[Memory],
-                   losses: tuple[str, ...]) -> torch.Tensor:
-    """Return the loss of one frame and add the frame, as predicted, to the memory."""
+def _remembered(model: VideoMatch, memory: State, frame: Features,
+                logits: torch.Tensor) -> State:
+    """Add a frame to the long-term memory: the frames of a clip are already some frames apart."""
+    return model.remember(memory, frame, logits.softmax(0), long=True)
+
+
+def _loss_of_frame(model: VideoMatch, frame: Features, mask: torch.Tensor, memory: State | None,
+                   sets: Sets | None, losses: tuple[str, ...]
+                   ) -> tuple[torch.Tensor, State | None]:
+    """Return the loss of one frame, and the state with the frame, as predicted, in memory."""
     small = mask[COARSE // 2::COARSE, COARSE // 2::COARSE]
     outputs = []
-    if frame.features.requires_grad:
+    if sets is not None:
         weight = FEATURE_WEIGHT if model.method == "memory" else 1
-        outputs.append((model.match(frame, memories) / model.temperature, mask, weight))
-    if model.method == "memory":
-        logits, scores, coarse = model.refine(frame, memories)
+        outputs.append((model.match(frame, sets) / model.temperature, mask, weight))
+    if memory is not None:
+        logits, scores, coarse = model.refine(memory, frame)
         outputs += [(logits, mask, 1), (scores / model.temperature, small, KEY_WEIGHT)]
         if coarse is not None:
             outputs.append((coarse, small, COARSE_WEIGHT))
-        model.remember(frame, memories, logits.softmax(1))
+        memory = _remembered(model, memory, frame, logits)
     total = torch.zeros(())
     for output, truth, weight in outputs:
-        found = model.enlarged(output, truth.shape)[0]
+        found = model.enlarged(output, truth.shape)
         total = total + weight * (sum(LOSSES[name](found, truth) for name in losses)
                                   + GROUPING_WEIGHT * grouping(found, truth))
-    return total
+    return total, memory

@@ -2,14 +2,16 @@
 
 Hu, Huang, Schwing: VideoMatch: Matching based Video Object Segmentation, ECCV 2018.
 
-It has weights and configuration and nothing of a video: what is known of one is a `Memory`, which
-is handed in; a `Tracker` drives both. Run by itself it shows the probabilities:
+It holds weights and configuration and nothing of a video: what is known of one is a `State`, which
+is handed in, and of which a step makes the next one. Run by itself it shows the probabilities:
     python videomatch.py REF.jpg REF_MASK.png TEST.jpg [TEST.jpg ...] [--save DIR]
 """
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +20,19 @@ import torch.nn.functional as F
 import preprocess
 from checkpoint import Checkpointed
 from masks.read import read_masks
-from masks.validation import check_id_masks, check_normalized
+from masks.validation import check_normalized, id_mask
 from media import drawing, figures, images
 from media.shown import Prompts
-from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
-from network.memory import Memory
 from network.object_tokens import ObjectTokens
 from network.outliers import decide
 from network.prompts import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
-from network.rules import View
-from network.sets import refer
-from network.views import sets_of
+from network.sets import Sets
+from network.state import COUNTS, KEYS, Features, State, blank, without
+from network.views import labels_of, reference
 from system import errors
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
@@ -40,7 +40,7 @@ METHODS = ("matching", "paper", "memory")
 
 
 class VideoMatch(Checkpointed):
-    """Encode frames, match them with memories of their videos, refine.
+    """Encode frames, match them with what is known of their videos, refine.
 
     Nothing here changes while a video is segmented, so any number of videos, and threads, may
     share one.
@@ -118,158 +118,189 @@ class VideoMatch(Checkpointed):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def encode(self, image: torch.Tensor, scale: float = 1.0) -> Frames:
+    def encode(self, image: torch.Tensor, grid: tuple[int, int] | None = None) -> Features:
         """(B, 3, H, W) float32, ImageNet-normalised -> their features.
 
         Args:
-            scale: enlarges the images beyond `zoom`.
+            grid: (h, w) of the features, whatever the images' size; by default the images are
+                enlarged by `zoom`.
         """
-        image, size = image.to(self.device), tuple(image.shape[-2:])
-        scale = 1.0 if self.training else self.zoom * scale
-        if self.method == "memory":  # whole cells, of which the finest level divides each
+        image, size = image.to(self.device), image.shape[-2:]
+        scale = 1.0 if self.training else self.zoom
+        if self.method == "memory":  # whole locations, of which the finest level divides each
             stride = self.encoder.spec.stride
-            image = _resized(image, [max(1, round(side * scale / stride)) * stride
-                                     for side in size], antialias=scale < 1)
+            grid = grid or [max(1, round(side * scale / stride)) for side in size]
+            image = _resized(image, [side * stride for side in grid],
+                             antialias=grid[0] * stride < size[0])
         elif scale != 1:
             image = F.interpolate(image, scale_factor=scale, mode="bilinear",
                                   align_corners=False, antialias=scale < 1)
         with self._in_precision():
             features, levels = self.encoder.pyramid(image, self.edges)
-        cells = []
-        if self.method == "memory":
-            precision = torch.float32 if self.training else self.precision
-            cells = [self.reader.look(x, precision) for x in features]
-        return Frames(features, levels, size, cells)
+        if self.method != "memory":
+            return Features(features)
+        precision = torch.float32 if self.training else self.precision
+        return self.reader.describe(features, levels, precision)
 
     def _in_precision(self):
         return torch.autocast(self.device.type, self.precision,
                               enabled=self.precision != torch.float32)
 
-    def memory(self, object_ids: list[int]) -> Memory:
-        """That of a video of which nothing is known yet."""
-        # the frames of a clip to train on lie apart already
-        return Memory(object_ids, every=1 if self.training else 5)
-
-    def refer(self, image: torch.Tensor, mask: torch.Tensor | np.ndarray, memories: list[Memory],
-              frames: Frames | None = None) -> Frames:
-        """Add frames whose masks are known, the reference frames, to the memories of their videos.
+    def start(self, state: State | None, features: Features, masks: torch.Tensor,
+              labels: torch.Tensor) -> State:
+        """Add a reference frame to what is known of a video.
 
         Args:
-            image: (B, 3, H, W) float32, ImageNet-normalised.
-            mask: (B, H, W) integers, 0 background, else object ids; its size may differ from the
-                image's. What none of the memories' objects is is in no set.
-            memories: B, with as many objects each.
-            frames: the images encoded, if they are already.
+            state: None before the first one.
+            features: of the frame and, after it, of closer views of its objects.
+            masks, labels: what is where in these views, see `Reader.start`.
+        """
+        if state is None:
+            def zeros(name, shape):
+                dtype = torch.long if name in COUNTS else torch.float32
+                return torch.zeros(shape, dtype=features.key.dtype if name in KEYS else dtype,
+                                   device=self.device)
+            state = blank(features.near.shape[1:3], masks.shape[1] - 1, self.reader.widths, zeros)
+        return self.reader.start(state, features, masks, labels)
+
+    def step(self, state: State, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of a frame, by what is known of its video; `remember` makes the next state of it.
 
         Returns:
-            The encoded frames.
+            (N+1, H/4, W/4) logits (H/2, W/2 with `edges`), those of the background 0; (N+1, h, w)
+            scores, the cosines of the keys alone.
+        """
+        return self.refine(state, features)[:2]
+
+    def refine(self, state: State, features: Features
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `step`, and (N+1, h, w) logits of object tokens alone, None without them.
+
+        Differentiable.
+        """
+        evidence, scores = self.reader.read(state, features)
+        before, coarse = state.previous[1:], None
+        if self.object_tokens:
+            evidence, coarse = self.reader.tokens(features.unit[0], state.tokens, evidence,
+                                                  self.reader.shares(before))
+            coarse = _beside_background(coarse)
+        with self._in_precision():
+            logits = self.decoder(evidence, torch.stack([with_union(before), rivals(before)], 1),
+                                  features.levels)
+        logits = foreground_first(logits.float(), before.shape[0])
+        return _beside_background(logits), scores, coarse
+
+    def remember(self, state: State, features: Features, probabilities: torch.Tensor,
+                 long: bool) -> State:
+        """The state after a frame.
+
+        It isn't a part of `step`, since what is kept is what the frame's mask was decided to be,
+        which takes connected components (see `network.outliers`).
+
+        Args:
+            probabilities: (N+1, H, W), of any size.
+            long: keep it in the long-term memory, too.
+        """
+        return self.reader.remember(state, features, probabilities, long)
+
+    # of any method, for one video
+
+    def refer(self, state: Any, image: torch.Tensor, mask: np.ndarray,
+              object_ids: Sequence[int]) -> State | Sets:
+        """Add a reference frame.
+
+        Args:
+            state: a `State`, or by other methods `Sets`; None before the first one.
+            image: (1, 3, H, W) float32, ImageNet-normalised.
+            mask: (H, W) object ids, whose size may differ from the image's. What isn't in
+                `object_ids` is in no set.
+            object_ids: all objects that are followed, those of the state first.
 
         Raises:
             ValueError: other dimensions or types, or an image that isn't normalised.
         """
         check_normalized(image, dimensions=4)
-        check_id_masks(mask)
-        image, mask = image.to(self.device), torch.as_tensor(mask).to(self.device)
-        frames = frames or self.encode(image)
+        mask = id_mask(mask)
         if self.method == "memory":
-            for memory, cells, x, y in zip(memories, frames.cells, image, mask):
-                views = [View(cells, y)]
-                if not self.training:
-                    y = F.interpolate(y[None, None].float(), size=x.shape[1:],
-                                      mode="nearest-exact")[0, 0].long()
-                    views += self.reader.closer(self._look, x, y, memory.object_ids)
-                self.reader.refer(memory.bank, views, memory.object_ids)
-        if self.method != "memory" or self.training:
-            for memory, features, y in zip(memories, frames.features, mask):
-                grid = self._grid(features)
-                refer(memory, [(grid, sets_of(y, grid.shape, memory.object_ids))])
-        return frames
+            features, *rest = reference(self, image, mask, object_ids)
+            return self.start(state, features, *(self.array(x) for x in rest))
+        return self.refer_sets(state, self.encode(image).matched[0], mask, object_ids)
 
-    def _look(self, image: torch.Tensor, scale: float) -> Cells:
-        return self.encode(image[None], scale).cells[0]
+    def refer_sets(self, state: Sets | None, features: torch.Tensor, mask: np.ndarray,
+                   object_ids: Sequence[int]) -> Sets:
+        """The same by the sets of the paper, of a frame that is encoded to (C, h, w)."""
+        grid, sets = self._grid(features), len(object_ids) + 1
+        labels = self.array(labels_of(mask, grid.shape, object_ids))
+        return (state or Sets(sets)).refer(grid, labels, sets)
+
+    def predict(self, state: Any, features: Features,
+                shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities, and how like each location is to what is remembered of each object.
+
+        Args:
+            state: as `refer` returns it.
+            features: of one frame.
+            shape: (H, W) of the result.
+
+        Returns:
+            (N+1, H, W) float32 that sum to 1 over the channels: background, then the objects in
+            order; (N+1, h, w) cosines. Differentiable.
+
+        Raises:
+            RuntimeError: there is no reference frame yet.
+        """
+        if state is None:
+            raise RuntimeError("nothing to match with: refer to a reference frame first")
+        if self.method == "memory":
+            logits, scores = self.step(state, features)
+        else:
+            logits = (scores := self.match(features, state)) / self.temperature
+        return self.enlarged(logits, shape), scores
+
+    def match(self, features: Features, sets: Sets) -> torch.Tensor:
+        """(N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
+        return soft_match(self._grid(features.matched[0]), sets.reference, self.top_k)
 
     def _grid(self, features: torch.Tensor) -> Grid:
         """(C, h, w), to match with all features; beside keys, in training, on the small grid."""
         return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
-    def remember(self, frames: Frames, memories: list[Memory], probabilities: torch.Tensor) -> None:
-        """Keep frames for those to come.
+    def array(self, x: np.ndarray) -> torch.Tensor:
+        """What this network computes with."""
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
-        Args:
-            probabilities: (B, N+1, H, W) what was found in them.
-        """
-        for memory, cells, found in zip(memories, frames.cells, probabilities):
-            self.reader.remember(memory.bank, cells, found)
+    def without(self, state: State | Sets, channel: int) -> State | Sets:
+        """A state without one object; `channel` is that of its probabilities."""
+        if isinstance(state, State):
+            return without(state, channel, torch.cat)
+        return state.without(channel)
 
-    def predict(self, frames: Frames, memories: list[Memory],
-                shape: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities, and how like each cell is to what is remembered of each object.
+    def saved(self, state: State | Sets) -> dict:
+        """A state as numbers, lists and tensors, a file of which can run no code."""
+        return state._asdict() if isinstance(state, State) else state.plain()
 
-        Args:
-            memories: that of the video of each frame, with as many objects each.
-            shape: (H, W) of the result; None takes the images'.
+    def restored(self, kept: dict) -> State | Sets:
+        """What was `saved`; raises a KeyError, TypeError or ValueError of anything else."""
+        return State(**kept) if self.method == "memory" else Sets.from_plain(kept)
 
-        Returns:
-            (B, N+1, H, W) float32 that sum to 1 over the channels: background, then the memories'
-            objects in order; (B, N+1, h, w) cosines. Differentiable.
+    @property
+    def side(self) -> int:
+        """Pixels on each side of a location, of what masks are kept as."""
+        return self.reader.side
 
-        Raises:
-            RuntimeError: there is no reference frame yet.
-            ValueError: the method is "memory", and the frames' size isn't that of the reference.
-        """
-        if self.method == "memory":
-            logits, scores, _ = self.refine(frames, memories)
-        else:
-            logits = (scores := self.match(frames, memories)) / self.temperature
-        return self.enlarged(logits, shape or frames.size), scores
-
-    def match(self, frames: Frames, memories: list[Memory]) -> torch.Tensor:
-        """(B, N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
-        if any(memory.sets is None for memory in memories):
-            raise RuntimeError("nothing to match with: refer to a reference frame first")
-        return torch.stack([soft_match(self._grid(features), memory.sets.reference, self.top_k)
-                            for features, memory in zip(frames.features, memories)])
-
-    def refine(self, frames: Frames, memories: list[Memory]
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """By method "memory": logits, the scores of the keys alone, logits of object tokens alone.
-
-        Returns:
-            (B, N+1, H/4, W/4) logits (H/2, W/2 with `edges`), those of the background 0;
-            (B, N+1, h, w) scores, cosines; (B, N+1, h, w) logits, None without `object_tokens`.
-        """
-        if any(memory.bank.shape is None for memory in memories):
-            raise RuntimeError("nothing to match with: refer to a reference frame first")
-        found = []
-        for i, (memory, cells) in enumerate(zip(memories, frames.cells)):
-            if cells.shape != memory.bank.shape:
-                raise ValueError("expected a frame of the reference frame's size, got "
-                                 f"{frames.size}")
-            evidence, scores = self.reader.read(memory.bank, cells)
-            before, coarse = memory.bank.recent[-1].found[1:], None
-            if self.object_tokens:
-                evidence, coarse = self.reader.tokens(cells.unit, memory.bank.tokens, evidence,
-                                                      self.reader.shares(before))
-            with self._in_precision():
-                logits = self.decoder(evidence,
-                                      torch.stack([with_union(before), rivals(before)], 1),
-                                      [level[i:i + 1] for level in frames.levels])
-            logits = foreground_first(logits.float(), len(before))
-            found.append((_beside_background(logits), scores,
-                          None if coarse is None else _beside_background(coarse)))
-        logits, scores, coarse = zip(*found)
-        return (torch.stack(logits), torch.stack(scores),
-                torch.stack(coarse) if self.object_tokens else None)
+    concatenate = staticmethod(torch.cat)
+    inference = staticmethod(torch.no_grad)
 
     @staticmethod
     def enlarged(logits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """(B, N+1, h, w) logits -> (B, N+1, *shape) probabilities."""
-        logits = F.interpolate(logits, size=tuple(shape), mode="bilinear", align_corners=False)
-        return logits.softmax(1)
+        """(N+1, h, w) logits -> (N+1, *shape) probabilities."""
+        logits = F.interpolate(logits[None], size=tuple(shape), mode="bilinear",
+                               align_corners=False)
+        return logits.softmax(1)[0]
 
-    def update_online(self, frames: Frames, memory: Memory, before: torch.Tensor,
-                      after: torch.Tensor) -> None:
-        """Add a frame's features that are sure of their set (the paper's online update).
+    def update_online(self, sets: Sets, features: Features, before: torch.Tensor,
+                      after: torch.Tensor) -> Sets:
+        """With a frame's features that are sure of their set (the paper's online update).
 
         An object's: above `confidence` after outlier removal, so within the extruded previous
         mask. The background's: taken for an object and removed as outliers, which tells the next
@@ -278,14 +309,14 @@ class VideoMatch(Checkpointed):
         Args:
             before, after: (N+1, H, W) probabilities, of outlier removal.
         """
-        grid = self._grid(frames.features[0])
+        grid = self._grid(features.matched[0])
         before, after = (F.interpolate(p[None], size=grid.shape, mode="bilinear",
                                        align_corners=False, antialias=True)[0]
                          for p in (before, after))
         best, labels = after[1:].max(0)
         labels = torch.where(best > self.confidence, labels + 1, -1)
         labels[(before[0] < 0.5) & (after[0] > self.confidence)] = 0
-        memory.sets.update(grid, labels)
+        return sets.update(grid, labels)
 
     def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
         """(H, W, 3) uint8 RGB -> (H/2, W/2) float32, above 0 on the object that is shown in it."""
@@ -316,7 +347,7 @@ class VideoMatch(Checkpointed):
 
 def _beside_background(logits: torch.Tensor) -> torch.Tensor:
     """(N, h, w) logits of objects -> (N+1, h, w), those of the background 0."""
-    return F.pad(logits[None], (0, 0, 0, 0, 1, 0))[0]
+    return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:
@@ -346,17 +377,17 @@ def show(args) -> None:
     model = VideoMatch.load(args.model_load).eval()
     image = images.read_image(args.reference)
     mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
-    memory = model.memory([i for i in np.unique(mask).tolist() if i])
-    model.refer(preprocess.to_tensor(image)[None], mask[None], [memory])
+    object_ids = [i for i in np.unique(mask).tolist() if i]
+    state = model.refer(None, preprocess.to_tensor(image)[None], mask, object_ids)
     for path in args.tests:
         test = images.read_image(path)
-        frames = model.encode(preprocess.to_tensor(test)[None])
-        probabilities = model.predict(frames, [memory])[0][0].cpu().numpy()
+        features = model.encode(preprocess.to_tensor(test)[None])
+        probabilities = model.predict(state, features, test.shape[:2])[0].cpu().numpy()
         panels = [
             ("reference frame", image), ("reference mask", drawing.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),
             ("background probability", probabilities[0]),
-            ("result", drawing.overlay(test, decide(probabilities, memory.object_ids)))]
+            ("result", drawing.overlay(test, decide(probabilities, object_ids)))]
         name = f"{path.stem}_probabilities.png"
         figures.show_or_save(panels, 3, args.save and args.save / name, default=Path(name))
 

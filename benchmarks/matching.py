@@ -24,7 +24,7 @@ from cli.setup import select_device
 from datasets import demo
 from network.encoder import BACKBONES, Encoder
 from network.matching import Grid, Reference, soft_match
-from network.views import cell_labels
+from network.views import labels_of
 
 FACTORS = (1.0, 1.8, 4.0)
 # Bytes. A larger dense matrix (there are two) is skipped: it would make a laptop swap.
@@ -60,7 +60,7 @@ def inputs(name: str, shape: tuple[int, int], device: torch.device):
     encoder = Encoder(name).eval().to(device)
     frames = list(demo.draw(demo.SCENES["val"]["stroll"], frames=3))
     tensors = [preprocess.to_tensor(image, shape).to(device)[None] for image, _ in frames[:2]]
-    mask = torch.from_numpy(frames[0][1])[None].to(device)
+    mask = frames[0][1]
     with torch.no_grad():
         features = [encoder(tensor)[0] for tensor in tensors]
         encoding = statistics.median(seconds(lambda: encoder(tensors[0]), device)
@@ -73,7 +73,7 @@ def measure(name: str, factor: float, frames, repeats: int, device, floor_rates)
     (reference, query), mask, encoding = frames
     k = BACKBONES[name].top_k
     grid = Grid(reference, factor)
-    labels = cell_labels(mask, grid.shape)
+    labels = torch.from_numpy(labels_of(mask, grid.shape, [1]))[None].to(reference.device)
     gathered = Reference([grid], labels, sets=2)
     runs = {"toolkit": lambda: soft_match(Grid(query, factor), gathered, k)}
     if 2 * 4 * (grid.shape[0] * grid.shape[1]) ** 2 <= DENSE_LIMIT:

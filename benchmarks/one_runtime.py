@@ -23,17 +23,17 @@ def _peak() -> int | None:
 
 def _steps(runtime: str, weights: Path, threads: int):
     """What follows a frame, (H, W, 3) uint8 RGB with its mask or None; and the precision."""
+    from tracker import Tracker
     if runtime == "onnxruntime":
         import lite
         network = lite.load(weights, threads)
-        follower = lite.Follower(network)
-        return (lambda image, mask: follower.step(network.normalized(image), mask),
+        tracker = Tracker(network)
+        return (lambda image, mask: tracker.step(network.normalized(image), mask),
                 "float32")
     import torch
 
     import preprocess
     from network import precision
-    from tracker import Tracker
     from videomatch import VideoMatch
     torch.set_num_threads(threads)
     model = VideoMatch.load(weights).eval()

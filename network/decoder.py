@@ -76,6 +76,8 @@ class Decoder(nn.Module):
         Returns:
             (N, H, W).
         """
+        if torch.onnx.is_in_onnx_export():  # of any number of objects
+            return self.decode(evidence, previous, self.shared(list(levels)))
         evidence, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
             for x in (evidence, previous, *levels))
@@ -165,3 +167,11 @@ def pooling(before: int, after: int) -> torch.Tensor:
     place = torch.arange(before)
     inside = ((place >= first) & (place < end)).float()
     return inside / inside.sum(1, keepdim=True)
+
+
+def antialiased(before: int, after: int) -> torch.Tensor:
+    """(after, before) float32: bilinear resizing along one side, antialiased, as a matrix."""
+    scale = (torch.ones(1) * before / after).clamp(min=1)
+    middle = (torch.arange(after)[:, None] + 0.5) * before / after
+    weights = (1 - (torch.arange(before) + 0.5 - middle).abs() / scale).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)

@@ -6,7 +6,7 @@ It knows neither the image nor what looks at it.
 import numpy as np
 
 from media.shown import Prompts
-from network.arrays import bilinear
+from network.views import bilinear
 
 BOX, CLICKS, MASK = 4, 4, 2  # channels
 NEAR, FAR = 8.0, 64.0  # pixels within which a click counts, and beyond which it says little

@@ -1,98 +1,81 @@
-"""The network as graphs without state, which an export writes down: tensors in, tensors out.
+"""The network's functions as graphs, which an export writes down: tensors in, tensors out.
 
-What PyTorch runs in several calls, here runs in one where nothing has to be decided between.
-Sizes, numbers of objects and of what is kept may vary. `network.lite` runs them; inputs are called
-as `forward`'s arguments.
+They are the functions that PyTorch runs, `VideoMatch.encode`, `start`, `step` and `remember`, with
+the fields of their records as inputs and outputs of their names. Sizes, numbers of objects and of
+reference frames may vary.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from network.bank import Cells
-from network.decoder import Decoder
-from network.encoder import Encoder
 from network.prompts import PromptDecoder, Seen
-from network.reader import Reader, foreground_first, rivals, with_union
-from network.rules import K_NEAR, K
+from network.state import Features, State
+
+SEEN = ("unit", "key", "near", "shared")  # fields of `Features`; levels follow
+# Axes that may vary, by name: f reference frames, m members of their rows, s of a long-term memory
+# frame's, g groups, o objects and their union, n objects and background, h, w locations, c all of
+# them, y, x pixels of masks, v views of a frame. Those that never vary are dots.
+AXES = {
+    "reference_keys": "fmg.", "reference_valid": "fmg", "reference_values": "fmgo.",
+    "reference_absent": "fmg.", "memory_keys": ".sg.", "memory_valid": ".sg",
+    "memory_values": ".sgo.", "memory_absent": ".sg.", "recent_keys": ".hw.", "recent_valid": ".",
+    "recent_values": ".co.", "previous": "nyx", "reference_squares": "..",
+    "reference_labels": ".n", "reference_tokens": "n.", "memory_squares": "..",
+    "memory_labels": ".n", "memory_tokens": "n.", "linear": ".n", "tokens": "n.",
+    "frames": "", "memories": "", "unit": ".c.", "key": "vc.", "near": ".hw.", "shared": "v.hw",
+    "masks": "vnyx", "labels": "vhw", "probabilities": "nYX", "image": "..YX", "known": "..yx",
+    "points": "1", "not_points": "2", "fine_points": "3", "fine_not_points": "4"}
+
+
+class Graph(nn.Module):
+    """A function of the network, of tensors alone.
+
+    Args:
+        network: whose weights it has.
+        function: of a `State`, `Features` and more -> the next `State`, or tensors.
+        more: what its other inputs are called.
+    """
+
+    def __init__(self, network: nn.Module, function: Callable, more: tuple[str, ...] = ()):
+        super().__init__()
+        self.network, self.function, self.more = network, function, more
+
+    def forward(self, *inputs):
+        """The fields of the state, those of the features, levels and others -> what changes."""
+        state, rest = State(*inputs[:len(State._fields)]), inputs[len(State._fields):]
+        seen, rest = rest[:len(SEEN)], rest[len(SEEN):]
+        levels, more = rest[:len(rest) - len(self.more)], rest[len(rest) - len(self.more):]
+        found = self.function(state, Features(None, *seen, levels=tuple(levels)), *more)
+        if not isinstance(found, State):
+            return found
+        # what stays as it is isn't copied
+        changed = {name: new for name, new, old in zip(State._fields, found, state)
+                   if new is not old}
+        return tuple(changed.values()) if torch.onnx.is_in_onnx_export() else changed
 
 
 class Encode(nn.Module):
-    """A frame, of whole cells, to what is matched, kept and refined."""
+    """A frame, of whole locations, to its features."""
 
-    def __init__(self, encoder: Encoder, reader: Reader):
+    def __init__(self, encoder: nn.Module, reader: nn.Module, edges: bool):
         super().__init__()
-        self.encoder, self.reader = encoder, reader
+        self.encoder, self.reader, self.edges = encoder, reader, edges
 
     def forward(self, image):
-        """(1, 3, H, W) normalised -> as `Cells`, `Entry.shared`, and (1, C, ., .) levels."""
-        features, levels = self.encoder.pyramid(image)
-        cells = self.reader.look(features[0])
-        return cells.unit, cells.key, cells.near, self.reader.shared_of(cells), *levels
-
-
-class Values(nn.Module):
-    """What is kept of objects in a frame."""
-
-    def __init__(self, reader: Reader):
-        super().__init__()
-        self.reader = reader
-
-    def forward(self, shared, found):
-        """(1, WIDTH, h, w) and (N+1, H, W) -> (h*w, M * (VALUE + 1))."""
-        return self.reader.values(shared, [self.reader.own_of(found)])
-
-
-class Nearest(nn.Module):
-    """The K most similar ones of many keys, see `search.nearest`."""
-
-    def forward(self, query, keys):
-        """(n, KEY), and (size, groups, KEY) -> (n, K) each, the most similar first."""
-        groups = keys.shape[1]
-        similarity = (query @ keys.flatten(0, 1).T).reshape(-1, *keys.shape[:2])
-        best, member = similarity.max(1)
-        best, group = best.topk(K, dim=1)
-        return best, member.gather(1, group) * groups + group
-
-
-class Read(nn.Module):
-    """What was found in a memory, and what is near in the last frames, to logits."""
-
-    def __init__(self, reader: Reader, decoder: Decoder):
-        super().__init__()
-        self.reader, self.decoder = reader, decoder
-
-    def forward(self, unit, near, scores, values, best, positions, linear, found, recent,
-                recent_values, tiles, place, cells, windows, *levels):
-        """(N, H/4, W/4).
-
-        Args:
-            unit, near, levels: of the frame, as `Encode` gives them.
-            scores, values, best, positions: as `Rules._far` gives them.
-            linear: (C, N+1) that makes labels of features.
-            found: (N+1, H/4, W/4) of the frame before.
-            recent, recent_values: (T*h*w, NEAR) and (T*h*w, M * (VALUE + 1)) of the last frames.
-            tiles, place, cells, windows: as `network.tiles` gives them.
-        """
-        seen = Cells(unit, unit, near)
-        queries = near.flatten(0, 1)[tiles]
-        products = queries @ recent[cells].transpose(1, 2) + windows
-        likest, where = products.flatten(0, 1).topk(K_NEAR, dim=1)
-        where = cells.unsqueeze(1).expand(-1, tiles.shape[1], -1).flatten(0, 1).gather(1, where)
-        evidence = self.reader.evidence(seen, linear, found, scores, (values, best, positions),
-                                        (recent_values, likest[place], where[place]))
-        before = found[1:]
-        previous = torch.stack([with_union(before), rivals(before)], 1)
-        logits = self.decoder.decode(evidence, previous, self.decoder.shared(list(levels)))
-        return foreground_first(logits, before.shape[0])
+        """(1, 3, H, W) normalised -> the fields `SEEN` of `Features`, and its levels."""
+        features = self.reader.describe(*self.encoder.pyramid(image, self.edges))
+        return *(getattr(features, name) for name in SEEN), *features.levels
 
 
 class Show(nn.Module):
     """What a person showed of an object in a frame, to its logits."""
 
-    def __init__(self, prompts: PromptDecoder, finer: int):
+    def __init__(self, prompts: PromptDecoder, finer: int, edges: bool):
         super().__init__()
-        self.prompts, self.finer = prompts, finer
+        self.prompts, self.finer, self.edges = prompts, finer, edges
 
     def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
                 *levels):
@@ -103,6 +86,7 @@ class Show(nn.Module):
             unit, levels: of it, as `Encode` gives them.
             known, points, ...: see `PromptDecoder.answer`.
         """
-        coarse = unit.T.reshape(1, unit.shape[1], *levels[self.finer].shape[2:])
+        levels = levels[int(self.edges):]  # prompts don't use the level of stride 2
+        coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])
         seen = Seen(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
         return self.prompts.answer(seen, known, [points, not_points, fine_points, fine_not_points])

@@ -92,6 +92,8 @@ class ObjectTokens(nn.Module):
         readout: channels of the memory readout.
     """
 
+    kept = TOKENS * (WIDTH + 1)  # numbers of each object in `sums`
+
     def __init__(self, channels: int, readout: int):
         super().__init__()
         self.see = nn.Linear(channels, WIDTH)

@@ -1,35 +1,44 @@
-"""From what a video left behind to evidence for each object: what `--method memory` has learned.
+"""Memory read and write of `--method memory`: keys, values, and what is kept of which frame.
 
-A frame's cells, the positions of the encoder's coarse grid, are told apart by keys of few
-channels, which are compared; what was found in a cell is kept as its values, which are read where
-keys are alike (Oh et al.: Video object segmentation using space-time memory networks, ICCV 2019).
-It has weights and nothing of a video.
+A frame's locations, those of the encoder's coarse feature map, are compared by keys of few
+channels; what was found at a location is kept as its values, which are read where keys are alike
+(Oh et al.: Video object segmentation using space-time memory networks, ICCV 2019). The module has
+weights only; what is known of a video is a `State`, which these functions map to the next one.
+
+They branch on no value and, but for speed, on no shape, so that they are exported as they stand.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from network.bank import Bank, Cells
-from network.rules import K_NEAR, K_SET, RADIUS, VALUE, K, Rules
-from network.search import nearest, windows
-from network.views import sets_of
+from network.decoder import antialiased
+from network.search import LOWEST, nearest, windows
+from network.state import Features, State, Widths, extra
 
-KEY, NEAR = 64, 32  # channels that are compared everywhere, and near a cell
+KEY, NEAR = 64, 32  # channels that are compared everywhere, and near a location
+VALUE = 24  # channels of an object's value, beside its share of the location
 WIDTH, GROUPS = 32, 8  # channels and groups of what makes values
 TEMPERATURE = 0.07  # at first, of the softmax that weighs values; it is learned
 RIDGE = 0.003  # at first, of the linear labels; it is learned
+K = 16  # locations that a location reads of all that are kept
+K_SET = 5  # locations of a set whose mean similarity is its score
+K_NEAR, RADIUS = 8, 6  # locations that are read of the last frames, so far away at most
+GIVEN = 0.6  # weight of reference frames in the linear labels, later ones have the rest
+LATER = 0.3  # weight of the newest frame among the later ones
+LEAST = 0.02  # share of a frame below which an object weighs less there
+STEPS = 50  # of conjugate gradients, where there is no direct solver (see `solved`)
 SCALARS = 15
-EVIDENCE = SCALARS + 2 * VALUE  # channels of what is known of an object at a cell
+EVIDENCE = SCALARS + 2 * VALUE  # channels of the readout of an object at a location
 
 
-class Reader(nn.Module, Rules):
-    """Keys, values, and what is read; when anything is kept, the `Rules` say.
+class Reader(nn.Module):
+    """Keys, values, and what is read.
 
     Args:
-        channels: of a cell's features, all layers that are matched.
+        channels: of a location's features, all layers that are matched.
         finest: the first of them, of the layer that knows best where things are.
-        side: masks are seen with so many pixels on each side of a cell.
+        side: masks are seen with so many pixels on each side of a location.
     """
 
     def __init__(self, channels: int, finest: int, side: int):
@@ -47,111 +56,346 @@ class Reader(nn.Module, Rules):
         self.value = nn.Conv2d(WIDTH, VALUE, 1)
         self.tokens: nn.Module | None = None  # `ObjectTokens`
 
+    @property
+    def widths(self) -> Widths:
+        tokens = 0 if self.tokens is None else self.tokens.kept
+        return Widths(self.key.in_features, KEY, NEAR, VALUE, self.side, tokens)
+
     def comparing(self) -> list[nn.Parameter]:
-        """What decides which cells are alike."""
+        """What decides which locations are alike."""
         return [self.key.weight, self.near.weight, self.log_temperatures, self.log_ridge]
 
     @torch.no_grad()
-    def start(self, features: torch.Tensor) -> None:
+    def begin(self, features: torch.Tensor) -> None:
         """Begin with keys that keep most of (n, C) features: their principal directions."""
         unit = F.normalize(features.double(), dim=1)
         for layer, kept in ((self.key, unit), (self.near, unit[:, :self.finest])):
             directions = torch.linalg.eigh(kept.T @ kept).eigenvectors
             layer.weight.copy_(directions[:, -len(layer.weight):].T)
 
-    def look(self, features: torch.Tensor, precision: torch.dtype = torch.float32) -> Cells:
-        """(C, h, w) features of a frame -> its cells.
+    def describe(self, matched: torch.Tensor, levels=(),
+                 precision: torch.dtype = torch.float32) -> Features:
+        """(B, C, h, w) features, and those of all levels -> what is kept and compared of them.
 
         Args:
             precision: of the keys.
         """
-        unit = F.normalize(features.flatten(1).T.float(), dim=1)
-        near = F.normalize(self.near(unit[:, :self.finest]), dim=1)
-        return Cells(unit, F.normalize(self.key(unit), dim=1).to(precision),
-                     near.to(precision).reshape(*features.shape[1:], NEAR))
+        grid = matched.shape[2:]
+        unit = F.normalize(matched.flatten(2).transpose(1, 2).float(), dim=2)
+        near = F.normalize(self.near(unit[..., :self.finest]), dim=2).to(precision)
+        key = F.normalize(self.key(unit), dim=2).to(precision)
+        shared = self.shared(unit.transpose(1, 2).reshape(unit.shape[0], -1, *grid))
+        return Features(matched, unit, key, near.reshape(near.shape[0], *grid, NEAR), shared,
+                        tuple(levels))
 
-    sets_of, nearest = staticmethod(sets_of), staticmethod(nearest)
+    # writing
 
-    def ridge(self) -> torch.Tensor:
-        return self.log_ridge.exp()
+    def start(self, state: State, features: Features, masks: torch.Tensor,
+              labels: torch.Tensor) -> State:
+        """Add a reference frame.
 
-    @staticmethod
-    def best_mean(best: torch.Tensor) -> torch.Tensor:
-        return best.topk(min(K_SET, best.shape[1]), dim=1).values.mean(1)
+        It may hold more objects than the state follows: earlier frames then count as lacking them.
 
-    def pixels(self, found: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        size = tuple(self.side * side for side in shape)
+        Args:
+            features: of the frame and, after it, of closer views of its objects.
+            masks: (V, N+1, h*side, w*side) what is where in each of these views, as shares.
+            labels: (V, h, w) integers, the set that each location belongs to: 0 background, 1 to
+                N; -1 none.
+        """
+        before, state = state.previous.shape[0] - 1, widened(state, masks)
+        values, absent = self._values(features.shared, masks, absent=True)
+        index, valid = _rows(labels.flatten(1), state, masks.shape[1] - 1)
+        keys = features.key.flatten(0, 1)[index]
+        reference = {"keys": keys, "valid": valid.float(), "values": values.flatten(0, 1)[index],
+                     "absent": absent.flatten(0, 1)[index]}
+        sums = {f"reference_{name}": getattr(state, f"reference_{name}") + new
+                for name, new in self._sums(features.unit[0], masks[0]).items()}
+        state = state._replace(
+            **sums,
+            # of objects that earlier frames lack: what they would be there hardly differs
+            recent_values=_wider(state.recent_values, absent[:1], before, masks),
+            **{f"reference_{name}": torch.cat([getattr(state, f"reference_{name}"), new[None]])
+               for name, new in reference.items()})
+        return self._fitted(_seen(state, features, values[0], masks[0]))
+
+    def remember(self, state: State, features: Features, probabilities: torch.Tensor,
+                 long: bool) -> State:
+        """Add a frame to the short-term memory.
+
+        Args:
+            probabilities: (N+1, H, W), of any size.
+            long: to the long-term memory as well, in place of its oldest frame.
+        """
+        found = self.pixels(probabilities, state.grid)
+        values, absent = self._values(features.shared, found[None], absent=long)
+        state = _seen(state, features, values[0], found)
+        if not long:
+            return state
+        slots, members, groups = state.memory_valid.shape
+        row = torch.arange(members * groups, device=found.device)
+        cells = features.unit.shape[1]
+        index = row.clamp(max=cells - 1).reshape(members, groups)
+        new = {"keys": features.key[0][index], "values": values[0][index],
+               "absent": absent[0][index], "valid": (row < cells).float().reshape(members, groups)}
+        slot = torch.arange(slots, device=found.device) == state.memories % slots
+        rate = LATER + (1 - LATER) * (state.memories == 0).float()
+        sums = {}
+        for name, now in self._sums(features.unit[0], found).items():
+            old = getattr(state, f"memory_{name}")
+            sums[f"memory_{name}"] = old + (now - old) * rate
+        return self._fitted(state._replace(
+            memories=state.memories + 1, **sums,
+            **{f"memory_{name}": torch.where(slot.reshape(-1, *[1] * x.dim()), x,
+                                             getattr(state, f"memory_{name}"))
+               for name, x in new.items()}))
+
+    def pixels(self, found: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(N+1, H, W) of any size -> as many pixels on each side of a location as values need."""
+        size = tuple(self.side * side for side in grid)
+        if torch.onnx.is_in_onnx_export():  # which can't reduce without aliasing
+            rows, columns = (antialiased(a, b) for a, b in zip(found.shape[1:], size))
+            return rows @ found @ columns.T
         if found.shape[1:] == size:
             return found
         return F.interpolate(found[None], size=size, mode="bilinear", align_corners=False,
                              antialias=True)[0]
 
-    def shares(self, found: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(found[None], self.side)[0].flatten(1)
+    def _values(self, shared: torch.Tensor, masks: torch.Tensor, absent: bool):
+        """(V, h*w, M, VALUE + 1) values, and (V, h*w, VALUE + 1) those of an absent object."""
+        own, rival = self._own(masks)
+        if absent:  # no pixel is its, and the strongest of all others is its rival
+            rival = F.pad(rival.amax(0, keepdim=True), (0, 0, 0, 0, self.side ** 2 + 1, 0))
+            own = torch.cat([own, rival])
+        values = self.values(shared, own)
+        return (values[:, :, :-1], values[:, :, -1]) if absent else (values, None)
 
-    def shared_of(self, cells: Cells) -> torch.Tensor:
-        return self.shared(cells.unit.T.reshape(1, -1, *cells.shape))
-
-    def values_of(self, shared: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-        # one by one, as in the decoder
-        return self.values(shared, self.own_of(found).split(1))
-
-    def own_of(self, found: torch.Tensor) -> torch.Tensor:
-        """(N+1, H, W) -> (M, side * side + 2, h, w), of each object what its values are made of."""
-        objects = F.pixel_unshuffle(found[1:, None], self.side)  # (N, side * side, h, w)
-        own = with_union(objects)
-        return torch.cat([own, own.mean(1, keepdim=True),
-                          rivals(objects.mean(1, keepdim=True))], 1)
-
-    def values(self, shared: torch.Tensor, parts) -> torch.Tensor:
-        """(h*w, M * (VALUE + 1)): of each object values, and its share of the cell.
-
-        Args:
-            parts: of `own_of`, together all objects.
-        """
-        values = []
-        for part in parts:
-            x = shared + self.own(2 * part - 1)
-            values.append(torch.cat([self.value(F.relu(x + self.layers(x))), part[:, -2:-1]], 1))
-        return torch.cat(values).flatten(2).flatten(0, 1).T.contiguous()
-
-    def token_sums(self, cells: Cells, shares: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return () if self.tokens is None else (self.tokens.sums(cells.unit, shares),)
-
-    def read(self, bank: Bank, cells: Cells) -> tuple[torch.Tensor, torch.Tensor]:
-        """What speaks for each object in a frame, and against it.
+    def _own(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the values of each object are made of, beside the features.
 
         Returns:
-            (M, EVIDENCE, h, w) of N objects, and their union where N > 1 (see `with_union`); and
-            (N+1, h, w) the mean similarity to the best cells of each set of the reference frames
-            (Hu, Huang, Schwing, section 3.1, by keys); 0 of an empty one.
+            (M, V, side * side + 2, h, w) and (N, V, 1, h, w) each object's share.
         """
-        scores, *far = self._far(bank, cells)
-        recent = list(bank.recent)
-        close = windows(cells.near, [e.near for e in recent], K_NEAR, RADIUS)
-        evidence = self.evidence(cells, bank.linear, recent[-1].found, scores, far,
-                                 (torch.cat([e.values for e in recent]), *close))
-        return evidence, scores[:len(recent[-1].found)].unflatten(1, cells.shape)
+        views, objects = masks.shape[0], masks.shape[1] - 1
+        pixels = F.pixel_unshuffle(masks[:, 1:].flatten(0, 1)[:, None], self.side)
+        pixels = pixels.reshape(views, objects, *pixels.shape[1:]).transpose(0, 1)
+        own, shares = with_union(pixels), pixels.mean(2, keepdim=True)
+        return torch.cat([own, own.mean(2, keepdim=True), rivals(shares)], 2), shares
 
-    def evidence(self, cells: Cells, linear: torch.Tensor, found: torch.Tensor,
-                 scores: torch.Tensor, far, close) -> torch.Tensor:
-        """(M, EVIDENCE, h, w) of what was looked for.
+    def values(self, shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """(V, h*w, P, VALUE + 1): of each object its values, and its share of the location.
 
         Args:
-            linear: (C, N+1) that makes labels of features.
-            found: (N+1, H, W) of the frame before.
-            scores: (M+1, h*w).
-            far, close: (m, ...) values, (h*w, F) similarities and which values.
+            shared: (V, WIDTH, h, w), of the frame.
+            own: (P, V, side * side + 2, h, w), of each object, the share last but one.
+        """
+        objects, views = own.shape[:2]
+        own = own.flatten(0, 1)
+        if torch.onnx.is_in_onnx_export():
+            parts = [(shared.repeat(objects, 1, 1, 1), own)]
+        else:  # one by one: five at once take longer, since caches are small
+            parts = [(shared[i % views][None], part) for i, part in enumerate(own.split(1))]
+        found = []
+        for common, part in parts:
+            x = common + self.own(2 * part - 1)
+            found.append(torch.cat([self.value(F.relu(x + self.layers(x))), part[:, -2:-1]], 1))
+        found = torch.cat(found).flatten(2).reshape(objects, views, VALUE + 1, -1)
+        return found.permute(1, 3, 0, 2).contiguous()
+
+    def _sums(self, unit: torch.Tensor, found: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is summed over frames, by name.
+
+        squares, labels: (C, C) and (C, N+1), features times features, and times labels; objects
+            weigh alike.
+        tokens: (N+1, ...), of which object tokens are made, if there are some.
+        """
+        shares = self.shares(found)
+        labels = shares.T  # (h*w, N+1)
+        weights = (labels / (labels.mean(0) + LEAST)).sum(1)
+        weighted = unit * (weights / weights.sum())[:, None]
+        sums = {"squares": unit.T @ weighted, "labels": weighted.T @ labels}
+        return sums if self.tokens is None else sums | {"tokens": self.tokens.sums(unit, shares)}
+
+    def shares(self, found: torch.Tensor) -> torch.Tensor:
+        """(n, h*side, w*side) -> (n, h*w), the mean at each location."""
+        return F.avg_pool2d(found[None], self.side)[0].flatten(1)
+
+    def _fitted(self, state: State) -> State:
+        """With what the sums over frames are for.
+
+        That is labels that are linear in the features, by ridge regression in closed form, and
+        object tokens.
+        """
+        references = state.reference_keys.shape[0]
+        weight = 1 - (1 - GIVEN) * (state.memories > 0).float()
+
+        def mean(name):
+            later = getattr(state, f"memory_{name}")
+            return later + (getattr(state, f"reference_{name}") / references - later) * weight
+
+        linear = solved(mean("squares"), mean("labels"), self.log_ridge.exp())
+        tokens = {} if self.tokens is None else {"tokens": mean("tokens")}
+        return state._replace(linear=linear, **tokens)
+
+    # reading
+
+    def read(self, state: State, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
+        """The memory readout: what speaks for each object in a frame, and against it.
+
+        Returns:
+            (M, EVIDENCE, h, w) of N objects and, where N > 1, their union (see `with_union`); and
+            (N+1, h, w) the mean similarity to the best locations of each set of the reference
+            frames (Hu, Huang, Schwing, section 3.1, by keys); 0 of an empty one.
         """
         everywhere, near = self.log_temperatures.exp()
-        values, best, positions = far
-        best, chosen = best.topk(min(K, best.shape[1]), dim=1, sorted=False)
-        read = _weighed(values, best, positions.gather(1, chosen), everywhere)
-        before = self.shares(found[1:])
-        parts = [scores, (cells.unit @ linear).T, before, best.amax(1), close[1].amax(1),
-                 *_by_object(read), *_by_object(_weighed(close[0], close[1], close[2], near))]
-        found = _evidence(*parts)
-        return found.reshape(*found.shape[:2], *cells.shape)
+        scores, values, best, rows = self._far(state, features.key[0])
+        best, chosen = best.topk(K, dim=1, sorted=False)
+        read = _weighed(values, best, rows.gather(1, chosen), everywhere)
+        close = windows(features.near[0], state.recent_keys, state.recent_valid, K_NEAR, RADIUS)
+        recent = _weighed(state.recent_values.flatten(0, 1), *close, near)
+        before = self.shares(state.previous[1:])
+        linear = (features.unit[0] @ state.linear).T
+        parts = [scores, linear, before, best.amax(1), close[0].amax(1),
+                 *_by_object(read), *_by_object(recent)]
+        evidence = _evidence(*parts)
+        grid = features.near.shape[1:3]
+        return (evidence.reshape(*evidence.shape[:2], *grid),
+                scores[:before.shape[0] + 1].reshape(-1, *grid))
+
+    def _far(self, state: State, key: torch.Tensor):
+        """Candidates among reference frames and long-term memory.
+
+        Returns:
+            (M+1, h*w) scores of the sets, and of all objects' sets together where there are
+            several; (rows, M, VALUE + 1) values; (h*w, n) similarities and (h*w, n) rows, among
+            which are the K best.
+        """
+        rest = extra(state.memory_valid.shape[1])
+        background = state.memory_valid.shape[1] + rest
+        objects = state.previous.shape[0] - 1
+
+        def sets(name):
+            x = getattr(state, f"reference_{name}")
+            own = x[:, background:]
+            return (x[:, :background].unsqueeze(1),
+                    own.reshape(own.shape[0], objects, rest, *own.shape[2:]))
+
+        keys, valid = [*sets("keys"), state.memory_keys.unsqueeze(1)], [
+            *sets("valid"), state.memory_valid.unsqueeze(1)]
+        found, start = [], 0
+        for part, there in zip(keys, valid):
+            best, rows = nearest(key, part, there, K)
+            found.append((best, rows + start))
+            frames, several, members, groups = there.shape  # of which a trace knows the product
+            start = start + frames * several * members * groups
+        (behind, _), (own, _), _ = found
+        scores = [best_mean(behind).T, best_mean(own).T]
+        if torch.onnx.is_in_onnx_export() or objects > 1:  # of the union; one object has none
+            scores.append(best_mean(own.flatten(1)[:, None]).T + 0 * scores[1][1:2])
+        values = torch.cat([x.reshape(-1, *x.shape[-2:])
+                            for x in (*sets("values"), state.memory_values)])
+        best, rows = (torch.cat([x.flatten(1) for x in parts], 1) for parts in zip(*found))
+        return torch.cat(scores), values, best, rows
+
+
+def _seen(state: State, features: Features, values: torch.Tensor, found: torch.Tensor) -> State:
+    """With one more frame in the short-term memory."""
+    return state._replace(
+        recent_keys=torch.cat([state.recent_keys[1:], features.near[:1]]),
+        recent_values=torch.cat([state.recent_values[1:], values[None]]),
+        recent_valid=torch.cat([state.recent_valid[1:], torch.ones_like(state.recent_valid[:1])]),
+        previous=found, frames=state.frames + 1)
+
+
+def _rows(labels: torch.Tensor, state: State, objects: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which locations of a reference frame's views go into which row.
+
+    Args:
+        labels: (V, h*w), the set of each location.
+
+    Returns:
+        (m, G) locations, counted through the views, and (m, G) bool, whether there is one.
+    """
+    rest, groups = extra(state.memory_valid.shape[1]), state.memory_valid.shape[2]
+    sets = torch.arange(objects + 1, device=labels.device)[:, None, None]
+    chosen = labels == sets  # (N+1, V, h*w)
+    parts = [filled(chosen[:1], (state.memory_valid.shape[1] + rest) * groups),
+             filled(chosen[1:], rest * groups)]
+    return tuple(torch.cat([x.reshape(-1, groups) for x in found]) for found in zip(*parts))
+
+
+def filled(chosen: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose locations for the rows of sets: the frame's own first, then those of closer views.
+
+    Of more than there is place for some are left out, evenly spread.
+
+    Args:
+        chosen: (S, V, n) bool, the members of S sets in a frame and V - 1 views.
+
+    Returns:
+        (S, rows) locations, counted through frame and views, and (S, rows) bool, whether there
+        is one.
+    """
+    sets, views, count = chosen.shape
+    location = torch.arange(views * count, device=chosen.device)
+    used, places = chosen.new_zeros(sets, 1, dtype=torch.long), []
+    for part in (chosen[:, 0], chosen[:, 1:].flatten(1)):
+        rank = part.long().cumsum(1)  # from 1
+        there = part.long().sum(1, keepdim=True)
+        kept = torch.minimum(there, rows - used)
+        # of `there` members `kept`: those where the place, rounded down, rises
+        place, before = (torch.div(x * kept, there.clamp(min=1), rounding_mode="floor")
+                         for x in (rank, rank - 1))
+        places.append(torch.where(part & (place > before), used + place - 1, rows))
+        used = used + kept
+    # one row more, for all that are left out
+    index = torch.zeros(sets, rows + 1, dtype=torch.long, device=chosen.device)
+    index = index.scatter(1, torch.cat(places, 1), location.expand(sets, -1))
+    return index[:, :rows], torch.arange(rows, device=chosen.device) < used
+
+
+def widened(state: State, masks: torch.Tensor) -> State:
+    """With as many objects as (V, N+1, ., .) masks have, of which no frame so far holds the new.
+
+    The short-term values are left to `start`, which knows what an absent object's would be.
+    """
+    before = state.previous.shape[0] - 1
+    new = masks.shape[1] - 1 - before
+    rows = new * extra(state.memory_valid.shape[1])
+
+    def longer(x, axis, count):
+        size = list(x.shape)
+        size[axis] = count
+        return torch.cat([x, x.new_zeros(size)], axis)
+
+    found = {name: longer(getattr(state, name), 1, new)
+             for name in ("reference_labels", "memory_labels", "linear")}
+    found |= {name: longer(getattr(state, name), 0, new)
+              for name in ("previous", "reference_tokens", "memory_tokens", "tokens")}
+    for name in ("reference", "memory"):
+        found[f"{name}_values"] = _wider(getattr(state, f"{name}_values"),
+                                         getattr(state, f"{name}_absent"), before, masks)
+    for name in ("keys", "valid", "absent", "values"):
+        name = f"reference_{name}"
+        found[name] = longer(found.get(name, getattr(state, name)), 1, rows)
+    return state._replace(**found)
+
+
+def _wider(values: torch.Tensor, absent: torch.Tensor, before: int,
+           masks: torch.Tensor) -> torch.Tensor:
+    """Values of more objects, of which those that are new are absent.
+
+    Args:
+        values: (..., M, VALUE + 1), the last ones those of the union, or of an only object.
+        absent: (..., VALUE + 1), or one frame's for all.
+        before: N so far.
+        masks: (V, N+1, ., .) of the new N.
+    """
+    new = masks.shape[1] - 1 - before
+    missing = absent.unsqueeze(-2).expand(*values.shape[:-2], new, VALUE + 1)
+    # The union stays what it was. It has one row, or none where there is one object: as many as
+    # the slice, so that no branch is needed.
+    union = values[..., -1:, :] + 0 * masks[0, 2:3, 0, :1]
+    return torch.cat([values[..., :before, :], missing, union], -2)
 
 
 def with_union(x: torch.Tensor) -> torch.Tensor:
@@ -165,7 +409,8 @@ def with_union(x: torch.Tensor) -> torch.Tensor:
 
 
 def rivals(x: torch.Tensor) -> torch.Tensor:
-    """(N, ...) of each object -> (M, ...) the largest of the others'; 0 for the union."""
+    """(N, ...) of each object -> (M, ...) the largest of the others'; the union's, which has no
+    others, are 0."""
     return torch.cat([best_other(x), 0 * x[1:2]])
 
 
@@ -193,17 +438,17 @@ def best_other(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x >= first, second, first)
 
 
-def _weighed(values: torch.Tensor, similarity: torch.Tensor, positions: torch.Tensor,
+def _weighed(values: torch.Tensor, similarity: torch.Tensor, rows: torch.Tensor,
              temperature: torch.Tensor) -> torch.Tensor:
-    """(m, D) values -> (n, D), those at (n, K) positions, weighed by softmax of similarities."""
-    weights = (similarity / temperature).softmax(1)
+    """(m, M, D) values -> (n, M * D), those of (n, K) rows, weighed by softmax of similarities."""
+    weights, values = (similarity / temperature).softmax(1), values.flatten(1)
     if torch.onnx.is_in_onnx_export():  # which has no bags
-        return (weights[:, None] @ values[positions])[:, 0]
-    return F.embedding_bag(positions, values, mode="sum", per_sample_weights=weights)
+        return (weights[:, None] @ values[rows])[:, 0]
+    return F.embedding_bag(rows, values, mode="sum", per_sample_weights=weights)
 
 
 def _by_object(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, N * (VALUE + 1)) -> (N, VALUE, n) values and (N, n) labels."""
+    """(n, M * (VALUE + 1)) -> (M, VALUE, n) values and (M, n) labels."""
     values, labels = read.T.reshape(-1, VALUE + 1, read.shape[0]).split([VALUE, 1], 1)
     return values, labels[:, 0]
 
@@ -223,3 +468,39 @@ def _evidence(scores, linear, before, far_similarity, close_similarity, far, far
                close_label, rivals(close_label[:count]), close_similarity.expand_as(objects),
                with_union(before), rivals(before), close_label - far_label]
     return torch.cat([torch.stack(scalars, 1), far, close], 1)
+
+
+def best_mean(best: torch.Tensor) -> torch.Tensor:
+    """(n, S, K) similarities to sets -> (n, S) the mean of the `K_SET` best; 0 of an empty set."""
+    best = best.topk(K_SET, dim=2).values
+    there = (best > LOWEST).float()
+    return (best * there).sum(2) / there.sum(2).clamp(min=1)
+
+
+def solved(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """(n, n) symmetric, without negative eigenvalues, and (n, m) -> (n, m).
+
+    x with (matrix + ridge) @ x = right. ONNX has no solver, so there by conjugate gradients.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return conjugate_gradients(matrix, right, ridge)
+    return torch.linalg.solve(matrix + torch.diag(ridge.expand(len(matrix))), right)
+
+
+def conjugate_gradients(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor,
+                        steps: int = STEPS) -> torch.Tensor:
+    """As `solved`, each of the m columns by itself.
+
+    The trace of the squares of unit features is 1, so the ridge keeps the condition number at a
+    few hundred at most, and 40 steps are as exact as float32 is.
+    """
+    x, rest = torch.zeros_like(right), right
+    direction, square = rest, rest.square().sum(0)
+    for _ in range(steps):
+        product = matrix @ direction + ridge * direction
+        # a column that is solved has nothing left to divide by
+        length = square / (direction * product).sum(0).clamp(min=1e-30)
+        x, rest = x + length * direction, rest - length * product
+        before, square = square, rest.square().sum(0)
+        direction = rest + square / before.clamp(min=1e-30) * direction
+    return x

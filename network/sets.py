@@ -1,73 +1,70 @@
 """The paper's sets of features: of reference frames, and confident ones of later frames.
 
-They don't know where frames come from, nor what becomes of the masks. What they hold is never
-changed in place, so that copies share it.
+A record, of which nothing is changed in place, so that copying it is an assignment.
 """
 
-import copy
-from collections import deque
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
 import torch
 
-from network.bank import fewer
 from network.matching import Grid, Reference
-from network.memory import Memory
 
 View = tuple[Grid, torch.Tensor]  # features, and the set of each position
 
 
+@dataclass(frozen=True)
 class Sets:
     """The sets of features to match with, and their update online (Hu, Huang, Schwing, 2018).
 
     Args:
-        views: of the reference frame, each a grid and (H, W) integers, the set of each position;
-            -1 is in none.
         sets: how many there are.
-        frames: features of at most this many later frames are kept; those of the oldest leave
+        given: of the reference frames, each a grid and (H, W) integers, the set of each position;
+            -1 is in none.
+        later: likewise of later frames.
+        frames: of at most this many later frames features are kept; those of the oldest leave
             first, those of reference frames never.
     """
 
-    def __init__(self, views: list[View], sets: int, frames: int = 5):
-        self.given: list[View] = []
-        self.later: deque[View] = deque(maxlen=frames)
-        self.add(views, sets)
+    sets: int
+    given: tuple[View, ...] = ()
+    later: tuple[View, ...] = ()
+    frames: int = 5
 
-    def add(self, views: list[View], sets: int) -> None:
-        """Another reference frame; there may be more sets now than before."""
-        self.sets = sets
-        self.given += views
-        self.gather()
-
-    def update(self, grid: Grid, labels: torch.Tensor) -> None:
-        """Add features of a later frame; `labels` as above, -1 for what nobody is sure of."""
-        if (labels >= 0).any():
-            self.later.append((grid, labels))
-            self.gather()
-
-    def remove(self, channel: int) -> None:
-        """Forget one object, whose features are in no set then; channels behind it move up."""
-        self.given, later = ([(grid, fewer(labels, channel)) for grid, labels in views]
-                             for views in (self.given, self.later))
-        self.later = deque(later, self.later.maxlen)
-        self.sets -= 1
-        self.gather()
-
-    def copy(self) -> "Sets":
-        """Others of the same features, which go their own way from here."""
-        other = copy.copy(self)
-        other.given, other.later = copy.copy(self.given), copy.copy(self.later)
-        return other
-
-    def gather(self) -> None:
-        """Make `reference`, what is matched with, of the frames that are kept."""
+    @cached_property
+    def reference(self) -> Reference:
+        """What is matched with."""
         grids, labels = zip(*self.given, *self.later)
-        self.reference = Reference(list(grids), labels, self.sets)
+        return Reference(list(grids), labels, self.sets)
 
+    def refer(self, grid: Grid, labels: torch.Tensor, sets: int) -> Self:
+        """With another reference frame; there may be more sets now than before."""
+        return replace(self, sets=sets, given=(*self.given, (grid, labels)))
 
-def refer(memory: Memory, views: list[View]) -> None:
-    """Add a reference frame's features to the sets of a video's memory."""
-    sets = len(memory.object_ids) + 1
-    if memory.sets is None:
-        memory.sets = Sets(views, sets)
-    else:
-        memory.sets.add(views, sets)
+    def update(self, grid: Grid, labels: torch.Tensor) -> Self:
+        """With features of a later frame; `labels` as above, -1 for what nobody is sure of."""
+        if not (labels >= 0).any():
+            return self
+        return replace(self, later=(*self.later, (grid, labels))[-self.frames:])
+
+    def without(self, channel: int) -> Self:
+        """Without one object, whose features are in no set then; channels behind it move up."""
+        def fewer(views):
+            return tuple((grid, torch.where(labels == channel, -1, labels - (labels > channel) * 1))
+                         for grid, labels in views)
+
+        return replace(self, sets=self.sets - 1, given=fewer(self.given), later=fewer(self.later))
+
+    def plain(self) -> dict:
+        """As numbers, lists and tensors, for `from_plain`: a file of them can run no code."""
+        given, later = ([(grid.features, grid.factor, labels) for grid, labels in views]
+                        for views in (self.given, self.later))
+        return {"sets": self.sets, "given": given, "later": later}
+
+    @classmethod
+    def from_plain(cls, kept: dict) -> Self:
+        """The inverse of `plain`; raises a KeyError, TypeError or ValueError of anything else."""
+        given, later = (tuple((Grid(features, factor), labels) for features, factor, labels in
+                              kept[name]) for name in ("given", "later"))
+        return cls(kept["sets"], given, later)

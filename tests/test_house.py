@@ -23,7 +23,6 @@ RANKS = [
     {"lite"},
     {"tracking"},
     {"tracker"},
-    {"follow"},
     {"videomatch"},
     {"checkpoint"},
     {"network"},
@@ -172,7 +171,7 @@ def parsed(**sources: str) -> dict[str, ast.Module]:
     ("davis", "def f():\n    from videomatch import VideoMatch", "videomatch"),  # in a function
     ("davis", "from training import samples", "training.samples"),
     ("datasets.demo", "from training.samples import Pairs", "training.samples"),
-    ("network.memory", "from tracking import pipeline", "tracking.pipeline"),
+    ("network.search", "from tracking import pipeline", "tracking.pipeline"),
     ("media.video", "import network.encoder as e", "network.encoder"),
     ("media.video", "import preprocess", "preprocess")])
 def test_an_import_that_goes_up_is_found(importer, source, other):
@@ -182,7 +181,7 @@ def test_an_import_that_goes_up_is_found(importer, source, other):
 
 @pytest.mark.parametrize("importer, source, other", [
     ("tracking.pipeline", "from tracking.presence import Presence", "tracking.presence"),
-    ("network.memory", "from network.matching import Grid", "network.matching"),
+    ("network.sets", "from network.matching import Grid", "network.matching"),
     ("datasets.demo", "from media import images", "media.images"),
     ("training.samples", "from training import warps", "training.warps"),
     ("davis", "from datasets import download", "datasets.download")])
@@ -193,8 +192,8 @@ def test_an_import_that_goes_down_is_allowed(importer, source, other):
 
 def test_what_a_wing_may_not_know_is_found():
     modules = parsed(media__video="import torch.nn.functional as F\nimport numpy",
-                     network__memory="from os.path import join", train="import torch, os")
-    assert forbidden(modules) == {("media.video", "torch"), ("network.memory", "os")}
+                     network__search="from os.path import join", train="import torch, os")
+    assert forbidden(modules) == {("media.video", "torch"), ("network.search", "os")}
 
 
 def test_a_circle_is_found():

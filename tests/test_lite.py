@@ -22,10 +22,8 @@ import main
 import preprocess
 from datasets import demo
 from media.shown import Prompts
-from network import arrays, search, tiles, views
-from network import lite as network
-from network.decoder import pooling
-from network.parts import near, thinned
+from network import views
+from network.decoder import antialiased, pooling
 from system import version
 from tracker import Tracker
 from tracking import prompting
@@ -163,7 +161,7 @@ def test_requirements_name_what_is_there():
 def followed(exact, exported, frames, given, shape=None):
     """Both trackers' steps through (H, W, 3) frames; `given` are masks by frame."""
     network = lite.load(exported, 1)
-    one, other = Tracker(exact), lite.Follower(network)
+    one, other = Tracker(exact), Tracker(network)
     for i, image in enumerate(frames):
         yield (one.step(preprocess.to_tensor(image), given.get(i), shape),
                other.step(network.normalized(image), given.get(i), shape))
@@ -206,7 +204,7 @@ def test_frames_of_few_cells(shape, exact, exported):
 
 def test_a_frame_of_another_size_is_refused(exported):
     network = lite.load(exported, 1)
-    follower = lite.Follower(network)
+    follower = Tracker(network)
     with pytest.raises(ValueError, match="needs a mask"):
         follower.step(np.zeros((3, 48, 80), np.float32))
     image, mask = draw_frame(0)
@@ -218,7 +216,7 @@ def test_a_frame_of_another_size_is_refused(exported):
 def test_a_video_that_grows_is_followed_in_a_copy_too(exported):
     """What a copy sees changes nothing in what it was taken from."""
     network = lite.load(exported, 1)
-    follower = lite.Follower(network)
+    follower = Tracker(network)
     frames = [network.normalized(draw_frame(step)[0]) for step in range(8)]
     follower.step(frames[0], draw_frame(0)[1])
     other = follower.copy()
@@ -230,10 +228,10 @@ def damaged(folder, what, tmp_path):
     folder = Path(shutil.copytree(folder, tmp_path / "damaged"))
     kept = folder / lite.DESCRIPTION
     if what == "truncated":
-        path = folder / "read.onnx"
+        path = folder / "step.onnx"
         path.write_bytes(path.read_bytes()[:-1000])
     elif what == "missing":
-        (folder / "read.onnx").unlink()
+        (folder / "step.onnx").unlink()
     elif what == "version":
         kept.write_text(json.dumps(json.loads(kept.read_text()) | {"format": 99}))
     elif what == "no json":
@@ -244,7 +242,7 @@ def damaged(folder, what, tmp_path):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("truncated", r"read\.onnx: damaged"), ("missing", r"read\.onnx: no such file"),
+    ("truncated", r"step\.onnx: damaged"), ("missing", r"step\.onnx: no such file"),
     ("version", "format 99, expected 3: export again"), ("no json", "not an export"),
     ("other json", "not an export")])
 def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
@@ -305,7 +303,7 @@ def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
     assert main.main(["-m", "export", "--export_dir", str(folder), "--eight_bit"]) == 0
     assert sum(path.stat().st_size for path in folder.glob("*.onnx")) < 5e6  # of 3.3 million
     network = lite.load(folder, 1)
-    follower = lite.Follower(network)
+    follower = Tracker(network)
     for step in range(4):
         image = draw_frame(step)[0].repeat(2, 0).repeat(2, 1)
         mask = follower.step(network.normalized(image), None if step else truth(0)).mask
@@ -353,24 +351,29 @@ def test_a_checkpoint_without_memory_cannot_be_exported(model, tmp_path, capsys)
 @pytest.mark.parametrize("before, after", [((480, 854), (144, 256)), ((90, 70), (128, 96)),
                                            ((90, 70), (40, 90))])
 def test_resizing_without_aliasing(before, after):
-    found = np.random.default_rng(0).random((2, *before), dtype=np.float32)
-    reader = network.LiteReader(lambda *_: [], 4, 0.1)
+    mask = np.random.default_rng(0).integers(0, 3, before, dtype=np.uint8)
+    found = np.float32([mask == 0, mask == 2])
     expected = F.interpolate(torch.from_numpy(found)[None], size=after, mode="bilinear",
                              align_corners=False, antialias=True)[0]
-    resized = reader.pixels(found, (after[0] // 4, after[1] // 4)) if not after[1] % 4 else (
-        arrays.bilinear(before[0], after[0]) @ found @ arrays.bilinear(before[1], after[1]).T)
-    np.testing.assert_allclose(resized, expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(views.shares_of(mask, after, [2]), expected.numpy(), atol=1e-5)
+    rows, columns = (antialiased(*sides) for sides in zip(before, after))
+    torch.testing.assert_close(rows @ torch.from_numpy(found) @ columns.T, expected, atol=1e-5,
+                               rtol=0)
 
 
 @pytest.mark.parametrize("shape, cells", [((48, 80), (3, 5)), ((90, 61), (7, 4)), ((9, 9), (9, 9)),
                                           ((854, 480), (53, 30))])
-def test_masks_on_cells(shape, cells):
+def test_labels_of_locations(shape, cells):
     mask = np.zeros(shape, np.uint8)
     mask[2:shape[0] // 2, 1:shape[1] // 3] = 1
     mask[-1, -1], mask[shape[0] // 2:, :2] = 5, 3
-    reader = network.LiteReader(lambda *_: [], 4, 0.1)
-    expected = views.sets_of(torch.from_numpy(mask), cells, [1, 5])
-    np.testing.assert_array_equal(reader.sets_of(mask, cells, [1, 5]), expected.numpy())
+    whole = torch.from_numpy(mask)[None, None].float()
+    expected = F.interpolate(whole, size=cells, mode="nearest-exact")[0, 0].long()
+    for i in (1, 3, 5):  # too small for the middle of any location
+        if not (expected == i).any():
+            expected.view(-1)[F.adaptive_avg_pool2d((whole == i).float(), cells).argmax()] = i
+    labels = torch.tensor([0, 1, -1, -1, -1, 2])[expected]
+    np.testing.assert_array_equal(views.labels_of(mask, cells, [1, 5]), labels.numpy())
 
 
 @pytest.mark.parametrize("before, after", [(9, 5), (10, 5), (7, 3), (5, 5), (1, 1)])
@@ -379,28 +382,27 @@ def test_adaptive_pooling_as_a_matrix(before, after):
     torch.testing.assert_close(pooling(before, after) @ x, F.adaptive_avg_pool2d(x, (after, 1)))
 
 
-@pytest.mark.parametrize("h, w", [(4, 8), (5, 9), (1, 3), (13, 22)])
-def test_every_cell_is_in_a_tile(h, w):
-    cells, place = tiles.tiles(h, w)
-    np.testing.assert_array_equal(cells.reshape(-1)[place], np.arange(h * w))
-    assert cells.shape == (len(tiles.windows_of_tiles(h, w, 2, 1)[1]), 32)
-
-
-def test_the_nearest_are_those_of_pytorch(exported):
-    query, keys = (F.normalize(torch.randn(n, 64), dim=1) for n in (50, 700))
-    reader = lite.load(exported, 1).reader
-    for count in (3, 16, 17, 130, 700):
-        with torch.no_grad():
-            expected = search.nearest(query, keys[:count], 16)[0].sort(1, descending=True).values
-        best, positions = reader.nearest(query.numpy(), keys[:count].numpy(), 16)
-        np.testing.assert_allclose(best, expected.numpy(), atol=2e-5)
-        np.testing.assert_allclose(best, np.take_along_axis((query @ keys.T).numpy(), positions, 1),
-                                   atol=2e-5)
-
-
-def test_cells_around_an_object_by_either_library():
+def test_locations_around_an_object():
     cells = np.random.default_rng(0).random((9, 12)) > 0.95
     grown = F.max_pool2d(torch.from_numpy(cells)[None].float(), 5, 1, 2)[0] > 0
-    for x in (cells, torch.from_numpy(cells)):
-        np.testing.assert_array_equal(np.asarray(near(x)), grown.numpy())
-        assert np.asarray(thinned(near(x), 7)).sum() == min(7, int(grown.sum()))
+    np.testing.assert_array_equal(views.near(cells), grown.numpy())
+    assert views.thinned(grown.numpy(), 7).sum() == min(7, int(grown.sum()))
+
+
+def test_a_video_is_followed_by_the_graphs_alone(exact, exported):
+    """What a program in another language has to do: a state that starts empty, and three graphs."""
+    network, frames = lite.load(exported, 1), [draw_frame(step) for step in range(8)]
+    expected = Tracker(exact, outlier_removal=False)
+    image = network.normalized(frames[0][0])[None]
+    state = network.refer(None, image, frames[0][1], [1])
+    expected.step(torch.from_numpy(image[0]), frames[0][1])
+    for number, (image, _) in enumerate(frames[1:], start=2):
+        image = network.normalized(image)[None]
+        features = network.encode(image)
+        probabilities, _ = network.predict(state, features, image.shape[2:])
+        state = network.remember(state, features, probabilities, number % 5 == 0)
+        found = expected.step(torch.from_numpy(image[0])).probabilities.numpy()
+        np.testing.assert_allclose(probabilities, found, atol=2e-3)
+    for name, now, then in zip(state._fields, state, expected.memory):
+        assert now.shape == then.shape, name
+        np.testing.assert_allclose(now, then.detach().numpy(), atol=2e-3, err_msg=name)

@@ -17,9 +17,9 @@ def draw(seed, frames, channels=6, h=5, w=7, factor=1.0):
 def test_an_update_equals_matching_with_the_larger_sets(factor):
     reference, first, second, third, query = draw(6, 5, channels=12, factor=factor)
     labels = torch.randint(-1, 2, (4, *query.shape), generator=torch.Generator().manual_seed(1))
-    sets = Sets([(reference, labels[0])], 2, frames=2)
+    sets = Sets(2, ((reference, labels[0]),), frames=2)
     for grid, label in zip((first, second, third), labels[1:]):
-        sets.update(grid, label)
+        sets = sets.update(grid, label)
     # the first of the later frames has left, the reference frame never does
     features = [F.normalize(F.interpolate(g.features[None].double(), size=query.shape,
                                           mode="bilinear")[0].flatten(1), dim=0)
@@ -35,7 +35,5 @@ def test_an_update_equals_matching_with_the_larger_sets(factor):
 
 def test_an_update_that_is_sure_of_nothing_changes_nothing():
     reference, later = draw(7, 2)
-    sets = Sets([(reference, torch.zeros(5, 7).long())], 1)
-    before = sets.reference
-    sets.update(later, torch.full((5, 7), -1))
-    assert sets.reference is before and not sets.later
+    sets = Sets(1, ((reference, torch.zeros(5, 7).long()),))
+    assert sets.update(later, torch.full((5, 7), -1)) is sets and not sets.later

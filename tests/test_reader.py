@@ -1,23 +1,23 @@
-"""What a memory says of each object, against dense float64 formulas; what it keeps."""
+"""Memory read and write against dense float64 formulas, and what a state keeps of which frame."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from network import reader as module
-from network import rules
-from network.bank import Bank
 from network.decoder import Decoder
 from network.reader import (
     EVIDENCE,
+    VALUE,
     Reader,
     best_other,
+    conjugate_gradients,
+    filled,
     foreground_first,
     rivals,
     with_union,
 )
-from network.rules import VALUE, View
-from network.state import plain, restored
+from network.state import COUNTS, MEM_FRAMES, blank, without
 
 H, W, C, SIDE = 5, 7, 20, 2
 
@@ -28,9 +28,9 @@ def reader():
     return Reader(C, 12, SIDE).eval()
 
 
-def features(seed):
+def features(reader, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(C, H, W, generator=generator)
+    return reader.describe(torch.randn(1, C, H, W, generator=generator))
 
 
 def masks(seed, objects):
@@ -49,173 +49,303 @@ def one_hot(mask, objects):
     return F.one_hot(mask, objects + 1).permute(2, 0, 1).float()
 
 
-def refer(reader, bank, seed, objects, chosen=None):
-    views = [View(reader.look(features(seed)), ids(seed, objects))]
-    if chosen is not None:
-        views.append(View(reader.look(features(seed + 50)), ids(seed + 50, objects), chosen))
-    reader.refer(bank, views, list(range(1, objects + 1)))
+def labels(mask):
+    """(2 * H, 2 * W) object ids -> (H, W) of the locations."""
+    return mask[::SIDE, ::SIDE].clone()
 
 
-def filled(reader, objects, frames=(1, 2, 3), every=2, **kept):
-    """A bank after a reference frame, a closer view of it, and some frames."""
-    bank = Bank(every=every, **kept)
-    chosen = torch.rand(H, W, generator=torch.Generator().manual_seed(3)) > 0.5
-    refer(reader, bank, 0, objects, chosen)
+def empty(reader, objects):
+    return blank((H, W), objects, reader.widths, lambda name, shape: torch.zeros(
+        shape, dtype=torch.long if name in COUNTS else torch.float32))
+
+
+def refer(reader, state, seed, objects, closer=True):
+    """With a reference frame, and a part of it seen from closer of which some locations count.
+
+    Returns:
+        The state; and the frames, each its `Features`, masks and labels.
+    """
+    mask = ids(seed, objects)
+    frames = [(features(reader, seed), one_hot(mask, objects), labels(mask))]
+    if closer:
+        mask = ids(seed + 50, objects)
+        kept = torch.rand(H, W, generator=torch.Generator().manual_seed(seed)) > 0.5
+        frames.append((features(reader, seed + 50), one_hot(mask, objects),
+                       torch.where(kept, labels(mask), -1)))
+    seen, found, sets = zip(*frames)
+    views = seen[0]._replace(key=torch.cat([x.key for x in seen]),
+                             shared=torch.cat([x.shared for x in seen]))
+    return reader.start(state, views, torch.stack(found), torch.stack(sets)), frames
+
+
+def followed(reader, objects, frames=(1, 2, 3, 4, 5), every=2):
+    """A state after a reference frame and some more, and what a dense formula needs of it.
+
+    Returns:
+        The state; all frames that are searched everywhere, as `refer` has them, labels 0 where
+        none are known; and the two last frames.
+    """
+    state, given = refer(reader, empty(reader, objects), 0, objects)
+    later, recent = [], [given[0]]
     for i in frames:
-        reader.remember(bank, reader.look(features(i)), masks(i, objects))
-    return bank
+        seen, found = features(reader, i), masks(i, objects)
+        long = (i + 1) % every == 0
+        state = reader.remember(state, seen, found, long)
+        recent.append((seen, found, None))
+        if long:
+            later.append((seen, found, torch.zeros(H, W).long()))
+    return state, given, later[-MEM_FRAMES:], recent[-2:]
+
+
+def values_of(reader, seen, found):
+    """(h*w, M, VALUE + 1) values of a frame, object by object, then those of the union."""
+    objects = [*found[1:]]
+    rival = [torch.stack([x for j, x in enumerate(objects) if j != i] or [0 * objects[0]])
+             for i in range(len(objects))]
+    if len(objects) > 1:
+        objects.append(found[1:].sum(0))
+        rival.append(0 * objects[:1][0][None])
+    values = []
+    for own, others in zip(objects, rival):
+        share = F.avg_pool2d(own[None, None], SIDE)
+        other = F.avg_pool2d(others[None], SIDE).amax(1, keepdim=True)
+        x = torch.cat([F.pixel_unshuffle(own[None, None], SIDE), share, other], 1)
+        x = seen.shared + reader.own(2 * x - 1)
+        x = reader.value(F.relu(x + reader.layers(x)))
+        values.append(torch.cat([x, share], 1).flatten(2)[0].T)
+    return torch.stack(values, 1).detach()
 
 
 def dense_read(keys, values, query, k, temperature):
-    """Each query's (n, D) read from its k most similar keys, one after the other."""
+    """Each query's (n, M, D) read from its k most similar keys, one after the other."""
     similarity = query.double() @ keys.double().T
     rows = []
     for row in similarity:
         order = row.argsort(descending=True)[:k]
         order = order[torch.isfinite(row[order])]
         weights = (row[order] / temperature).softmax(0)
-        rows.append((weights[:, None] * values.double()[order]).sum(0))
+        rows.append((weights[:, None, None] * values.double()[order]).sum(0))
     return torch.stack(rows), similarity.amax(1)
 
 
 @pytest.mark.parametrize("objects", [1, 3])
-def test_what_is_read_everywhere_equals_the_dense_formula(reader, objects):
-    bank, query = filled(reader, objects), reader.look(features(9))
+@pytest.mark.parametrize("frames", [(), (1,), range(1, 14)])
+def test_what_is_read_everywhere_equals_the_dense_formula(reader, objects, frames):
+    state, given, later, _ = followed(reader, objects, frames)
+    query, every = features(reader, 9), [*given, *later]
     with torch.no_grad():
-        evidence, scores = reader.read(bank, query)
-    several = objects + (objects > 1)  # their union counts as one more
-    assert evidence.shape == (several, EVIDENCE, H, W) and scores.shape == (objects + 1, H, W)
-    entries, labels = [*bank.given, *bank.later], torch.cat(bank.labels)
-    known = torch.cat([labels >= 0, torch.ones(H * W * len(bank.later)).bool()])
-    keys, values = (torch.cat([getattr(entry, name) for entry in entries])[known].detach()
-                    for name in ("key", "values"))
-    expected, similarity = dense_read(keys, values, query.key, module.K, module.TEMPERATURE)
-    expected = expected.view(H, W, several, VALUE + 1).permute(2, 3, 0, 1)
+        evidence, scores = reader.read(state, query)
+    several = objects > 1
+    assert evidence.shape == (objects + several, EVIDENCE, H, W)
+    assert scores.shape == (objects + 1, H, W)
+    sets = torch.cat([x[2].flatten() for x in every])
+    keys = torch.cat([x[0].key[0] for x in every]).detach()
+    values = torch.cat([values_of(reader, *x[:2]) for x in every])
+    expected, similarity = dense_read(keys[sets >= 0], values[sets >= 0], query.key[0], module.K,
+                                      module.TEMPERATURE)
+    expected = expected.view(H, W, objects + several, VALUE + 1).permute(2, 3, 0, 1)
     far = module.SCALARS
     torch.testing.assert_close(evidence[:, far:far + VALUE].double(), expected[:, :-1],
                                atol=1e-4, rtol=0)
     torch.testing.assert_close(evidence[:, 6].double(), expected[:, -1], atol=1e-4, rtol=0)
     torch.testing.assert_close(evidence[0, 8].double(), similarity.view(H, W), atol=1e-5, rtol=0)
     # the score of a set: the mean of its best
-    given = torch.cat([entry.key for entry in bank.given]).detach()
-    for i in range(objects + 1):
-        products = query.key.double() @ given[labels == i].double().T
+    sets = torch.cat([x[2].flatten() for x in given])
+    keys = torch.cat([x[0].key[0] for x in given]).detach()
+    wanted = [sets == i for i in range(objects + 1)] + [sets > 0] * several
+    found = [*scores, scores[0] + evidence[-1, 0] / 5]
+    for which, score in zip(wanted, found):
+        products = query.key[0].double() @ keys[which].double().T
         mean = products.sort(1, descending=True).values[:, :module.K_SET].mean(1)
-        torch.testing.assert_close(scores[i].double(), mean.view(H, W), atol=1e-5, rtol=0)
+        torch.testing.assert_close(score.double(), mean.view(H, W), atol=1e-5, rtol=0)
     torch.testing.assert_close(evidence[:objects, 0], 5 * (scores[1:] - scores[0]))
 
 
-def test_what_is_read_near_by_equals_the_dense_formula(reader, monkeypatch):
+@pytest.mark.parametrize("frames", [(), (1, 2, 3)])
+def test_what_is_read_near_by_equals_the_dense_formula(reader, frames, monkeypatch):
     monkeypatch.setattr(module, "RADIUS", 1)
-    bank, query = filled(reader, 2), reader.look(features(9))
+    state, _, _, recent = followed(reader, 2, frames)
+    query = features(reader, 9)
     with torch.no_grad():
-        evidence, _ = reader.read(bank, query)
+        evidence, _ = reader.read(state, query)
     y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
     near = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs()) <= 1
-    keys = torch.cat([entry.near.flatten(0, 1) for entry in bank.recent]).double()
-    similarity = (query.near.flatten(0, 1).double() @ keys.T).masked_fill(
-        ~near.repeat(1, 2), -torch.inf)
-    values = torch.cat([entry.values for entry in bank.recent]).double()
-    best, where = similarity.topk(8, dim=1)
+    keys = torch.cat([seen.near[0].flatten(0, 1) for seen, _, _ in recent]).double()
+    similarity = (query.near[0].flatten(0, 1).double() @ keys.T).masked_fill(
+        ~near.repeat(1, len(recent)), -torch.inf)
+    values = torch.cat([values_of(reader, *x[:2]) for x in recent]).double()
+    best, where = similarity.topk(8, dim=1)  # in a corner of one frame there are four
     weights = (best / module.TEMPERATURE).softmax(1)
-    expected = (weights[..., None] * values[where]).sum(1).view(H, W, 3, VALUE + 1)
+    expected = (weights[..., None, None] * values[where]).sum(1).view(H, W, 3, VALUE + 1)
     expected = expected.permute(2, 3, 0, 1).detach()
     torch.testing.assert_close(evidence[:, -VALUE:].double(), expected[:, :-1], atol=1e-4, rtol=0)
     torch.testing.assert_close(evidence[:, 9].double(), expected[:, -1], atol=1e-4, rtol=0)
 
 
-def test_linear_labels_are_those_of_the_ridge_regression(reader):
-    bank, query = filled(reader, 2, frames=()), reader.look(features(9))
+def ridge_regression(reader, frames, weights):
+    """(C, N+1) by least squares, with the ridge as rows beside the data."""
+    rows, targets = [], []
+    for (seen, found, _), weight in zip(frames, weights):
+        x = seen.unit[0].double().detach()
+        y = F.avg_pool2d(found[None], SIDE)[0].flatten(1).T.double()
+        balance = (y / (y.mean(0) + module.LEAST)).sum(1)
+        root = (weight * balance / balance.sum()).sqrt()[:, None]
+        rows.append(x * root)
+        targets.append(y * root)
+    rows.append(module.RIDGE ** 0.5 * torch.eye(C).double())
+    targets.append(torch.zeros(C, targets[0].shape[1]).double())
+    return torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution
+
+
+@pytest.mark.parametrize("frames, weights", [
+    ((), [1]), ((1,), [0.6, 0.4]), ((1, 3), [0.6, 0.4 * 0.7, 0.4 * 0.3]),
+    ((1, 3, 5), [0.6, 0.4 * 0.49, 0.4 * 0.21, 0.4 * 0.3])])
+def test_linear_labels_are_those_of_the_ridge_regression(reader, frames, weights):
+    state, given, later, _ = followed(reader, 2, frames)
+    query = features(reader, 9)
     with torch.no_grad():
-        evidence, _ = reader.read(bank, query)
-    x = reader.look(features(0)).unit.double().detach()
-    labels = F.avg_pool2d(one_hot(ids(0, 2), 2)[None], SIDE)[0].flatten(1).T.double()
-    weights = (labels / (labels.mean(0) + rules.LEAST)).sum(1)
-    root = (weights / weights.sum()).sqrt()[:, None]
-    # as rows beside the data
-    rows = torch.cat([x * root, module.RIDGE ** 0.5 * torch.eye(C).double()])
-    targets = torch.cat([labels * root, torch.zeros(C, 3).double()])
-    solution = torch.linalg.lstsq(rows, targets).solution
-    expected = (query.unit.double() @ solution).T[1:].view(2, H, W).detach()
+        evidence, _ = reader.read(state, query)
+    solution = ridge_regression(reader, [given[0], *later], weights)
+    expected = (query.unit[0].double() @ solution).T[1:].view(2, H, W).detach()
     torch.testing.assert_close(evidence[:2, 3].double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(evidence[2, 3].double(), expected.sum(0), atol=1e-4, rtol=0)
+
+
+def test_linear_labels_weigh_reference_frames_alike(reader):
+    state, first = refer(reader, empty(reader, 2), 0, 2)
+    state, second = refer(reader, state, 7, 2)
+    solution = ridge_regression(reader, [first[0], second[0]], [0.5, 0.5])
+    torch.testing.assert_close(state.linear.double(), solution, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, steps, away", [(torch.float64, 80, 1e-9),
+                                                (torch.float32, module.STEPS, 1e-4)])
+def test_conjugate_gradients_solve_what_a_solver_does(dtype, steps, away):
+    """Of features as alike as those of a frame, with the ridge of the shipped checkpoint."""
+    torch.manual_seed(0)
+    unit = F.normalize(torch.randn(900, 256) @ torch.diag(0.97 ** torch.arange(256.0)), dim=1)
+    matrix, ridge = unit.T @ unit / len(unit), torch.tensor(0.0018)
+    right = unit.T @ torch.rand(900, 4) / len(unit)
+    right[:, 3] = 0  # of an object that was nowhere
+    whole = matrix.double() + ridge.double() * torch.eye(256)
+    expected = torch.linalg.solve(whole, right.double())
+    found = conjugate_gradients(matrix.to(dtype), right.to(dtype), ridge.to(dtype), steps)
+    torch.testing.assert_close(found.double(), expected, atol=away, rtol=0)
 
 
 def test_an_object_is_what_it_is_whatever_its_number(reader):
     order = [2, 0, 1]  # the object that is first, second and third now
     renamed = torch.tensor([0, *(1 + order.index(i) for i in range(3))])
-    bank, other = Bank(every=1), Bank(every=1)
-    cells, later = reader.look(features(0)), reader.look(features(1))
-    reader.refer(bank, [View(cells, ids(0, 3))], [1, 2, 3])
-    reader.refer(other, [View(cells, renamed[ids(0, 3)])], [1, 2, 3])
-    reader.remember(bank, later, masks(1, 3))
-    reader.remember(other, later, masks(1, 3)[[0, *(1 + i for i in order)]])
+    seen, later, states = features(reader, 0), features(reader, 1), []
+    for mask, found in ((ids(0, 3), masks(1, 3)),
+                        (renamed[ids(0, 3)], masks(1, 3)[[0, *(1 + i for i in order)]])):
+        state = reader.start(empty(reader, 3), seen, one_hot(mask, 3)[None], labels(mask)[None])
+        states.append(reader.remember(state, later, found, long=True))
     with torch.no_grad():
-        first, second = (reader.read(b, reader.look(features(9)))[0] for b in (bank, other))
+        first, second = (reader.read(state, features(reader, 9))[0] for state in states)
     torch.testing.assert_close(second, first[[*order, 3]], atol=1e-4, rtol=1e-4)
 
 
 def test_only_so_many_frames_are_kept(reader):
-    bank = filled(reader, 1, frames=range(1, 30), every=3, later=2, recent=2)
-    assert (len(bank.given), len(bank.later), len(bank.recent)) == (2, 2, 2)
+    state, *_ = followed(reader, 1, range(1, 30), every=3)
+    assert (int(state.frames), int(state.memories)) == (30, 10)
     # the reference frame counts as the first
-    for entry, frame in zip((*bank.later, *bank.recent), (26, 29, 28, 29)):
-        torch.testing.assert_close(entry.found, masks(frame, 1))
-    torch.testing.assert_close(bank.given[0].found, one_hot(ids(0, 1), 1))
+    kept = sorted(20 + 3 * i for i in range(MEM_FRAMES))
+    for frame in kept:  # in the place of the oldest, which would be the next to go
+        found = state.memory_keys[(frame - 2) // 3 % MEM_FRAMES].flatten(0, 1)[:H * W]
+        torch.testing.assert_close(found, features(reader, frame).key[0])
+    for i, frame in enumerate((28, 29)):
+        torch.testing.assert_close(state.recent_keys[i], features(reader, frame).near[0])
+        torch.testing.assert_close(
+            state.recent_values[i], values_of(reader, features(reader, frame), masks(frame, 1)))
+    torch.testing.assert_close(state.previous, masks(29, 1))
+    first, *_ = followed(reader, 1, ())
+    for name in ("keys", "valid", "values"):
+        assert torch.equal(*(getattr(x, f"reference_{name}") for x in (state, first)))
+
+
+def test_shapes_depend_on_numbers_only(reader):
+    shapes = [tuple(x.shape) for x in followed(reader, 2, ())[0]]
+    for seed, long in ((1, False), (2, True), (3, True)):
+        state, _ = refer(reader, empty(reader, 2), seed, 2, closer=seed > 1)
+        for i in range(seed):
+            state = reader.remember(state, features(reader, i), masks(seed, 2), long)
+        assert [tuple(x.shape) for x in state] == shapes
 
 
 def test_an_object_that_comes_later_was_nowhere_before(reader):
-    bank = filled(reader, 1)
-    bank.widen(2)
-    refer(reader, bank, 7, 2)
-    nowhere = slice(VALUE + 1, 2 * (VALUE + 1))  # between the first and the union
-    before = [*bank.given[:2], *bank.later, bank.recent[0]]
-    for entry in before:
-        assert entry.values.shape[1] == 3 * (VALUE + 1)
-        assert not entry.found[2].any() and not entry.values[:, nowhere][:, -1].any()
-    absent = torch.cat([one_hot(ids(0, 1), 1), torch.zeros(1, H * SIDE, W * SIDE)])
-    expected = reader._entry(reader.look(features(0)), absent).values
-    torch.testing.assert_close(bank.given[0].values, expected)
-    evidence, scores = reader.read(bank, reader.look(features(9)))
+    state, given, *_ = followed(reader, 1)
+    mask = ids(7, 2)
+    seen = features(reader, 7)
+    wide = reader.start(state, seen, one_hot(mask, 2)[None], labels(mask)[None])
+
+    def lacking(found):
+        """Without the second object."""
+        return torch.cat([found, 0 * found[:1]])
+
+    # as if it had been looked for from the beginning
+    expected = empty(reader, 2)
+    views = given[0][0]._replace(key=torch.cat([x[0].key for x in given]),
+                                 shared=torch.cat([x[0].shared for x in given]))
+    expected = reader.start(expected, views, torch.stack([lacking(x[1]) for x in given]),
+                            torch.stack([x[2] for x in given]))
+    for i in (1, 2, 3, 4, 5):
+        expected = reader.remember(expected, features(reader, i), lacking(masks(i, 1)),
+                                   (i + 1) % 2 == 0)
+    expected = reader.start(expected, seen, one_hot(mask, 2)[None], labels(mask)[None])
+    for name, now, then in zip(wide._fields, wide, expected):
+        if name == "recent_values":  # where an absent object's is that of the newest frame
+            assert not now[0, :, 1, -1].any()
+            now, then = now[:, :, [0, 2]], then[:, :, [0, 2]]
+        elif name.startswith("reference") and now.dim() > 2:  # what isn't valid may be anything
+            now, then = (x[wide.reference_valid > 0] for x in (now, then))
+        torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-4)
+    evidence, scores = reader.read(wide, features(reader, 9))
     assert len(evidence) == 3 and len(scores) == 3
 
 
-def test_a_copy_goes_its_own_way(reader):
-    bank = filled(reader, 1)
-    other = bank.copy()
-    before = [p.clone() for p in reader.read(bank, reader.look(features(9)))]
-    reader.remember(other, reader.look(features(4)), masks(4, 1))
-    other.widen(2)
+def test_a_step_changes_nothing_in_the_state_before(reader):
+    state, *_ = followed(reader, 1)
+    before = [x.clone() for x in state]
+    other = reader.remember(state, features(reader, 4), masks(4, 1), long=True)
     refer(reader, other, 7, 2)
-    for now, then in zip(reader.read(bank, reader.look(features(9))), before):
-        torch.testing.assert_close(now, then, rtol=0, atol=0)
-
-
-def test_a_bank_comes_back_from_its_plain_parts(reader):
-    bank = filled(reader, 2)
-    again = restored(plain(bank))
-    for now, then in zip(reader.read(again, reader.look(features(9))),
-                         reader.read(bank, reader.look(features(9)))):
-        torch.testing.assert_close(now, then, rtol=0, atol=0)
-    assert again.later.maxlen == bank.later.maxlen and again.every == bank.every
+    assert all(torch.equal(now, then) for now, then in zip(state, before))
 
 
 def test_gradients_reach_all_weights_and_what_was_found_before(reader):
-    bank = Bank(every=1)
-    refer(reader, bank, 0, 2)
+    state, _ = refer(reader, empty(reader, 2), 0, 2, closer=False)
     found = masks(1, 2).requires_grad_()
-    seen = features(1).requires_grad_()
-    reader.remember(bank, reader.look(seen), found)
-    evidence, scores = reader.read(bank, reader.look(features(2)))
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.randn(1, C, H, W, generator=generator).requires_grad_()
+    state = reader.remember(state, reader.describe(seen), found, long=True)
+    evidence, scores = reader.read(state, features(reader, 2))
     (evidence.square().sum() + scores.square().sum()).backward()
     for tensor in (found, seen, *reader.parameters()):
         assert tensor.grad.abs().sum() > 0
+
+
+def test_rows_hold_the_frames_own_locations_first_then_closer_ones():
+    chosen = torch.zeros(4, 3, 10, dtype=torch.bool)
+    chosen[0, 0, [1, 4, 5]] = True  # fits
+    chosen[1, 0, 2], chosen[1, 1], chosen[1, 2, :4] = True, True, True  # too many closer ones
+    chosen[2, 0], chosen[2, 1] = True, True  # too many of its own
+    rows, there = filled(chosen, 6)  # the last set is empty
+    found = [row[kept].tolist() for row, kept in zip(rows, there)]
+    assert found[0] == [1, 4, 5] and found[3] == []
+    assert found[1][0] == 2 and len(found[1]) == 6  # 5 of 14, every third one
+    steps = torch.tensor(found[1][1:]).diff()
+    assert found[1][1] >= 10 and found[1][-1] == 23 and steps.min() >= 2 and steps.max() <= 3
+    assert len(found[2]) == 6 and max(found[2]) == 9  # 6 of 10
+    assert torch.tensor(found[2]).diff().max() <= 2
+    for row in found:
+        assert row == sorted(set(row))
 
 
 def test_keys_start_as_the_principal_directions(reader):
     torch.manual_seed(1)
     wide = Reader(100, 40, SIDE)
     samples = torch.randn(500, 100) @ torch.diag(torch.linspace(0.1, 3, 100))
-    wide.start(samples)
+    wide.begin(samples)
     unit = F.normalize(samples, dim=1)
     _, _, directions = torch.linalg.svd(unit, full_matrices=False)
     kept = unit @ wide.key.weight.T
@@ -231,15 +361,14 @@ def test_the_best_other_object():
 
 def test_the_union_of_objects_is_read_as_a_single_object_would_be(reader):
     """All but the linear labels, in whose sums each object weighs alike."""
-    bank, alone = Bank(every=1), Bank(every=1)
-    cells, later = reader.look(features(0)), reader.look(features(1))
-    mask, found = ids(0, 3), masks(1, 3)
-    reader.refer(bank, [View(cells, mask)], [1, 2, 3])
-    reader.refer(alone, [View(cells, (mask > 0).long())], [1])
-    reader.remember(bank, later, found)
-    reader.remember(alone, later, torch.stack([found[0], found[1:].sum(0)]))
+    seen, later, mask, found = features(reader, 0), features(reader, 1), ids(0, 3), masks(1, 3)
+    state = reader.start(empty(reader, 3), seen, one_hot(mask, 3)[None], labels(mask)[None])
+    state = reader.remember(state, later, found, long=True)
+    mask = (mask > 0).long()
+    alone = reader.start(empty(reader, 1), seen, one_hot(mask, 1)[None], labels(mask)[None])
+    alone = reader.remember(alone, later, torch.stack([found[0], found[1:].sum(0)]), long=True)
     with torch.no_grad():
-        evidence, expected = (reader.read(b, reader.look(features(9)))[0] for b in (bank, alone))
+        evidence, expected = (reader.read(x, features(reader, 9))[0] for x in (state, alone))
     assert len(evidence) == 4 and len(expected) == 1
     fitted = [3, 4]
     others = [i for i in range(EVIDENCE) if i not in fitted]
@@ -260,6 +389,54 @@ def test_the_union_decides_what_is_foreground(objects):
         torch.testing.assert_close(found[1:], union.sigmoid() * own.softmax(0))
         torch.testing.assert_close(with_union(own)[-1], own.sum(0))
         assert torch.equal(rivals(own)[:-1], best_other(own)) and not rivals(own)[-1].any()
+
+
+@pytest.mark.parametrize("objects, channel", [(2, 1), (3, 2), (3, 3)])
+def test_of_a_removed_object_nothing_is_left(reader, objects, channel):
+    """As if it had never been asked for, but for the values of others, whose rival it was."""
+    kept = [i for i in range(objects + 1) if i != channel]
+    fewer = torch.tensor([kept.index(i) if i in kept else -1 for i in range(objects + 1)])
+    state, expected = empty(reader, objects), empty(reader, objects - 1)
+    for seed in (0, 7):
+        seen, mask = features(reader, seed), ids(seed, objects)
+        state = reader.start(state, seen, one_hot(mask, objects)[None], labels(mask)[None])
+        expected = reader.start(expected, seen, one_hot(mask, objects)[None, kept],
+                                fewer[labels(mask)][None])
+    for i in (1, 2):
+        state = reader.remember(state, features(reader, i), masks(i, objects), i == 2)
+        expected = reader.remember(expected, features(reader, i), masks(i, objects)[kept], i == 2)
+    found = without(state, channel, torch.cat)
+    for name, now, then in zip(found._fields, found, expected):
+        assert now.shape == then.shape, name
+        if name in ("memory_values", "recent_values", "reference_values"):
+            shares, wanted = (x[..., -1] for x in (now, then))
+            if name == "reference_values":
+                shares, wanted = (x[expected.reference_valid > 0] for x in (shares, wanted))
+            torch.testing.assert_close(shares, wanted)
+        elif not name.endswith(("squares", "labels", "linear", "absent")):  # it weighed there
+            if name == "reference_keys":
+                now, then = (x[expected.reference_valid > 0] for x in (now, then))
+            torch.testing.assert_close(now, then)
+    torch.testing.assert_close(found.linear, state.linear[:, kept])
+    with torch.no_grad():
+        evidence, scores = reader.read(found, features(reader, 9))
+        torch.testing.assert_close(scores, reader.read(expected, features(reader, 9))[1])
+    assert len(evidence) == objects - 1 + (objects > 2)
+
+
+def test_the_union_of_those_that_are_left_is_about_what_it_would_have_been(reader):
+    """Exactly where the others' values say nothing of it: here values of shares alone."""
+    state, expected = empty(reader, 3), empty(reader, 2)
+    with torch.no_grad():
+        for p in (reader.own.weight, reader.layers[2].weight, reader.layers[5].weight):
+            p.zero_()  # all the same but for the share
+    mask = ids(0, 3)
+    seen = features(reader, 0)
+    state = reader.start(state, seen, one_hot(mask, 3)[None], labels(mask)[None])
+    lacking = torch.tensor([0, 1, -1, 2])[labels(mask)]
+    expected = reader.start(expected, seen, one_hot(mask, 3)[None, [0, 1, 3]], lacking[None])
+    found = without(state, 2, torch.cat)
+    torch.testing.assert_close(found.recent_values, expected.recent_values, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),

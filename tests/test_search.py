@@ -17,11 +17,19 @@ def chosen(similarity, positions):
     return similarity.gather(1, positions).sort(1, descending=True).values
 
 
-@pytest.mark.parametrize("n, m, k", [(5, 7, 3), (300, 40, 16), (3, 4, 9), (1, 1, 1)])
+def one_set(keys, members=1):
+    """(m, C) keys in rows of groups, and which of them are there: those of one set of one frame."""
+    groups = -(-len(keys) // members)
+    rows = F.pad(keys, (0, 0, 0, members * groups - len(keys)))
+    valid = (torch.arange(len(rows)) < len(keys)).float()
+    return rows.view(1, 1, members, groups, -1), valid.view(1, 1, members, groups)
+
+
+@pytest.mark.parametrize("n, m, k", [(5, 7, 3), (300, 40, 16), (3, 9, 9), (1, 1, 1)])
 def test_of_few_keys_the_best_are_found(n, m, k):
     query, keys = unit(0, n, 8), unit(1, m, 8)
     with torch.no_grad():
-        values, positions = nearest(query, keys, k)
+        values, positions = (x[:, 0] for x in nearest(query, *one_set(keys), k))
     dense = query.double() @ keys.double().T
     expected = dense.sort(1, descending=True).values[:, :k]
     assert values.shape == positions.shape == expected.shape
@@ -30,29 +38,81 @@ def test_of_few_keys_the_best_are_found(n, m, k):
     torch.testing.assert_close(chosen(dense, positions), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("n, m, k, size", [(3, 1000, 4, 16), (600, 333, 16, 5), (2, 130, 16, 2)])
+@pytest.mark.parametrize("n, m, k, size", [(3, 1000, 4, 16), (600, 333, 16, 5), (2, 130, 16, 2),
+                                           (2, 640, 16, 20)])
 def test_of_many_keys_the_best_of_groups_are_found(n, m, k, size):
     query, keys = unit(2, n, 16), unit(3, m, 16)
+    rows, valid = one_set(keys, size)
     with torch.no_grad():
-        values, positions = nearest(query, keys, k)
+        values, positions = (x[:, 0] for x in nearest(query, rows, valid, k))
     dense = query.double() @ keys.double().T
-    groups = m // size
-    best = dense[:, :size * groups].unflatten(1, (size, groups)).amax(1)
+    groups = rows.shape[3]
+    best = F.pad(dense, (0, size * groups - m), value=-9).unflatten(1, (size, groups)).amax(1)
     expected = best.sort(1, descending=True).values[:, :k]
     torch.testing.assert_close(chosen(dense, positions), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(dense.gather(1, positions), values.double(), atol=1e-5, rtol=0)
     assert all(len(row.unique()) == k for row in positions % groups)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("members", [1, 4])
+def test_sets_of_several_frames_are_searched_apart(grad, members):
+    """Of each set the best, of all frames together; what isn't valid is never among them."""
+    query, keys = unit(2, 7, 8), unit(3, 3, 2, members, 6, 8)
+    generator = torch.Generator().manual_seed(4)
+    valid = (torch.rand(keys.shape[:-1], generator=generator) > 0.4).float()
+    valid[:, 1, :, 2:] = 0  # six groups with anything, of which some may be empty, too
+    with torch.set_grad_enabled(grad):
+        values, positions = nearest(query, keys, valid, 6)
+    assert values.shape == positions.shape == (7, 2, 6)
+    dense = query.double() @ keys.flatten(0, 3).double().T
+    of_set = torch.arange(2)[:, None, None].expand(3, 2, members, 6).flatten()
+    for i in range(2):
+        there = (valid.flatten() > 0) & (of_set == i)
+        similarity = dense.masked_fill(~there, -1e4)
+        if not grad:  # the best of each group
+            similarity = similarity.unflatten(1, valid.shape)[:, :, i].amax(2).flatten(1)
+        else:
+            similarity = similarity.unflatten(1, valid.shape)[:, :, i].flatten(1)
+        expected = similarity.sort(1, descending=True).values[:, :6]
+        torch.testing.assert_close(values[:, i].double().sort(1, descending=True).values,
+                                   expected, atol=1e-5, rtol=0)
+        real = values[:, i] > -2
+        assert there[positions[:, i][real]].all()
+        torch.testing.assert_close(dense.gather(1, positions[:, i])[real],
+                                   values[:, i][real].double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n, frames, sets, members, groups", [
+    (50, 1, 1, 20, 40), (7, 3, 2, 4, 17), (1, 2, 3, 1, 16)])
+def test_an_exported_search_finds_the_same(n, frames, sets, members, groups):
+    """With the operators of ONNX, of sizes that needn't be whole numbers of parts."""
+    query, keys = unit(8, n, 64), unit(9, frames, sets, members, groups, 64)
+    generator = torch.Generator().manual_seed(1)
+    valid = (torch.rand(keys.shape[:-1], generator=generator) > 0.2).float()
+    k = min(16, frames * groups)
+    with torch.no_grad():
+        expected = nearest(query, keys, valid, k)
+        best, rows = search._in_a_graph(query, keys, valid, k)
+    best, order = best.sort(2, descending=True)
+    expected, there = expected[0].sort(2, descending=True).values, best > -2
+    torch.testing.assert_close(best[there], expected[there], atol=2e-5, rtol=0)
+    assert (expected[~there] == search.NOTHING).all()
+    dense = (query @ keys.flatten(0, 3).T)[:, None].expand(-1, sets, -1)
+    torch.testing.assert_close(dense.gather(2, rows.gather(2, order))[there], best[there],
+                               atol=2e-5, rtol=0)
+
+
 def test_of_no_keys_none_are_found():
-    values, positions = nearest(unit(0, 4, 8), unit(1, 0, 8), 5)
-    assert values.shape == positions.shape == (4, 0)
+    keys, _ = one_set(unit(1, 6, 8), 2)
+    values, _ = nearest(unit(0, 4, 8), keys, torch.zeros(1, 1, 2, 3), 3)
+    assert values.shape == (4, 1, 3) and (values == search.NOTHING).all()
 
 
 def test_half_precision_finds_nearly_the_same():
     query, keys = unit(4, 50, 32, dtype=torch.bfloat16), unit(5, 700, 32, dtype=torch.bfloat16)
     with torch.no_grad():
-        values, positions = nearest(query, keys, 8)
+        values, positions = (x[:, 0] for x in nearest(query, *one_set(keys, 16), 8))
     exact = (query.double() @ keys.double().T).gather(1, positions)
     torch.testing.assert_close(values.double(), exact, atol=4e-3, rtol=0)
 
@@ -71,18 +131,32 @@ def dense_windows(query, others, radius):
 @pytest.mark.parametrize("frames, k, radius", [(1, 3, 0), (2, 5, 2), (3, 40, 20)])
 def test_windows(h, w, frames, k, radius):
     query, *others = unit(6, frames + 1, h, w, 8)
-    values, positions = windows(query, others, k, radius)
+    there = torch.ones(frames)
+    values, positions = windows(query, torch.stack(others), there, k, radius)
     dense = dense_windows(query, others, radius)
-    expected = dense.sort(1, descending=True).values[:, :values.shape[1]]
-    assert values.shape == (h * w, min(k, frames * min(radius + 1, h) * min(radius + 1, w)))
-    torch.testing.assert_close(values.sort(1, descending=True).values.double(), expected,
-                               atol=1e-5, rtol=0)
-    torch.testing.assert_close(chosen(dense, positions), expected, atol=1e-5, rtol=0)
+    expected = dense.sort(1, descending=True).values[:, :k]
+    expected = F.pad(expected, (0, k - expected.shape[1]), value=-torch.inf)
+    found = values.sort(1, descending=True).values.double()
+    torch.testing.assert_close(found.masked_fill(found < -2, -torch.inf), expected, atol=1e-5,
+                               rtol=0)
+    assert values.shape == (h * w, k) and set(values[values < -2].tolist()) <= {search.NOTHING}
+    real = values > -2
+    torch.testing.assert_close(dense.gather(1, positions)[real], values[real].double(), atol=1e-5,
+                               rtol=0)
+
+
+def test_windows_of_a_frame_that_is_not_there():
+    query, *others = unit(6, 3, 5, 7, 8)
+    alone = windows(query, torch.stack(others[1:]), torch.ones(1), 5, 2)
+    values, positions = windows(query, torch.stack(others), torch.tensor([0.0, 1]), 5, 2)
+    for now, expected in zip((values, positions), (alone[0], alone[1] + 35)):
+        torch.testing.assert_close(now.sort(1).values, expected.sort(1).values)
 
 
 @pytest.mark.parametrize("search_", [
-    lambda query, other: nearest(query.flatten(0, 1), other.flatten(0, 1), 3),
-    lambda query, other: windows(query, [other], 3, 2)])
+    lambda query, other: [x[:, 0] for x in nearest(
+        query.flatten(0, 1), *one_set(other.flatten(0, 1), 4), 3)],
+    lambda query, other: windows(query, other[None], torch.ones(1), 3, 2)])
 def test_gradients_are_those_of_the_dense_products(search_):
     query, other = (unit(seed, 4, 5, 6).double().requires_grad_() for seed in (7, 8))
     values, positions = search_(query, other)
@@ -96,4 +170,4 @@ def test_gradients_are_those_of_the_dense_products(search_):
 
 
 def test_what_is_kept_of_windows_is_bounded():
-    assert search._windows.cache_parameters()["maxsize"] == 8
+    assert search._tiles.cache_parameters()["maxsize"] == 8

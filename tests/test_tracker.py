@@ -12,7 +12,6 @@ from conftest import SHAPE, draw_frame
 
 import preprocess
 from network.encoder import Encoder
-from network.state import plain, restored
 from tracker import Tracker
 from videomatch import METHODS, SHIPPED, VideoMatch
 
@@ -174,7 +173,8 @@ def test_threshold(model):
     start = Tracker(model, outlier_removal=False)
     start.step(*frame(0))
     test = frame(1)[0]
-    foreground = model.predict(model.encode(test[None]), [start.memory])[0][0, 1].detach().numpy()
+    found = model.predict(start.memory, model.encode(test[None]), tuple(test.shape[1:]))[0]
+    foreground = found[1].detach().numpy()
     for threshold in (0.2, 0.5, 0.9):
         tracker = Tracker(model, threshold, outlier_removal=False)
         tracker.step(*frame(0))
@@ -201,9 +201,9 @@ def moving_spot(model, monkeypatch, places, size=8, **options):
 
     masks = iter([picture(spots) for spots in places[1:]])
 
-    def predict(frames, memories, shape=None):
+    def predict(state, features, shape):
         mask = torch.from_numpy(next(masks)).float()
-        return torch.stack([1 - mask, mask])[None], torch.zeros(1, 2, 4, 12)
+        return torch.stack([1 - mask, mask]), torch.zeros(2, 4, 12)
 
     tracker = Tracker(model, **options)
     tracker.step(torch.zeros(3, *shape), picture(places[0]))
@@ -356,15 +356,31 @@ def test_a_state_survives_a_file(any_method, at):
     assert again.object_ids == tracker.object_ids and again.shares == tracker.shares
 
 
-def test_a_memory_and_its_plain_form_are_alike(any_method):
+def test_what_is_no_state_is_refused(any_method):
     tracker = Tracker(any_method)
     steps(tracker, clip((1, 2)))
-    form = plain(tracker.memory)
-    again = restored(form)
-    assert type(again) is type(tracker.memory) and again.object_ids == [1, 2]
-    for kept, expected in zip(tensors(plain(again)), tensors(form), strict=True):
-        assert torch.equal(kept, expected)
-    kept = "sets" if tracker.memory.sets else "bank"
-    assert getattr(again, kept).later.maxlen == getattr(tracker.memory, kept).later.maxlen
-    with pytest.raises(KeyError):
-        restored({"kind": "Popen", "fields": []})
+    state = tracker.state()
+    for broken in ({}, {"kind": "Popen"}, dict(list(state["memory"].items())[1:])):
+        with pytest.raises((KeyError, TypeError)):
+            Tracker(any_method).load_state({**state, "memory": broken})
+
+
+def test_the_state_of_a_video_is_tensors_alone(shipped):
+    """Their shapes depend on sizes and numbers only, whatever was seen."""
+    shapes = []
+    for start, ids in ((0, (1, 2)), (3, (3, 200))):
+        tracker = Tracker(shipped)
+        for image, mask in clip(ids, start):
+            tracker.step(image, mask)
+            shapes.append([tuple(x.shape) for x in tracker.memory])
+            assert all(type(x) is torch.Tensor for x in tracker.memory)
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+def test_a_step_changes_nothing_in_a_state(shipped):
+    tracker = Tracker(shipped)
+    frames = list(clip((1, 2), later=5))
+    steps(tracker, frames[:3])
+    state, kept = tracker.memory, [x.clone() for x in tracker.memory]
+    steps(tracker, frames[3:])
+    assert all(torch.equal(now, then) for now, then in zip(state, kept, strict=True))

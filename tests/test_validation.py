@@ -62,12 +62,12 @@ def test_an_image_that_the_network_cannot_take_is_refused_by_name(image, words, 
 
 
 @pytest.mark.parametrize("image, mask, words", [
-    (torch.zeros(3, 48, 80), torch.zeros(1, 48, 80).long(), r"^image: .*\(B, 3, H, W\)"),
-    (torch.zeros(1, 3, 48, 80), torch.zeros(48, 80).long(), r"^mask: .*\(B, H, W\)"),
-    (torch.zeros(1, 3, 48, 80), torch.zeros(1, 48, 80), "^mask: .*float32")])
+    (torch.zeros(3, 48, 80), torch.zeros(48, 80).long(), r"^image: .*\(B, 3, H, W\)"),
+    (torch.zeros(1, 3, 48, 80), torch.zeros(1, 48, 80).long(), r"^mask: .*\(H, W\)"),
+    (torch.zeros(1, 3, 48, 80), torch.zeros(48, 80), "^mask: .*float32")])
 def test_refer_names_what_it_refuses(image, mask, words, model):
     with pytest.raises(ValueError, match=words):
-        model.refer(image, mask, [model.memory([1])])
+        model.refer(None, image, mask, [1])
 
 
 @pytest.mark.parametrize("image, words", [

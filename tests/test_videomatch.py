@@ -12,10 +12,9 @@ from PIL import Image
 
 import preprocess
 import videomatch
-from network import reader, rules
+from network import reader, views
 from network.encoder import Encoder
-from network.parts import around
-from network.views import cell_labels
+from network.views import around, labels_of
 from videomatch import VideoMatch
 
 
@@ -24,24 +23,25 @@ def frame(step, ids=(1,), scale=1):
     return preprocess.to_tensor(image), mask
 
 
+def ids_of(mask):
+    return [i for i in np.unique(mask).tolist() if i]
+
+
 def reference(model, image, mask):
-    """The memory of a video whose reference frame this is."""
-    memory = model.memory([i for i in np.unique(mask).tolist() if i])
-    model.refer(image[None], torch.as_tensor(mask)[None], [memory])
-    return memory
+    """The state of a video whose reference frame this is."""
+    return model.refer(None, image[None], np.asarray(mask), ids_of(mask))
 
 
-def predict(model, memory, image, shape=None):
-    return model.predict(model.encode(image[None]), [memory], shape)[0][0]
+def predict(model, state, image, shape=None):
+    return model.predict(state, model.encode(image[None]), shape or tuple(image.shape[1:]))[0]
 
 
 @pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
 def test_probabilities(model, ids):
-    memory = reference(model, *frame(0, ids))
-    probabilities = predict(model, memory, frame(1)[0], (30, 50))
+    state = reference(model, *frame(0, ids))
+    probabilities = predict(model, state, frame(1)[0], (30, 50))
     assert probabilities.shape == (len(ids) + 1, 30, 50)
     torch.testing.assert_close(probabilities.sum(0), torch.ones(30, 50))
-    assert memory.object_ids == list(ids)
 
 
 def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkeypatch):
@@ -53,35 +53,40 @@ def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkey
     torch.testing.assert_close(foreground, torch.full(SHAPE, expected, dtype=torch.float32))
 
 
-def test_batch_equals_single_frames(model):
-    pairs = [(frame(0), frame(3)), (frame(2), frame(5))]
-    single = []
-    for (image, mask), (test, _) in pairs:
-        single.append(predict(model, reference(model, image, mask), test))
-    memories = [model.memory([1]) for _ in pairs]
-    model.refer(torch.stack([p[0][0] for p in pairs]),
-                torch.stack([torch.from_numpy(p[0][1]) for p in pairs]), memories)
-    batch = model.predict(model.encode(torch.stack([p[1][0] for p in pairs])), memories)[0]
-    torch.testing.assert_close(batch, torch.stack(single), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("refined", [False, True])
+def test_batch_equals_single_frames(refined, model):
+    if refined:
+        torch.manual_seed(0)
+        model = VideoMatch(Encoder("mobilenet"), 2.0, refined=True).eval()
+    (image, mask), (first, _), (second, _) = frame(0), frame(3), frame(5)
+    with torch.no_grad():
+        state = reference(model, image, mask)
+        batch = model.encode(torch.stack([first, second]))
+        for i, test in enumerate((first, second)):
+            found, scores = model.predict(state, batch.frame(i), SHAPE)
+            expected = model.predict(state, model.encode(test[None]), SHAPE)
+            torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(scores, expected[1], atol=1e-4, rtol=1e-4)
 
 
 def test_errors(model):
     with pytest.raises(RuntimeError, match="refer to a reference frame first"):
-        predict(model, model.memory([1]), frame(0)[0])
+        predict(model, None, frame(0)[0])
     for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1},
                       {"upsample_factor": 0}, {"upsample_factor": float("nan")}):
         with pytest.raises(ValueError):
             VideoMatch(model.encoder, **arguments)
 
 
-def test_cell_labels_are_nearest_and_keep_tiny_objects():
-    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    mask[:, :, 32:] = 1
-    mask[0, 3, 3] = 2  # no cell's centre
-    labels = cell_labels(mask, (4, 4))[0]
-    expected = torch.tensor([[0, 0, 1, 1]] * 4)
-    expected[0, 0] = 2
-    assert torch.equal(labels, expected)
+def test_labels_are_nearest_and_keep_tiny_objects():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 7
+    mask[3, 3] = 2  # no location's middle
+    mask[50:, 33:] = 9  # of no object that is asked for
+    labels = labels_of(mask, (4, 4), [2, 7])
+    expected = np.array([[0, 0, 2, 2]] * 4)
+    expected[0, 0], expected[3, 2:] = 1, -1
+    np.testing.assert_array_equal(labels, expected)
 
 
 def test_checkpoint_brings_configuration_and_weights(model, tmp_path):
@@ -179,15 +184,14 @@ def test_zoom_enlarges_frames_in_use_only():
         found = predict(model, reference(model, images[0], mask), images[1])
         torch.testing.assert_close(found, expected)
         model.train()
-        seen = model.refer(images[:1], mask[None], [model.memory([1])])
-        assert seen.features.shape[2:] == (4, 6)
+        assert model.encode(images[:1]).matched.shape[2:] == (4, 6)
 
 
 @pytest.mark.parametrize("box", [(20, 40, 30, 60), (0, 3, 90, 96), (0, 64, 0, 96), (63, 64, 0, 1)])
 @pytest.mark.parametrize("scale", [1.0, 2.0, 4.0, 100.0])
 def test_a_closer_part_has_the_object_in_its_middle(box, scale):
     top, bottom, left, right = box
-    mask = torch.zeros(64, 96, dtype=torch.bool)
+    mask = np.zeros((64, 96), bool)
     mask[top:bottom, left:right] = True
     rows, columns = around(mask, scale)
     assert rows.stop - rows.start == max(1, round(64 / scale))
@@ -203,19 +207,19 @@ def test_an_object_that_comes_closer_matches_the_closer_views(monkeypatch):
     model = VideoMatch(Encoder("mobilenet"), 1.0, refined=True).eval()
     image = torch.randn(3, 96, 128)
     image = F.interpolate(F.avg_pool2d(image, 8)[None], size=(96, 128), mode="bilinear")[0] * 5
-    mask = torch.zeros(96, 128, dtype=torch.uint8)
+    mask = np.zeros((96, 128), np.uint8)
     mask[40:60, 50:80] = 1
     middle = np.s_[26:74, 33:97]  # half the height and width, around the object
     closer = F.interpolate(image[None, :, *middle], size=(96, 128), mode="bilinear")[0]
-    labels = cell_labels(torch.as_tensor(mask[None, *middle]), (6, 8))[0]
+    labels = torch.from_numpy(labels_of(mask[middle], (6, 8), [1]))
     monkeypatch.setattr(reader, "K_SET", 1)
     found = []
-    for views in ((2.0,), ()):
-        monkeypatch.setattr(rules, "CLOSER", views)
+    for scales in ((2.0,), ()):
+        monkeypatch.setattr(views, "CLOSER", scales)
         with torch.no_grad():
-            memory = reference(model, image, mask)
-            scores = model.refine(model.encode(closer[None]), [memory])[1][0]
+            state = reference(model, image, mask)
+            scores = model.step(state, model.encode(closer[None]))[1]
         found.append(scores[1][labels == 1])
-    # the object's cells find themselves
+    # the object's locations find themselves
     torch.testing.assert_close(found[0], torch.ones_like(found[0]), atol=1e-4, rtol=0)
     assert found[1].mean() < 0.99

@@ -20,13 +20,12 @@ import torch
 
 import preprocess
 from checkpoint import save
-from follow import resized
 from masks.read import read_mask
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
 from network.outliers import decide
-from tracker import Step, Tracker
+from tracker import Step, Tracker, resized
 from tracking.presence import Presence
 from videomatch import VideoMatch
 
