@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from test_video import make, number_of
 
 import main
-from cli.segment import fingerprint
+from cli.segment import clip_fingerprint
 from masks.read import read_mask
 from media import images
 from media.video import open_clip
@@ -511,12 +511,12 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
 def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
     frames = tmp_path / "frames"
     shutil.copytree(clip, frames)
-    first = begin(source=frames, data=fingerprint(open_clip(frames)))
+    first = begin(source=frames, data=clip_fingerprint(open_clip(frames)))
     first.edits.give(3, truth(3))
     first.close()
     (frames / ".DS_Store").write_bytes(b"Finder")
     images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
-    assert begin(source=frames, data=fingerprint(open_clip(frames))).work.given == {3}
+    assert begin(source=frames, data=clip_fingerprint(open_clip(frames))).work.given == {3}
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [
