@@ -182,7 +182,7 @@ def _score(manifest: RunFolder, name: str) -> metrics.SequenceScore:
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     seen: Callable[[pipeline.Frame], object] = lambda _: None
+                     on_frame: Callable[[pipeline.Frame], object] = lambda _: None
                      ) -> metrics.SequenceScore:
     """Segment a sequence; masks are written and scored in the background.
 
@@ -190,25 +190,25 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
     hold each other up on a CPU, and the network with them.
 
     Args:
-        seen: called with each frame.
+        on_frame: called with each frame.
     """
     scores = Score(sequence)
     outputs: list[pipeline.Sink] = [scores]
-    kept = None
+    checkpoint = None
     if options.results:
-        kept = pipeline.Progress(options.results / sequence.name, sequence)
-        kept = kept.load(model)
+        checkpoint = pipeline.TrackerCheckpoint(options.results / sequence.name, sequence)
+        checkpoint = checkpoint.load(model)
         film = options.results / f"{sequence.name}.mp4"
         outputs += [writers.MaskSink(options.results / sequence.name, sequence),
                     Confidence(_confidence_of(options.results, sequence), sequence,
-                               kept.index is not None)]
+                               checkpoint.index is not None)]
         if options.videos:
             outputs.append(writers.VideoSink(film, sequence, lambda frame:
                                       drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
             film.unlink(missing_ok=True)  # of other masks
-    frames = pipeline.track(model, sequence, sequence.reference_masks(), options, kept)
-    pipeline.drain(frames, outputs, kept, seen)
+    frames = pipeline.track(model, sequence, sequence.reference_masks(), options, checkpoint)
+    pipeline.drain(frames, outputs, checkpoint, on_frame)
     if options.results:  # all of them only serve a run that goes on
         for i in set(range(len(sequence))) - set(sequence.output_frames):
             (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)

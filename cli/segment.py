@@ -51,7 +51,7 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     options, first = pipeline.Options(**setup.pipeline_options(args)), masks[min(masks)]
     options.start, options.stop = frame_range(args, clip)
     options.presence = user_presence(args, clip, masks)
-    warn_about(first, pipeline.cell(model, first.shape, options))
+    warn_about(first, pipeline.location_size(model, first.shape, options))
     facts = setup.run_metadata(args, model, {
         "data": data, "masks": ", ".join(
             f"frame {clip.number(frame)}: CRC {zlib.crc32(mask.tobytes()):08x}"
@@ -64,9 +64,9 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     if again and made:
         writers.delete_outputs(results, {Path(name).resolve() for text in args.mask
                               for name in (text, text.partition(":")[2])})
-    kept = pipeline.Progress(results / "masks", clip)
+    checkpoint = pipeline.TrackerCheckpoint(results / "masks", clip)
     before = manifest.entries.get(CLIP)
-    if before and not all(kept.path_of(options.start + i).is_file()
+    if before and not all(checkpoint.mask_path(options.start + i).is_file()
                           for i in range(before["frames"])):
         before = None
     drawn = before["drawn"] if before else {}
@@ -82,14 +82,14 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     if before and args.cutout == "transparent":
         log.info("the cut-out's edges are drawn from the masks that are there; --overwrite "
                  "segments again, for edges from the probabilities")
-    kept = kept.all() if before else kept.load(model)
-    frames = pipeline.track(model, clip, masks, options, kept)
+    checkpoint = checkpoint.mark_all_done() if before else checkpoint.load(model)
+    frames = pipeline.track(model, clip, masks, options, checkpoint)
     total = len(range(clip.count)[options.start:options.stop]) or None
     bar = progress(frames, desc="frames", total=total, unit="frame")
-    sure = Confidence(results / "confidence.csv", clip, kept.index is not None)
+    sure = Confidence(results / "confidence.csv", clip, checkpoint.index is not None)
     count = pipeline.drain(bar, [
         *writers.clip_sinks(results, clip, args.cutout, args.cutout_format), sure,
-        *annotations.clip_sinks(results, clip, args.export, names)], kept,
+        *annotations.clip_sinks(results, clip, args.export, names)], checkpoint,
         lambda _: manifest.begin([results / "masks", results / "cutout"]))
     predicted = [one for one in sure.measures if one.frame not in masks]
     report.write_clip(results / "report.html", args.video.resolve().name, clip, predicted,

@@ -60,7 +60,7 @@ class VideoSink(Sink):
 
     def write(self, frame: Frame) -> None:
         picture = self.draw(frame)
-        if frame.forwards:
+        if frame.forward:
             self._flush()
             self.video.write(picture, self.clip.time(frame.index))
             return
@@ -119,7 +119,7 @@ def cutout_image(frame: Frame) -> np.ndarray:
 
     Only what the mask holds can be seen: the outer half of an edge is more of the background.
     """
-    if frame.step is None or frame.known is not None:
+    if frame.step is None or frame.mask_override is not None:
         alpha = drawing.soft(frame.mask)
     else:
         height, width = frame.image.shape[:2]

@@ -103,7 +103,7 @@ def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
     model, clip = VideoMatch.load(SHIPPED["mobilenet"]), video.open_clip(tmp_path / "clip")
     seen = []
     pipeline.drain(pipeline.track(model, clip, {0: first, 4: masks[4]}, pipeline.Options()),
-                  writers.clip_sinks(tmp_path, clip), seen=seen.append)
+                  writers.clip_sinks(tmp_path, clip), on_frame=seen.append)
     found = masks_in(tmp_path)
     assert all(set(np.unique(mask)) <= {0, 1} for mask in found[:4])
     np.testing.assert_array_equal(found[4], masks[4])
@@ -189,7 +189,7 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
     (tmp_path / "masks").mkdir()
     for i in range(FRAMES):
         images.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
-    kept = pipeline.Progress(tmp_path / "masks", clip).all()
+    kept = pipeline.TrackerCheckpoint(tmp_path / "masks", clip).mark_all_done()
     frames = pipeline.track(model, clip, {0: truth(0)}, pipeline.Options(), kept)
     pipeline.drain(frames, writers.clip_sinks(tmp_path, clip, how), kept)
     frame, mask = next(clip.frames(3)), truth(3) > 0

@@ -99,7 +99,7 @@ class Session:
         self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
         height, width = self.shape = self.work.shape
-        self.cell = pipeline.cell(model, (height, width), options)
+        self.cell = pipeline.location_size(model, (height, width), options)
         self.states = States(folder / "page" / "states", lambda: Tracker(
             model, options.threshold, options.remove_outliers), facts)
         self.passes = Passes(clip, options, self.image, self.work, self.states)
