@@ -20,7 +20,7 @@ from checkpoint import Checkpointed
 from masks.read import read_masks
 from masks.validation import check_id_masks, check_normalized
 from media import drawing, figures, images
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.bank import Cells, Frames
 from network.decoder import Decoder
 from network.encoder import Encoder

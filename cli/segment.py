@@ -119,7 +119,7 @@ def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
         masks = load_user_masks(args, clip, results, model, names)
     session.open_page(session.Session(
         model, clip, results, pipeline.Options(**setup.pipeline_options(args)),
-        prompting.prompter(model), setup.run_metadata(args, model, {"data": data}),
+        prompting.make_prompter(model), setup.run_metadata(args, model, {"data": data}),
         session.command_line(changed(args, "command")), args.export),
         masks, user_presence(args, clip, masks), args.page,
         args.page_host or ["127.0.0.1"], names)
@@ -154,7 +154,7 @@ def load_user_masks(args: argparse.Namespace, clip, results: Path,
     image = next(clip.frames(frame), None)
     if image is None:
         raise ValueError(f"--mask_frame {default}: the clip ends before it")
-    mask = prompting.masks_of(model, image, prompting.in_order(
+    mask = prompting.predict_masks(model, image, prompting.group_by_object(
         args.box, args.point, args.not_point))
     path = results / f"mask_{default:05d}.png"
     results.mkdir(parents=True, exist_ok=True)

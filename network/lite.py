@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.arrays import bilinear
 from network.bank import Bank, Cells
 from network.evidence import clicked, evidence

@@ -18,7 +18,7 @@ import numpy as np
 from masks.read import mask_warning
 from media import figures, files, images
 from media.clip import Clip
-from media.shown import Prompts
+from media.prompts import Prompts
 from outputs import annotations, report, writers
 from outputs.run_folder import RunFolder, read_metadata
 from tracker import Tracker
