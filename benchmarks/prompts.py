@@ -18,7 +18,7 @@ import torch
 from benchmarks import common
 from cli.setup import select_device
 from davis import Davis, Sequence
-from media.shown import Prompts
+from media.prompts import Prompts
 from tracking import prompting
 from training import prompt_training as train_prompts
 from videomatch import SHIPPED, VideoMatch
@@ -46,7 +46,7 @@ def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict
 @torch.no_grad()
 def prompt_seconds(model: VideoMatch, repeats: int) -> float:
     """Fastest time of a box prompt, without the encoder, at the network's input size."""
-    shape = prompting.seen_size((320, 480))
+    shape = prompting.crop_size((320, 480))
     image = torch.zeros(1, 3, *shape, device=model.device)
     seen = model.prompts.look(image, *model.encoder.pyramid(image))
     times = []

@@ -170,13 +170,13 @@ def is_empty(path: str | Path) -> bool:
                       else image.getextrema())
 
 
-def tell_concern(mask: np.ndarray, cell: float) -> None:
+def warn_about(mask: np.ndarray, cell: float) -> None:
     """Warn of what `concern` has to say."""
-    if said := concern(mask, cell):
+    if said := mask_warning(mask, cell):
         log.warning("%s", said)
 
 
-def concern(mask: np.ndarray, cell: float) -> str | None:
+def mask_warning(mask: np.ndarray, cell: float) -> str | None:
     """What is to be said of a first mask before the work, with the flag that helps; or None.
 
     Args:

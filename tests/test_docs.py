@@ -89,7 +89,7 @@ def folder(tmp_path, monkeypatch, exported):
     monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=3))
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
     # the checkpoint in models/ may be older than the part that is shown objects
-    monkeypatch.setattr(prompting, "masks_of", lambda model, image, objects: (
+    monkeypatch.setattr(prompting, "predict_masks", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
     monkeypatch.setattr(runtimes, "measured", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})

@@ -15,7 +15,7 @@ from masks import annotation_files
 from masks.read import read_masks
 from media import run_lengths
 from media.clip import Clip
-from outputs.annotations import Coco
+from outputs.annotations import CocoSink
 from tracking.pipeline import Frame
 
 SHAPE = (40, 60)
@@ -150,7 +150,7 @@ class Named(Clip):
 
 def test_the_toolkits_own_file_gives_back_its_masks(tmp_path):
     masks = {4: drawn(_1=(0, 0, 10), _7=(20, 0, 10)), 5: drawn(_7=(30, 20, 10))}
-    with Coco(tmp_path / "a.json", Named(), {1: "cat", 7: "dog"}) as sink:
+    with CocoSink(tmp_path / "a.json", Named(), {1: "cat", 7: "dog"}) as sink:
         for index, mask in masks.items():
             sink.write(Frame(index, np.zeros((*SHAPE, 3), np.uint8), None, True, None, mask))
     names = {}

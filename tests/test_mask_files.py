@@ -9,7 +9,7 @@ from PIL import Image
 from test_masks import BALL, BLACK, DISK, GREEN, GRID, ONE, RED, alike, davis, flat, grey, painted
 
 from masks.encoding import Coding
-from masks.read import concern, is_empty, read_mask, read_masks
+from masks.read import is_empty, mask_warning, read_mask, read_masks
 from media import images
 
 # -- a sequence
@@ -160,7 +160,7 @@ def test_masks_of_another_size_are_named(tmp_path, shape):
 def test_small_objects_are_said(side, cell, words):
     mask = np.zeros((96, 160), np.uint8)
     mask[5:5 + side, 5:5 + side] = 1
-    found = concern(mask, cell)
+    found = mask_warning(mask, cell)
     assert found is None if words is None else all(word in found for word in words)
 
 
@@ -168,7 +168,7 @@ def test_very_many_objects_are_said():
     mask = np.zeros((160, 160), np.uint8)
     for i in range(254):
         mask[10 * (i // 16):10 * (i // 16) + 6, 10 * (i % 16):10 * (i % 16) + 6] = i + 1
-    found = concern(mask, 8)
+    found = mask_warning(mask, 8)
     assert "254 objects" in found and "-p" in found and "1, 2, 3, 4, 5, 6, 7, 8 ..." in found
 
 

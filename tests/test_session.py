@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from test_video import make, number_of
 
 import main
-from cli.segment import fingerprint
+from cli.segment import clip_fingerprint
 from masks.read import read_mask
 from media import images
 from media.video import open_clip
@@ -216,8 +216,8 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_given(client, 
     assert [session.work.found[i].origin for i in range(1, 10)] == 4 * [0] + 5 * [10]
     before = {frame: shown(client, frame) for frame in range(FRAMES)}
     seen = []
-    step = propagation.pipeline.follow
-    monkeypatch.setattr(propagation.pipeline, "follow", lambda tracker, index, *rest, **more:
+    step = propagation.pipeline.segment_frame
+    monkeypatch.setattr(propagation.pipeline, "segment_frame", lambda tracker, index, *rest, **more:
                         seen.append(index) or step(tracker, index, *rest, **more))
     client.put("/mask/4", content=png(truth(4)))
     do(client, "segment", frame=4, way="both")
@@ -381,7 +381,7 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     for session in (whole, one):
         session.edits.give(0, truth(0))
     go(whole, 0)
-    step = propagation.pipeline.follow
+    step = propagation.pipeline.segment_frame
 
     def failing(tracker, index, *rest, **more):
         seen = step(tracker, index, *rest, **more)
@@ -389,11 +389,11 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
             raise MemoryError("no room")
         return seen
 
-    monkeypatch.setattr(propagation.pipeline, "follow", failing)
+    monkeypatch.setattr(propagation.pipeline, "segment_frame", failing)
     one.segment_from(0, "forwards")
     assert finished(one)["error"] == "no room"
     assert {frame for _, frame in one.states.kept} == {5}, "the last one that is whole"
-    monkeypatch.setattr(propagation.pipeline, "follow", step)
+    monkeypatch.setattr(propagation.pipeline, "segment_frame", step)
     go(one, 6)
     for frame in range(FRAMES):
         np.testing.assert_array_equal(one.mask(frame), whole.mask(frame))
@@ -511,12 +511,12 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
 def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
     frames = tmp_path / "frames"
     shutil.copytree(clip, frames)
-    first = begin(source=frames, data=fingerprint(open_clip(frames)))
+    first = begin(source=frames, data=clip_fingerprint(open_clip(frames)))
     first.edits.give(3, truth(3))
     first.close()
     (frames / ".DS_Store").write_bytes(b"Finder")
     images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
-    assert begin(source=frames, data=fingerprint(open_clip(frames))).work.given == {3}
+    assert begin(source=frames, data=clip_fingerprint(open_clip(frames))).work.given == {3}
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [

@@ -14,7 +14,7 @@ from benchmarks import prompts as prompt_bench
 from davis import Davis
 from masks.read import read_mask
 from media import images
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.encoder import Encoder
 from tracker import Tracker
 from tracking import prompting
@@ -145,7 +145,7 @@ def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_
             wanted[:, 20:] = False
         return wanted
 
-    monkeypatch.setattr(prompting, "prompt", prompt)
+    monkeypatch.setattr(prompting, "predict_mask", prompt)
     monkeypatch.setattr("sys.argv", [
         "prompts", "-d", str(davis_2017), "-y", "2017", "-o",
         str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu", "--json",
@@ -177,7 +177,7 @@ def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_p
         asked.extend(objects)
         return draw_frame(0, (1, 2))[1]
 
-    monkeypatch.setattr(prompting, "masks_of", masks_of)
+    monkeypatch.setattr(prompting, "predict_masks", masks_of)
     out = tmp_path / "out"
     assert main.main(["-m", "segment", "--video", str(clip_dir), "-o", str(tmp_path / "shown.pth"),
                       "--box", "8", "6", "20", "16", "--point", "9", "9", "10", "10", "--point",

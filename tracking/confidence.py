@@ -112,18 +112,18 @@ class Confidence(Sink):
     def write(self, frame: Frame) -> None:
         if frame.step is None:
             return
-        neighbour = frame.index + (-1 if frame.forwards else 1)
+        neighbour = frame.index + (-1 if frame.forward else 1)
         before = {i: self.found[neighbour, i].area for i in frame.step.object_ids
                   if (neighbour, i) in self.found}
         for one in measure(frame.index, frame.step, before):
             self.found[one.frame, one.object_id] = one
 
-    def keep(self) -> None:
+    def flush(self) -> None:
         if self.found:
             write(self.path, self.measures, self.clip)
 
     def __exit__(self, *exception):
-        self.keep()
+        self.flush()
 
 
 def write(path: Path, measures: list[Measures], clip: Clip) -> None:

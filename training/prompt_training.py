@@ -19,7 +19,7 @@ import metrics
 import preprocess
 from davis import Sequence
 from media.background import interruptible, progress
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.prompts import PromptDecoder, Seen
 from system import distributed
 from tracking import prompting as looking
@@ -73,7 +73,7 @@ class PromptSamples(Dataset):
         if self.augment and rng.random() < 0.5:
             image, truth = image[:, ::-1].copy(), truth[:, ::-1].copy()
         shown, part, rounds = initial_prompts(truth, rng, begun)
-        patch, shown = looking.part_of(image, shown, part)
+        patch, shown = looking.resize_crop(image, shown, part)
         truth, before = (None if mask is None else cv2.resize(
             mask.astype(np.uint8), patch.shape[1::-1],
             interpolation=cv2.INTER_NEAREST_EXACT) > 0 for mask in (truth[part], shown.mask))
@@ -117,7 +117,7 @@ def initial_prompts(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[
     box = simulated_user.jitter_box(simulated_user.bounding_box(truth), JITTER, shape, rng)
     if rng.random() < 0.5:  # too large or too small on all sides
         box = scale_box(box, rng.uniform(-JITTER, JITTER), shape)
-    part = looking.around(Prompts([box]), shape, margin)
+    part = looking.crop_around(Prompts([box]), shape, margin)
     rounds = int(rng.choice(ROUNDS[begun]))
     if begun == "box":
         return Prompts([box]), part, rounds
@@ -285,7 +285,7 @@ def correct(scene: ActiveSample, logits: torch.Tensor) -> None:
     """The person's next click; a scene without an error left is at its end."""
     found = F.interpolate(logits[None, None], size=scene.truth.shape, mode="bilinear",
                           align_corners=False)[0, 0].cpu().numpy() > 0
-    found = looking.meant(found, scene.prompts)
+    found = looking.select_components(found, scene.prompts)
     keep, *left = scene.rounds
     more = simulated_user.add_click(scene.prompts, found, scene.truth, keep)
     scene.prompts, scene.rounds = (scene.prompts, []) if more is None else (more, left)
@@ -315,7 +315,7 @@ def evaluate_prompts(model: VideoMatch, sources: list, count: int) -> list[dict]
         Of each object its name, and J: of the true "box", of one whose sides are moved by up to
         `JITTER` of its own ("jittered"), and a list, of one to `count` "clicks".
     """
-    prompt, rows = looking.prompter(model.eval()), []
+    prompt, rows = looking.make_prompter(model.eval()), []
     for source in sources:
         first = source.labelled[0]
         image, mask = source.image(first), source.mask(first)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 
-from media.shown import Prompts
+from media.prompts import Prompts
 
 WELL = 0.5  # of the greatest depth: what is deeper is well inside
 

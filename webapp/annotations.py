@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from media import images
-from media.shown import Prompts
+from media.prompts import Prompts
 from webapp.store import Work, ids_in
 
 UNDONE = 64 * 2**20  # bytes of masks kept to take steps back: thousands at 480p, hundreds at 4K

@@ -263,5 +263,6 @@ class Passes:
 
     def _follow(self, tracker: Tracker, frame: int, image: np.ndarray,
                 mask: np.ndarray | None) -> pipeline.Frame:
-        return pipeline.follow(tracker, frame, image, pipeline.scaled(image, self.options), mask,
-                              self.options, presence=self.work.presence)
+        network_image = pipeline.resize_for_network(image, self.options)
+        return pipeline.segment_frame(tracker, frame, image, network_image, mask, self.options,
+                                      presence=self.work.presence)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from masks.read import concern
+from masks.read import mask_warning
 from media import figures, files, images
 from media.clip import Clip
-from media.shown import Prompts
+from media.prompts import Prompts
 from outputs import annotations, report, writers
-from outputs.run_folder import Manifest, made_by
+from outputs.run_folder import RunFolder, read_metadata
 from tracker import Tracker
 from tracking import confidence, pipeline
 from tracking.confidence import NOT_VISIBLE, Measures, stretches_to_review
@@ -99,7 +99,7 @@ class Session:
         self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
         height, width = self.shape = self.work.shape
-        self.cell = pipeline.cell(model, (height, width), options)
+        self.cell = pipeline.location_size(model, (height, width), options)
         self.states = States(folder / "page" / "states", lambda: Tracker(
             model, options.threshold, options.remove_outliers), facts)
         self.passes = Passes(clip, options, self.image, self.work, self.states)
@@ -231,7 +231,7 @@ class Session:
             ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
             total = sum(abs(end - start) - 1 for _, end in ends)
             self._start({"kind": "segment", "frame": start, "way": way, "total": total,
-                         "concern": concern(self.work.mask(start), self.cell)},
+                         "concern": mask_warning(self.work.mask(start), self.cell)},
                         lambda: self._segment(start, [forwards for forwards, _ in ends]))
 
     def stop(self) -> None:
@@ -322,19 +322,19 @@ class Session:
 
     def _write_results(self, cutout: str | None, form: str, formats: list[str]) -> str:
         """Replace what an earlier export or run wrote; the command line that repeats it."""
-        made_before = made_by(self.folder) is not None
-        manifest = Manifest(self.folder, {**self.facts, "masks": "of the page"}, made_before)
+        made_before = read_metadata(self.folder) is not None
+        manifest = RunFolder(self.folder, {**self.facts, "masks": "of the page"}, made_before)
         manifest.begin([self.folder / "masks", self.folder / "cutout"])
         given = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
                  for frame in sorted(self.work.given)}
         if made_before:  # else nothing there is of this toolkit, and must stay
-            writers.clear(self.folder, set())
+            writers.delete_outputs(self.folder, set())
         for frame, path in given.items():
             images.write_mask(path, self.mask(frame))
         names = {thing.id: thing.name for thing in self.work.objects}
         pipeline.drain(self._frames(), [
-            *writers.of_a_clip(self.folder, self.clip, cutout, form, again=True),
-            *annotations.of_a_clip(self.folder, self.clip, formats, names)])
+            *writers.clip_sinks(self.folder, self.clip, cutout, form, again=True),
+            *annotations.clip_sinks(self.folder, self.clip, formats, names)])
         measures = self.measures()
         confidence.write(self.folder / "confidence.csv", measures, self.clip)
         report.write_clip(self.folder / "report.html", self.work.clip, self.clip, measures,
