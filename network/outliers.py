@@ -10,6 +10,7 @@ import numpy as np
 
 NEAR = 8  # pixels: an object that was no nearer to a connected component is no part of it
 TINY = np.float32(1e-12)  # a probability
+REACH = 0.25  # of a single object's size (the root of its area): likewise, where that is further
 VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
 
 
@@ -51,16 +52,29 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     A body is one thing: of several look-alikes it is one that was there in the frame before, at
     most `NEAR` pixels away. A component that no object was near to may be any of them.
 
+    Of a single object, components that it was not near to are taken for background, unless
+    there are no others: a twin elsewhere is not taken along, but what was hidden is found again.
+
     Args:
-        probabilities: (N+1, H, W), channel 0 the background, which stays as it is.
+        probabilities: (N+1, H, W), channel 0 the background, which stays as it is if N > 1.
         previous: (H, W) uint8 mask of the frame before.
         object_ids: in the order of the channels.
         threshold: see `decide`.
     """
-    if len(object_ids) < 2:
-        return
     foreground = probabilities[0] < 1 - threshold
     count, parts = cv2.connectedComponents(foreground.astype(np.uint8))
+    if len(object_ids) == 1:
+        before = previous == object_ids[0]
+        if count > 2 and before.any():
+            reach = max(NEAR, REACH * np.sqrt(np.count_nonzero(before)))
+            near = np.zeros(count, bool)
+            near[parts[extrude(before, reach)]] = True
+            if near[1:].any():
+                near[0] = True
+                far = ~near[parts]
+                probabilities[0, far] += probabilities[1, far]
+                probabilities[1, far] = 0
+        return
     allowed = np.zeros((len(object_ids), count), bool)
     for mine, object_id in zip(allowed, object_ids):
         mine[parts[extrude(previous == object_id, NEAR)]] = True

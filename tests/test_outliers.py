@@ -70,6 +70,22 @@ def test_a_body_keeps_the_identity_of_what_was_near():
     np.testing.assert_array_equal(probabilities[0], before[0])
 
 
+def test_a_twin_elsewhere_is_not_taken_along_and_the_hidden_come_back():
+    previous = np.zeros((60, 160), np.uint8)
+    previous[20:30, 10:20] = 3
+    probabilities = np.zeros((2, 60, 160), np.float32)
+    probabilities[1, 22:32, 12:22] = probabilities[1, 30:40, 100:110] = 1
+    probabilities[0] = 1 - probabilities[1]
+    both = probabilities.copy()
+    keep_identities(probabilities, previous, [3])
+    assert (probabilities[1] > 0.5).sum() == 100 and probabilities[1, 25, 15] == 1
+    np.testing.assert_allclose(probabilities.sum(0), 1)
+    for before in (0 * previous, np.roll(previous, 60, 1)):  # nowhere, or near to nothing
+        found = both.copy()
+        keep_identities(found, before, [3])
+        np.testing.assert_array_equal(found, both)
+
+
 def test_a_body_whose_object_is_thought_impossible_stays_foreground():
     previous = np.zeros((20, 30), np.uint8)
     previous[5:9, 5:9] = 1
