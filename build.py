@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import platform
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,12 +130,9 @@ def model_in_use(args: argparse.Namespace) -> VideoMatch:
 
 def road(args: argparse.Namespace, model: VideoMatch) -> dict:
     """What `segment.Options` takes, which those of an evaluation share."""
-    adapt = None
-    if args.finetune:
-        adapt = partial(train.finetune, options=training(args, model, args.finetune))
     return {"size": args.size, "input_shape": args.input_image_shape,
             "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
-            "remove_outliers": not args.leave_outliers, "adapt": adapt}
+            "remove_outliers": not args.leave_outliers}
 
 
 def training(args: argparse.Namespace, model: VideoMatch,

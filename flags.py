@@ -31,10 +31,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             if action.dest in given and args.mode not in group.modes:
                 raise ValueError(f"{action.option_strings[0]}: not for -m {args.mode}, expected "
                                  f"-m {' or -m '.join(group.modes)} beside it")
-    for name in ("learning_rate", "weight_decay", "loss_function"):
-        if name in given and args.mode != "train" and not args.finetune:
-            raise ValueError(f"--{name}: without --finetune nothing is fitted with "
-                             f"-m {args.mode}, expected both or none")
     if args.stills and not given & {"dataset", "demo"}:
         args.dataset = None
     for check in checks:

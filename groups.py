@@ -253,8 +253,6 @@ def clip(add) -> Callable:
                "no --overwrite beside it, but another --results_dir", args.overwrite)
         expect(args.frames == (None, None) or args.page is None and (args.mask or shown),
                "--frames", "no --page beside it", args.frames)
-        expect(args.page is None or not args.finetune, "--page", "no --finetune beside it",
-               args.finetune)
         for name in ("point", "not_point"):
             for values in getattr(args, name):
                 expect(len(values) % 2 == 0, f"--{name}", "pairs of numbers, X Y", values)
@@ -286,16 +284,12 @@ def results(add) -> Callable:
     add("--leave_outliers", "-ro", action="store_true",
         help="keep what lies far from the object's place in the frame before: for fast "
              "objects and for cuts")
-    add("--finetune", metavar="N", type=int, default=0,
-        help="fit the model to each video by N steps on its first frame (at --learning_rate): for "
-             "objects unlike any of the training set; on DAVIS it gains nothing (default: 0)")
     add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
         help="probability from which a pixel is foreground: higher for fewer false positives "
              "(default: 0.5)")
 
     def check(args) -> None:
         shape(args, "segmentation_shape")
-        at_least(0, args, "finetune")
         expect(args.size == 0 or args.size >= 16, "--size", "0 or at least 16", args.size)
         expect(0 <= args.fg_thresh < 1, "--fg_thresh", "a probability in [0, 1)", args.fg_thresh)
 
@@ -338,7 +332,7 @@ GROUPS = (Group("general", MODES, general),
           Group("data (train, eval)", ("train", "eval"), data),
           Group("model", MODES, model),
           Group("training (train)", ("train",), training),
-          Group("fitting (train; with --finetune eval, segment)", MODES[:3], fitting),
+          Group("fitting (train)", ("train",), fitting),
           Group("a clip of your own (segment)", ("segment",), clip),
           Group("results (eval, segment)", ("eval", "segment"), results),
           Group("evaluation (eval)", ("eval",), table),

@@ -43,8 +43,6 @@ class Options:
     stop: int | None = None  # the first behind the last; None: the clip's end
     threshold: float = 0.5
     remove_outliers: bool = True
-    # fits a copy of the model to a clip, given the reference frame and its mask
-    adapt: Callable[[VideoMatch, np.ndarray, np.ndarray], VideoMatch] | None = None
 
 
 @dataclass
@@ -173,8 +171,6 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
         if given < start or stop is not None and given >= stop:
             raise ValueError(f"--mask: frame {clip.number(given)} is not in --frames")
     reference = next(clip.frames(first))
-    if options.adapt:
-        model = options.adapt(model, reference, masks[first])
     with ThreadPoolExecutor(1) as pool:
         for forwards in (False, True) if first > start else (True,):
             known = masks if forwards else {first: masks[first]}

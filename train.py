@@ -3,10 +3,8 @@
 Whole sequences are held out. It knows neither flags nor how samples are drawn.
 """
 
-import copy
 import logging
 
-import numpy as np
 import torch
 
 import distributed
@@ -27,7 +25,6 @@ KEY_RATE = 3  # likewise of what compares cells, which starts well
 KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
 FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
 START = 16  # images of which the first keys are made
-FINETUNE_FRAMES = 2  # segmented after the reference frame, all made of that one
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
@@ -135,12 +132,10 @@ def optimizer_of(model: VideoMatch, options: Options):
     return optimizer, one_cycle(optimizer, rates, options.iterations)
 
 
-def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
-         shared: bool = True) -> float:
+def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
     """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
 
-    Args:
-        shared: the processes of a job take the same step, each on its own batch.
+    The processes of a job take the same step, each on its own batch.
     """
     model.train()
     clips = [loss_of(model, images.to(model.device), masks.to(model.device).long(), losses)
@@ -151,8 +146,7 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
                          "the best weights so far are kept")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if shared:
-        distributed.average_gradients(model.parameters())
+    distributed.average_gradients(model.parameters())
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
     optimizer.step()
     return loss.item()
@@ -182,28 +176,3 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
             found = model.enlarged(output, size)[0]
             total = total + weight * sum(LOSSES[name](found, masks[t]) for name in losses)
     return total / (len(images) - 1)
-
-
-def finetune(model: VideoMatch, image: np.ndarray, mask: np.ndarray,
-             options: Options) -> VideoMatch:
-    """A copy of the model, fitted to the reference frame of a video by augmenting it.
-
-    Args:
-        image, mask: (H, W, 3) uint8 RGB and (H, W) uint8 object ids.
-        options: `iterations`, `shape`, `losses`, `learning_rate`, `weight_decay` and `seed` count.
-    """
-    precision, model = model.precision, copy.deepcopy(model)
-    model.precision = torch.float32
-    augment = preprocess.Augment(options.shape)
-    optimizer, schedule = optimizer_of(model, options)
-    rng = np.random.default_rng(options.seed)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        for _ in range(options.iterations):
-            wanted = (mask == rng.choice(np.unique(mask[mask > 0]))).astype(np.uint8)
-            clip = [augment(image, wanted), *augment.clip([(image, wanted)] * FINETUNE_FRAMES)]
-            batch = [torch.stack(parts)[None] for parts in zip(*clip)]
-            step(model, optimizer, batch, options.losses, shared=False)
-            schedule.step()
-    model.precision = precision
-    return model.eval()

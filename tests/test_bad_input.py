@@ -259,7 +259,6 @@ FLAGS = {  # of an evaluation
     "-c gpu": "--cuda_device gpu|cpu",
     "-c 99": "--cuda_device 99|-c cpu",
     "--seed -1": "--seed|at least 0",
-    "--finetune -1": "--finetune|at least 0",
     "--precision int8": "--precision",
     "--method memory": "--method memory|trained",
     "--no-such-flag": "--no-such-flag|-h",
@@ -330,9 +329,8 @@ def test_a_video_that_ends_early_is_used_as_far_as_it_goes(folder, capsys, caplo
         video.write(draw_frame(i)[0])
     video.release()
     cut("clip.avi", (folder / "clip.avi").stat().st_size // 2)(folder)
-    for more in ([], ["--finetune", "1"]):
-        expect_one_line(["-m", "segment", "--video", "clip.avi", "--mask", "7:first.png", *more],
-                        "--mask|no frame 7", capsys)
+    expect_one_line(["-m", "segment", "--video", "clip.avi", "--mask", "7:first.png"],
+                    "--mask|no frame 7", capsys)
     code, printed = run(["-m", "segment", "--video", "clip.avi", "--mask", "first.png"], capsys)
     masks = list((folder / "out" / "masks").glob("*.png"))
     assert code == 0 and 0 < len(masks) < 8, printed

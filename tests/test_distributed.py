@@ -49,12 +49,12 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
     assert one == two and len(one) == 22
 
 
-def test_each_process_finetunes_and_overwrites_by_itself(evaluation, tmp_path):
-    fits = ["--finetune", "2", "-p", "64", "96"]
+def test_each_process_overwrites_by_itself(evaluation, tmp_path):
+    smaller = ["-p", "64", "96"]
     before = torchrun(*evaluation("two"))
     assert before.returncode == 0, before.stderr
-    one = torchrun(*evaluation("one"), *fits, processes=1)
-    two = torchrun(*evaluation("two"), *fits, "--overwrite")
+    one = torchrun(*evaluation("one"), *smaller, processes=1)
+    two = torchrun(*evaluation("two"), *smaller, "--overwrite")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     table = one.stdout.split("14 frames in")[0]
     assert two.stdout.split("14 frames in")[0] == table

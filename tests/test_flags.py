@@ -26,7 +26,8 @@ def of(line):
     ("--video clip.mp4 --mask a.png", "--video", "train", "segment"),
     ("-j results", "--results_dir", "train", "eval or -m segment"),
     ("-m train --size 480", "--size", "train", "eval or -m segment"),
-    ("-m train --finetune 3", "--finetune", "train", "eval or -m segment"),
+    ("-m eval --learning_rate 1e-3", "--learning_rate", "eval", "train"),
+    (f"{SEGMENT} --loss_function dice", "--loss_function", "segment", "train"),
     ("-m eval --cutout blur", "--cutout", "eval", "segment"),
     ("-m eval --box 1 2 3 4", "--box", "eval", "segment"),
     ("-m eval -x", "--loss_visualization", "eval", "train"),
@@ -36,15 +37,6 @@ def test_a_flag_of_another_mode_is_refused(line, flag, mode, expected):
     with pytest.raises(ValueError) as refused:
         of(line)
     assert str(refused.value) == (f"{flag}: not for -m {mode}, expected -m {expected} beside it")
-
-
-@pytest.mark.parametrize("flag", ["learning_rate 1e-3", "weight_decay 0.1", "loss_function dice"])
-@pytest.mark.parametrize("mode", ["-m eval", SEGMENT])
-def test_flags_of_fitting_need_something_to_fit(mode, flag):
-    with pytest.raises(ValueError, match=f"--{flag.split()[0]}: without --finetune"):
-        of(f"{mode} --{flag}")
-    assert of(f"{mode} --{flag} --finetune 1").finetune == 1
-    of(f"-m train --{flag}")
 
 
 def test_defaults_are_set_whatever_the_mode():

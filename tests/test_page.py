@@ -107,7 +107,6 @@ def test_the_page_is_refused_what_it_cannot_do(clip, tmp_path, monkeypatch, caps
     for words, message in (
             ([], "--mask, --box, --page: expected one of them"),
             (["--page", "70000"], "--page: expected a port"),
-            (["--page", "--finetune", "3"], "--page: expected no --finetune"),
             (["--page", "--overwrite"], "--page: expected no --overwrite")):
         assert main.main(["-m", "segment", "--video", str(clip), *words]) == 2
         assert message in capsys.readouterr().err

@@ -159,19 +159,6 @@ def test_a_sink_that_fails_ends_the_run_with_its_error(model, clip_folder):
         segment.drain(segment.track(model, clip, {0: truth(0)}, segment.Options()), [Full()])
 
 
-def test_finetuning_starts_from_the_frame_with_the_mask(clip_file, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(main.train, "finetune", lambda model, image, mask, options:
-                        seen.append((image, mask, options.iterations)) or model)
-    mask = write(tmp_path / "mask.png", truth(3))
-    assert main.main(["-m", "segment", "--video", str(clip_file), "--mask", f"3:{mask}",
-                      "--finetune", "7", "-j", str(tmp_path / "out"), "-p", "96", "160"]) == 0
-    (image, first, steps), = seen
-    np.testing.assert_array_equal(image, next(video.open_clip(clip_file).frames(3)))
-    np.testing.assert_array_equal(first, truth(3))
-    assert steps == 7
-
-
 @pytest.mark.parametrize("how, expected", [("transparent", None), ("blur", None),
                                            ("#00ff00", (0, 255, 0))])
 def test_cutouts(how, expected, model, clip_folder, tmp_path):

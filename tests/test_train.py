@@ -132,18 +132,6 @@ def test_the_learning_rate_rises_and_falls_to_nothing(iterations, model):
         assert max(rates[1:5 + iterations // 10]) > 7e-4
 
 
-def test_finetuning_fits_a_copy_to_the_first_frame(sequences, options):
-    model = VideoMatch.load(SHIPPED["mobilenet"])
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    image, mask = sequences[0][0].image(0), sequences[0][0].mask(0)
-    options.iterations = 6
-    fitted, again = (train.finetune(model, image, mask, options) for _ in range(2))
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    changed = fitted.state_dict()
-    assert any(not torch.equal(p, before[name]) for name, p in changed.items())
-    assert all(torch.equal(p, changed[name]) for name, p in again.state_dict().items())
-
-
 def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options):
     options.plot = True
     best = train.train(model, *sequences, options)
