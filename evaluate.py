@@ -31,7 +31,7 @@ from outputs import report, writers
 from outputs.run_folder import RunFolder, fingerprint
 from system import distributed, errors
 from tracking import confidence, pipeline
-from tracking.confidence import Confidence
+from tracking.confidence import ConfidenceSink
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         checkpoint = checkpoint.load(model)
         film = options.results / f"{sequence.name}.mp4"
         outputs += [writers.MaskSink(options.results / sequence.name, sequence),
-                    Confidence(_confidence_of(options.results, sequence), sequence,
+                    ConfidenceSink(_confidence_of(options.results, sequence), sequence,
                                checkpoint.index is not None)]
         if options.videos:
             outputs.append(writers.VideoSink(film, sequence, lambda frame:
