@@ -23,7 +23,7 @@ import torch
 
 import metrics
 from davis import SETS, YEARS, Davis, Sequence
-from masks.encoding import VOID, Coding
+from masks.encoding import VOID, MaskEncoding
 from media import drawing, images
 from media.background import progress
 from media.files import hold, keep_apart, whole
@@ -261,7 +261,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
     return found
 
 
-def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]
+def _score_file(job: tuple[MaskEncoding, Path, MaskEncoding, Path, list[int]]
                 ) -> tuple[list[tuple[float, float]], set[int], set[int]]:
     """J and F of each object, the ids that the prediction holds, and those of the truth."""
     coding, path, true_coding, true_path, object_ids = job
