@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import download, layout
-from masks.encoding import Coding
+from masks.encoding import MaskEncoding
 from masks.read import is_empty
 from media import images
 from media.clip import FOLDER_FPS, Clip, file_numbers
@@ -153,14 +153,15 @@ class Sequence(Clip):
         return sorted(i for i, first in self.first_frames.items() if first < frame)
 
     @cached_property
-    def coding(self) -> Coding:
+    def coding(self) -> MaskEncoding:
         """What the values of its masks mean."""
-        return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
+        return MaskEncoding.detect([self.masks[i] for i in self.labelled], self.single_object)
 
-    def coding_in(self, results: Path) -> Coding:
+    def coding_in(self, results: Path) -> MaskEncoding:
         """What the values of predicted masks in `results`/NAME mean, decided once for all."""
-        return Coding.of([results / self.name / self.mask_name(frame) for frame in self.scored],
-                         self.single_object)
+        return MaskEncoding.detect(
+            [results / self.name / self.mask_name(frame) for frame in self.scored],
+            self.single_object)
 
     def reason_unusable(self) -> str | None:
         """Why nothing can be done with it, or None."""

@@ -23,7 +23,7 @@ import torch
 
 import metrics
 from davis import SETS, YEARS, Davis, Sequence
-from masks.encoding import VOID, Coding
+from masks.encoding import VOID, MaskEncoding
 from media import drawing, images
 from media.background import progress
 from media.files import hold, keep_apart, whole
@@ -31,7 +31,7 @@ from outputs import report, writers
 from outputs.run_folder import RunFolder, fingerprint
 from system import distributed, errors
 from tracking import confidence, pipeline
-from tracking.confidence import Confidence
+from tracking.confidence import ConfidenceSink
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         checkpoint = checkpoint.load(model)
         film = options.results / f"{sequence.name}.mp4"
         outputs += [writers.MaskSink(options.results / sequence.name, sequence),
-                    Confidence(_confidence_of(options.results, sequence), sequence,
+                    ConfidenceSink(_confidence_of(options.results, sequence), sequence,
                                checkpoint.index is not None)]
         if options.videos:
             outputs.append(writers.VideoSink(film, sequence, lambda frame:
@@ -261,7 +261,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
     return found
 
 
-def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]
+def _score_file(job: tuple[MaskEncoding, Path, MaskEncoding, Path, list[int]]
                 ) -> tuple[list[tuple[float, float]], set[int], set[int]]:
     """J and F of each object, the ids that the prediction holds, and those of the truth."""
     coding, path, true_coding, true_path, object_ids = job

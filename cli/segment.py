@@ -19,7 +19,7 @@ from outputs import annotations, report, writers
 from outputs.annotations import FORMATS
 from outputs.run_folder import RunFolder, default_folder, differing_keys, fingerprint, read_metadata
 from tracking import pipeline, prompting
-from tracking.confidence import Confidence, frames_to_review
+from tracking.confidence import ConfidenceSink, frames_to_review
 from tracking.presence import Presence, parse_mark
 from videomatch import VideoMatch
 from webapp import session
@@ -86,7 +86,7 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     frames = pipeline.track(model, clip, masks, options, checkpoint)
     total = len(range(clip.count)[options.start:options.stop]) or None
     bar = progress(frames, desc="frames", total=total, unit="frame")
-    sure = Confidence(results / "confidence.csv", clip, checkpoint.index is not None)
+    sure = ConfidenceSink(results / "confidence.csv", clip, checkpoint.index is not None)
     count = pipeline.drain(bar, [
         *writers.clip_sinks(results, clip, args.cutout, args.cutout_format), sure,
         *annotations.clip_sinks(results, clip, args.export, names)], checkpoint,
@@ -175,7 +175,7 @@ def user_presence(args: argparse.Namespace, clip, masks: dict[int, np.ndarray]) 
         ValueError: there is no frame number, or no earlier mask holds the object, or one of the
             same frame does.
     """
-    found = Presence(shown={frame: set(np.unique(mask[mask > 0]).tolist())
+    found = Presence(in_user_mask={frame: set(np.unique(mask[mask > 0]).tolist())
                             for frame, mask in masks.items()})
     for number, name in map(parse_mask_argument, args.mask):
         if not is_mark(name):
@@ -184,12 +184,12 @@ def user_presence(args: argparse.Namespace, clip, masks: dict[int, np.ndarray]) 
             raise ValueError(f"--mask {name}: expected a frame number, N:{name}")
         word, object_ids = parse_mark(name)
         frame = clip.index(number)
-        known = set().union(*(ids for other, ids in found.shown.items() if other < frame))
+        known = set().union(*(ids for other, ids in found.in_user_mask.items() if other < frame))
         for object_id in sorted(object_ids):
             if object_id not in known:
                 raise ValueError(f"--mask {number}:{name}: expected an object that a mask of an "
                                  f"earlier frame holds, none holds {object_id}")
-            if object_id in found.shown.get(frame, ()):
+            if object_id in found.in_user_mask.get(frame, ()):
                 raise ValueError(f"--mask {number}:{name}: the mask of the same frame holds object "
                                  f"{object_id}")
         getattr(found, word).setdefault(frame, set()).update(object_ids)

@@ -39,7 +39,7 @@ def test_polygons_are_filled_by_the_centres_of_pixels():
     for _ in range(20):
         polygon = star(rng)
         inside = Outline(polygon).contains_points(np.stack([x.ravel(), y.ravel()], 1))
-        np.testing.assert_array_equal(annotation_files.filled(polygon, SHAPE),
+        np.testing.assert_array_equal(annotation_files.fill_polygon(polygon, SHAPE),
                                       inside.reshape(SHAPE))
 
 
@@ -50,7 +50,7 @@ def test_polygons_are_filled_as_pycocotools_does_but_for_the_edge():
         polygon = 8 * star(rng)
         shape = 8 * SHAPE[0], 8 * SHAPE[1]
         code = coco.frPyObjects([polygon.ravel().tolist()], *shape)
-        filled = annotation_files.filled(polygon, shape)
+        filled = annotation_files.fill_polygon(polygon, shape)
         assert overlap(filled, coco.decode(code)[..., 0] > 0) > 0.98
 
 
@@ -174,7 +174,7 @@ SIZE = {"height": SHAPE[0], "width": SHAPE[1]}
      "ValueError"),
     ('{"shapes": [{"label": "a", "points": [[1, 2]], "shape_type": "mask", "mask": "x"}], '
      '"imageHeight": 9, "imageWidth": 9}', "Error"),
-    ('{"shapes": [], "imageHeight": 9, "imageWidth": 9}', "found none in it"),
+    ('{"shapes": [], "imageHeight": 9, "imageWidth": 9}', "found none"),
     ('{"images": [], "annotations": []}', "holds 0 images"),
     (json.dumps({"images": [{"id": 1, **SIZE}], "annotations": [
         {"image_id": 1, "id": 3, "segmentation": {"size": [9, 9], "counts": [81]}}]}),

@@ -196,7 +196,7 @@ def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
     mask[90:92, 5:7] = 2
     client.put("/mask/0", content=png(mask))
     do(client, "segment", frame=0, way="forwards")
-    assert "object 2: smaller than a feature cell" in finished(client.session)["concern"]
+    assert "object 2: smaller than" in finished(client.session)["concern"]
 
 
 def _words(command):

@@ -19,7 +19,7 @@ from checkpoint import save
 from media.clip import Clip
 from tracker import Tracker
 from tracking import pipeline
-from tracking.confidence import measure
+from tracking.confidence import measure_objects
 from webapp.store import Found, Work
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Passes:
                 frame = start  # where following fails, the tracker is at no frame: it isn't kept
                 seen = self._follow(tracker, number, image, None)
                 frame = number
-                measures = measure(frame, seen.step, before)
+                measures = measure_objects(frame, seen.step, before)
                 before = {one.object_id: one.area for one in measures}
                 yield frame, seen.mask, Found(start, [astuple(one) for one in measures])
                 self.states.keep(tracker, frame, forwards, made)

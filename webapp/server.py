@@ -312,7 +312,7 @@ def _read_mask(content: bytes, shape: tuple[int, int]) -> np.ndarray:
         with TemporaryDirectory() as folder:
             path = Path(folder, f"mask.{kind}")
             path.write_bytes(content)
-            return read_mask(path, own=True)
+            return read_mask(path, user_drawn=True)
     except (OSError, ValueError) as error:
         raise ValueError(str(error).replace(str(path), "this file")) from None
 

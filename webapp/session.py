@@ -352,8 +352,9 @@ class Session:
         found = []
         for word in ("absent", "gone"):
             for frame, ids in sorted(getattr(presence, word).items()):
-                shown = set().union(*(other for at, other in presence.shown.items() if at < frame))
-                if ids := ",".join(map(str, sorted(ids & shown & known))):
+                earlier = set().union(*(
+                    ids for at, ids in presence.in_user_mask.items() if at < frame))
+                if ids := ",".join(map(str, sorted(ids & earlier & known))):
                     found.append(f"{self.clip.number(frame)}:{word}={ids}")
         return found
 

@@ -85,7 +85,8 @@ class Work:
         self.presence, self._sums = Presence(), {}
         for frame in self.given:
             mask = read_mask(self._path("given", frame))
-            self.presence.shown[frame], self._sums[frame] = ids_in(mask), zlib.crc32(mask.tobytes())
+            self.presence.in_user_mask[frame] = ids_in(mask)
+            self._sums[frame] = zlib.crc32(mask.tobytes())
         self.objects, self.next_id, self.pending = self._read_session()
         self.save()
 
@@ -119,7 +120,7 @@ class Work:
         """
         # replaced rather than modified, because propagation reads them without the lock
         absent_at, gone_at, shown = (dict(marks) for marks in (
-            self.presence.absent, self.presence.gone, self.presence.shown))
+            self.presence.absent, self.presence.gone, self.presence.in_user_mask))
         for kept, ids in ((absent_at, absent), (gone_at, gone)):
             kept.pop(frame, None)
             if ids:
