@@ -1,6 +1,6 @@
-"""Evaluation: segment whole sequences, save what was found, print the official DAVIS table.
+"""Evaluation: segment the sequences of a data set and score them with the official DAVIS measures.
 
-Run by itself it scores a folder of masks, whatever made them, or compares two:
+As a script it scores a folder of masks from any program, or compares two folders:
     python evaluate.py RESULTS [RESULTS] -d DAVIS -t val
 """
 
@@ -36,7 +36,10 @@ from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
-NAMED = 5  # sequences that a warning names; a wrong id usually runs through a whole set
+NAMED = 5  # sequences that a warning lists: a wrong id usually runs through the whole set
+# Frames per job of the worker processes. Each job costs a message between processes; large jobs
+# leave processes idle at the end of a small set.
+CHUNK = 8
 
 Scores = dict[str, metrics.SequenceScore]  # by the sequence's name
 Table = dict[str, dict[str, float]]  # one row of measures for each sequence or object
@@ -44,139 +47,144 @@ Table = dict[str, dict[str, float]]  # one row of measures for each sequence or 
 
 @dataclass
 class Options(pipeline.Options):
-    """What `evaluate` needs to know beside model and data; the flags of `main.py`."""
+    """Settings of `evaluate`; see the flags of `main.py -m eval`."""
 
-    results: Path | None = None  # folder for masks, videos and tables; None keeps nothing
-    set_name: str = "val"  # which the tables are named after
-    videos: bool = False
-    facts: dict[str, str] = field(default_factory=dict)  # what makes the results: flags, weights
-    overwrite: bool = False  # segment again what `results` holds already
+    results: Path | None = None  # folder for masks, videos and tables; None writes no files
+    set_name: str = "val"  # part of the tables' file names
+    videos: bool = False  # also write a video of each sequence with its masks overlaid
+    metadata: dict[str, str] = field(default_factory=dict)  # run metadata: flags, weights, ...
+    overwrite: bool = False  # segment again even if `results` has finished sequences
 
 
 @torch.no_grad()
 def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> Table:
-    """Segment every sequence from its first mask; write and print the table.
+    """Segment sequences from their reference masks; write and print the table of scores.
 
-    Sequences that an earlier call with the same facts finished in `options.results` are not
-    segmented again, and one that it left unfinished is gone on with.
+    Sequences that an earlier call with the same metadata finished in `options.results` are not
+    segmented again. An interrupted one resumes at its last saved tracker state.
 
     Returns:
-        A row of `metrics.MEASURES` for each sequence (for each object where there are many).
+        A row of `metrics.MEASURES` per sequence, or per object where a sequence has several.
 
     Raises:
-        ValueError: what is in `options.results` was made with other facts, or another run is
-            writing there.
+        ValueError: `options.results` holds results of other metadata, or another run is writing
+            there.
     """
     model.eval()
     if options.results:
         keep_apart([options.results / s.name for s in sequences],
                    {path.parent for s in sequences
                     for path in (s.images[0], s.masks[s.labelled[0]])})
-    with ExitStack() as held:
-        with distributed.first_alone():  # which locks the folder, and may overwrite
+    with ExitStack() as locks:
+        # Rank 0 first: it locks the folder, and with `overwrite` deletes what the others would see.
+        with distributed.first_alone():
             if options.results and distributed.rank() == 0:
-                held.enter_context(hold(options.results))
-            manifest = RunFolder(options.results, options.facts,
-                                options.overwrite and distributed.rank() == 0)
-        todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
-        todo = distributed.gather(todo)[0]  # before any process finishes one
+                locks.enter_context(hold(options.results))
+            folder = RunFolder(options.results, options.metadata,
+                               options.overwrite and distributed.rank() == 0)
+        todo = [s for s in sequences if not _is_finished(folder, s, options.videos)]
+        todo = distributed.gather(todo)[0]  # the same list everywhere, before any sequence finishes
         if len(todo) < len(sequences):
             log.info("%d sequences were finished before", len(sequences) - len(todo))
-        _segment(model, todo, manifest, options)
-        manifest.share()
-        return _conclude(sequences, manifest, options)
+        _segment(model, todo, folder, options)
+        folder.gather()
+        return _conclude(sequences, folder, options)
 
 
-def _conclude(sequences: list[Sequence], manifest: RunFolder, options: Options) -> Table:
-    """Write and print the table of sequences that are all segmented, and the report."""
+def _conclude(sequences: list[Sequence], folder: RunFolder, options: Options) -> Table:
+    """Write tables and report of segmented sequences, print the table and return it."""
     scored = [sequence for sequence in sequences if sequence.scored]
-    scores = {sequence.name: _score(manifest, sequence.name) for sequence in scored}
-    found = table(scores)
+    scores = {sequence.name: _score(folder, sequence.name) for sequence in scored}
+    rows = table(scores)
     if distributed.rank():
-        return found
+        return rows
     if len(scored) < len(sequences):
-        log.info("segmented and not scored, since nothing but given masks is known: %s",
+        log.info("segmented and not scored, as only their reference masks are public: %s",
                  ", ".join(s.name for s in sequences if s not in scored))
-    seconds = sum(manifest.entries[sequence.name]["seconds"] for sequence in sequences)
+    seconds = sum(folder.finished[sequence.name]["seconds"] for sequence in sequences)
     frames = sum(len(s) - 1 for s in sequences)
     speed = f"{frames} frames in {seconds:.1f} s: {frames / seconds:.2f} frames per second"
     if distributed.count() > 1:
         speed += f" in each of {distributed.count()} processes"
     try:
-        if options.results and scored:  # files first: who reads what is printed may have gone
-            path = _write_tables(scored, scores, manifest, options, speed)
-    finally:  # a full disk costs no table on screen
+        # Files first: printing fails if the reader of a pipe has closed it.
+        if options.results and scored:
+            path = _write_results(scored, scores, folder, options, speed)
+    finally:  # print the table even if the disk is full
         if scored:
-            show(found)
+            print_table(rows)
     print(f"{speed} (reading, segmenting, writing, scoring)")
     if options.results:
-        print(f"masks and tables: {options.results}, to look at: {path}" if scored
+        print(f"masks and tables: {options.results}, report: {path}" if scored
               else f"masks: {options.results}")
-    return found
+    return rows
 
 
-def _write_tables(scored: list[Sequence], scores: Scores, manifest: RunFolder, options: Options,
-                  speed: str) -> Path:
-    """Write the set's tables, with what earlier calls scored of it, and a report: its path.
+def _write_results(scored: list[Sequence], scores: Scores, folder: RunFolder, options: Options,
+                   speed: str) -> Path:
+    """Write the set's tables and a report; returns the report's path.
 
-    A report of some sequences doesn't replace one of more.
+    The tables include sequences of the set that earlier calls finished. The report shows this
+    call's sequences; if there are others, it does not replace report.html.
     """
-    earlier = {name: _score(manifest, name) for name, entry in sorted(manifest.entries.items())
+    earlier = {name: _score(folder, name) for name, entry in sorted(folder.finished.items())
                if name not in scores and entry["j"]
                and entry.get("set", options.set_name) == options.set_name}
-    write(table(scores | earlier), options.results, options.set_name)
+    write_tables(table(scores | earlier), options.results, options.set_name)
     run = report.Run(options.results.name, options.results, scores, {
-        s.name: confidence.read(_confidence_of(options.results, s), s) for s in scored})
+        s.name: confidence.read(_confidence_path(options.results, s), s) for s in scored})
     name = "report_selected.html" if earlier else "report.html"
-    return report.write(options.results / name, scored, [run], manifest.made_by | {"speed": speed})
+    return report.write(options.results / name, scored, [run], folder.metadata | {"speed": speed})
 
 
-def _segment(model: VideoMatch, todo: list[Sequence], manifest: RunFolder,
+def _segment(model: VideoMatch, todo: list[Sequence], folder: RunFolder,
              options: Options) -> None:
-    """Segment this process's share of the sequences."""
-    scores: Scores = {name: _score(manifest, name)
-                      for name, entry in manifest.entries.items() if entry["j"]}
+    """Segment this process's share of the sequences and record each as finished."""
+    scores: Scores = {name: _score(folder, name)
+                      for name, entry in folder.finished.items() if entry["j"]}
+    # Longest first, so that the processes of a job finish at about the same time.
     todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
                              else todo)
-    folders = [options.results / s.name for s in todo] if options.results else []
+    mask_folders = [options.results / s.name for s in todo] if options.results else []
     with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
                   disable=distributed.rank() > 0) as bar:
-        def seen(frame: pipeline.Frame) -> None:
-            manifest.begin(folders)  # not before: nothing is left where a first frame is refused
+        def on_frame(frame: pipeline.Frame) -> None:
+            folder.start(mask_folders)  # only now: a refused first frame leaves no manifest behind
             bar.update(frame.index > 0)
 
         for sequence in todo:
             bar.set_description(sequence.name)
-            # of the files as they are before the work: what changes under it is noticed next time
-            start, data = time.monotonic(), _data(sequence)
-            score = segment_sequence(model, sequence, options, seen)
-            manifest.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
-                                            "f": score.f, "data": data,
-                                            "set": options.set_name})
+            # Taken before the work: a file that changes meanwhile makes the next run repeat it.
+            start, data = time.monotonic(), _fingerprint(sequence)
+            score = segment_sequence(model, sequence, options, on_frame)
+            folder.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
+                                          "f": score.f, "data": data,
+                                          "set": options.set_name})
             if not sequence.scored:
                 continue
             scores[sequence.name] = score
             bar.set_postfix_str(f"J&F so far {_mean(table(scores))['J&F-Mean']:.3f}")
 
 
-def _confidence_of(results: Path, sequence: Sequence) -> Path:
+def _confidence_path(results: Path, sequence: Sequence) -> Path:
     return results / f"{sequence.name}.confidence.csv"
 
 
-def _data(sequence: Sequence) -> str:
+def _fingerprint(sequence: Sequence) -> str:
     return fingerprint((*sequence.images, *filter(None, sequence.masks)))
 
 
-def _finished(manifest: RunFolder, sequence: Sequence, video: bool) -> bool:
-    """Whether it is scored, its files are what they were, and so is what was made of them."""
-    return (manifest.entries.get(sequence.name, {}).get("data") == _data(sequence)
-            and all((manifest.folder / sequence.name / sequence.mask_name(i)).is_file()
+def _is_finished(folder: RunFolder, sequence: Sequence, video: bool) -> bool:
+    """Whether a sequence is scored, its input files are unchanged and its outputs exist."""
+    return (folder.finished.get(sequence.name, {}).get("data") == _fingerprint(sequence)
+            and all((folder.path / sequence.name / sequence.mask_name(i)).is_file()
                     for i in sequence.output_frames)
-            and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
+            and (not video or (folder.path / f"{sequence.name}.mp4").is_file()))
 
 
-def _score(manifest: RunFolder, name: str) -> metrics.SequenceScore:
-    entry, score = manifest.entries[name], metrics.SequenceScore([])
+def _score(folder: RunFolder, name: str) -> metrics.SequenceScore:
+    """The scores in a finished sequence's entry."""
+    entry, score = folder.finished[name], metrics.SequenceScore([])
     score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
     return score
 
@@ -184,96 +192,100 @@ def _score(manifest: RunFolder, name: str) -> metrics.SequenceScore:
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
                      on_frame: Callable[[pipeline.Frame], object] = lambda _: None
                      ) -> metrics.SequenceScore:
-    """Segment a sequence; masks are written and scored in the background.
+    """Segment a sequence; masks are written and scored in a background thread.
 
-    What runs there calls nothing of torch: its parallel loops in several threads at once would
-    hold each other up on a CPU, and the network with them.
+    That thread must not run torch operations: torch's thread pools would compete for the cores
+    and slow the network down.
 
     Args:
-        on_frame: called with each frame.
+        on_frame: called with each frame before it is written.
     """
-    scores = Score(sequence)
-    outputs: list[pipeline.Sink] = [scores]
+    scoring = ScoreSink(sequence)
+    sinks: list[pipeline.Sink] = [scoring]
     checkpoint = None
     if options.results:
-        checkpoint = pipeline.TrackerCheckpoint(options.results / sequence.name, sequence)
-        checkpoint = checkpoint.load(model)
-        film = options.results / f"{sequence.name}.mp4"
-        outputs += [writers.MaskSink(options.results / sequence.name, sequence),
-                    ConfidenceSink(_confidence_of(options.results, sequence), sequence,
-                               checkpoint.index is not None)]
+        masks = options.results / sequence.name
+        video = options.results / f"{sequence.name}.mp4"
+        checkpoint = pipeline.TrackerCheckpoint(masks, sequence).load(model)
+        sinks += [writers.MaskSink(masks, sequence),
+                  ConfidenceSink(_confidence_path(options.results, sequence), sequence,
+                             checkpoint.index is not None)]
         if options.videos:
-            outputs.append(writers.VideoSink(film, sequence, lambda frame:
-                                      drawing.overlay(frame.image, frame.mask)))
+            sinks.append(writers.VideoSink(video, sequence, lambda frame:
+                                           drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
-            film.unlink(missing_ok=True)  # of other masks
+            video.unlink(missing_ok=True)  # it shows the masks that are replaced
     frames = pipeline.track(model, sequence, sequence.reference_masks(), options, checkpoint)
-    pipeline.drain(frames, outputs, checkpoint, on_frame)
-    if options.results:  # all of them only serve a run that goes on
+    pipeline.drain(frames, sinks, checkpoint, on_frame)
+    if options.results:
+        # A data set may ask for the masks of some frames only; the others served resuming.
         for i in set(range(len(sequence))) - set(sequence.output_frames):
             (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
-    return scores.found
+    return scoring.score
 
 
-class Score(pipeline.Sink):
-    """J and F of frames with truth but the first and the last, as the DAVIS protocol has it."""
+class ScoreSink(pipeline.Sink):
+    """Scores predicted masks in all frames with ground truth but the first and the last.
+
+    The official DAVIS code leaves these two out, so `Sequence.scored` does.
+    """
 
     def __init__(self, sequence: Sequence):
         self.sequence, self.frames = sequence, set(sequence.scored)
-        self.found = metrics.SequenceScore(sequence.scored_objects())
+        self.score = metrics.SequenceScore(sequence.scored_objects())
 
     def write(self, frame: pipeline.Frame) -> None:
         if frame.index in self.frames:
             truth = self.sequence.truth(frame.index)
             object_ids = self.sequence.scored_objects(frame.index)
-            self.found.add(metrics.score_frame(frame.mask, truth, object_ids), object_ids)
+            self.score.add(metrics.score_frame(frame.mask, truth, object_ids), object_ids)
 
 
 def score_folder(results: Path, sequences: list[Sequence], workers: int | None = None) -> Scores:
-    """Score masks in `results`/SEQUENCE/FRAME.png, whatever made them.
+    """Score the masks in `results`/SEQUENCE/FRAME.png, from any program.
 
     Args:
-        workers: processes that read and score frames, which changes no figure; None: one for
-            each core. Threads where the system can't fork.
+        workers: number of processes (threads outside Linux) that read and score frames; defaults
+            to one per core. It does not change the scores.
 
     Raises:
         FileNotFoundError: a mask is missing.
         ValueError: a mask is of another size than the frame.
     """
-    found: Scores = {}
+    scores: Scores = {}
     ids: dict[str, tuple[set[int], set[int]]] = {}
     frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.coding,
                sequence.masks[frame], sequence.scored_objects(frame))
               for sequence in sequences for coding in [sequence.coding_in(results)]
               for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
-        scores = pool.map(_score_file, frames, chunksize=8)
+        results_of_frames = pool.map(_score_file, frames, chunksize=CHUNK)
         for sequence in progress(sequences, desc="sequences"):
             score = metrics.SequenceScore(sequence.scored_objects())
             predicted, true = set[int](), {*sequence.first_frames}
             for frame in sequence.scored:
-                measures, *held = next(scores)
+                measures, *ids_in_frame = next(results_of_frames)
                 score.add(measures, sequence.scored_objects(frame))
-                predicted |= held[0]
-                true |= held[1]
-            found[sequence.name], ids[sequence.name] = score, (predicted, true)
+                predicted |= ids_in_frame[0]
+                true |= ids_in_frame[1]
+            scores[sequence.name], ids[sequence.name] = score, (predicted, true)
     _warn_of_ids(results, ids)
-    return found
+    return scores
 
 
 def _score_file(job: tuple[MaskEncoding, Path, MaskEncoding, Path, list[int]]
                 ) -> tuple[list[tuple[float, float]], set[int], set[int]]:
-    """J and F of each object, the ids that the prediction holds, and those of the truth."""
+    """J and F of each object, the ids in the predicted mask, and the ids in the ground truth."""
     coding, path, true_coding, true_path, object_ids = job
     prediction, truth = coding.read(path), true_coding.read(true_path, keep_void=True)
     images.check_same_shape(true_path, truth.shape, path, prediction.shape)
-    found, true = ({*np.flatnonzero(np.bincount(mask.ravel())).tolist()} - {0, VOID}
-                   for mask in (prediction, truth))
-    return metrics.score_frame(prediction, truth, object_ids), found, true
+    predicted, true = ({*np.flatnonzero(np.bincount(mask.ravel())).tolist()} - {0, VOID}
+                       for mask in (prediction, truth))
+    return metrics.score_frame(prediction, truth, object_ids), predicted, true
 
 
 def _warn_of_ids(results: Path, ids: dict[str, tuple[set[int], set[int]]]) -> None:
-    """Warn once of ids that no ground truth holds, and once of sequences without any object.
+    """Warn about predicted ids that the ground truth lacks, and about all-empty sequences.
 
     Args:
         ids: for each sequence the ids in its predictions, and those in its ground truth.
@@ -285,31 +297,36 @@ def _warn_of_ids(results: Path, ids: dict[str, tuple[set[int], set[int]]]) -> No
     def numbers(some: set[int]) -> str:
         return ", ".join(map(str, sorted(some)))
 
-    unknown = [f"sequence {name} has {numbers(found - true)}, its ground truth {numbers(true)}"
-               for name, (found, true) in ids.items() if found - true]
+    unknown = [f"sequence {name} has {numbers(predicted - true)}, its ground truth {numbers(true)}"
+               for name, (predicted, true) in ids.items() if predicted - true]
     if unknown:
         log.warning("%s: object ids that the ground truth lacks are not scored: %s", results,
                     listed(unknown))
-    empty = [name for name, (found, true) in ids.items() if true and not found]
+    empty = [name for name, (predicted, true) in ids.items() if true and not predicted]
     if empty:
-        log.warning("%s: all masks are empty, none holds an object: %s", results, listed(empty))
+        log.warning("%s: all masks are empty, none contains an object: %s", results, listed(empty))
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _workers(count: int) -> Executor:
-    """Forked processes: they import nothing, and what they run takes no lock of torch or OpenCV."""
+    """Workers that score frames: forked processes on Linux, threads elsewhere.
+
+    A forked process starts without importing torch again, which would take longer than scoring a
+    short set. Forking is safe here because `_score_file` takes no lock of torch or OpenCV.
+    """
     if sys.platform != "linux":
         return ThreadPoolExecutor(count)
+    # Ctrl+C goes to the whole process group; only the parent handles it, and stops the workers.
     return ProcessPoolExecutor(count, multiprocessing.get_context("fork"),
                                signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def table(scores: Scores) -> Table:
-    """A row for each sequence, under its name, or NAME_ID for each of several objects."""
+    """A row of measures per sequence, named NAME, or NAME_ID for each of several objects."""
     rows = {}
     for name, score in scores.items():
         measures = score.conclude()
@@ -321,7 +338,7 @@ def _mean(table: Table) -> dict[str, float]:
     return metrics.average(list(table.values()))
 
 
-def show(table: Table) -> None:
+def print_table(table: Table) -> None:
     """Print the table."""
     width = max(len(name) for name in ("sequence", *table))
     print(f"{'sequence':{width}}  " + "  ".join(f"{m:>8}" for m in metrics.MEASURES))
@@ -329,14 +346,14 @@ def show(table: Table) -> None:
         print(f"{name:{width}}  " + "  ".join(f"{row[m]:8.3f}" for m in metrics.MEASURES))
 
 
-def write(table: Table, results: Path, set_name: str) -> None:
-    """Write the table as CSV, with the names of the official evaluation code."""
+def write_tables(table: Table, results: Path, set_name: str) -> None:
+    """Write the table as two CSV files with the official evaluation code's names and columns."""
     _write_csv(results / f"global_results-{set_name}.csv", {"": _mean(table)}, key=None)
     _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
 
 
 def _write_csv(path: Path, table: Table, key: str | None) -> None:
-    with whole(path) as beside, beside.open("w", newline="") as file:
+    with whole(path) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(([key] if key else []) + list(metrics.MEASURES))
         for name, row in table.items():
@@ -344,17 +361,17 @@ def _write_csv(path: Path, table: Table, key: str | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Score a folder of masks by the DAVIS protocol, "
-                                                 "or compare two.")
+    parser = argparse.ArgumentParser(description="Score a folder of masks with the DAVIS "
+                                                 "measures, or compare two folders.")
     parser.add_argument("results", type=Path, nargs="+", help="folder with SEQUENCE/FRAME.png")
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
-                        help="the data set's folder (default: ./DAVIS)")
+                        help="folder of the data set (default: ./DAVIS)")
     parser.add_argument("--year", "-y", choices=YEARS, help="default: 2016")
     parser.add_argument("--set", "-t", metavar="NAME", default="val",
                         help=f"{', '.join(SETS)}, or another list or folder (default: val)")
-    parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these")
+    parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these sequences")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with errors.one_line(parser):
         compare(args.results, Davis(args.dataset, args.year, args.set, args.sequences).sequences,
                 args.set, selected=bool(args.sequences))
@@ -363,63 +380,66 @@ def main() -> int:
 
 def compare(folders: list[Path], sequences: list[Sequence], set_name: str,
             selected: bool = False) -> None:
-    """Score one folder or two: tables, and a report in the last one.
+    """Score one or two folders: print tables, write them as CSV, and a report into the last folder.
 
     Where nothing can be written, as in a read-only folder, they are only printed.
 
     Args:
-        selected: `sequences` are some of the set only, so the set's tables and its report stay.
+        selected: `sequences` are only some of the set; the CSV files and report of the whole set
+            are not replaced.
 
     Raises:
         FileNotFoundError: a folder or a mask is missing.
-        ValueError: nothing to score, another run is writing there, or masks of another size.
+        ValueError: there is nothing to score, another run is writing there, or a mask has another
+            size than its frame.
     """
     if len(folders) > 2:
         raise ValueError(f"expected one or two folders of results, got {len(folders)}")
     sequences = [sequence for sequence in sequences if sequence.scored]
     if not sequences:
-        raise ValueError("nothing to score: no sequence has masks beside the given ones")
+        raise ValueError("nothing to score: no sequence has masks other than its reference mask")
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, expected masks in "
                                     "SEQUENCE/FRAME.png")
-    path, unwritten = None, []
-    with ExitStack() as held:
+    path, write_errors = None, []
+    with ExitStack() as locks:
         for folder in {folder.resolve(): folder for folder in folders}.values():
             try:
-                held.enter_context(hold(folder))
+                locks.enter_context(hold(folder))
             except OSError as error:
-                unwritten.append(error)
+                write_errors.append(error)
         runs = [report.Run(name, folder, score_folder(folder, sequences))
-                for name, folder in zip(labels(folders), folders)]
-        # files first: who reads what is printed may have gone
+                for name, folder in zip(folder_labels(folders), folders)]
+        # Files first: printing fails if the reader of a pipe has closed it.
         for run in () if selected else runs:
             try:
-                write(table(run.scores), run.results, set_name)
+                write_tables(table(run.scores), run.results, set_name)
             except OSError as error:
-                unwritten.append(error)
+                write_errors.append(error)
         name = "report" if len(runs) == 1 else f"against_{folders[0].resolve().name}"
         try:
             path = report.write(folders[-1] / f"{name}{'_selected' if selected else ''}.html",
                                 sequences, runs,
                                 {"scored": ", ".join(map(str, folders)), "set": set_name})
         except OSError as error:
-            unwritten.append(error)
+            write_errors.append(error)
     for run in runs:
         if len(runs) > 1:
             print(run.results)
-        show(table(run.scores))
+        print_table(table(run.scores))
     if selected:
-        log.info("the tables of the whole set stay as they are, since --sequences chose some")
-    if unwritten:
+        log.info("--sequences selected a part of the set: the tables of the whole set were not "
+                 "replaced")
+    if write_errors:
         log.warning("not all tables and reports could be written: %s",
-                    errors.explained(unwritten[0]))
+                    errors.explained(write_errors[0]))
     if path:
-        print(f"to look at: {path}")
+        print(f"report: {path}")
 
 
-def labels(folders: list[Path]) -> list[str]:
-    """A name for each folder: the shortest ends of their paths that differ."""
+def folder_labels(folders: list[Path]) -> list[str]:
+    """A name for each folder: the shortest ends of their paths that are different."""
     paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]

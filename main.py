@@ -132,7 +132,7 @@ def run_eval(args: argparse.Namespace) -> None:
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=setup.split_name(args), videos=args.visualize or args.demo,
-        facts=setup.run_metadata(args, model, {"data": source}),
+        metadata=setup.run_metadata(args, model, {"data": source}),
         overwrite=args.overwrite or args.demo, **setup.pipeline_options(args)))
 
 

@@ -1,7 +1,7 @@
-"""What a results folder holds: what made it, and what is known of each video that is finished.
+"""Run folder: what its results were made from, and which videos in it are finished.
 
-`manifest.json` tells what made it. What is known of a finished video lies in `NAME.finished.json`,
-so that several processes may work into one folder. What it is that is known, it doesn't know.
+`manifest.json` holds the run metadata: flags, data, weights, versions. `NAME.finished.json` holds
+the entry of a finished video, one file each so that several processes can write into one folder.
 """
 
 import itertools
@@ -18,94 +18,103 @@ from system import distributed
 log = logging.getLogger(__name__)
 
 FINISHED = ".finished.json"
+# The commit alone does not make results differ: most commits change no mask, and refusing to resume
+# after each of them would make every development version start over. Commits that do change masks
+# raise the version, which is compared.
+NOT_COMPARED = {"commit"}
 
 
 class RunFolder:
-    """The record of a results folder, kept up to date after each video.
+    """The run metadata and the finished videos of a results folder.
 
-    It reads, deletes and writes, so `files.hold` the folder first.
+    The constructor reads and deletes files there, so lock the folder (`files.hold`) first. The lock
+    is separate because `-m segment --box` writes its mask before the metadata are complete.
 
     Args:
-        folder: None keeps nothing on disk.
-        made_by: flags, versions and weights, all that changes the results.
-        overwrite: forget what was finished before.
+        path: the folder; None keeps the entries in memory only.
+        metadata: flags, data, weights and versions: everything that changes the results.
+        overwrite: delete the metadata, entries and tracker states of earlier runs.
 
     Attributes:
-        entries: what is known of the finished videos, by their names.
+        metadata: as given; with the commits of all runs that wrote there.
+        finished: the entry of each finished video, by its name.
 
     Raises:
-        ValueError: the folder's results were made by something else.
+        ValueError: the folder's results were made from other metadata, or its files are damaged.
     """
 
-    def __init__(self, folder: Path | None, made_by: dict[str, str], overwrite: bool = False):
-        self.folder, self.made_by = folder, made_by
-        self.entries: dict[str, dict] = {}
-        self.begun = False
-        if folder is None:
+    def __init__(self, path: Path | None, metadata: dict[str, str], overwrite: bool = False):
+        self.path, self.metadata = path, metadata
+        self.finished: dict[str, dict] = {}
+        self._started = False
+        if path is None:
             return
-        path = folder / "manifest.json"
+        manifest = path / "manifest.json"
         if overwrite:
-            for old in (*folder.glob(f"*{FINISHED}"), *folder.glob(".*.progress"), path):
+            for old in (*path.glob(f"*{FINISHED}"), *path.glob(".*.progress"), manifest):
                 old.unlink(missing_ok=True)
-        elif path.is_file():
-            before = _read(path)
-            for name in differing_keys(before, made_by):
-                old, new = before.get(name, "none"), made_by.get(name, "none")
-                raise ValueError(f"{folder}: holds results of other {name} ({old!r}, now {new!r}): "
+        elif manifest.is_file():
+            earlier = _read(manifest)
+            for key in differing_keys(earlier, metadata):
+                old, new = earlier.get(key, "none"), metadata.get(key, "none")
+                raise ValueError(f"{path}: holds results of other {key} ({old!r}, now {new!r}): "
                                  "name another folder, or start over (--overwrite)")
-            self.made_by = made_by | _commits(folder, before, made_by)
-            self.entries = {old.name.removesuffix(FINISHED): _read(old)
-                            for old in folder.glob(f"*{FINISHED}")}
-        self.known = path.is_file() or overwrite
+            self.metadata = metadata | _commits(path, earlier, metadata)
+            self.finished = {file.name.removesuffix(FINISHED): _read(file)
+                             for file in path.glob(f"*{FINISHED}")}
+        self._may_write = manifest.is_file() or overwrite
 
-    def begin(self, folders: Iterable[Path] = ()) -> None:
-        """Say what makes the results, before the first of them is written; once is enough.
+    def start(self, output_folders: Iterable[Path] = ()) -> None:
+        """Write `manifest.json`; call it before the first result. Later calls do nothing.
 
         Args:
-            folders: where they go.
+            output_folders: where the results go.
 
         Raises:
-            ValueError: something else than this toolkit wrote there before.
+            ValueError: one of them holds files, but there was no manifest: another program made
+                them, and they may not be replaced.
         """
-        if self.folder is None or distributed.rank() or self.begun:
+        if self.path is None or distributed.rank() or self._started:
             return
-        self.begun = True
-        for folder in folders:
-            if not self.known and folder.is_dir() and any(folder.iterdir()):
-                raise ValueError(f"{folder}: holds files that no manifest tells of: name another "
-                                 "folder (-j), or write over them (--overwrite)")
-        files.write(self.folder / "manifest.json", json.dumps(self.made_by, indent=1))
+        self._started = True
+        for folder in output_folders:
+            if not self._may_write and folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"{folder}: holds files, but {self.path} has no manifest.json of "
+                                 "this toolkit: name another folder (-j), or replace them "
+                                 "(--overwrite)")
+        files.write(self.path / "manifest.json", json.dumps(self.metadata, indent=1))
 
     def finish(self, name: str, entry: dict) -> None:
-        """Keep what is known of a video now that all of its files are there."""
-        self.entries[name] = entry
-        if self.folder:
-            files.write(self.folder / f"{name}{FINISHED}", json.dumps(entry))
+        """Record a video as finished; call it when all of its files are written.
 
-    def share(self) -> None:
-        """Learn what the other processes of the job finished."""
-        for entries in distributed.gather(self.entries):
-            self.entries |= entries
+        Args:
+            entry: what a later run needs to know about it, as JSON.
+        """
+        self.finished[name] = entry
+        if self.path:
+            files.write(self.path / f"{name}{FINISHED}", json.dumps(entry))
+
+    def gather(self) -> None:
+        """Add the entries of the job's other processes to `finished`."""
+        for entries in distributed.gather(self.finished):
+            self.finished |= entries
 
 
 def read_metadata(folder: Path) -> dict[str, str] | None:
-    """What made a folder's results; None where no manifest tells."""
+    """The run metadata of a folder; None if it has no `manifest.json`."""
     path = folder / "manifest.json"
     return _read(path) if path.is_file() else None
 
 
-def differing_keys(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What two results were not made by alike: the names, sorted.
-
-    The commit does not count: most commits change no mask. Those that do raise the version.
-    """
-    return [name for name in sorted({*before, *now} - {"commit"})
-            if before.get(name) != now.get(name)]
+def differing_keys(earlier: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The keys in which two runs' metadata differ, sorted; `NOT_COMPARED` keys are left out."""
+    return [key for key in sorted({*earlier, *now} - NOT_COMPARED)
+            if earlier.get(key) != now.get(key)]
 
 
-def _commits(folder: Path, before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
-    """All commits that results were made by, where they are known; logs that there is another."""
-    commits = before.get("commit", "").split(" then ") if "commit" in before else []
+def _commits(folder: Path, earlier: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """The metadata entry with all commits that made the results; a new one is logged."""
+    commits = earlier["commit"].split(" then ") if earlier.get("commit") else []
     if "commit" in now and now["commit"] not in commits:
         if commits:
             log.info("%s: begun by commit %s of this toolkit, resumed by %s", folder,
@@ -115,20 +124,28 @@ def _commits(folder: Path, before: dict[str, str], now: dict[str, str]) -> dict[
 
 
 def default_folder(name: str, data: str) -> Path:
-    """results/NAME, or with a number behind it where that holds the results of other data."""
+    """results/NAME, or the first of results/NAME-2, NAME-3, ... without results of other data.
+
+    Args:
+        data: the run metadata's "data".
+    """
     folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
                for number in itertools.count(1))
     return next(folder for folder in folders
-                if (made := read_metadata(folder)) is None or made.get("data") == data)
+                if (metadata := read_metadata(folder)) is None or metadata.get("data") == data)
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """A short text that changes when one of these files does: of their names, sizes and times."""
-    found = 0
+    """Eight hex digits that change when a file's name, size or modification time does.
+
+    Contents are not read: a fingerprint of an hour of video would take minutes.
+    """
+    checksum = 0
     for path in paths:
         status = path.stat()
-        found = zlib.crc32(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode(), found)
-    return f"{found:08x}"
+        checksum = zlib.crc32(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode(),
+                              checksum)
+    return f"{checksum:08x}"
 
 
 def _read(path: Path) -> dict:

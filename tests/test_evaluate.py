@@ -281,7 +281,7 @@ def test_some_sequences_replace_neither_the_tables_nor_the_report_of_all(davis_2
     before = content(masks)
     run = script(masks, "-d", davis_2016, "-t", "train", "-q", "bee")
     assert run.returncode == 0 and "bee" in run.stdout and "ant" not in run.stdout
-    assert "the tables of the whole set stay" in run.stderr
+    assert "the tables of the whole set were not" in run.stderr
     after = content(masks)
     assert {path.name for path in after.keys() - before.keys()} == {"report_selected.html"}
     assert all(after[path] == before[path] for path in before)
@@ -309,8 +309,9 @@ def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
     assert script(*folders, "-d", davis_2016, "-t", "train", "-q", "ant").returncode == 0
     page = (folders[1] / "against_results_selected.html").read_text()
     assert "old/results against new/results" in page
-    assert evaluate.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
-    assert evaluate.labels([tmp_path / "a", tmp_path / "x" / ".." / "a"]) == ["a (1)", "a (2)"]
+    names = evaluate.folder_labels
+    assert names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert names([tmp_path / "a", tmp_path / "x" / ".." / "a"]) == ["a (1)", "a (2)"]
 
 
 @pytest.mark.parametrize("refuses", ["hold", "whole"])  # a read-only folder, a full disk

@@ -60,7 +60,7 @@ def test_the_frames_to_review_are_named_by_their_numbers(clip, tmp_path, capsys)
         image = images.read_image(tmp_path / "clip" / f"{number:05d}.png")
         images.write_image(tmp_path / "clip" / f"{number:05d}.png", np.minimum(image, 59))
     assert main.main(clip) == 0
-    found = re.search(r"--mask 8:FIRST.png (\d+):MENDED.png", said := capsys.readouterr().out)
+    found = re.search(r"--mask 8:FIRST.png (\d+):CORRECTED.png", said := capsys.readouterr().out)
     assert found and 5 <= int(found[1]) <= 14 and int(found[1]) != 8, said
     assert "frame 8 of" not in said
     report = (tmp_path / "out" / "report.html").read_text()

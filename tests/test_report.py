@@ -140,7 +140,7 @@ def test_pictures_take_colours_for_the_same_object_in_every_frame(tmp_path):
 def test_evaluation_leaves_a_report(model, davis_2016, tmp_path):
     sequences = Davis(davis_2016, names=["ant"]).sequences
     evaluate.evaluate(model, sequences, evaluate.Options(
-        results=tmp_path / "out", facts={"flags": "--demo"}))
+        results=tmp_path / "out", metadata={"flags": "--demo"}))
     page = (tmp_path / "out" / "report.html").read_text()
     assert "--demo" in page and "frames per second" in page
 

@@ -124,12 +124,12 @@ def test_clips_of_something_else_are_not_mixed(clip, tmp_path, capsys):
         assert content(tmp_path / "out") == before
 
 
-def test_other_masks_of_a_clip_make_its_results_anew(clip, tmp_path, caplog):
-    """As the line at the end of a run tells to mend a mask and run again."""
+def test_other_masks_replace_the_results_of_a_clip(clip, tmp_path, caplog):
+    """As the last line of a run suggests: correct a mask and run again."""
     assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
     with caplog.at_level("INFO"):
         assert main.main(clip("out")) == 0
-    assert "was made from other masks" in caplog.text
+    assert "made from other masks" in caplog.text
     assert (json.loads((tmp_path / "out" / "manifest.json").read_text())["versions"]
             .startswith(f"videomatch {version.__version__}, torch"))
     assert main.main(clip("whole")) == 0
@@ -286,13 +286,13 @@ def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
 
 def test_a_run_that_another_commit_resumes_names_both(tmp_path, caplog):
     made = {"flags": "default", "versions": "videomatch 1.0.0"}
-    RunFolder(tmp_path, made | {"commit": "aaa"}).begin()
+    RunFolder(tmp_path, made | {"commit": "aaa"}).start()
     with caplog.at_level("INFO"):
         for _ in range(2):
-            RunFolder(tmp_path, made | {"commit": "bbb"}).begin()
+            RunFolder(tmp_path, made | {"commit": "bbb"}).start()
     assert caplog.text.count("begun by commit aaa of this toolkit, resumed by bbb") == 1
     assert read_metadata(tmp_path)["commit"] == "aaa then bbb"
-    RunFolder(tmp_path, made).begin()  # without Git
+    RunFolder(tmp_path, made).start()  # without Git
     assert read_metadata(tmp_path)["commit"] == "aaa then bbb"
     with pytest.raises(ValueError, match="results of other versions"):
         RunFolder(tmp_path, made | {"versions": "videomatch 1.1.0"})
@@ -314,7 +314,7 @@ def test_a_stack_of_masks_begins_at_its_frame(tmp_path):
     masks[0].save(tmp_path / "labels.tif", save_all=True, append_images=masks[1:])
     args = Namespace(mask=[f"2:{tmp_path / 'labels.tif'}"], box=[], point=[], mask_frame=None,
                      video=tmp_path / "clip.tif")
-    found = load_user_masks(args, open_clip(args.video), tmp_path, None)
+    found = load_user_masks(args, open_clip(args.video), tmp_path, None, {})
     assert list(found) == [3, 5]
     for frame, mask in found.items():
         np.testing.assert_array_equal(mask, draw_frame(frame - 2)[1])

@@ -187,7 +187,7 @@ def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit
     (out / "masks").mkdir()
     (out / "masks" / "by hand.png").write_bytes(png(truth(0)))
     do(client, "export")
-    assert "holds files that no manifest tells of" in finished(client.session)["error"]
+    assert "holds files, but" in finished(client.session)["error"]
     assert (out / "masks" / "by hand.png").is_file() and (out / "cutout.mov").is_file()
 
 

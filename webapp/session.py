@@ -324,7 +324,7 @@ class Session:
         """Replace what an earlier export or run wrote; the command line that repeats it."""
         made_before = read_metadata(self.folder) is not None
         manifest = RunFolder(self.folder, {**self.facts, "masks": "of the page"}, made_before)
-        manifest.begin([self.folder / "masks", self.folder / "cutout"])
+        manifest.start([self.folder / "masks", self.folder / "cutout"])
         given = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
                  for frame in sorted(self.work.given)}
         if made_before:  # else nothing there is of this toolkit, and must stay
