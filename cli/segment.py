@@ -266,7 +266,7 @@ def user_presence(args: argparse.Namespace, clip: Clip,
             of the same frame does.
     """
     presence = Presence(in_user_mask={frame: set(np.unique(mask[mask > 0]).tolist())
-                               for frame, mask in masks.items()})
+                                      for frame, mask in masks.items()})
     for number, name in map(parse_mask_argument, args.mask):
         if not is_mark(name):
             continue
@@ -274,7 +274,8 @@ def user_presence(args: argparse.Namespace, clip: Clip,
             raise ValueError(f"--mask {name}: expected a frame number, N:{name}")
         word, object_ids = parse_mark(name)
         frame = clip.index(number)
-        earlier = set().union(*(ids for other, ids in presence.in_user_mask.items() if other < frame))
+        earlier = set().union(*(ids for other, ids in presence.in_user_mask.items()
+                                if other < frame))
         for object_id in sorted(object_ids):
             if object_id not in earlier:
                 raise ValueError(f"--mask {number}:{name}: expected an object in a mask of an "

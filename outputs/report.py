@@ -1,4 +1,7 @@
-"""A results folder to look at: one self-contained HTML file, of one run or of two compared."""
+"""HTML report: scores and error images of one run or two, or the confidence of a clip.
+
+The file contains its images, so it can be sent or moved without the folder.
+"""
 
 import base64
 import html
@@ -17,20 +20,23 @@ from media.clip import Clip
 from media.drawing import PALETTE
 from tracking.confidence import Measures, frames_to_review
 
+# Colours of error images, RGB; red and blue rather than red and green for the two kinds of error,
+# which most colour-blind readers can tell apart.
 FALSE_POSITIVE, FALSE_NEGATIVE, HIT = (230, 60, 40), (40, 110, 255), (60, 190, 90)
-PICTURE_WIDTH = 480  # pixels
-CURVES = ("#2a78d6", "#d6602a")  # of J and F, or of the two runs
+IMAGE_WIDTH = 480  # pixels; wider images make a report of a whole data set slow to open
+JPEG_QUALITY = 80
+LINE_COLOURS = ("#2a78d6", "#d6602a")  # of J and F, or of the two runs
 
 
 @dataclass
 class Run:
-    """The masks of some sequences, and their scores.
+    """Predicted masks of sequences and their scores.
 
     Args:
-        name: such as the folder's.
-        results: the folder with SEQUENCE/FRAME.png.
+        name: shown in the report, such as the folder's name.
+        results: folder with SEQUENCE/FRAME.png.
         scores: of each sequence, by its name.
-        measures: how sure its masks are, likewise, where that is known.
+        measures: confidence measures of each sequence, by its name; may lack sequences.
     """
 
     name: str
@@ -39,41 +45,43 @@ class Run:
     measures: dict[str, list[Measures]] = field(default_factory=dict)
 
     def j_and_f(self, sequence: str) -> np.ndarray:
-        """(2, T) J and F of the scored frames, averaged over the objects that are there by then."""
+        """(2, T) J and F of the T scored frames, averaged over the objects that have appeared."""
         score = self.scores[sequence]
+        # An object that appears later has fewer scores; they belong to the last frames.
         frames = max(len(values) for values in score.j.values())
-        return np.array([np.nanmean([[np.nan] * (frames - len(one)) + one
-                                     for one in values.values()], axis=0)
+        return np.array([np.nanmean([[np.nan] * (frames - len(of_object)) + of_object
+                                     for of_object in values.values()], axis=0)
                          for values in (score.j, score.f)])
 
 
-def write(path: Path, sequences: list[Sequence], runs: list[Run], facts: dict[str, str]) -> Path:
+def write(path: Path, sequences: list[Sequence], runs: list[Run],
+          metadata: dict[str, str]) -> Path:
     """Write the report of one run, or of two runs side by side; returns `path`.
 
     Args:
-        facts: what made it, such as flags and versions.
+        metadata: run metadata, listed at the end.
     """
     title = " against ".join(run.name for run in runs)
     parts = [f"<h1>{html.escape(title)}</h1>", _table(sequences, runs),
-             f"<p class=legend>Frames: {_swatch(f'rgb{HIT}', 'found')} "
-             f"{_swatch(f'rgb{FALSE_POSITIVE}', 'too much')} "
-             f"{_swatch(f'rgb{FALSE_NEGATIVE}', 'missed')}</p>"]
+             f"<p class=legend>Frames: {_swatch(f'rgb{HIT}', 'correct')} "
+             f"{_swatch(f'rgb{FALSE_POSITIVE}', 'false positive')} "
+             f"{_swatch(f'rgb{FALSE_NEGATIVE}', 'false negative')}</p>"]
     parts += [_section(sequence, runs) for sequence in sequences]
-    return _write(path, title, "".join(parts), facts)
+    return _write(path, title, "".join(parts), metadata)
 
 
-def _write(path: Path, title: str, body: str, facts: dict[str, str]) -> Path:
-    items = "".join(f"<dt>{html.escape(k)}<dd>{html.escape(str(v))}" for k, v in facts.items())
+def _write(path: Path, title: str, body: str, metadata: dict[str, str]) -> Path:
+    items = "".join(f"<dt>{html.escape(k)}<dd>{html.escape(str(v))}" for k, v in metadata.items())
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"<style>{CSS}</style><main>{body}<h2>Made by</h2><dl>{items}</dl></main>"
+            f"<style>{CSS}</style><main>{body}<h2>Run</h2><dl>{items}</dl></main>"
             f"<script>{SORT}</script></html>")
     files.write(path, page)
     return path
 
 
 def _table(sequences: list[Sequence], runs: list[Run]) -> str:
-    """One row for each sequence: all measures of one run, or J&F of two and who won."""
+    """A row per sequence: all measures of one run, or J&F of two runs and the difference."""
     rows = []
     for sequence in sequences:
         means = [metrics.average(list(run.scores[sequence.name].conclude().values()))
@@ -107,72 +115,86 @@ def _row(name: str, values: list[float], compared: bool) -> str:
 
 
 def _section(sequence: Sequence, runs: list[Run]) -> str:
-    """Curves over time and frames: worst, middle and best, or where two runs differ most."""
+    """A sequence's curves over time and the error images of some frames.
+
+    The frames are the worst, the median and the best one; of two runs, the one in which their J&F
+    differs most.
+    """
     series = [run.j_and_f(sequence.name) for run in runs]
     if len(runs) == 1:
         labels, lines = ["J", "F"], list(series[0])
         order = series[0].mean(0).argsort()
-        chosen = {"worst": order[0], "middle": order[len(order) // 2], "best": order[-1]}
+        chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
     else:
         labels, lines = [run.name for run in runs], [s.mean(0) for s in series]
-        chosen = {"they differ most": np.abs(lines[0] - lines[1]).argmax()}
-    frames = {sequence.scored[int(index)]: word for word, index in reversed(chosen.items())}
+        chosen = {"largest difference": np.abs(lines[0] - lines[1]).argmax()}
+    # Reversed: in a short sequence one frame may be several of these, and "worst" matters most.
+    labels_of_frames = {sequence.scored[int(index)]: label
+                        for label, index in reversed(chosen.items())}
     codings = [sequence.coding_in(run.results) for run in runs]
-    pictures = "".join(_figure(sequence, run, coding, frame, frames[frame], len(runs) > 1)
-                       for frame in sorted(frames) for run, coding in zip(runs, codings))
-    sure = "".join(_confidence(run.measures[sequence.name], sequence) for run in runs
-                   if sequence.name in run.measures)
+    figures = "".join(_figure(sequence, run, coding, frame, label, len(runs) > 1)
+                      for frame, label in sorted(labels_of_frames.items())
+                      for run, coding in zip(runs, codings))
+    confidence = "".join(_confidence(run.measures[sequence.name], sequence) for run in runs
+                         if sequence.name in run.measures)
     return (f"<h2 id='{html.escape(sequence.name)}'>{html.escape(sequence.name)}</h2>"
-            f"{_curves(sequence, sequence.scored, lines, labels)}{sure}"
-            f"<div class=frames>{pictures}</div>")
+            f"{_curves(sequence, sequence.scored, lines, labels)}{confidence}"
+            f"<div class=frames>{figures}</div>")
 
 
 def write_clip(path: Path, name: str, clip: Clip, measures: list[Measures],
-               facts: dict[str, str]) -> Path:
-    """Write the report of a clip without ground truth: how sure each frame is; returns `path`.
+               metadata: dict[str, str]) -> Path:
+    """Write the report of a clip without ground truth, its confidence over time; returns `path`.
 
     Args:
-        measures: of predicted masks.
+        name: title of the report, such as the clip's file name.
+        measures: confidence measures of the predicted masks.
+        metadata: run metadata, listed at the end.
     """
     body = (f"<h1>{html.escape(name)}</h1>{_confidence(measures, clip)}"
             "<p><a href='overlay.mp4'>overlay.mp4</a>, <a href='confidence.csv'>confidence.csv</a>")
-    return _write(path, name, body, facts)
+    return _write(path, name, body, metadata)
 
 
 def _confidence(measures: list[Measures], clip: Clip) -> str:
-    """A curve for each object, and the frames to review."""
-    ids = sorted({one.object_id for one in measures})
-    frames = sorted({one.frame for one in measures})
-    places = {frame: i for i, frame in enumerate(frames)}
+    """A confidence curve for each object, and the frames to review first."""
+    ids = sorted({row.object_id for row in measures})
+    frames = sorted({row.frame for row in measures})
+    columns = {frame: i for i, frame in enumerate(frames)}
     lines = [np.full(len(frames), np.nan) for _ in ids]
-    for one in measures:
-        if one.confidence is not None:
-            lines[ids.index(one.object_id)][places[one.frame]] = one.confidence
+    for row in measures:
+        if row.confidence is not None:
+            lines[ids.index(row.object_id)][columns[row.frame]] = row.confidence
     review = "".join(f"<li>{stretch.text(clip)}" for stretch in frames_to_review(measures))
-    drawn = _curves(clip, frames, lines, [f"object {i}" for i in ids], "How sure the masks are",
-                    [f"rgb{tuple(PALETTE[i].tolist())}" for i in ids])
-    return drawn + (f"<p>To review first:<ol>{review}</ol>" if review else
-                    "<p>No frame is in doubt.")
+    curves = _curves(clip, frames, lines, [f"object {i}" for i in ids], "Confidence",
+                     [f"rgb{tuple(PALETTE[i].tolist())}" for i in ids])
+    return curves + (f"<p>Review first:<ol>{review}</ol>" if review else
+                     "<p>No low-confidence frames.")
 
 
-def _curves(clip: Clip, frames: tuple[int, ...] | list[int], lines, labels,
-            title: str = "Over time", colours=CURVES) -> str:
-    """Lines over the frames of a clip, from 0 to 1, as SVG.
+def _curves(clip: Clip, frames: tuple[int, ...] | list[int], lines: list[np.ndarray],
+            labels: list[str], title: str = "Over time",
+            colours: tuple[str, ...] | list[str] = LINE_COLOURS) -> str:
+    """An SVG chart of values in [0, 1] over a clip's frames, with a legend.
 
     Args:
         frames: indices of the T frames with values, ascending.
         lines: (T,) values each; NaN interrupts a line.
+        labels: a name per line, for the legend.
+        colours: a CSS colour per line.
     """
-    width, height, drawn = 640, 160, []
+    width, height, polylines = 640, 160, []
     first, last = (frames[0], frames[-1]) if len(frames) else (0, 0)
-    # a frame without values has its place too: sparse ground truth, a mask that a person drew
-    places = 30 + (np.array(frames) - first) * ((width - 40) / max(1, last - first))
+    # x is the frame, not its position among those with values: ground truth may be sparse, and
+    # user masks have no confidence
+    xs = 30 + (np.array(frames) - first) * ((width - 40) / max(1, last - first))
     for i, line in enumerate(lines):
         points = [None if np.isnan(y) else f"{x:.1f},{height - 20 - (height - 30) * y:.1f}"
-                  for x, y in zip(places, line)]
-        runs = [list(run) for there, run in groupby(points, bool) if there]
-        drawn += [f"<polyline points='{' '.join(run * 2 if len(run) == 1 else run)}' "
-                  f"stroke='{colours[i]}'/>" for run in runs]
+                  for x, y in zip(xs, line)]
+        pieces = [list(piece) for has_value, piece in groupby(points, bool) if has_value]
+        # a single point is drawn as a line from it to itself, which round line caps make a dot
+        polylines += [f"<polyline points='{' '.join(piece * 2 if len(piece) == 1 else piece)}' "
+                      f"stroke='{colours[i]}'/>" for piece in pieces]
     ticks = "".join(f"<line x1=30 x2={width - 10} y1={y} y2={y} />"
                     f"<text x=4 y={y + 4}>{value}</text>"
                     for value, y in ((1, 10), (0.5, 75), (0, 140)))
@@ -181,49 +203,58 @@ def _curves(clip: Clip, frames: tuple[int, ...] | list[int], lines, labels,
                   f"y={height - 4} text-anchor=end>{clip.number(last)}</text>")
     names = " ".join(_swatch(colour, html.escape(label)) for colour, label in zip(colours, labels))
     return (f"<p class=legend>{title}: {names}</p><svg viewBox='0 0 {width} {height}' role=img "
-            f"aria-label='over time'>{ticks}{''.join(drawn)}</svg>")
+            f"aria-label='over time'>{ticks}{''.join(polylines)}</svg>")
 
 
-def _figure(sequence: Sequence, run: Run, coding: MaskEncoding, frame: int, word: str,
+def _figure(sequence: Sequence, run: Run, coding: MaskEncoding, frame: int, label: str,
             compared: bool) -> str:
+    """The error image of one frame, with a caption.
+
+    Args:
+        coding: how the run's mask files are encoded, determined from all of them.
+        label: why the frame was chosen.
+        compared: the report has two runs, so the caption needs the run's name.
+    """
     score = run.j_and_f(sequence.name)[:, sequence.scored.index(frame)].mean()
-    whose = f"{html.escape(run.name)}, " if compared else ""
-    picture = errors(sequence.image(frame),
-                     coding.read(run.results / sequence.name / sequence.mask_name(frame)),
-                     sequence.truth(frame))
-    caption = f"{whose}frame {sequence.number(frame)}, {word}: J&amp;F {score:.3f}"
-    return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(picture)}'>"
+    prefix = f"{html.escape(run.name)}, " if compared else ""
+    image = error_image(sequence.image(frame),
+                        coding.read(run.results / sequence.name / sequence.mask_name(frame)),
+                        sequence.truth(frame))
+    caption = f"{prefix}frame {sequence.number(frame)}, {label}: J&amp;F {score:.3f}"
+    return (f"<figure><img alt='{caption}' src='data:image/jpeg;base64,{_jpeg(image)}'>"
             f"<figcaption>{caption}</figcaption></figure>")
 
 
-def errors(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Colour what was found, what is too much and what was missed.
+def error_image(image: np.ndarray, mask: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Overlay correct pixels, false positives and false negatives on the frame in grey.
 
     Args:
-        image, mask, truth: (H, W, 3) uint8 RGB and two (H, W) uint8 of object ids. Where the
-            truth is `VOID` nothing is coloured.
+        image: (H, W, 3) uint8 RGB.
+        mask, truth: (H, W) uint8 object ids. `VOID` pixels of the truth are not coloured.
 
     Returns:
-        (H, W, 3) uint8 RGB. A pixel of another object than the true one counts as too much.
+        (H, W, 3) uint8 RGB. A pixel assigned to the wrong object is a false positive.
     """
     grey = image.mean(2, keepdims=True).repeat(3, 2)
     mask, truth = (np.where(truth == VOID, 0, ids) for ids in (mask, truth))
-    found, wrong = (mask > 0) & (mask == truth), (mask > 0) & (mask != truth)
-    for where, colour, opacity in ((found, HIT, 0.35), (wrong, FALSE_POSITIVE, 0.7),
+    correct, wrong = (mask > 0) & (mask == truth), (mask > 0) & (mask != truth)
+    # errors are more opaque than correct pixels, so that thin ones are seen
+    for where, colour, opacity in ((correct, HIT, 0.35), (wrong, FALSE_POSITIVE, 0.7),
                                    ((truth > 0) & (mask == 0), FALSE_NEGATIVE, 0.7)):
         grey[where] = (1 - opacity) * grey[where] + opacity * np.array(colour)
     return grey.astype(np.uint8)
 
 
-def _jpeg(picture: np.ndarray) -> str:
-    height = round(len(picture) * PICTURE_WIDTH / picture.shape[1])
-    small = cv2.resize(picture, (PICTURE_WIDTH, height), interpolation=cv2.INTER_AREA)
-    _, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+def _jpeg(image: np.ndarray) -> str:
+    """An (H, W, 3) uint8 RGB image as base64-encoded JPEG, `IMAGE_WIDTH` pixels wide."""
+    height = round(len(image) * IMAGE_WIDTH / image.shape[1])
+    small = cv2.resize(image, (IMAGE_WIDTH, height), interpolation=cv2.INTER_AREA)
+    _, data = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return base64.b64encode(data.tobytes()).decode()
 
 
-def _swatch(colour: str, word: str) -> str:
-    return f"<span style='background:{colour}'></span> {word}"
+def _swatch(colour: str, label: str) -> str:
+    return f"<span style='background:{colour}'></span> {label}"
 
 
 CSS = """

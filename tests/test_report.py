@@ -52,7 +52,7 @@ def test_one_run(sequences, tmp_path):
     assert page.count("<svg") == 2 and page.count("<polyline") == 4
     captions = re.findall(r"<figcaption>(.*?)<", page.split("id='ant'")[1].split("<h2")[0])
     assert captions == ["frame 1, worst: J&amp;F 0.450", "frame 2, best: J&amp;F 0.850",
-                        "frame 3, middle: J&amp;F 0.650"]
+                        "frame 3, median: J&amp;F 0.650"]
     for picture in re.findall(r"base64,([^']+)", page):
         assert cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), 1).shape[1] == 480
 
@@ -63,22 +63,22 @@ def test_two_runs_say_who_won(sequences, tmp_path):
     ant = re.search(r"#ant'>ant</a><td>([\d.]+)<td>([\d.]+)<td class=won>([\d.]+)", page)
     assert [float(x) for x in ant.groups()] == [0.625, 0.675, 0.05]
     assert re.search(r"#bee'>bee</a><td>[\d.]+<td>[\d.]+<td>0.000", page)
-    assert "new, frame 1, they differ most" in page
+    assert "new, frame 1, largest difference" in page
 
 
 def test_errors_are_told_apart_by_colour():
     image = np.full((2, 4, 3), 100, np.uint8)
     truth = np.array([[0, 1, 1, 0], [2, 0, 0, 0]], np.uint8)
     mask = np.array([[0, 1, 0, 1], [1, 0, 0, 0]], np.uint8)
-    picture = report.errors(image, mask, truth).astype(int)
+    picture = report.error_image(image, mask, truth).astype(int)
 
     def leading(y, x):
         return "rgb"[picture[y, x].argmax()] if np.ptp(picture[y, x]) else "grey"
 
     assert [leading(0, x) for x in range(4)] == ["grey", "g", "b", "r"]
     assert leading(1, 0) == "r"  # the other object
-    truth[0, 2:] = truth[1, 0] = 255  # not labelled: neither missed nor too much
-    picture = report.errors(image, mask, truth).astype(int)
+    truth[0, 2:] = truth[1, 0] = 255  # not labelled: no error
+    picture = report.error_image(image, mask, truth).astype(int)
     assert [leading(0, x) for x in range(4)] == ["grey", "g", "grey", "grey"]
     assert leading(1, 0) == "grey"
 

@@ -333,7 +333,7 @@ class Session:
             images.write_mask(path, self.mask(frame))
         names = {thing.id: thing.name for thing in self.work.objects}
         pipeline.drain(self._frames(), [
-            *writers.clip_sinks(self.folder, self.clip, cutout, form, again=True),
+            *writers.clip_sinks(self.folder, self.clip, cutout, form, redraw=True),
             *annotations.clip_sinks(self.folder, self.clip, formats, names)])
         measures = self.measures()
         confidence.write(self.folder / "confidence.csv", measures, self.clip)
