@@ -10,7 +10,9 @@ import numpy as np
 from masks.encoding import VOID
 from masks.validation import binary_mask, check_same_size, id_mask
 
-BOUND = 0.008  # tolerance of F, as a share of the image diagonal
+# Both values are those of the official evaluation code; other ones would give scores that can't be
+# compared with published tables.
+BOUND = 0.008  # tolerance of F, as a share of the image diagonal: 8 pixels at 480p
 RECALL_THRESHOLD = 0.5
 MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
@@ -19,7 +21,8 @@ def jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
     """J, the intersection over union of two (H, W) masks of 0 and 1; 1 if both are empty.
 
     Raises:
-        ValueError: masks of other values, types or dimensions, or of two sizes.
+        ValueError: a mask has other values, an unsupported type or other dimensions, or the two
+            masks have different sizes.
     """
     return _jaccard(*_pair(prediction, truth))
 
@@ -32,8 +35,11 @@ def _jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int | None = None) -> float:
     """F, the F-measure of the boundaries of two (H, W) masks of 0 and 1, in [0, 1].
 
-    A boundary pixel counts as found if the other boundary has a pixel within `radius` pixels;
-    None takes `tolerance` of the masks. 1 if both masks are without boundary, 0 if only one is.
+    A boundary pixel counts as matched if the other boundary has a pixel within `radius`. F is 1 if
+    neither mask has a boundary, and 0 if only one of them does.
+
+    Args:
+        radius: in pixels; defaults to `tolerance` for the masks' size.
 
     Raises:
         ValueError: as `jaccard`.
@@ -43,7 +49,7 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int | None = N
 
 
 def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two masks of one object, checked, as uint8 of 0 and 1."""
+    """Check two masks of one object and convert them to uint8 of 0 and 1."""
     prediction, truth = binary_mask(prediction, "prediction"), binary_mask(truth, "truth")
     check_same_size(prediction, "prediction", truth, "truth")
     return prediction, truth
@@ -51,40 +57,48 @@ def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int) -> float:
     stride = truth.shape[1] + radius
-    found, true = (_bits(boundary(mask), stride) for mask in (prediction, truth))
-    count, true_count = found.bit_count(), true.bit_count()
-    if count == 0 or true_count == 0:
-        return float(count == true_count)
-    precision = (found & _dilate(true, radius, stride)).bit_count() / count
-    recall = (true & _dilate(found, radius, stride)).bit_count() / true_count
+    predicted, true = (_to_bits(boundary(mask), stride) for mask in (prediction, truth))
+    predicted_count, true_count = predicted.bit_count(), true.bit_count()
+    if predicted_count == 0 or true_count == 0:
+        return float(predicted_count == true_count)
+    precision = (predicted & _dilate(true, radius, stride)).bit_count() / predicted_count
+    recall = (true & _dilate(predicted, radius, stride)).bit_count() / true_count
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def tolerance(shape: tuple[int, int]) -> int:
-    """Pixels by which a boundary may be off in a mask of (H, W)."""
+    """Distance in pixels at which boundaries of (H, W) masks still match."""
     return int(np.ceil(BOUND * np.linalg.norm(shape)))
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool, or of 0 and 1 -> (H, W) uint8: 1 where a pixel differs from its east, south
-    or south-east.
+    """The boundary of an (H, W) mask of 0 and 1, or bool.
+
+    Returns:
+        (H, W) uint8: 1 where a pixel differs from its right, lower or lower-right neighbour, as in
+        the official code.
     """
     mask = mask.astype(np.uint8)
     padded = cv2.copyMakeBorder(mask, 0, 1, 0, 1, cv2.BORDER_REPLICATE)
     return ((mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:]))
 
 
-def _bits(mask: np.ndarray, stride: int) -> int:
-    """(H, W) uint8 of 0 and 1 -> a whole number with a bit for each pixel, `stride` bits a row."""
+def _to_bits(mask: np.ndarray, stride: int) -> int:
+    """Pack an (H, W) uint8 mask of 0 and 1 into one integer, a bit per pixel.
+
+    Args:
+        stride: bits per row, at least W; the bits after the W pixels are 0.
+    """
     padded = cv2.copyMakeBorder(mask, 0, 0, 0, stride - mask.shape[1], cv2.BORDER_CONSTANT, value=0)
     return int.from_bytes(np.packbits(padded).tobytes(), "big")
 
 
 def _dilate(bits: int, radius: int, stride: int) -> int:
-    """Dilate what `_bits` made with a disk; exact on the pixels of the mask.
+    """Dilate a mask of `_to_bits` with a disk; exact on the pixels of the mask.
 
-    The disk is a stack of rows, from the shortest to the longest. Shifts of a whole number move
-    every pixel at once; the `radius` zeros after each row keep rows apart.
+    The disk is built row by row, from the shortest (top) to the longest (centre). A shift of the
+    integer moves all pixels at once; the `radius` zeros after each row keep rows from mixing.
+    This takes less time per frame than `cv2.dilate` with a disk, whose cost grows with its area.
     """
     result = width = 0
     for height in range(radius, -1, -1):
@@ -100,13 +114,15 @@ def score_frame(prediction: np.ndarray, truth: np.ndarray,
     """J and F of each object in one frame.
 
     Args:
-        prediction, truth: (H, W) uint8 masks of object ids. Where the truth is `VOID`, not
-            labelled, neither mask counts, for J as for the boundaries of F, as in the official
-            code.
+        prediction, truth: (H, W) uint8 object ids. Pixels that are `VOID` (unlabelled) in the
+            truth are background in both masks, for J and for F, as in the official code.
         object_ids: the objects to score.
 
+    Returns:
+        (J, F) of each object, in the order of `object_ids`.
+
     Raises:
-        ValueError: masks of other values, types or dimensions, or of two sizes.
+        ValueError: as `jaccard`.
     """
     prediction, truth = id_mask(prediction, "prediction", void=True), id_mask(truth, "truth", True)
     check_same_size(prediction, "prediction", truth, "truth")
@@ -116,10 +132,10 @@ def score_frame(prediction: np.ndarray, truth: np.ndarray,
 
 
 def _score_object(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """J and F of two (H, W) uint8 masks of 0 and 1, seen through a window around both.
+    """J and F of two (H, W) uint8 masks of 0 and 1, computed in a window around both.
 
-    The window keeps a pixel of background on each side, where the frame has one: boundaries
-    there are what they are in the whole frame.
+    The window includes a pixel of background on each side, unless the frame ends there, so
+    boundaries are the same as in the whole frame. Its size makes small objects cheap to score.
     """
     left, top, width, height = cv2.boundingRect(prediction | truth)
     window = (slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left + width + 1))
@@ -128,13 +144,16 @@ def _score_object(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, flo
 
 
 class SequenceScore:
-    """J and F of one sequence, fed frame by frame.
+    """Collects J and F of one sequence, frame by frame.
 
-    The official protocol leaves out the first frame, whose mask was given, and the last; the
-    caller does.
+    The official protocol leaves out the first frame, which has the reference mask, and the last
+    one. That is up to the caller.
 
     Args:
-        object_ids: the objects to score, those of the reference mask.
+        object_ids: the objects to score: those of the reference mask.
+
+    Attributes:
+        j, f: for each object its values, one per frame.
     """
 
     def __init__(self, object_ids: list[int]):
@@ -142,17 +161,22 @@ class SequenceScore:
         self.f: dict[int, list[float]] = {i: [] for i in object_ids}
 
     def feed(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """Score one frame: two (H, W) uint8 masks of object ids, see `score_frame`."""
+        """Score one frame; arguments and errors are those of `score_frame`."""
         self.add(score_frame(prediction, truth, list(self.j)))
 
-    def add(self, frame: list[tuple[float, float]], object_ids: list[int] | None = None) -> None:
-        """Take what `score_frame` returned for one frame, of all objects or of some."""
-        for object_id, (j, f) in zip(object_ids or self.j, frame):
+    def add(self, scores: list[tuple[float, float]], object_ids: list[int] | None = None) -> None:
+        """Add a frame's scores.
+
+        Args:
+            scores: as `score_frame` returns them.
+            object_ids: the objects they belong to; defaults to all.
+        """
+        for object_id, (j, f) in zip(object_ids or self.j, scores):
             self.j[object_id].append(j)
             self.f[object_id].append(f)
 
     def conclude(self) -> dict[int, dict[str, float]]:
-        """For each object its `MEASURES`, in [0, 1]; decays in [-1, 1]."""
+        """The `MEASURES` of each object, in [0, 1]; decays are in [-1, 1]."""
         return {i: _row(self.j[i], self.f[i]) for i in self.j}
 
 
@@ -162,15 +186,19 @@ def _row(j: list[float], f: list[float]) -> dict[str, float]:
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of several rows of measures: the figures of a whole set, object by object."""
+    """The mean of rows of measures; DAVIS averages over objects, not over sequences."""
     return {measure: float(np.mean([row[measure] for row in rows])) for measure in MEASURES}
 
 
 def statistics(values: list[float]) -> tuple[float, float, float]:
     """Mean, recall and decay of a measure over the frames of a sequence.
 
-    Recall is the share of frames strictly above 0.5. Decay is the mean of the first quarter
-    minus the mean of the last, quarters as in the official code, which share their end frames.
+    Recall is the share of frames above `RECALL_THRESHOLD`. Decay is the mean of the first quarter
+    of the frames minus the mean of the last one. As in the official code, neighbouring quarters
+    share a frame.
+
+    Args:
+        values: (T,) values, one per frame.
 
     Raises:
         ValueError: there are no frames.

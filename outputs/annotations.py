@@ -1,4 +1,4 @@
-"""Sinks that write a clip's masks as annotations: COCO with run lengths, YOLO with polygons."""
+"""Sinks that write predicted masks as annotations: COCO (run lengths) and YOLO (polygons)."""
 
 import csv
 import json
@@ -15,15 +15,18 @@ from media.clip import Clip
 from media.images import SUFFIXES
 from tracking.pipeline import Frame, Sink
 
-FORMATS = {"coco": "annotations.json", "yolo": "labels"}  # what each writes in a results folder
-CATEGORY = "object"  # of objects without a name
+FORMATS = {"coco": "annotations.json", "yolo": "labels"}  # the main output of each format
+CATEGORY = "object"  # category of objects without a name
+# Points per block of pairwise distances. All pairs of two 4K outlines at once would take gigabytes;
+# smaller blocks take more Python steps.
+BLOCK = 256
 
 
 class Categories:
-    """The categories of objects: those with the same name are of the same one.
+    """Maps objects to categories: objects with the same name share one.
 
     Args:
-        names: by object id; the others are called `CATEGORY`.
+        names: by object id; objects without one belong to `CATEGORY`.
     """
 
     def __init__(self, names: Mapping[int, str]):
@@ -31,7 +34,7 @@ class Categories:
         self.all = list(dict.fromkeys(self.names[i] for i in sorted(self.names)))
 
     def index(self, object_id: int) -> int:
-        """The place of an object's category in `all`, which gets it if it lacks it."""
+        """Index of an object's category in `all`; a new category is appended."""
         name = self.names.get(object_id, CATEGORY)
         if name not in self.all:
             self.all.append(name)
@@ -39,28 +42,29 @@ class Categories:
 
 
 class FrameLines:
-    """Lines of text for each frame, handed in in any order and read back in that of the frames.
+    """Buffers lines of text per frame, added in any order, and iterates in frame order.
 
-    In a temporary file, as an hour of masks takes gigabytes; 24 bytes a frame stay in memory.
+    Masks before the first user mask arrive last to first, and an hour of them takes gigabytes, so
+    the lines are in a temporary file. Memory use is 24 bytes per frame.
     """
 
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.places = array("q")  # of each frame three values: index, position, number of lines
+        self.entries = array("q")  # three values per frame: index, file position, number of lines
 
     def add(self, frame: int, lines: list[str]) -> None:
-        """Keep the lines of a frame, none of which holds a line break."""
-        self.places.extend((frame, self.file.tell(), len(lines)))
+        """Add the lines of a frame; they may not contain line breaks."""
+        self.entries.extend((frame, self.file.tell(), len(lines)))
         self.file.write("".join(f"{line}\n" for line in lines).encode())
 
     @property
     def frames(self) -> list[int]:
-        """Indices of the frames, ascending."""
-        return sorted(self.places[::3])
+        """Frame indices, ascending."""
+        return sorted(self.entries[::3])
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        """Index and lines of each frame, by index."""
-        for frame, position, count in sorted(zip(*(self.places[i::3] for i in range(3)))):
+        """Frame index and lines, in frame order."""
+        for frame, position, count in sorted(zip(*(self.entries[i::3] for i in range(3)))):
             self.file.seek(position)
             yield frame, [self.file.readline().decode()[:-1] for _ in range(count)]
 
@@ -69,12 +73,12 @@ class FrameLines:
 
 
 class CocoSink(Sink):
-    """One JSON file in COCO's format, with `track_id` (the object's id) in each annotation.
+    """Writes one JSON file in COCO's format; each annotation's `track_id` is the object id.
 
     Args:
-        path: where it goes, when all frames were written.
-        clip: gives the frames their file names, and the images their ids: the frames' numbers.
-        names: of objects by their ids.
+        path: written when the sink closes without an error.
+        clip: source of file names and image ids (frame numbers).
+        names: object names, by object id; they become categories.
     """
 
     def __init__(self, path: Path, clip: Clip, names: Mapping[int, str] | None = None):
@@ -97,14 +101,14 @@ class CocoSink(Sink):
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                with files.whole(self.path) as beside, \
-                        beside.open("w", encoding="utf-8") as file:
+                with files.whole(self.path) as unfinished, \
+                        unfinished.open("w", encoding="utf-8") as file:
                     file.writelines(self._parts())
         finally:
             self.lines.close()
 
     def _parts(self) -> Iterator[str]:
-        """The file, piece by piece."""
+        """The JSON text in pieces: as a whole it may not fit into memory."""
         height, width = self.shape
         yield '{"images": ['
         for i, frame in enumerate(self.lines.frames):
@@ -123,15 +127,15 @@ class CocoSink(Sink):
 
 
 class YoloSink(Sink):
-    """Labels in Ultralytics' segmentation format: for each frame a file with a line per object.
+    """Writes labels in Ultralytics' segmentation format: a file per frame, a line per object.
 
-    Beside them `tracks.csv`, which says which line is which object, as a line has no place for it,
-    and `data.yaml`, which names the classes and is what a training is started with.
+    Next to the folder it writes `tracks.csv`, which maps lines to object ids (Ultralytics rejects
+    label lines with an id), and `data.yaml`, which names the classes and starts a training.
 
     Args:
-        folder: of the labels.
-        clip: gives the frames their names.
-        names: of objects by their ids.
+        folder: for the label files.
+        clip: source of file names.
+        names: object names, by object id; they become classes.
     """
 
     def __init__(self, folder: Path, clip: Clip, names: Mapping[int, str] | None = None):
@@ -156,8 +160,8 @@ class YoloSink(Sink):
             self.lines.close()
 
     def _write_tracks(self, path: Path) -> None:
-        with files.whole(path) as beside, \
-                beside.open("w", encoding="utf-8", newline="") as file:
+        with files.whole(path) as unfinished, \
+                unfinished.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["frame", "file", "line", "track_id"])
             for frame, tracks in self.lines:
@@ -166,87 +170,96 @@ class YoloSink(Sink):
                                for i, track in enumerate(tracks, start=1))
 
     def _data(self) -> str:
+        """The text of data.yaml, with the command that provides the frames as images."""
         if self.clip.path.is_dir():
-            how = f"copy or link the frames of {self.clip.path}"
+            command = f"copy or link the frames of {self.clip.path}"
         else:
-            how = (f"ffmpeg -i {self.clip.path} -fps_mode passthrough -start_number 0 "
-                   "images/%05d.png")
+            command = (f"ffmpeg -i {self.clip.path} -fps_mode passthrough -start_number 0 "
+                       "images/%05d.png")
         names = "".join(f"  {i}: {json.dumps(name)}\n"
                         for i, name in enumerate(self.categories.all or [CATEGORY]))
         return ("# yolo segment train data=data.yaml; paths are relative to this file\n"
-                f"# images/ has to hold the frames: {how}\n"
+                f"# images/ has to hold the frames: {command}\n"
                 f"train: images\nval: images\nnames:\n{names}")
 
 
 def file_name(clip: Clip, frame: int) -> str:
-    """A frame's image file: its own, or of a video as `ffmpeg -start_number 0 %05d.png` writes it.
+    """Name of a frame's image file: its own, or for a video the one that ffmpeg gives it.
 
-    Masks are called so as well.
+    That is with `ffmpeg -start_number 0 %05d.png`; mask files have the same names.
     """
-    files = clip.files or ()
-    if files and len(files) == clip.count and files[frame].suffix.lower() in SUFFIXES:
-        return files[frame].name
+    paths = clip.files or ()
+    if paths and len(paths) == clip.count and paths[frame].suffix.lower() in SUFFIXES:
+        return paths[frame].name
     return f"{clip.frame_name(frame)}.png"
 
 
 def polygon(mask: np.ndarray) -> np.ndarray:
-    """The outline of an (H, W) bool mask as one polygon: (n, 2) x and y in [0, 1], n >= 3.
+    """The outline of a mask as one polygon.
 
-    As in Ultralytics' converter, slits of no width lead to further parts of the object, and to its
-    holes. Points are the centres of pixels: filled as Ultralytics fills it, the polygon gives back
-    the mask, but for the slits between parts.
+    As in Ultralytics' converter, slits of zero width connect the parts of an object and its holes.
+    Points are pixel centres: filled as Ultralytics does, the polygon gives the mask again, except
+    for the slits between parts.
+
+    Args:
+        mask: (H, W) bool with at least one true pixel.
+
+    Returns:
+        (n, 2) x and y as shares of width and height, in [0, 1]; n >= 3.
     """
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP,
                                            cv2.CHAIN_APPROX_NONE)
-    rings, outside = [contour[:, 0] for contour in contours], hierarchy[0][:, 3]
-    path = _joined([_joined([rings[i], *(rings[j] for j in np.flatnonzero(outside == i))])
-                    for i in np.flatnonzero(outside < 0)])
+    # RETR_CCOMP: a contour without a parent is the outside of a part, its children are holes
+    rings, parent = [contour[:, 0] for contour in contours], hierarchy[0][:, 3]
+    path = _join([_join([rings[i], *(rings[j] for j in np.flatnonzero(parent == i))])
+                  for i in np.flatnonzero(parent < 0)])
     steps = np.diff(path, axis=0, append=path[:1])
-    path, steps = path[steps.any(1)], steps[steps.any(1)]  # without points that are repeated
-    path = path[(steps != np.roll(steps, 1, axis=0)).any(1)]  # nor those on a straight line
-    if len(path) < 3:  # a pixel, or a line one pixel wide: its outline, within these pixels
+    path, steps = path[steps.any(1)], steps[steps.any(1)]  # drop repeated points
+    path = path[(steps != np.roll(steps, 1, axis=0)).any(1)]  # and those on a straight line
+    if len(path) < 3:  # a single pixel, or a line one pixel wide: a rectangle within these pixels
         first, last = (path if len(path) else rings[0])[[0, -1]]
         path = np.array([np.subtract(first, 0.25), np.add(first, (0.25, -0.25)),
                          np.add(last, 0.25), np.add(last, (-0.25, 0.25))])
     return (path + 0.5) / mask.shape[::-1]
 
 
-def _joined(rings: list[np.ndarray]) -> np.ndarray:
-    """One closed path through all points of closed (n, 2) rings.
+def _join(rings: list[np.ndarray]) -> np.ndarray:
+    """Join closed (n, 2) rings into one closed path through all their points.
 
-    The ring nearest to the path is always the next, by a slit from the nearest point. So a slit
-    crosses no other ring.
+    The ring nearest to the path so far is added next, by a slit between the nearest points. The
+    shortest slit to any ring cannot cross another ring: that one would be nearer.
     """
-    path, rest = rings[0], rings[1:]
-    gaps = [_nearest(path, ring) for ring in rest]
-    while rest:
-        i = min(range(len(rest)), key=lambda i: gaps[i][0])
-        (_, point, other), ring = gaps.pop(i), rest.pop(i)
-        a = np.flatnonzero((path == point).all(1))[0]
-        b = np.flatnonzero((ring == other).all(1))[0]
+    path, remaining = rings[0], rings[1:]
+    slits = [_nearest_points(path, ring) for ring in remaining]
+    while remaining:
+        i = min(range(len(remaining)), key=lambda i: slits[i][0])
+        (_, on_path, on_ring), ring = slits.pop(i), remaining.pop(i)
+        a = np.flatnonzero((path == on_path).all(1))[0]
+        b = np.flatnonzero((ring == on_ring).all(1))[0]
         path = np.concatenate([path[:a + 1], ring[b:], ring[:b + 1], path[a:]])
-        gaps = [min(gap, _nearest(ring, further), key=lambda gap: gap[0])
-                for gap, further in zip(gaps, rest)]
+        slits = [min(slit, _nearest_points(ring, other), key=lambda slit: slit[0])
+                 for slit, other in zip(slits, remaining)]
     return path
 
 
-def _nearest(path: np.ndarray, ring: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """The squared distance of two (n, 2) sets of points, and the two points that have it."""
+def _nearest_points(path: np.ndarray, ring: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """The smallest squared distance between two (n, 2) point sets, and the two points."""
     best = None
-    for part in np.array_split(path, -(-len(path) // 256)):  # 4K: all pairs would take gigabytes
-        apart = ((part[:, None] - ring) ** 2).sum(2)
-        i, j = np.unravel_index(apart.argmin(), apart.shape)
-        if best is None or apart[i, j] < best[0]:
-            best = int(apart[i, j]), part[i], ring[j]
+    for block in np.array_split(path, -(-len(path) // BLOCK)):
+        distances = ((block[:, None] - ring) ** 2).sum(2)
+        i, j = np.unravel_index(distances.argmin(), distances.shape)
+        if best is None or distances[i, j] < best[0]:
+            best = int(distances[i, j]), block[i], ring[j]
     return best
 
 
 def clip_sinks(results: Path, clip: Clip, formats: list[str],
               names: Mapping[int, str] | None = None) -> list[Sink]:
-    """The sinks for some of `FORMATS`, in a results folder.
+    """The sinks for some of `FORMATS`.
 
     Args:
-        names: of objects by their ids.
+        results: the results folder.
+        names: object names, by object id.
     """
     kinds = {"coco": CocoSink, "yolo": YoloSink}
     return [kinds[name](results / FORMATS[name], clip, names) for name in formats]

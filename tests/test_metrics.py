@@ -127,9 +127,9 @@ def test_dilation_is_by_every_pixel_of_the_disk(radius, shape):
         expected = np.zeros(shape, bool)
         for i, j in np.argwhere(mask):
             expected |= (y - i) ** 2 + (x - j) ** 2 <= radius * radius
-        bits = metrics._dilate(metrics._bits(mask, stride), radius, stride)
-        inside = metrics._bits(np.ones(shape, np.uint8), stride)
-        assert bits & inside == metrics._bits(expected.astype(np.uint8), stride)
+        bits = metrics._dilate(metrics._to_bits(mask, stride), radius, stride)
+        inside = metrics._to_bits(np.ones(shape, np.uint8), stride)
+        assert bits & inside == metrics._to_bits(expected.astype(np.uint8), stride)
 
 
 @pytest.mark.parametrize("rows", [slice(0, 12), slice(-9, None), slice(20, 40)])
