@@ -1,8 +1,7 @@
-"""Data sets: DAVIS and what is laid out like YouTube-VOS; a sequence is a clip with truth.
+"""Data sets with masks: DAVIS, and those in the layout of YouTube-VOS or of your own folders.
 
-It knows no tensor and no network; where files lie is told by datasets/layout.py.
-
-Run by itself it downloads DAVIS:
+A `Sequence` is a clip with ground truth, `Davis` the sequences of a folder. As a script it
+downloads DAVIS:
     python davis.py --download DIR [--year 2017]
 """
 
@@ -27,20 +26,20 @@ log = logging.getLogger(__name__)
 
 HOME = "https://davischallenge.org"
 YEARS = ("2016", "2017", "all")
-SETS = ("train", "val", "trainval")  # of DAVIS; other lists may lie beside them
+SETS = ("train", "val", "trainval")  # lists of DAVIS; a data set may have others, too
 
 
 @dataclass(frozen=True)
 class Sequence(Clip):
-    """A clip with truth: its frames in order, with masks of all of them or of some.
+    """A clip with masks of all or some of its frames.
 
     Args:
-        name: such as "bear".
-        images: files of the frames.
-        masks: the file of each frame's mask, None where there is none.
+        name: of the sequence, such as "bear".
+        images: the frames' files, in order.
+        masks: each frame's mask file; None for frames without a mask.
         single_object: every non-zero value of a mask is object 1 (DAVIS-2016).
-        later: objects may appear after the first mask (YouTube-VOS and its relatives).
-        asked: frames whose masks a server wants; empty: all.
+        late_objects: objects may appear after the first mask (YouTube-VOS, MOSE, LVOS).
+        requested: frames whose masks an evaluation server expects; empty for all.
     """
 
     name: str
@@ -86,50 +85,55 @@ class Sequence(Clip):
         return self.images[frame].stem
 
     def image(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8 RGB."""
+        """Return a frame, (H, W, 3) uint8 RGB."""
         return images.read_image(self.images[index])
 
     def mask(self, index: int) -> np.ndarray:
-        """(H, W) uint8, 0 background, else the object's id. Of a labelled frame."""
+        """Return the mask of a labelled frame, (H, W) uint8: 0 background, else the object's id."""
         return self.coding.read(self.masks[index])
 
     def truth(self, index: int) -> np.ndarray:
-        """As `mask`, with `VOID` where a pixel is not labelled and so not scored."""
+        """Return the mask with `VOID` where pixels are not labelled, which are not scored."""
         return self.coding.read(self.masks[index], keep_void=True)
 
     def mask_name(self, index: int) -> str:
-        """What the file of a frame's mask is called in results: as the frame, .png."""
+        """Return the file name of a frame's predicted mask: the frame's name with .png."""
         return f"{self.frame_name(index)}.png"
 
     @cached_property
     def labelled(self) -> tuple[int, ...]:
-        """Frames with a mask."""
+        """Indices of the frames with a mask."""
         return tuple(i for i, mask in enumerate(self.masks) if mask is not None)
 
     @property
     def output_frames(self) -> tuple[int, ...]:
-        """Frames whose masks are to be written."""
+        """Indices of the frames whose predicted masks are written."""
         return self.requested or tuple(range(len(self)))
 
     @cached_property
     def first_frames(self) -> dict[int, int]:
-        """For each object to be segmented the frame whose mask shows it first."""
-        found: dict[int, int] = {}
+        """The first labelled frame that shows each object, by object id.
+
+        Without `late_objects` only objects of the first mask count, as in DAVIS.
+        """
+        frames: dict[int, int] = {}
         for i in self.labelled if self.late_objects else self.labelled[:1]:
             for object_id in np.unique(self.mask(i)).tolist():
                 if object_id:
-                    found.setdefault(object_id, i)
-        return found
+                    frames.setdefault(object_id, i)
+        return frames
 
     def reference_masks(self) -> dict[int, np.ndarray]:
-        """The masks that may be known: (H, W) uint8 of frames where objects appear, only these.
+        """Return the reference masks by frame: (H, W) uint8, with the objects that appear there.
+
+        A tracker may use these masks and no others; objects that appeared before are left out.
 
         Raises:
             ValueError: no mask holds an object.
         """
         if not self.first_frames:
             raise ValueError(f"{self.masks[self.labelled[0]]}: the first mask holds no object, "
-                             "expected one to look for")
+                             "expected at least one")
         masks = {}
         for frame in sorted({*self.first_frames.values()}):
             new = [i for i, first in self.first_frames.items() if first == frame]
@@ -139,32 +143,36 @@ class Sequence(Clip):
 
     @cached_property
     def scored(self) -> tuple[int, ...]:
-        """Frames with truth: labelled, after the first mask, and not the last of the video.
+        """Indices of the frames that are scored: labelled, except the first mask and last frame.
 
-        None where all masks are given ones, of objects that appear there.
+        DAVIS leaves these two out. No frame is scored if all masks are reference masks.
         """
         if not set(self.labelled) - set(self.first_frames.values()):
             return ()
         return tuple(i for i in self.labelled[1:] if i < len(self) - 1)
 
     def scored_objects(self, frame: int | None = None) -> list[int]:
-        """The objects that are scored in a frame with truth: those given before; None: in any."""
+        """Return the ids that are scored in a frame: objects with an earlier reference mask.
+
+        Args:
+            frame: index of a scored frame; None for the last one, in which all are scored.
+        """
         frame = max(self.scored, default=0) if frame is None else frame
         return sorted(i for i, first in self.first_frames.items() if first < frame)
 
     @cached_property
     def coding(self) -> MaskEncoding:
-        """What the values of its masks mean."""
+        """How mask values map to objects, decided once for all masks of the sequence."""
         return MaskEncoding.detect([self.masks[i] for i in self.labelled], self.single_object)
 
     def coding_in(self, results: Path) -> MaskEncoding:
-        """What the values of predicted masks in `results`/NAME mean, decided once for all."""
+        """Return how values of the predicted masks in `results`/NAME map to objects."""
         return MaskEncoding.detect(
             [results / self.name / self.mask_name(frame) for frame in self.scored],
             self.single_object)
 
     def reason_unusable(self) -> str | None:
-        """Why nothing can be done with it, or None."""
+        """Return why the sequence cannot be used, or None if it can."""
         if len(self) < 3:
             return (f"{self.images[0].parent}: {len(self)} frames, expected at least 3, since the "
                     "first and the last are not scored")
@@ -172,11 +180,11 @@ class Sequence(Clip):
             return f"{self.images[0].parent}: no mask of any of its frames"
         if is_empty(self.masks[self.labelled[0]]):
             return (f"{self.masks[self.labelled[0]]}: the first mask holds no object, expected "
-                    "one to look for")
+                    "at least one")
         return None
 
     def check(self) -> None:
-        """Look at every file's header.
+        """Check every file's header, so that no broken file ends a long run.
 
         Raises:
             OSError: a file can't be read.
@@ -192,53 +200,55 @@ class Sequence(Clip):
 
 
 class Davis:
-    """The sequences of a data set: DAVIS in the order of its lists, or what is laid out alike.
+    """The sequences of a data set, in the order of DAVIS's lists or of their names.
 
     - DAVIS, both archives: 2016 lists files (`ImageSets/480p/train.txt`), 2017 lists names
       (`ImageSets/2017/train.txt`).
-    - YouTube-VOS, MOSE, LVOS: no `ImageSets`; all sequences of the folder, or of its folder
-      named as the set (`train`, `valid`). `meta.json` tells which frames are asked for.
-    - A folder of one's own: `SEQUENCE/images` and `SEQUENCE/masks`, or as either of the above.
+    - YouTube-VOS, MOSE, LVOS: no `ImageSets`; all sequences of the folder, or of its subfolder
+      named as the set (`train`, `valid`). `meta.json` lists the frames that a server expects.
+    - Your own folder: `SEQUENCE/images` and `SEQUENCE/masks`, or laid out as either of the above.
 
-    Where there are no lists masks hold ids, objects may appear later, and the year says nothing.
-    What can't be used is left out, and the log says why.
+    Without lists, masks hold ids, objects may appear later, and the year has no effect. Sequences
+    that cannot be used are skipped with a warning.
 
     Args:
-        root: the folder.
-        year: of DAVIS: "2016", one object in a sequence; "2017", many; "all", both lists joined,
-            many; None: 2016 where it has that list, else 2017.
-        set: the name of a list, such as "train"; "trainval" joins two.
-        names: these sequences only.
+        root: folder of the data set.
+        year: of DAVIS: "2016", one object per sequence; "2017", several; "all", both lists joined,
+            several; None: 2016 where it has that list, else 2017.
+        set: name of a list, such as "train", or of a subfolder; "trainval" joins two lists.
+        names: sequences to take; defaults to all.
 
     Raises:
-        FileNotFoundError: no data set there, no such list, or a listed sequence isn't there.
-        ValueError: an unknown sequence, a mask of another size than its frame, a listed sequence
-            whose first frame has no mask, or nothing left.
+        FileNotFoundError: no data set or no such list there, or a listed sequence is missing.
+        OSError: a file can't be read.
+        ValueError: an unknown sequence, a mask that differs in size from its frame, a listed
+            sequence whose first frame has no mask, or no usable sequence.
     """
 
     def __init__(self, root: str | Path, year: str | None = "2016", set: str = "train",
                  names: list[str] | None = None):
         self.root = layout.find_root(Path(root), set)
-        places = layout.sequence_folders(self.root)
-        if not places:
+        folders = layout.sequence_folders(self.root)
+        if not folders:
             raise FileNotFoundError(
-                f"{root}: no DAVIS data set there, expected a folder with JPEGImages, "
-                f"Annotations and ImageSets, or one with SEQUENCE/images and SEQUENCE/masks. Get "
-                f"it by python davis.py --download DIR or at {HOME} and name it with --dataset, "
-                "or try --demo, which needs none")
+                f"{root}: no data set there, expected a folder with JPEGImages, Annotations and "
+                "ImageSets, or with SEQUENCE/images and SEQUENCE/masks. Download DAVIS with "
+                f"python davis.py --download DIR or from {HOME} and name the folder with "
+                "--dataset, or try --demo, which draws its own data")
         lists = (self.root / "ImageSets").is_dir()
         if lists and year is None:
             year = "2016" if layout.has_list(self.root, "2016", set) else "2017"
-        listed = layout.listed_sequences(self.root, year, set) if lists else list(places)
+        listed = layout.listed_sequences(self.root, year, set) if lists else list(folders)
         for name in names or ():
             if name not in listed:
                 where = f"the lists of {self.root} for year {year}, set {set}"
                 raise ValueError(f"unknown sequence {name!r} (--sequences): not in "
                                  f"{where if lists else self.root}")
-        asked = {} if lists else layout.requested_frames(self.root / "meta.json")
+        requested = {} if lists else layout.requested_frames(self.root / "meta.json")
         chosen = [name for name in listed if not names or name in names]
-        self.sequences = self._fit([self._sequence(name, places, lists and year == "2016",
-                                                   not lists, asked.get(name)) for name in chosen])
+        self.sequences = self._usable([
+            self._sequence(name, folders, lists and year == "2016", not lists, requested.get(name))
+            for name in chosen])
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -247,69 +257,76 @@ class Davis:
         return iter(self.sequences)
 
     @staticmethod
-    def _sequence(name: str, places: dict, single_object: bool, later: bool,
-                  asked: frozenset[str] | None) -> Sequence:
-        if name not in places:
-            example, _ = next(iter(places.values()))
+    def _sequence(name: str, folders: dict[str, tuple[Path, Path]], single_object: bool,
+                  late_objects: bool, requested: frozenset[str] | None) -> Sequence:
+        if name not in folders:
+            example, _ = next(iter(folders.values()))
             raise FileNotFoundError(f"{example.parent / name}: no frames of sequence {name} there")
-        frames, masks = layout.frames_and_masks(*places[name])
-        return Sequence(name, frames, masks, single_object, later,
-                        tuple(i for i, file in enumerate(frames) if asked and file.stem in asked))
+        frames, masks = layout.frames_and_masks(*folders[name])
+        return Sequence(name, frames, masks, single_object, late_objects, tuple(
+            i for i, file in enumerate(frames) if requested and file.stem in requested))
 
-    def _fit(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that can be used, each looked at; of the others the log says why not.
+    def _usable(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Return the usable sequences, after checking their files; skip the others with a warning.
 
         Raises:
-            ValueError: nothing is left, or a sequence of DAVIS' lists has masks, but none of its
-                first frame: starting later would give figures that compare with no others.
+            ValueError: no sequence is usable, or a sequence of DAVIS's lists has masks but none of
+                its first frame: scores from a later start would not compare with published ones.
         """
         for sequence in sequences:
             if sequence.labelled and sequence.labelled[0] and not sequence.late_objects:
                 mask = sequence.masks[sequence.labelled[0]].with_name(sequence.mask_name(0))
-                raise ValueError(f"{mask}: no such mask, expected that of the first frame of "
+                raise ValueError(f"{mask}: no such mask, expected one for the first frame of "
                                  f"sequence {sequence.name}")
-        unfit = {sequence.name: sequence.reason_unusable() for sequence in sequences}
-        reasons = [reason for reason in unfit.values() if reason]
+        unusable = {sequence.name: sequence.reason_unusable() for sequence in sequences}
+        reasons = [reason for reason in unusable.values() if reason]
         for reason in reasons:
-            log.warning("left out: %s", reason)
-        fit = [sequence for sequence in sequences if not unfit[sequence.name]]
-        if not fit:
-            raise ValueError(f"{self.root}: no sequence is left: {reasons[0]}"
+            log.warning("skipped: %s", reason)
+        usable = [sequence for sequence in sequences if not unusable[sequence.name]]
+        if not usable:
+            raise ValueError(f"{self.root}: no usable sequence: {reasons[0]}"
                              + (f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""))
-        for sequence in fit:
+        for sequence in usable:
             sequence.check()
-        partly = [s.name for s in fit if 1 < len(s.labelled) < len(s)]
+        partly = [s.name for s in usable if 1 < len(s.labelled) < len(s)]
         if partly:
-            log.info("masks of some frames only, the others are neither trained nor scored on: %s",
+            log.info("some frames without a mask, which are neither trained on nor scored: %s",
                      ", ".join(partly[:5]) + (f" and {len(partly) - 5} more" if partly[5:] else ""))
-        return fit
+        return usable
 
 
 def for_training(sequences: list[Sequence]) -> list[Sequence]:
-    """Those with masks of two frames at least; the log names the others.
+    """Return the sequences with at least two masks, as training needs; a warning names the others.
 
-    What their values mean is decided here, and said once rather than by each loader's worker.
+    How mask values map to objects is decided and logged here, once rather than in every worker.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no sequence has two masks.
     """
     fit = [sequence for sequence in sequences if len(sequence.labelled) > 1]
     for sequence in sequences:
         if sequence not in fit:
-            log.warning("not trained on: %s has one mask only", sequence.name)
+            log.warning("not trained on: %s has only one mask", sequence.name)
         else:
             _ = sequence.coding
     if sequences and not fit:
-        raise ValueError("nothing to train on: each sequence has one mask only, expected those of "
-                         "two frames at least")
+        raise ValueError("nothing to train on: each sequence has only one mask, expected masks of "
+                         "at least two frames")
     return fit
 
 
 def hold_out(sequences: list[Sequence], share: float, seed: int) -> tuple[list, list]:
-    """Hold out whole sequences, at least one, or none where `share` is 0: (training, held out).
+    """Split the sequences at random into (training, held out).
+
+    Whole sequences are held out, because frames of one sequence look alike: scores on frames of a
+    training sequence would not show overfitting.
+
+    Args:
+        share: of the sequences to hold out, in [0, 1); rounded, at least one unless 0.
+        seed: determines the choice.
 
     Raises:
-        ValueError: `share` isn't in [0, 1), or nothing would be left to train on.
+        ValueError: `share` is not in [0, 1), or there are fewer than two sequences.
     """
     if not 0 <= share < 1:
         raise ValueError(f"--validation_size must be at least 0 and below 1, got {share}")
@@ -325,12 +342,12 @@ def hold_out(sequences: list[Sequence], share: float, seed: int) -> tuple[list, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Download DAVIS at 480p, frames and masks. It is under CC BY-NC: not for "
+        description="Download DAVIS at 480p, frames and masks. Its licence is CC BY-NC: no "
                     "commercial use.")
     parser.add_argument("--download", metavar="DIR", type=Path, required=True,
-                        help="where the data set is to be; then: main.py -d DIR")
+                        help="folder for the data set; then use main.py -d DIR")
     parser.add_argument("--year", "-y", choices=download.ARCHIVES, default="2016",
-                        help="2016: one object in a sequence, 1.9 GB; 2017: many, 0.8 GB "
+                        help="2016: one object per sequence, 1.9 GB; 2017: several, 0.8 GB "
                              "(default: 2016)")
     args = parser.parse_args()
     try:

@@ -210,7 +210,7 @@ def squares(tmp_path):
 def test_a_clip_is_made_of_an_object_below_the_usual_least_area(squares):
     dot, small, whole = squares
     clips = Clips([small], Augment((200, 300), random=False), paste=0)
-    assert Clips.LEAST * 200 * 300 > 25
+    assert Clips.MIN_SHARE * 200 * 300 > 25
     images, masks = clips[0, 1]
     assert (masks[0] == 1).sum() == 25 and masks[1:].any()
 
@@ -248,15 +248,15 @@ def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
-    clips.DOUBLES, clips.FAR, clips.SWARM, clips.LINES = 1.0, 0.5, 0, 0
-    double, pasted, in_far = 0, clips._pasted, []
+    clips.DUPLICATES, clips.JUMPS, clips.SWARM, clips.LINES = 1.0, 0.5, 0, 0
+    double, pasted, in_far = 0, clips._pasted_layers, []
 
     def spy(own, free, poses, shape, step, far, *others):
         found = pasted(own, free, poses, shape, step, far, *others)
         in_far.extend([bool(found)] if far else [])
         return found
 
-    clips._pasted = spy
+    clips._pasted_layers = spy
     for seed in range(40):
         images, masks = clips[seed % 6, seed]
         bright = [(image.max(2).values > 150) for image in images]
@@ -272,10 +272,10 @@ def test_a_swarm_is_followed_and_never_far(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=5, paste=1, objects=9)
-    clips.SWARM, clips.FAR, clips.OTHERS, clips.LEAST = 1, 0, 0, 0
+    clips.SWARM, clips.JUMPS, clips.DISTRACTORS, clips.MIN_SHARE = 1, 0, 0, 0
     counts = [int(clips[i % 6, i][1][0].max()) for i in range(12)]
     assert max(counts) > 4
-    clips.FAR, clips.MORE, clips.DOUBLES = 1, 0, 0
+    clips.JUMPS, clips.MORE, clips.DUPLICATES = 1, 0, 0
     assert max(int(clips[i % 6, i][1][0].max()) for i in range(12)) <= 2
 
 

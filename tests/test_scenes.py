@@ -127,7 +127,7 @@ def test_smooth_ways_start_at_nothing_and_are_smooth():
     steps = np.diff(ways, axis=1)
     assert 0.8 < steps[:, 0].std() < 1.5
     assert np.diff(steps, axis=1).std() < 0.6 * steps.std()  # of white noise: 1.4
-    far = np.array([warps.random_path(np.random.default_rng(i), 6, 1.0, far=True)
+    far = np.array([warps.random_path(np.random.default_rng(i), 6, 1.0, jump=True)
                     for i in range(300)])
     assert np.diff(far, axis=1)[:, 0].std() > 3
 
@@ -162,7 +162,7 @@ def test_an_object_leaves_and_the_reference_frame_keeps_it():
         cutouts = [warps.cut_out(image, ids)] * 4
         place = np.full((4, 2), (80.0, 45.0))
         layer = synthetic_motion.moving_layer(rng, cutouts, np.tile(np.eye(2), (4, 1, 1)), place,
-                                        (90, 160), far=False, natural=0, leaves=1)
+                                        (90, 160), jump=False, natural=0, leaves=1)
         areas = []
         for t in range(4):
             mask = np.zeros((90, 160), np.uint8)

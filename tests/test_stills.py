@@ -68,13 +68,13 @@ def test_grey_is_ids_or_one_object_with_soft_edges(tmp_path, values, expected):
     grey[5, :len(values)] = values
     for mode in ("L", "LA"):
         Image.fromarray(grey).convert(mode).save(tmp_path / "masks" / "ant.png")
-        assert StaticImages(tmp_path).stills[0].mask(0)[5, :len(values)].tolist() == expected
+        assert StaticImages(tmp_path).images[0].mask(0)[5, :len(values)].tolist() == expected
 
 
 def test_a_mask_may_be_a_jpeg(tmp_path):
     write_still(tmp_path / "exact", "ant")
     write_still(tmp_path / "lossy", "ant", mask=".jpg")
-    exact, lossy = (StaticImages(tmp_path / name).stills[0].mask(0) for name in ("exact", "lossy"))
+    exact, lossy = (StaticImages(tmp_path / name).images[0].mask(0) for name in ("exact", "lossy"))
     assert exact.any() and (exact != lossy).mean() < 0.002
 
 
@@ -86,7 +86,7 @@ def test_255_of_a_palette_is_not_labelled(tmp_path):
     image = Image.fromarray(mask)
     image.putpalette(bytes(range(256)) * 3)
     image.save(path)
-    found = StaticImages(tmp_path).stills[0].mask(0)
+    found = StaticImages(tmp_path).images[0].mask(0)
     assert not found[0].any() and np.unique(found).tolist() == [0, 1, 2]
 
 
@@ -139,7 +139,7 @@ def test_damage_is_named_at_the_start(root, damage, error, words):
 
 
 def stills_clips(root, **options) -> Clips:
-    return Clips([], Augment(SHAPE), stills=StaticImages(root).stills, **options)
+    return Clips([], Augment(SHAPE), static_images=StaticImages(root).images, **options)
 
 
 def test_a_clip_of_a_still_has_the_form_of_all_clips(root):
@@ -163,7 +163,7 @@ def test_a_clip_of_a_still_has_the_form_of_all_clips(root):
 def test_the_masks_show_the_objects_wherever_they_are(root):
     """The discs are saturated and the rest is grey, so colours tell what the masks should be."""
     clips = stills_clips(root)
-    clips.OTHERS, clips.LEAST, clips.MORE = 0, 0, 0
+    clips.DISTRACTORS, clips.MIN_SHARE, clips.MORE = 0, 0, 0
     scores = []
     for seed in range(30):
         images, masks = clips[seed % 3, seed]
@@ -207,9 +207,9 @@ def test_a_still_without_an_object_is_a_background(root):
     clips = stills_clips(root, paste=1)
     for seed in range(10):
         assert clips[0, seed][1][0].any()
-    alone = StaticImages(root).stills[:1]
+    alone = StaticImages(root).images[:1]
     with pytest.raises(ValueError, match="ant.png"):
-        Clips([], Augment(SHAPE), stills=alone)[0, 0]
+        Clips([], Augment(SHAPE), static_images=alone)[0, 0]
 
 
 def test_a_still_alone_and_its_doubles(tmp_path):
@@ -229,7 +229,7 @@ def test_ids_of_a_mask_may_be_any(tmp_path):
 
 
 def test_pairs_of_a_still_are_two_views_of_it(root):
-    images, masks = Pairs(StaticImages(root).stills, Augment(SHAPE))[0, 3]
+    images, masks = Pairs(StaticImages(root).images, Augment(SHAPE))[0, 3]
     assert images.shape == (2, 3, *SHAPE) and masks.flatten(1).any(1).all()
     assert not torch.equal(images[0], images[1])
 

@@ -91,7 +91,7 @@ def test_the_road_of_a_video_doesnt_know_the_new_part(checkpoint):
 
 
 def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
-    sources = Davis(davis_2016).sequences, StaticImages(stills_dir).stills
+    sources = Davis(davis_2016).sequences, StaticImages(stills_dir).images
     scenes = train_prompts.PromptSamples(*sources, seed=3)
     first = [scenes[i] for i in range(30)]
     torch.manual_seed(5)
@@ -113,7 +113,7 @@ def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
 
 def test_scenes_end_where_no_object_is_large_enough(stills_dir):
     """Instead of looking for one for ever."""
-    stills = StaticImages(stills_dir).stills
+    stills = StaticImages(stills_dir).images
     for still in stills:
         mask = np.zeros((48, 80), np.uint8)
         mask[10:17, 20:27] = 1  # 49 pixels

@@ -1,53 +1,65 @@
-"""Other objects put into an image beside one, and doubles of it: a click means one of them."""
+"""Paste distractors and duplicates into an image, so that a click has to select one instance.
+
+Without them a click on a dancer selected the people around her too: J for one click fell to 0.57,
+and rose to 0.71 with them (docs/log/2026-11-25-keys-and-values.md).
+"""
 
 import cv2
 import numpy as np
 
 from training.warps import Cutout, cut_out
 
-COUNT = (1, 6)  # objects are added, at least, and fewer than
-HEIGHT = (0.3, 1.5)  # of them, as a share of the object's
-SQUARE = 1.3  # by so much their sides may be stretched
-IN_FRONT = 0.25  # of them are, where that leaves enough of the object, the others behind it
-LEFT = 0.7  # of the object is enough
-EDGE = 0.7  # pixels, standard deviation of the blur of their edges
+COUNT = (1, 6)  # number of pasted objects: at least, and below
+# Height relative to the target's. Much smaller distractors are easy; larger ones hide the image.
+HEIGHT = (0.3, 1.5)
+SQUARE = 1.3  # largest change of the aspect ratio
+# Chance that a distractor occludes the target. Most lie behind it, because an occluded target is
+# smaller, and targets that are hardly visible teach nothing.
+IN_FRONT = 0.25
+LEFT = 0.7  # share of the target that stays visible at least
+EDGE = 0.7  # pixels; standard deviation of the blur of edges, so that no hard edge gives them away
 
 
 def add_distractors(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
-          rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image with other objects, most of them behind the one that is meant.
+                    rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Paste other objects into an image, most of them behind the target.
 
     Args:
-        image, mask: (H, W, 3) uint8 RGB, and (H, W) bool of that one.
-        others: to choose from.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) bool, the target.
+        others: at least one cut-out to choose from.
 
     Returns:
-        The same of the new image, of which the mask may be smaller.
+        The new image and the target's new mask, which may be smaller.
     """
     image, mask = image.copy(), mask.copy()
-    whole, tall = np.count_nonzero(mask), np.ptp(np.flatnonzero(mask.any(1))) + 1
+    whole, height = np.count_nonzero(mask), np.ptp(np.flatnonzero(mask.any(1))) + 1
     for _ in range(rng.integers(*COUNT)):
         other = others[rng.integers(len(others))]
-        picture, inside = resize_cutout(other, tall * rng.uniform(*HEIGHT), rng)
-        place = [int(rng.integers(-(a // 2), max(b - a // 2, 1 - a // 2)))
-                 for a, b in zip(inside.shape, mask.shape)]
-        there, cut = _shared(place, inside.shape, mask.shape)
-        if there is None:
+        picture, inside = resize_cutout(other, height * rng.uniform(*HEIGHT), rng)
+        corner = [int(rng.integers(-(a // 2), max(b - a // 2, 1 - a // 2)))
+                  for a, b in zip(inside.shape, mask.shape)]
+        region, part = _overlap(corner, inside.shape, mask.shape)
+        if region is None:
             continue
-        alpha = cv2.GaussianBlur(inside, (0, 0), EDGE)[cut]
-        hidden = mask[there] & (alpha > 0.5)
+        alpha = cv2.GaussianBlur(inside, (0, 0), EDGE)[part]
+        hidden = mask[region] & (alpha > 0.5)
         left = np.count_nonzero(mask) - np.count_nonzero(hidden)
         if rng.random() < IN_FRONT and left >= LEFT * whole:
-            mask[there] &= ~hidden
+            mask[region] &= ~hidden
         else:
-            alpha = np.where(mask[there], 0, alpha)
-        image[there] = (image[there] * (1 - alpha[..., None]) + picture[cut] * alpha[..., None]
-                        ).round().astype(np.uint8)
+            alpha = np.where(mask[region], 0, alpha)
+        image[region] = (image[region] * (1 - alpha[..., None]) + picture[part] * alpha[..., None]
+                         ).round().astype(np.uint8)
     return image, mask
 
 
 def resize_cutout(cutout: Cutout, height: float, rng) -> tuple[np.ndarray, np.ndarray]:
-    """A cut-out about so high, maybe mirrored: (h, w, 3) uint8, and (h, w) float32 0 or 1."""
+    """Resize a cut-out to about this height, stretch it a little, and maybe mirror it.
+
+    Returns:
+        (h, w, 3) uint8 image and (h, w) float32 mask of 0 and 1.
+    """
     high, wide = cutout.ids.shape
     scale, stretch = height / high, SQUARE ** rng.uniform(-0.5, 0.5)
     size = [max(2, round(side * scale * by)) for side, by in ((wide, stretch), (high, 1 / stretch))]
@@ -58,18 +70,28 @@ def resize_cutout(cutout: Cutout, height: float, rng) -> tuple[np.ndarray, np.nd
     return picture, np.ascontiguousarray(inside, np.float32)
 
 
-def _shared(place: list[int], size: tuple[int, int], shape: tuple[int, int]):
-    """Where a picture whose first pixel is at `place` lies in an image, and that part of it."""
-    there = tuple(slice(max(0, p), min(side, p + length))
-                  for p, length, side in zip(place, size, shape))
-    if any(part.start >= part.stop for part in there):
+def _overlap(corner: list[int], size: tuple[int, int], shape: tuple[int, int]):
+    """Return the slices of an image and of a picture pasted at `corner` that coincide, or Nones.
+
+    Args:
+        corner: row and column of the picture's first pixel in the image; may be negative.
+        size, shape: (H, W) of the picture and of the image.
+    """
+    region = tuple(slice(max(0, p), min(side, p + length))
+                   for p, length, side in zip(corner, size, shape))
+    if any(part.start >= part.stop for part in region):
         return None, None
-    return there, tuple(slice(part.start - p, part.stop - p) for part, p in zip(there, place))
+    return region, tuple(slice(part.start - p, part.stop - p) for part, p in zip(region, corner))
 
 
 def distractor_cutouts(image: np.ndarray, mask: np.ndarray,
                        more: list[tuple[np.ndarray, np.ndarray]]) -> list[Cutout]:
-    """The cut-outs of an object and, each as often, of others: (H, W, 3) and (H, W) bool each."""
-    found = [cut_out(picture, inside.astype(np.uint8))
-             for picture, inside in ((image, mask), *more)]
-    return [cutout for cutout in found if cutout is not None]
+    """Cut out the target, for duplicates, and other objects, for distractors.
+
+    Args:
+        image, mask: (H, W, 3) uint8 RGB and (H, W) bool of the target.
+        more: images and masks of other objects.
+    """
+    cutouts = [cut_out(picture, inside.astype(np.uint8))
+               for picture, inside in ((image, mask), *more)]
+    return [cutout for cutout in cutouts if cutout is not None]

@@ -1,11 +1,12 @@
-"""Training of the decoder that is shown objects, by a person who is simulated.
+"""Train the prompt decoder with a simulated user.
 
-The encoder stays as it is, so a scene is encoded once and then shown and mended click by click:
-each step takes one round of each of several scenes, and a scene that was mended for long enough
-makes room for another. Reports and resuming are those of every training.
+The encoder is frozen, so a sample (an object in a crop of a frame) is encoded once and then
+prompted and corrected click by click. A step takes one round of each of several active samples; a
+finished sample makes room for another. Reports and resuming work as in every training.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -22,7 +23,7 @@ from media.background import interruptible, progress
 from media.prompts import Prompts
 from network.prompts import PromptDecoder, Seen
 from system import distributed
-from tracking import prompting as looking
+from tracking import prompting
 from training import distractors, simulated_user
 from training.options import MAX_GRADIENT_NORM, Options, one_cycle
 from training.report import Report
@@ -32,61 +33,73 @@ from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
-STILLS = 0.6  # of the scenes, where there are sequences too
-BOXES = 0.6  # of the scenes begin with a box, the others with a click
-# of the scenes get more objects, half of them doubles: a box tells by itself which is meant
+# Shares of the samples
+STATIC_IMAGES = 0.6  # from static images, where there are sequences too: they show more classes
+BOXES = 0.6  # begin with a box, the others with a click
+# Get distractors, half of them duplicates. Boxes seldom do: with many distractors J of boxes fell
+# from 0.848 to 0.833, and rose to 0.840 with few, because a box tells by itself which object is
+# meant (docs/log/2026-11-25-keys-and-values.md).
 CROWDED = {"box": 0.1, "click": 0.6}
-JITTER = 0.1  # of a box's sides
-MARGINS = (0.2, 0.8)  # seen around what is shown, as `looking.MARGIN`
-MASKED = 0.25  # of the clicked scenes begin with a mask that is wrong here and there
-KEPT = 0.75  # of the rounds show the mask so far
+MASKED = 0.25  # of the clicked ones, begin with a partly wrong mask, as a tracker leaves it
+
+JITTER = 0.1  # shift of a box's sides; more tolerates careless boxes, at the cost of exact ones
+MARGINS = (0.2, 0.8)  # around the prompted region, on both sides of `prompting.MARGIN`
+KEPT = 0.75  # share of the rounds with the previous mask as input; the decoder must do without too
+# Numbers of rounds to choose from. More rounds train on later corrections, fewer on first masks;
+# a round costs no encoder pass.
 ROUNDS = {"box": (1, 1, 2, 3), "click": range(1, 9)}
-SMALLEST = 60  # pixels: what is smaller isn't shown
-TRIES = 100  # random frames that are looked at for such an object before all others are
-RATE = 10  # times the learning rate of an encoder, since it begins from nothing
-CHECKED = 30  # held-out frames at most
+SMALLEST = 60  # pixels of an object; smaller ones are hardly more than a click
+TRIES = 100  # random frames to search for such an object before all frames are searched
+RATE = 10  # times the encoder's learning rate, since the decoder starts from random weights
+CHECKED = 30  # held-out static images at most: each is prompted five times per report
 
 
 class PromptSamples(Dataset):
-    """An endless number of scenes: a part of a frame, what is shown of an object, and its mask.
+    """An endless number of samples: a crop of a frame, an object's mask, and its first prompts.
 
-    A scene depends on seed and index alone.
+    A sample depends on the seed and its index alone. Items are (3, H, W) normalised float32, the
+    (H, W) bool mask, the prompts in the crop's pixels, and a bool per round: whether the mask so
+    far is an input of the next one.
 
     Args:
-        sequences, stills: at least one of either.
-        augment: flips and changes of colour.
+        sequences, static_images: at least one of either.
+        augment: add distractors, flip, and change colours.
     """
 
-    def __init__(self, sequences: list[Sequence], stills: list[StaticImage], augment: bool = True,
-                 seed: int = 0):
-        self.sequences, self.stills, self.augment, self.seed = sequences, stills, augment, seed
+    def __init__(self, sequences: list[Sequence], static_images: list[StaticImage],
+                 augment: bool = True, seed: int = 0):
+        self.sequences, self.static_images = sequences, static_images
+        self.augment, self.seed = augment, seed
         self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
     def __getitem__(self, index: int):
-        """(3, H, W) normalised float32, (H, W) bool, prompts in its pixels, rounds: see `Scene`."""
         rng = np.random.default_rng((self.seed, index))
         image, truth = self._object(rng)
-        begun = "box" if rng.random() < BOXES else "click"
-        if self.augment and rng.random() < CROWDED[begun]:
+        kind = "box" if rng.random() < BOXES else "click"
+        if self.augment and rng.random() < CROWDED[kind]:
             others = distractors.distractor_cutouts(image, truth, [self._object(rng)])
             image, truth = distractors.add_distractors(image, truth, others, rng)
         if self.augment and rng.random() < 0.5:
             image, truth = image[:, ::-1].copy(), truth[:, ::-1].copy()
-        shown, part, rounds = initial_prompts(truth, rng, begun)
-        patch, shown = looking.resize_crop(image, shown, part)
-        truth, before = (None if mask is None else cv2.resize(
+        prompts, region, rounds = initial_prompts(truth, rng, kind)
+        patch, prompts = prompting.resize_crop(image, prompts, region)
+        truth, mask = (None if mask is None else cv2.resize(
             mask.astype(np.uint8), patch.shape[1::-1],
-            interpolation=cv2.INTER_NEAREST_EXACT) > 0 for mask in (truth[part], shown.mask))
-        shown = Prompts(shown.boxes, shown.points, shown.not_points, before)
+            interpolation=cv2.INTER_NEAREST_EXACT) > 0 for mask in (truth[region], prompts.mask))
+        prompts = Prompts(prompts.boxes, prompts.points, prompts.not_points, mask)
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(rng.integers(2**31)))
                 patch = self.colour(torch.from_numpy(patch).permute(2, 0, 1)).permute(1, 2, 0)
             patch = np.ascontiguousarray(patch.numpy())
-        return preprocess.to_tensor(patch), truth, shown, (rng.random(rounds) < KEPT).tolist()
+        return preprocess.to_tensor(patch), truth, prompts, (rng.random(rounds) < KEPT).tolist()
 
     def _object(self, rng) -> tuple[np.ndarray, np.ndarray]:
-        """(H, W, 3) uint8 and (H, W) bool of any object that is large enough to be shown."""
+        """Return an image, (H, W, 3) uint8, and the (H, W) bool mask of a random object in it.
+
+        Raises:
+            ValueError: no mask holds an object of `SMALLEST` pixels.
+        """
         for source, frame in self._frames(rng):
             mask = source.mask(frame)
             ids, counts = np.unique(mask, return_counts=True)
@@ -97,44 +110,51 @@ class PromptSamples(Dataset):
                          "expected larger objects, or images of a higher resolution")
 
     def _frames(self, rng):
-        """Labelled frames to look for an object in: `TRIES` random ones, then each of all once."""
+        """Yield labelled frames to search: `TRIES` random ones, then every frame once."""
         for _ in range(TRIES):
-            stills = not self.sequences or (self.stills and rng.random() < STILLS)
-            sources = self.stills if stills else self.sequences
+            static = not self.sequences or (self.static_images and rng.random() < STATIC_IMAGES)
+            sources = self.static_images if static else self.sequences
             source = sources[rng.integers(len(sources))]
             yield source, int(rng.choice(source.labelled))
-        for source in (*self.sequences, *self.stills):
+        for source in (*self.sequences, *self.static_images):
             yield from ((source, frame) for frame in source.labelled)
 
 
-def initial_prompts(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, slice], int]:
-    """What a person shows of an object at first, the part that is looked at, and for how long.
+def initial_prompts(truth: np.ndarray, rng,
+                    kind: str) -> tuple[Prompts, tuple[slice, slice], int]:
+    """Simulate a user's first prompts of an object.
 
     Args:
-        begun: with a "box" or a "click".
+        truth: (H, W) bool.
+        kind: begin with a "box" or a "click".
+
+    Returns:
+        The prompts, the region of the frame to encode (rows, columns), and the number of rounds.
     """
     shape, margin = truth.shape, rng.uniform(*MARGINS)
     box = simulated_user.jitter_box(simulated_user.bounding_box(truth), JITTER, shape, rng)
-    if rng.random() < 0.5:  # too large or too small on all sides
+    if rng.random() < 0.5:  # boxes that are too large or too small on all sides
         box = scale_box(box, rng.uniform(-JITTER, JITTER), shape)
-    part = looking.crop_around(Prompts([box]), shape, margin)
-    rounds = int(rng.choice(ROUNDS[begun]))
-    if begun == "box":
-        return Prompts([box]), part, rounds
-    if rng.random() < 0.5:
-        part = slice(0, shape[0]), slice(0, shape[1])
-    shown = Prompts(points=[simulated_user.first_click(truth, rng)])
+    region = prompting.crop_around(Prompts([box]), shape, margin)
+    rounds = int(rng.choice(ROUNDS[kind]))
+    if kind == "box":
+        return Prompts([box]), region, rounds
+    if rng.random() < 0.5:  # a click does not say how large the object is: see the whole frame
+        region = slice(0, shape[0]), slice(0, shape[1])
+    prompts = Prompts(points=[simulated_user.first_click(truth, rng)])
     if rng.random() < MASKED:
-        wrong = corrupt_mask(truth, box, rng)
-        click = simulated_user.next_click(wrong, truth)
-        if wrong.any() and click is not None:
-            shown = Prompts(mask=wrong)
-            (shown.points if click[1] else shown.not_points).append(click[0])
-    return shown, part, rounds
+        mask = corrupt_mask(truth, box, rng)
+        click = simulated_user.next_click(mask, truth)
+        if mask.any() and click is not None:
+            point, positive = click
+            prompts = Prompts(mask=mask)
+            (prompts.points if positive else prompts.not_points).append(point)
+    return prompts, region, rounds
 
 
-def scale_box(box, share: float, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """A box that is larger by a share of each side, on all sides, or smaller."""
+def scale_box(box: tuple[int, int, int, int], share: float,
+              shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Move all sides of a box outwards by a share of its size (inwards if negative)."""
     x, y, w, h = box
     left, top = max(0, round(x - share * w)), max(0, round(y - share * h))
     right, bottom = (min(shape[1], round(x + w + share * w)),
@@ -143,26 +163,34 @@ def scale_box(box, share: float, shape: tuple[int, int]) -> tuple[int, int, int,
 
 
 def corrupt_mask(truth: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:
-    """A mask as a tracker might leave it: coarse, too wide or too narrow, a disc too much or too
-    little."""
+    """Return a mask as a tracker might leave it: coarse, too wide or too narrow, with one blob.
+
+    The blob is a disc that is missing or added.
+
+    Args:
+        truth: (H, W) bool.
+        box: x, y, width, height of the object, which scale the errors.
+    """
     _, _, w, h = box
     side = max(w, h)
     soft = cv2.GaussianBlur(truth.astype(np.float32), (0, 0), 0.5 + 0.06 * side * rng.random())
-    wrong = (soft > rng.uniform(0.25, 0.75)).astype(np.uint8)
+    mask = (soft > rng.uniform(0.25, 0.75)).astype(np.uint8)
     x, y = simulated_user.first_click(truth, rng)
     middle = x + round(side * rng.normal(0, 0.2)), y + round(side * rng.normal(0, 0.2))
-    cv2.circle(wrong, middle, 1 + round(side * rng.uniform(0.05, 0.3)), int(rng.random() < 0.4),
+    cv2.circle(mask, middle, 1 + round(side * rng.uniform(0.05, 0.3)), int(rng.random() < 0.4),
                cv2.FILLED)
-    return wrong > 0
+    return mask > 0
 
 
 @dataclass
 class ActiveSample:
-    """One that is being mended.
+    """An encoded sample that is being corrected.
 
     Args:
-        prompts: what is shown next.
-        rounds: as many as are left, and whether the mask so far is shown after each.
+        seen: features of the crop.
+        truth: (H, W) bool mask of the object.
+        prompts: input of the next round.
+        rounds: one per round left: whether the mask so far is an input of the round after it.
     """
 
     seen: Seen
@@ -171,28 +199,32 @@ class ActiveSample:
     rounds: list[bool]
 
 
-def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[StaticImage],
+def train_prompts(model: VideoMatch, sequences: list[Sequence], static_images: list[StaticImage],
                   held_out: list, options: Options) -> float:
-    """Fit the part of a model that is shown objects, and nothing else of it.
+    """Train the prompt decoder of a model, and nothing else of it; a model without one gets one.
 
     Args:
-        held_out: sequences and stills whose masks decide which weights are kept.
-        options: `shape`, `losses` and `shuffle` don't count.
+        model: its encoder is used as it is.
+        sequences, static_images: to draw samples from.
+        held_out: sequences and static images whose masks decide which weights are saved.
+        options: `shape`, `losses` and `shuffle` have no effect.
 
     Returns:
-        The best held-out J, the mean of boxes, of one and of three clicks.
+        The best held-out J in [0, 1]: the mean over the true box, a moved box, one click and three
+        clicks.
 
     Raises:
-        ValueError: `options.resume`, and the state is that of a run with other options.
+        ValueError: no object is large enough, or the state to resume from belongs to a run with
+            other options.
     """
     torch.manual_seed(options.seed)
     sequences = large_enough(sequences, SMALLEST, masks=1)
-    if not sequences and not stills:
+    if not sequences and not static_images:
         raise ValueError(f"nothing to train on: no object has at least {SMALLEST} pixels")
     decoder = add_prompt_decoder(model)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
     schedule = one_cycle(optimizer, RATE * options.learning_rate, options.iterations)
-    report = PromptReport(model, optimizer, schedule, sequences, held_out, options, stills)
+    report = PromptReport(model, optimizer, schedule, sequences, held_out, options, static_images)
     done = report.start_or_resume()
     with report, interruptible() as interrupted:
         bar = progress(total=options.iterations, initial=done, desc="training",
@@ -200,7 +232,8 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sta
         while done < options.iterations and report.reports_since_best < options.patience:
             every = options.report if options.report > 0 else options.iterations
             last = min(options.iterations, (done // every + 1) * every)
-            for loss in training_steps(model, optimizer, sequences, stills, options, done, last):
+            for loss in training_steps(model, optimizer, sequences, static_images, options, done,
+                                       last):
                 schedule.step()
                 report.losses.append(loss)
                 done += 1
@@ -210,62 +243,71 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sta
                     break
             report(done)
             if done < last:
-                log.info("interrupted after iteration %d, --resume goes on from there", done)
+                log.info("interrupted after iteration %d; continue with --resume", done)
                 break
     log.info("saved in %s", options.save)
     return report.best
 
 
 def add_prompt_decoder(model: VideoMatch) -> PromptDecoder:
-    """The part of a model that is shown objects; a new one, untrained, where there is none."""
+    """Return the model's prompt decoder; adds an untrained one if there is none."""
     if model.prompts is None:
         model.prompts = PromptDecoder(tuple(model.encoder.spec.levels.values())).to(model.device)
     return model.prompts
 
 
-def training_steps(model: VideoMatch, optimizer, sequences, stills, options: Options, first: int,
-           last: int):
-    """The losses of the steps from one report to the next, as they are made.
+def training_steps(model: VideoMatch, optimizer, sequences: list[Sequence],
+                   static_images: list[StaticImage], options: Options, first: int,
+                   last: int) -> Iterator[float]:
+    """Take the steps from one report to the next; yields the loss of each.
 
-    Scenes begin anew after a report, so that a run that goes on from there goes the same way.
+    All samples are new after a report, so that a run resumed there continues identically.
+
+    Args:
+        first, last: iterations of the whole training, `last` exclusive.
     """
-    scenes = PromptSamples(sequences, stills, options.augment, options.seed)
-    # no scene is taken twice: a step makes room for as many as it holds at most
+    samples = PromptSamples(sequences, static_images, options.augment, options.seed)
+    # A step finishes at most as many samples as it holds, so no sample is drawn twice.
     each = options.batch_size * distributed.count()
     indices = range(first * each + distributed.rank(), (last + 1) * each, distributed.count())
-    loader = iter(DataLoader(scenes, None, sampler=indices, num_workers=options.workers,
-                             collate_fn=_same))
+    loader = iter(DataLoader(samples, None, sampler=indices, num_workers=options.workers,
+                             collate_fn=_unchanged))
     model.eval()
-    running: list[ActiveSample] = []
+    active: list[ActiveSample] = []
     for _ in range(first, last):
-        while len(running) < options.batch_size:
-            running.append(start_sample(model, *next(loader)))
-        yield training_step(model, optimizer, running)
-        running = [scene for scene in running if scene.rounds]
+        while len(active) < options.batch_size:
+            active.append(start_sample(model, *next(loader)))
+        yield training_step(model, optimizer, active)
+        active = [sample for sample in active if sample.rounds]
 
 
-def _same(item):
+def _unchanged(item):
+    """Keep samples as they are; a lambda could not be sent to worker processes."""
     return item
 
 
 @torch.no_grad()
 def start_sample(model: VideoMatch, image: torch.Tensor, truth: np.ndarray, prompts: Prompts,
-          left: list[bool]) -> ActiveSample:
+                 rounds: list[bool]) -> ActiveSample:
+    """Encode a sample. Arguments are those of an item of `PromptSamples`."""
     image = image[None].to(model.device)
     seen = model.prompts.look(image, *model.encoder.pyramid(image))
-    return ActiveSample(seen, truth, prompts, left)
+    return ActiveSample(seen, truth, prompts, rounds)
 
 
-def training_step(model: VideoMatch, optimizer, scenes: list[ActiveSample]) -> float:
-    """One update by a round of each scene, which then has a click more; the loss before it."""
+def training_step(model: VideoMatch, optimizer, samples: list[ActiveSample]) -> float:
+    """Update the decoder once and add a click to each sample; returns the loss before the update.
+
+    Each sample is one round: predict a mask, compute its loss, correct its largest error.
+    """
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for scene in scenes:
-        logits = model.prompts(scene.seen, scene.prompts)
-        loss = loss_of(logits, scene.truth) / len(scenes)
-        loss.backward()
+    for sample in samples:
+        logits = model.prompts(sample.seen, sample.prompts)
+        loss = loss_of(logits, sample.truth) / len(samples)
+        loss.backward()  # one sample at a time, so that memory does not grow with the batch
         total += loss.item()
-        correct(scene, logits.detach())
+        correct(sample, logits.detach())
     distributed.average_gradients(model.prompts.parameters())
     torch.nn.utils.clip_grad_norm_(model.prompts.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
@@ -273,26 +315,29 @@ def training_step(model: VideoMatch, optimizer, scenes: list[ActiveSample]) -> f
 
 
 def loss_of(logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor:
-    """Cross-entropy and dice of (h, w) logits, given the (H, W) bool mask."""
+    """Return cross-entropy plus dice loss of (h, w) logits, given the (H, W) bool mask.
+
+    The mask is averaged to the size of the logits: a location on an edge has a target in between.
+    """
     target = torch.from_numpy(truth.astype(np.float32)).to(logits.device)[None, None]
     target = F.adaptive_avg_pool2d(target, logits.shape)[0, 0]
-    found = logits.sigmoid()
-    dice = 1 - (2 * (found * target).sum() + 1) / (found.sum() + target.sum() + 1)
+    probability = logits.sigmoid()
+    dice = 1 - (2 * (probability * target).sum() + 1) / (probability.sum() + target.sum() + 1)
     return F.binary_cross_entropy_with_logits(logits, target) + dice
 
 
-def correct(scene: ActiveSample, logits: torch.Tensor) -> None:
-    """The person's next click; a scene without an error left is at its end."""
-    found = F.interpolate(logits[None, None], size=scene.truth.shape, mode="bilinear",
-                          align_corners=False)[0, 0].cpu().numpy() > 0
-    found = looking.select_components(found, scene.prompts)
-    keep, *left = scene.rounds
-    more = simulated_user.add_click(scene.prompts, found, scene.truth, keep)
-    scene.prompts, scene.rounds = (scene.prompts, []) if more is None else (more, left)
+def correct(sample: ActiveSample, logits: torch.Tensor) -> None:
+    """Add the simulated user's next click to a sample, in place; a perfect mask finishes it."""
+    predicted = F.interpolate(logits[None, None], size=sample.truth.shape, mode="bilinear",
+                              align_corners=False)[0, 0].cpu().numpy() > 0
+    predicted = prompting.select_components(predicted, sample.prompts)
+    with_mask, *left = sample.rounds
+    more = simulated_user.add_click(sample.prompts, predicted, sample.truth, with_mask)
+    sample.prompts, sample.rounds = (sample.prompts, []) if more is None else (more, left)
 
 
 class PromptReport(Report):
-    """As of every training, of the masks of boxes, of one and of three clicks."""
+    """A `Report` that scores the masks of boxes, of one click and of three clicks."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -300,7 +345,7 @@ class PromptReport(Report):
 
     def save_weights(self, iteration: int, **held_out) -> None:
         facts = {"iteration": iteration, **held_out}
-        # what is known of the rest of the model holds as before
+        # the rest of the model is unchanged, so its facts stay valid
         self.model.save(self.options.save, **{**self.model.facts, "prompts": facts})
 
     def scores(self, held_out: list) -> list[float]:
@@ -309,32 +354,39 @@ class PromptReport(Report):
 
 
 def evaluate_prompts(model: VideoMatch, sources: list, count: int) -> list[dict]:
-    """J of first frames of sequences and of stills; objects one by one.
+    """Measure J of prompted masks, object by object, in the first labelled frames.
+
+    Args:
+        sources: sequences and static images.
+        count: number of clicks.
 
     Returns:
-        Of each object its name, and J: of the true "box", of one whose sides are moved by up to
-        `JITTER` of its own ("jittered"), and a list, of one to `count` "clicks".
+        For each object its "name", J of the true "box", J of a box whose sides are moved by up to
+        `JITTER` of its size ("jittered"), and a list of J after 1 to `count` "clicks".
     """
-    prompt, rows = looking.make_prompter(model.eval()), []
+    prompt, rows = prompting.make_prompter(model.eval()), []
     for source in sources:
         first = source.labelled[0]
         image, mask = source.image(first), source.mask(first)
         for object_id in np.unique(mask[mask > 0]).tolist():
             truth = mask == object_id
-            rng = np.random.default_rng(len(rows))
+            rng = np.random.default_rng(len(rows))  # the same prompts in every report
             box = simulated_user.bounding_box(truth)
-            moved = simulated_user.jitter_box(box, JITTER, truth.shape, rng)
-            rows.append({"name": f"{source.name}_{object_id}", **{
-                name: metrics.jaccard(prompt(image, Prompts([shown])), truth)
-                for name, shown in (("box", box), ("jittered", moved))}, "clicks": [
-                metrics.jaccard(found, truth)
-                for found in simulated_user.simulate_clicks(prompt, image, truth, count, rng)]})
+            jittered = simulated_user.jitter_box(box, JITTER, truth.shape, rng)
+            clicked = simulated_user.simulate_clicks(prompt, image, truth, count, rng)
+            rows.append({
+                "name": f"{source.name}_{object_id}",
+                "box": metrics.jaccard(prompt(image, Prompts([box])), truth),
+                "jittered": metrics.jaccard(prompt(image, Prompts([jittered])), truth),
+                "clicks": [metrics.jaccard(predicted, truth) for predicted in clicked]})
     return rows
 
 
-def split_static_images(stills: list[StaticImage], share: float, seed: int) -> tuple[list, list]:
-    """Hold some out, at most as many as `CHECKED`: (training, held out)."""
-    count = min(round(share * len(stills)), CHECKED)
-    chosen = set(np.random.default_rng(seed).choice(len(stills), count, replace=False).tolist())
-    return ([still for i, still in enumerate(stills) if i not in chosen],
-            [still for i, still in enumerate(stills) if i in chosen])
+def split_static_images(static_images: list[StaticImage], share: float,
+                        seed: int) -> tuple[list, list]:
+    """Hold out a share of the images, at most `CHECKED`; returns (training, held out)."""
+    count = min(round(share * len(static_images)), CHECKED)
+    held_out = set(np.random.default_rng(seed).choice(len(static_images), count,
+                                                      replace=False).tolist())
+    return ([image for i, image in enumerate(static_images) if i not in held_out],
+            [image for i, image in enumerate(static_images) if i in held_out])

@@ -1,6 +1,6 @@
-"""What a person would show of an object whose mask is known: boxes, and one click after the other.
+"""Simulate a user who prompts an object: boxes, and clicks that correct one mask after the other.
 
-To train on and to measure by. Nothing of a network is known here.
+Used for training and for measuring; the object's true mask is known.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,56 +10,64 @@ import numpy as np
 
 from media.prompts import Prompts
 
-WELL = 0.5  # of the greatest depth: what is deeper is well inside
+# First clicks lie at least this share of the greatest distance from the object's edge, as users
+# click well inside an object but not at its exact centre.
+WELL = 0.5
 
 
 def distance_to_edge(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> (H, W) float32, pixels to the nearest one outside, or beyond the frame."""
+    """Return (H, W) float32, the distance of each pixel to the nearest one outside the mask.
+
+    The frame's border counts as outside.
+
+    Args:
+        mask: (H, W) bool.
+    """
     padded = np.pad(mask.astype(np.uint8), 1)
     return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
 
 
 def first_click(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-    """x, y of a pixel anywhere well inside an object; the mask holds at least a pixel."""
-    deep = distance_to_edge(mask)
-    rows, columns = np.nonzero(deep >= max(WELL * deep.max(), 1e-6))
+    """Return (x, y) of a random pixel well inside an object; the mask must not be empty."""
+    distance = distance_to_edge(mask)
+    rows, columns = np.nonzero(distance >= max(WELL * distance.max(), 1e-6))
     i = rng.integers(len(rows))
     return int(columns[i]), int(rows[i])
 
 
-def next_click(found: np.ndarray, truth: np.ndarray) -> tuple[tuple[int, int], bool] | None:
-    """The middle of the largest error: its pixel that is farthest from all outside it.
+def next_click(predicted: np.ndarray, truth: np.ndarray) -> tuple[tuple[int, int], bool] | None:
+    """Return the centre of the largest error: its pixel that is farthest from the error's edge.
 
     Args:
-        found, truth: (H, W) bool.
+        predicted, truth: (H, W) bool.
 
     Returns:
-        x, y, and whether the object is there; None where there is no error.
+        (x, y), and whether the click is positive (on the object); None without an error.
     """
-    largest, area, wanted = None, 0, False
-    for missing, wrong in ((True, truth & ~found), (False, found & ~truth)):
+    largest, area, positive = None, 0, False
+    for missing, wrong in ((True, truth & ~predicted), (False, predicted & ~truth)):
         count, labels, stats, _ = cv2.connectedComponentsWithStats(wrong.astype(np.uint8))
         if count > 1:
             i = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
             if stats[i, cv2.CC_STAT_AREA] > area:
-                largest, area, wanted = labels == i, stats[i, cv2.CC_STAT_AREA], missing
+                largest, area, positive = labels == i, stats[i, cv2.CC_STAT_AREA], missing
     if largest is None:
         return None
     y, x = np.unravel_index(distance_to_edge(largest).argmax(), largest.shape)
-    return (int(x), int(y)), wanted
+    return (int(x), int(y)), positive
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x, y, width, height of the smallest box around what is true in an (H, W) mask."""
+    """Return x, y, width, height of the smallest box around the (H, W) bool mask."""
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
     return x, y, w, h
 
 
 def jitter_box(box: tuple[int, int, int, int], share: float, shape: tuple[int, int],
-             rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box whose sides are moved, each by up to a share of the box's own, within an (H, W) frame.
+               rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Move each side of a box by up to a share of the box's size, within an (H, W) frame.
 
-    It keeps at least a pixel.
+    The result has at least one pixel.
     """
     x, y, w, h = box
     left, right = (rng.uniform(-share, share, 2) * w + (x, x + w)).round().astype(int)
@@ -69,32 +77,36 @@ def jitter_box(box: tuple[int, int, int, int], share: float, shape: tuple[int, i
     return int(left), int(top), int(right - left), int(bottom - top)
 
 
-def add_click(prompts: Prompts, found: np.ndarray, truth: np.ndarray,
-            keep: bool = True) -> Prompts | None:
-    """The prompts with a click more, in the middle of the largest error; None where there is none.
+def add_click(prompts: Prompts, predicted: np.ndarray, truth: np.ndarray,
+              with_mask: bool = True) -> Prompts | None:
+    """Add a click at the centre of the largest error; None if there is no error.
 
     Args:
-        keep: the mask so far is shown too.
+        prompts: those that led to the prediction.
+        predicted, truth: (H, W) bool.
+        with_mask: the new prompts include the predicted mask.
     """
-    click = next_click(found, truth)
+    click = next_click(predicted, truth)
     if click is None:
         return None
-    point, wanted = click
-    return Prompts(prompts.boxes, [*prompts.points, *[point] * wanted],
-                   [*prompts.not_points, *[point] * (not wanted)], found if keep else None)
+    point, positive = click
+    return Prompts(prompts.boxes, [*prompts.points, *[point] * positive],
+                   [*prompts.not_points, *[point] * (not positive)],
+                   predicted if with_mask else None)
 
 
 def simulate_clicks(prompt: Callable[[np.ndarray, Prompts], np.ndarray], image: np.ndarray,
-             truth: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """The masks after one to `count` clicks of a person who sees each before the next.
+                    truth: np.ndarray, count: int,
+                    rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yield the predicted masks after 1 to `count` clicks, each correcting the mask before it.
 
     Args:
-        prompt: (H, W, 3) uint8 RGB and prompts -> (H, W) bool.
+        prompt: maps an (H, W, 3) uint8 RGB image and prompts to an (H, W) bool mask.
         truth: (H, W) bool.
     """
     prompts: Prompts | None = Prompts(points=[first_click(truth, rng)])
     for _ in range(count):
-        if prompts is not None:
-            found = prompt(image, prompts)
-            prompts = add_click(prompts, found, truth)
-        yield found
+        if prompts is not None:  # None: the mask is perfect, and stays as it is
+            predicted = prompt(image, prompts)
+            prompts = add_click(prompts, predicted, truth)
+        yield predicted

@@ -1,7 +1,4 @@
-"""Still images with masks, as they lie on disk: `images/` and `masks/` in a folder.
-
-It knows nothing of how a clip is made of one.
-"""
+"""Static images with masks, in a folder's `images/` and `masks/`."""
 
 import logging
 from dataclasses import dataclass
@@ -19,11 +16,11 @@ TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp
 
 @dataclass(frozen=True)
 class StaticImage:
-    """One image and its mask: a sequence (`davis.Sequence`) of a single frame.
+    """An image with its mask; has the interface of a `davis.Sequence` of one frame.
 
     Args:
         name: the files' stem.
-        images, masks: a file each.
+        images, masks: one file each.
     """
 
     name: str
@@ -36,19 +33,19 @@ class StaticImage:
         return 1
 
     def image(self, index: int = 0) -> np.ndarray:
-        """(H, W, 3) uint8 RGB."""
+        """Return the (H, W, 3) uint8 RGB image."""
         return images.read_image(self.images[index])
 
     def mask(self, index: int = 0) -> np.ndarray:
-        """(H, W) uint8, 0 background, else the object's id; see `media.masks.read_mask`."""
+        """Return the (H, W) uint8 mask, 0 background, 1..255 objects; see `masks.read`."""
         return read_mask(self.masks[index])
 
     def check(self) -> None:
-        """Look at both headers.
+        """Check both files' headers.
 
         Raises:
-            OSError: a file that is no image.
-            ValueError: sizes that differ.
+            OSError: a file is no image.
+            ValueError: image and mask differ in size.
         """
         shape = images.image_shape(self.images[0], "an image")
         mask_shape = images.image_shape(self.masks[0], f"the mask of {self.images[0]}")
@@ -56,16 +53,15 @@ class StaticImage:
 
 
 class StaticImages:
-    """The still images of a folder, sorted by name.
+    """The static images of a folder, sorted by name.
 
     Args:
-        root: the folder with `images` and `masks`, whose files match by stem.
+        root: folder with `images` and `masks`, whose files match by stem.
 
     Raises:
-        FileNotFoundError: no such folders, nothing in them, or an image without its mask or a
-            mask without its image.
-        OSError: a file that is no image.
-        ValueError: two files of one stem, or what `Still.check` refuses.
+        FileNotFoundError: a folder is missing or empty, or an image or a mask has no counterpart.
+        OSError: a file is no image.
+        ValueError: two files have the same stem, or image and mask differ in size.
     """
 
     def __init__(self, root: str | Path):
@@ -77,18 +73,19 @@ class StaticImages:
         for path in (path for stem, path in sorted(masks.items()) if stem not in found):
             raise FileNotFoundError(f"{self.root / 'images' / path.stem}.jpg: no such image, "
                                     f"expected one for the mask {path}")
-        self.stills = [StaticImage(stem, (found[stem],), (masks[stem],)) for stem in sorted(found)]
-        for still in self.stills:
-            still.check()
+        self.images = [StaticImage(stem, (found[stem],), (masks[stem],)) for stem in sorted(found)]
+        # all headers now: a broken file must not end a training hours later
+        for image in self.images:
+            image.check()
 
     def __len__(self) -> int:
-        return len(self.stills)
+        return len(self.images)
 
     def __iter__(self):
-        return iter(self.stills)
+        return iter(self.images)
 
     def _files(self, kind: str) -> dict[str, Path]:
-        """The image files of a folder by their stem."""
+        """Return the image files of a subfolder by their stem."""
         folder = self.root / kind
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder (--stills), expected images/ and "

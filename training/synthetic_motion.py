@@ -1,7 +1,7 @@
-"""What moves how in a clip: the camera over a still image, its objects, objects pasted in.
+"""Synthetic motion: a camera over a static image, objects that move on their own, lighting.
 
-It draws ways and lays layers, of arrays alone; which images and objects those are is decided in
-`samples`, how a layer is pasted in `motion`.
+Draws random paths and turns cut-outs into layers (`warps.Layer`). `samples` decides which images
+and objects go into a clip.
 """
 
 import cv2
@@ -12,28 +12,32 @@ from media.drawing import areas
 from training import warps
 from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
 
-LEAVES = 0.12  # share of the objects that leave the frame once
-STREAKS = 0.3  # and of those that their motion blurs
-SIZE = (0.05, 0.5)  # of a pasted object: the root of its share of the frame
-LARGEST = 1.6  # enlargement of what is pasted
-TOUCH = 9  # pixels between objects that move as one
-PART = (0.1, 0.5)  # of an object that is cut in two
-SEEN = 0.15  # of an object, in the reference frame, if it is to be known
+LEAVES = 0.12  # chance that an object leaves the frame once and returns
+STREAKS = 0.3  # chance that an object has motion blur
+SIZE = (0.05, 0.5)  # of a pasted object: square root of its share of the frame's area
+LARGEST = 1.6  # magnification of pasted objects, which get blurred beyond it
+TOUCH = 9  # pixels; objects that are closer than about this move as one
+PART = (0.1, 0.5)  # share of an object that becomes an object of its own
+SEEN = 0.15  # visible share of an object in the reference frame; below, it is not a target
 
 
-def camera_poses(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int, int],
-           focus: np.ndarray) -> np.ndarray:
-    """(T, 2, 3) poses of an image of (H, W) `size` in frames of `shape`: crops that drift and zoom.
+def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tuple[int, int],
+                 focus: np.ndarray) -> np.ndarray:
+    """Return (T, 2, 3) poses of an image in the frames of a clip: crops that drift and zoom.
 
     Args:
-        far: the first frame is seen from elsewhere.
-        focus: (x, y) in the image, to be seen.
+        frames: T.
+        jump: the first frame is an independent view.
+        size: (H, W) of the image.
+        shape: (H, W) of the frames.
+        focus: (x, y) in the image that is to be visible.
     """
     whole, frame = np.array(size[::-1]), np.array(shape[::-1])  # x and y
     cover, contain = (frame / whole).max(), (frame / whole).min()
     poses = []
-    for shot in _shots(frames, far):
+    for shot in _shots(frames, jump):
         count = len(shot)
+        # from 0.6 of covering the frame, where the image is mirrored beyond its border, to 1.8
         zoom = np.exp(rng.uniform(*np.log((max(contain, 0.6 * cover), 1.8 * cover))))
         mirror = rng.choice((-1, 1))
         crop = frame / zoom
@@ -41,152 +45,174 @@ def camera_poses(rng, frames: int, far: bool, size: tuple[int, int], shape: tupl
         inside = np.clip(center, crop / 2, np.maximum(whole - crop / 2, crop / 2))
         center = np.where(crop < whole, inside, whole / 2 + rng.uniform(-0.1, 0.1, 2) * crop)
         zoom = zoom * np.exp(random_path(rng, count, 0.02))
+        # a camera moves less than objects do: a quarter of their rotation, half of their shift
         linear = linear_maps(random_path(rng, count, warps.TURN / 4), zoom,
                              random_path(rng, count, 0.005))
         linear[..., 0] *= mirror
-        place = frame / 2 + random_path(rng, count, 0.015 * frame[0], size=(2,))
-        poses.append(affine_poses(linear, center, place))
+        position = frame / 2 + random_path(rng, count, 0.015 * frame[0], size=(2,))
+        poses.append(affine_poses(linear, center, position))
     return np.concatenate(poses)
 
 
-def _shots(frames: int, far: bool) -> list[range]:
-    """Frames that follow each other: all, or all but the first, which is far."""
-    return [range(1), range(1, frames)] if far else [range(frames)]
+def _shots(frames: int, jump: bool) -> list[range]:
+    """Return runs of consecutive frames: all, or with a jump the first and the rest."""
+    return [range(1), range(1, frames)] if jump else [range(frames)]
 
 
 def touching_groups(ids: np.ndarray) -> list[list[int]]:
-    """The objects of a mask; those that touch each other together."""
+    """Group the object ids of an (H, W) mask; objects that touch each other share a group."""
     near = cv2.dilate((ids > 0).astype(np.uint8), np.ones((TOUCH, TOUCH), np.uint8))
-    parts = cv2.connectedComponents(near)[1]
-    joined: list[set[int]] = []
+    regions = cv2.connectedComponents(near)[1]
+    joined: list[set[int]] = []  # object ids, and the regions they lie in as negative numbers
     for i in np.unique(ids[ids > 0]).tolist():
-        place = {i} | {-int(p) for p in np.unique(parts[ids == i])}
-        apart = [other for other in joined if not other & place]
-        joined = [*apart, place.union(*(other for other in joined if other & place))]
+        members = {i} | {-int(p) for p in np.unique(regions[ids == i])}
+        apart = [other for other in joined if not other & members]
+        joined = [*apart, members.union(*(other for other in joined if other & members))]
     return [sorted(i for i in group if i > 0) for group in joined]
 
 
 def split_part(rng, ids: np.ndarray, new: int) -> np.ndarray:
-    """(H, W) ids -> the same, but that a part of one object, what is nearest to a point of it, is
-    another: as a bag is that someone carries, it goes where the object goes."""
+    """Give a part of a random object in an (H, W) mask the id `new`.
+
+    The part is a disc around a random point of the object, and moves with it, like a bag that
+    someone carries.
+    """
     rows, columns = np.nonzero(ids == rng.choice(np.unique(ids[ids > 0])))
     point = rng.integers(len(rows))
-    far = np.hypot(rows - rows[point], columns - columns[point])
-    part = far <= np.quantile(far, rng.uniform(*PART))
+    distance = np.hypot(rows - rows[point], columns - columns[point])
+    part = distance <= np.quantile(distance, rng.uniform(*PART))
     ids = ids.copy()
     ids[rows[part], columns[part]] = new
     return ids
 
 
 def object_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tuple[int, int],
-        far: bool) -> Layer:
-    """A layer of objects that a still image shows, moving on its own before the background.
+                 jump: bool) -> Layer:
+    """Return a layer of a static image's own objects, moving in front of its background.
 
     Args:
-        cutouts: of the still image, one for each frame.
-        poses: (T, 2, 3), those of the background.
+        cutouts: T, from the static image.
+        poses: (T, 2, 3) of the background.
+        shape: (H, W) of the frames.
+        jump: the first frame is an independent view.
     """
     linear = poses[:, :, :2]
-    place = linear @ cutouts[0].center + poses[:, :, 2]
-    natural = 0 if far else int(rng.integers(len(poses)))  # there it is where it was
-    return moving_layer(rng, cutouts, linear, place, shape, far, natural)
+    position = linear @ cutouts[0].center + poses[:, :, 2]
+    natural = 0 if jump else int(rng.integers(len(poses)))
+    return moving_layer(rng, cutouts, linear, position, shape, jump, natural)
 
 
 def layer_path(layer: Layer) -> np.ndarray:
-    """(T, 2) x and y of the middle of a layer's cut-outs in the frames."""
+    """Return (T, 2), x and y of the centre of a layer's first cut-out in each frame."""
     middle = next(c for c in layer.cutouts if c).center
     return layer.poses[:, :, :2] @ middle + layer.poses[:, :, 2]
 
 
 def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
-                 shape: tuple[int, int], far: bool, double: bool = False) -> Layer:
-    """A layer of an object of another image or video, at any place.
+                 shape: tuple[int, int], jump: bool, duplicate: bool = False) -> Layer:
+    """Return a layer of an object of another image or video, at a random place.
 
     Args:
-        cutouts: one for each frame.
-        poses: (T, 2, 3), those of the background: it goes along with that; None: it lies still.
-        double: it is of the clip's own image or video, and about as large as there.
+        cutouts: T, one for each frame.
+        poses: (T, 2, 3) of the background, with which the object moves; None: a video, whose
+            camera motion is unknown.
+        shape: (H, W) of the frames.
+        jump: the first frame is an independent view.
+        duplicate: the object is the clip's own, and keeps about its size there.
     """
     frames, (height, width) = len(cutouts), shape
     first = cutouts[0] or next(c for c in cutouts if c)
     root = np.sqrt(np.count_nonzero(first.ids)) / np.sqrt(height * width)
     longest = max(first.ids.shape) / width
-    if double:
+    if duplicate:
         scale = np.exp(rng.normal(0, 0.15))
         if poses is not None:
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
         scale = min(np.exp(rng.uniform(*np.log(SIZE))) / root, LARGEST, 1.2 / longest)
-    linears, places = [], []
-    for shot in _shots(frames, far):
-        place = rng.uniform(0.1, 0.9, 2) * (width, height)
+    linears, positions = [], []
+    for shot in _shots(frames, jump):
+        position = rng.uniform(0.1, 0.9, 2) * (width, height)
         linear = linear_maps(rng.normal(0, warps.TURN, 1), np.array([scale]), np.zeros(1))
         linear[..., 0] *= rng.choice((-1, 1))
-        along = np.eye(2, 3)[None] if poses is None else poses[shot]
-        change = along[:, :, :2] @ np.linalg.inv(along[0, :, :2])  # of the background
-        place = change @ (place - along[0, :, 2]) + along[:, :, 2]
+        background = np.eye(2, 3)[None] if poses is None else poses[shot]
+        change = background[:, :, :2] @ np.linalg.inv(background[0, :, :2])
+        position = change @ (position - background[0, :, 2]) + background[:, :, 2]
         linears.append(np.broadcast_to(change @ linear, (len(shot), 2, 2)))
-        places.append(np.broadcast_to(place, (len(shot), 2)))
-    return moving_layer(rng, cutouts, np.concatenate(linears), np.concatenate(places), shape, far,
-                  leaves=0 if double else LEAVES)
+        positions.append(np.broadcast_to(position, (len(shot), 2)))
+    # a duplicate stays in sight: only its position tells it from the original
+    return moving_layer(rng, cutouts, np.concatenate(linears), np.concatenate(positions), shape,
+                        jump, leaves=0 if duplicate else LEAVES)
 
 
-def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndarray,
-           shape: tuple[int, int], far: bool, natural: int | None = None,
-           leaves: float = LEAVES) -> Layer:
-    """Cut-outs on a smooth way of their own, relative to one that is given.
+def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, position: np.ndarray,
+                 shape: tuple[int, int], jump: bool, natural: int | None = None,
+                 leaves: float = LEAVES) -> Layer:
+    """Return a layer of cut-outs on a smooth random path, relative to a base motion.
 
     Args:
-        linear, place: (T, 2, 2) and (T, 2) of that one; `place` is where the first cut-out's
-            center lies.
-        natural: in this frame they are just there.
+        cutouts: T, None where the object is not visible.
+        linear, position: (T, 2, 2) and (T, 2), the base motion: its linear part, and where the
+            first cut-out's centre lies, x and y.
+        shape: (H, W) of the frames.
+        jump: the first frame is an independent view.
+        natural: frame in which the object is exactly where the base motion has it.
+        leaves: chance that the object leaves the frame and returns.
     """
     frames, (height, width) = len(cutouts), shape
-    haste = min(np.exp(rng.normal(-0.3, 0.6)), 2)
-    ways = [random_path(rng, frames, haste * step, far, size) for step, size in
-            ((warps.TURN, ()), (warps.GROWTH, ()), (warps.STRETCH, ()),
-             (warps.SHIFT * width, (2,)))]
-    bends = random_path(rng, frames, warps.BEND, far, (warps.MESH, warps.MESH, 2))
+    pace = min(np.exp(rng.normal(-0.3, 0.6)), 2)  # most objects are slow, a few twice as fast
+    paths = [random_path(rng, frames, pace * step, jump, size) for step, size in
+             ((warps.TURN, ()), (warps.GROWTH, ()), (warps.STRETCH, ()),
+              (warps.SHIFT * width, (2,)))]
+    bends = random_path(rng, frames, warps.BEND, jump, (warps.MESH, warps.MESH, 2))
     if natural is not None:
-        ways = [way - way[natural] for way in ways]
-    turn, growth, stretch, shift = ways
+        paths = [path - path[natural] for path in paths]
+    turn, growth, stretch, shift = paths
     first = next(c for c in cutouts if c)
+    # limits, so that a long clip does not fold an object over or turn it into a line
     bends = (bends.clip(-0.06, 0.06) * np.sqrt(first.ids.size)).astype(np.float32)
     linear = linear_maps(turn, np.exp(growth.clip(-0.4, 0.4)), stretch.clip(-0.15, 0.15)) @ linear
-    place = _kept_in(place + shift, np.array([width, height]))
+    position = _reflected(position + shift, np.array([width, height]))
     if frames > 2 and rng.random() < leaves:
-        place = place + _leave(rng, frames, place, first, linear, width)
-    poses = affine_poses(linear, anchors(cutouts, far), place)
+        position = position + _leave(rng, frames, position, first, linear, width)
+    poses = affine_poses(linear, anchors(cutouts, jump), position)
     for t, cutout in enumerate(cutouts):
         if cutout:
-            poses[t, :, 2] += _beyond(cutout, poses[t], bends[t], shape)
-    speed = np.diff(place, axis=0, append=place[-1:])
+            poses[t, :, 2] += _hide_cut_side(cutout, poses[t], bends[t], shape)
+    speed = np.diff(position, axis=0, append=position[-1:])
     if frames > 1:
         speed[-1] = speed[-2]
-    if far:
-        speed[0] = speed[1]
+    if jump:
+        speed[0] = speed[1]  # not the jump itself
     return Layer(cutouts, poses, bends, speed if rng.random() < STREAKS else None)
 
 
-def _kept_in(place: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """(T, 2) places that turn back at the borders of (W, H)."""
-    return size - np.abs(size - place % (2 * size))
+def _reflected(position: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Reflect (T, 2) positions at the borders of a frame of (W, H) `size`."""
+    return size - np.abs(size - position % (2 * size))
 
 
-def anchors(cutouts: list[Cutout | None], far: bool) -> np.ndarray:
-    """(T, 2) centers, each that of the first cut-out, but for a first frame that is far."""
+def anchors(cutouts: list[Cutout | None], jump: bool) -> np.ndarray:
+    """Return (T, 2) centres of the first cut-out; after a jump those of the second one.
+
+    One anchor for a whole shot keeps the motion that an object of a video has there.
+    """
     centers = [c.center for c in cutouts if c]
     first = np.repeat(centers[0][None], len(cutouts), 0)
-    if far and cutouts[0] and len(centers) > 1:
+    if jump and cutouts[0] and len(centers) > 1:
         first[1:] = centers[1]
     return first
 
 
-def _leave(rng, frames: int, place, cutout: Cutout, linear, width: int) -> np.ndarray:
-    """(T, 2) shifts out of the frame and back, never in the first frame."""
+def _leave(rng, frames: int, position: np.ndarray, cutout: Cutout, linear: np.ndarray,
+           width: int) -> np.ndarray:
+    """Return (T, 2) shifts that move an object out of the frame and back, except in frame 0.
+
+    Frame 0 is the reference frame, in which targets have to be visible.
+    """
     away = int(rng.integers(1, frames))
     half = np.abs(cutout.ids.shape[1] * linear[away, 0, 0]) / 2 + 4
-    x = place[away, 0]
+    x = position[away, 0]
     distance = -(x + half) if x < width / 2 else width - x + half
     shift = np.zeros((frames, 2))
     for t in range(1, frames):
@@ -194,18 +220,23 @@ def _leave(rng, frames: int, place, cutout: Cutout, linear, width: int) -> np.nd
     return shift
 
 
-def _beyond(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
-            shape: tuple[int, int]) -> np.ndarray:
-    """(2,) shift that keeps the sides where its image's border cuts a thing out of the frame."""
-    ends = cutout.box @ pose[:, :2].T + pose[:, 2]  # left top, right top, left low, right low
+def _hide_cut_side(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
+                   shape: tuple[int, int]) -> np.ndarray:
+    """Return the (2,) shift that moves an object's cut side out of the frame.
+
+    Where the border of its image cuts an object off, the straight edge would give it away. An
+    object that is cut at two opposite sides stays where it is.
+    """
+    # top left, top right, bottom left, bottom right
+    corners = cutout.box @ pose[:, :2].T + pose[:, 2]
     slack = np.abs(bend).max() * np.linalg.norm(pose[:, :2], 2) * 0.5 + 2
     shift = np.zeros(2)
     for axis, (low, high) in enumerate((((0, 2), (1, 3)), ((0, 1), (2, 3)))):
         cuts = cutout.cut[axis], cutout.cut[axis + 2]
         if cuts[0] == cuts[1]:
             continue
-        side = ends[list(low if cuts[0] else high), axis]
-        other = ends[list(high if cuts[0] else low), axis]
+        side = corners[list(low if cuts[0] else high), axis]
+        other = corners[list(high if cuts[0] else low), axis]
         if side.mean() < other.mean():
             shift[axis] = min(0, -slack - side.max())
         else:
@@ -214,10 +245,13 @@ def _beyond(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
 
 
 def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[int]:
-    """Ids of which too little is left to be known by, behind others or beyond the frame.
+    """Return the ids that are mostly occluded or outside of the first frame.
+
+    A reference mask that shows less than `SEEN` of an object does not say what the object is.
 
     Args:
-        before, after: (H, W) ids of the first frame, without and with the layers in front.
+        layers: those that were pasted.
+        before, after: (H, W) ids of the first frame without and with the layers.
     """
     whole = areas(before).astype(float)
     for layer in layers:
@@ -229,21 +263,23 @@ def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> li
     return [i for i in range(1, 256) if left[i] < SEEN * whole[i]]
 
 
-def vary_lighting(rng, images: list[np.ndarray], far: bool) -> list[np.ndarray]:
-    """Images (H, W, 3) with another light, contrast, colour and sharpness, which change smoothly.
+def vary_lighting(rng, images: list[np.ndarray], jump: bool) -> list[np.ndarray]:
+    """Change brightness, contrast, colour and sharpness of a clip, smoothly over time.
 
     Args:
-        far: the first image's have nothing to do with the others'.
+        images: (H, W, 3) uint8 RGB each.
+        jump: the first image changes independently of the others.
     """
     frames = len(images)
     values = random_path(rng, frames, 0.03, size=(4,)) + rng.uniform(-0.3, 0.3, 4)
-    if far:
+    if jump:
         values[0] = rng.uniform(-0.3, 0.3, 4)
+    # a few clips lose focus now and then
     blur = np.abs(random_path(rng, frames, 0.5)) if rng.random() < 0.15 else np.zeros(frames)
     result = []
-    for image, (light, contrast, saturation, hue), sigma in zip(images, values, blur):
-        image = preprocess.adjust_colour(image, 1 + light, 1 + contrast, 1 + saturation, hue)
-        if sigma > 0.3:
+    for image, (brightness, contrast, saturation, hue), sigma in zip(images, values, blur):
+        image = preprocess.adjust_colour(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+        if sigma > 0.3:  # less is not visible
             image = cv2.GaussianBlur(image, (0, 0), min(sigma, 1.5))
         result.append(image)
     return result
