@@ -1,6 +1,6 @@
-"""Images and masks: files to arrays, arrays to tensors, paired augmentation.
+"""Convert images to tensors and back; augment images and masks together.
 
-Run by itself it previews the augmentation:
+As a script it previews the augmentation:
     python preprocess.py IMG.jpg MASK.png [--save FILE]
 """
 
@@ -23,15 +23,20 @@ from system import errors
 
 log = logging.getLogger(__name__)
 
+# RGB in [0, 1]; what torchvision's ImageNet weights were trained with
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None,
               device: torch.device | str = "cpu") -> torch.Tensor:
-    """(H, W, 3) uint8 RGB -> (3, H, W) float32, ImageNet-normalised, resized to `shape`.
+    """Convert an image to a (3, H, W) float32 tensor, ImageNet-normalised.
 
-    A GPU gets bytes from pinned memory, which it fetches by itself, and normalises them.
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        shape: output size (H, W); defaults to the image's size.
+        device: of the tensor. A GPU gets bytes from pinned memory, a quarter of the data and copied
+            asynchronously, and normalises them itself.
 
     Raises:
         ValueError: other dimensions or another dtype.
@@ -46,65 +51,81 @@ def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None,
 
 
 def _normalize(image: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) uint8 -> float32, ImageNet-normalised."""
+    """Normalise (..., 3, H, W) uint8 to float32 with ImageNet's mean and standard deviation."""
     return TF.normalize(image.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def to_image(tensor: torch.Tensor) -> np.ndarray:
-    """(3, H, W) ImageNet-normalised -> (H, W, 3) uint8 RGB: the inverse of `to_tensor`."""
+    """Convert a (3, H, W) normalised tensor to (H, W, 3) uint8 RGB: the inverse of `to_tensor`."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((tensor.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def adjust_colour(image: np.ndarray, light: float, contrast: float, saturation: float,
-               hue: float) -> np.ndarray:
-    """(H, W, 3) uint8 RGB with factors of light, contrast and saturation, hue turned by radians.
+def adjust_colour(image: np.ndarray, brightness: float, contrast: float, saturation: float,
+                  hue: float) -> np.ndarray:
+    """Change brightness, contrast, saturation and hue of an (H, W, 3) uint8 RGB image.
 
-    All four are linear in RGB: hue turns about grey in YIQ (Haeberli: Matrix operations for image
-    processing, 1993).
+    All four are linear in RGB, so one matrix does it: hue is a rotation about grey in YIQ
+    (Haeberli: Matrix operations for image processing, 1993).
+
+    Args:
+        brightness, contrast, saturation: factors; 1 changes nothing.
+        hue: rotation in radians.
     """
     grey = np.array([0.299, 0.587, 0.114])
     to_yiq = np.array([grey, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
     change = np.linalg.inv(to_yiq) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ to_yiq
-    offset = np.full((3, 1), 128 * light * (1 - contrast))
-    return cv2.transform(image, np.concatenate([change * light * contrast, offset], 1))
+    offset = np.full((3, 1), 128 * brightness * (1 - contrast))
+    return cv2.transform(image, np.concatenate([change * brightness * contrast, offset], 1))
 
 
 class Augment:
-    """Random flip, crop with scale, and colour; the same geometry for image and mask.
+    """Random crop, flip and colour change; image and mask get the same geometry.
 
-    Two frames of a pair are augmented by two calls, so independently of each other. Masks are
-    sampled by nearest neighbour. Randomness comes from torch's global generator.
+    Images are resized with antialiasing, masks by nearest neighbour (bilinear masks would grow at
+    the border). Randomness comes from torch's global generator.
 
     Args:
-        shape: (H, W) of what comes out.
-        random: False resizes to `shape` and changes nothing else.
+        shape: output size (H, W).
+        random: False only resizes to `shape`.
     """
 
-    SCALE = (0.15, 1.0)  # of a crop's area
-    CROPS = 10  # tries at a crop that keeps enough of the object
-    KEEP = 0.25  # of the object's share of the frame
-    ZOOM = 0.12  # logarithm of the largest change of scale from a frame of a clip to the next
+    # Area of a crop as a share of the frame's: down to objects 2.6 times as large.
+    SCALE = (0.15, 1.0)
+    CROPS = 10  # random crops tried for one that keeps enough of the objects; then the whole frame
+    KEEP = 0.25  # a crop's share of object pixels is at least this fraction of the frame's
+    ZOOM = 0.12  # largest logarithm of the change of scale from one frame of a clip to the next
 
     def __init__(self, shape: tuple[int, int], random: bool = True):
         self.shape: tuple[int, int] = (shape[0], shape[1])
         self.random = random
         ratio = shape[1] / shape[0]
-        self.ratio = (ratio * 0.8, ratio * 1.25)
+        self.ratio = (ratio * 0.8, ratio * 1.25)  # distortion stays below a quarter
 
     def __call__(self, image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """(H, W, 3) uint8 and (H, W) uint8 -> (3, *shape) normalised float32, (*shape) uint8."""
+        """Augment a frame.
+
+        Args:
+            image, mask: (H, W, 3) uint8 RGB and (H, W) uint8.
+
+        Returns:
+            (3, *shape) normalised float32 and (*shape) uint8.
+        """
         return self.clip([(image, mask)])[0]
 
     def clip(self, frames: list[tuple[np.ndarray, np.ndarray]]) -> list[tuple]:
-        """Several frames at once: a crop that drifts and zooms, one flip, one change of colour."""
+        """Augment a clip as a whole: a crop that drifts and zooms, one flip, one colour change.
+
+        Args:
+            frames: images and masks, as in `__call__`, of one size.
+        """
         masks = torch.stack([torch.from_numpy(mask) for _, mask in frames])  # (T, H, W)
         size = masks.shape[1:]
         box = self._box(masks.amax(0, keepdim=True)) if self.random else (0, 0, *size)
         drift, zoom = torch.zeros(2), 1.0
         if self.random:
-            drift = (torch.rand(2) - 0.5) * 0.1 * min(box[2:])
+            drift = (torch.rand(2) - 0.5) * 0.1 * min(box[2:])  # up to 5 % of the crop per frame
             zoom = math.exp((torch.rand(()).item() - 0.5) * 2 * self.ZOOM)
         crops = []
         for i, (image, mask) in enumerate(frames):
@@ -122,16 +143,23 @@ class Augment:
 
     @staticmethod
     def colour(images: torch.Tensor) -> torch.Tensor:
-        """(T, 3, H, W) uint8 with one random change of light, contrast, saturation and hue."""
+        """Apply one random change of colour to all images, (T, 3, H, W) uint8.
+
+        Brightness, contrast and saturation change by up to 30 %, hue by 5 % of the circle.
+        """
         change = (torch.rand(4) * 2 - 1) * torch.tensor([0.3, 0.3, 0.3, 0.05 * 2 * math.pi])
-        light, contrast, saturation, hue = change.tolist()
-        frames = [adjust_colour(frame, 1 + light, 1 + contrast, 1 + saturation, hue)
+        brightness, contrast, saturation, hue = change.tolist()
+        frames = [adjust_colour(frame, 1 + brightness, 1 + contrast, 1 + saturation, hue)
                   for frame in images.permute(0, 2, 3, 1).contiguous().numpy()]
         return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
     def _crop(self, image: np.ndarray, mask: np.ndarray,
               box: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(top, left, height, width) of a frame and its mask -> (3, *shape) and (*shape) uint8."""
+        """Crop and resize a frame and its mask to (3, *shape) and (*shape) uint8.
+
+        Args:
+            box: top, left, height, width.
+        """
         image, mask = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)[None]
         image = TF.resized_crop(image, *box, list(self.shape), antialias=True)
         mask = TF.resized_crop(mask, *box, list(self.shape),
@@ -139,7 +167,11 @@ class Augment:
         return image, mask[0]
 
     def _box(self, mask: torch.Tensor) -> tuple[int, int, int, int]:
-        """A random crop (top, left, height, width) that keeps some of the object."""
+        """Return a random crop (top, left, height, width) that keeps some of the objects.
+
+        Args:
+            mask: (1, H, W), non-zero where any frame shows an object.
+        """
         share = (mask > 0).float().mean()
         for _ in range(self.CROPS):
             top, left, height, width = v1.RandomResizedCrop.get_params(mask, self.SCALE, self.ratio)
@@ -149,19 +181,20 @@ class Augment:
         return 0, 0, *mask.shape[1:]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Preview the augmentation of a frame.")
-    parser.add_argument("image", type=Path, help="a frame")
-    parser.add_argument("mask", type=Path, help="its mask")
+    parser.add_argument("image", type=Path, help="image file")
+    parser.add_argument("mask", type=Path, help="mask file of the image")
     parser.add_argument("--save", metavar="FILE", type=Path,
-                        help="write the figure there instead of opening a window")
+                        help="write the figure to FILE instead of opening a window")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # prints how the mask was read
     with errors.one_line(parser):
         preview(args)
 
 
 def preview(args: argparse.Namespace) -> None:
+    """Show an image with its mask next to five random augmentations."""
     image = images.read_image(args.image)
     mask = read_masks({0: [args.mask]}, image.shape[:2], args.image)[0]
     panels = [("frame and mask", drawing.overlay(image, mask))]

@@ -1,9 +1,9 @@
-"""A small data set in DAVIS layout that the toolkit draws itself, the same every time.
+"""Draw a small data set in DAVIS layout, identical every time: a demo without a download.
 
-Spotted and striped creatures move, turn and deform before hills that drift past, some of the
-way behind trees.
+Spotted and striped creatures move, turn and deform in front of drifting hills, partly behind trees.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,18 @@ import numpy as np
 from media import files, images
 
 ROOT = Path("demo_davis")
-VERSION = "1"  # of the drawing: raise it when the pictures change
-SHAPE = (360, 640)
-FRAMES = 24
+VERSION = "1"  # raise it when the pictures change, so that existing folders are drawn again
+SHAPE = (360, 640)  # H, W; small enough to evaluate on a CPU in seconds
+FRAMES = 24  # per sequence
 
 
 @dataclass(frozen=True)
 class Scene:
+    """What a sequence shows."""
+
     seed: int
-    creatures: int = 1
-    trees: int = 1  # in front of the creatures
+    creatures: int = 1  # objects
+    trees: int = 1  # which occlude the creatures
 
 
 SCENES = {
@@ -34,9 +36,9 @@ SCENES = {
 
 
 def make(root: Path = ROOT) -> Path:
-    """Draw the data set unless it is there already; returns its folder."""
-    stamp = root / "VERSION"
-    if stamp.is_file() and stamp.read_text() == VERSION:
+    """Draw the data set into `root` unless it is there already; returns the folder."""
+    version = root / "VERSION"
+    if version.is_file() and version.read_text() == VERSION:
         return root
     for set_name, scenes in SCENES.items():
         for name, scene in scenes.items():
@@ -44,11 +46,12 @@ def make(root: Path = ROOT) -> Path:
         for year in ("2016", "2017"):
             path = root / "ImageSets" / year / f"{set_name}.txt"
             files.write(path, "".join(f"{name}\n" for name in scenes))
-    files.write(stamp, VERSION)
+    files.write(version, VERSION)  # last: it marks a complete data set
     return root
 
 
 def _write_sequence(root: Path, name: str, scene: Scene) -> None:
+    """Draw a sequence and write its frames and masks."""
     frames, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
     frames.mkdir(parents=True, exist_ok=True)
     masks.mkdir(parents=True, exist_ok=True)
@@ -57,8 +60,8 @@ def _write_sequence(root: Path, name: str, scene: Scene) -> None:
         images.write_mask(masks / f"{i:05d}.png", mask)
 
 
-def draw(scene: Scene, frames: int = FRAMES):
-    """Yield (H, W, 3) uint8 RGB frames with their (H, W) uint8 masks, 0 background, 1..N."""
+def draw(scene: Scene, frames: int = FRAMES) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (H, W, 3) uint8 RGB frames and (H, W) uint8 masks, 0 background, 1..N creatures."""
     rng = np.random.default_rng(scene.seed)
     height, width = SHAPE
     backdrop = _landscape(rng, (height, width + 120))
@@ -75,14 +78,18 @@ def draw(scene: Scene, frames: int = FRAMES):
             strip = slice(centre - half, centre + half)
             image[:, strip] = bark[:, :2 * half]
             mask[:, strip] = 0
-        noise = rng.normal(0, 4, image.shape)
+        noise = rng.normal(0, 4, image.shape)  # as a camera has; no two frames are identical
         yield np.clip(image + noise, 0, 255).astype(np.uint8), mask
 
 
 class Creature:
-    """A patterned shape with eyes and a wavy outline that crosses the picture."""
+    """A patterned shape with eyes and a wavy outline that crosses the picture.
 
-    RADIUS = 75
+    Args:
+        index, count: number of this creature, and of all in the scene.
+    """
+
+    RADIUS = 75  # pixels
 
     def __init__(self, rng: np.random.Generator, index: int, count: int):
         height, width = SHAPE
@@ -119,7 +126,7 @@ class Creature:
 
 
 def _skin(rng: np.random.Generator, side: int, striped: bool) -> np.ndarray:
-    """(side, side, 3) uint8: two colours in spots or stripes, shading, and a pair of eyes."""
+    """Return (side, side, 3) uint8: spots or stripes in two colours, shading, and two eyes."""
     base, mark = _colour(rng.uniform(0, 25), 190, 215), _colour(rng.uniform(95, 120), 150, 110)
     if striped:
         base, mark = _colour(rng.uniform(130, 160), 150, 190), _colour(28, 120, 235)
@@ -137,7 +144,7 @@ def _skin(rng: np.random.Generator, side: int, striped: bool) -> np.ndarray:
 
 
 def _landscape(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8: a sky and three ranges of hills, each greener than the one behind."""
+    """Return (H, W, 3) uint8: a sky and three ranges of hills, each greener than the one behind."""
     height, width = shape
     sky = np.linspace(0, 1, height)[:, None, None]
     picture = np.array((150, 190, 225)) * (1 - sky) + np.array((235, 225, 205)) * sky
@@ -154,7 +161,7 @@ def _landscape(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _bark(rng: np.random.Generator) -> np.ndarray:
-    """(H, 48, 3) uint8: a strip of tree trunk."""
+    """Return (H, 48, 3) uint8: a strip of tree trunk."""
     trunk = np.full((SHAPE[0], 48, 3), _colour(rng.uniform(8, 18), 110, 95), np.uint8)
     for x in rng.integers(0, 48, 10).tolist():
         cv2.line(trunk, (x, 0), (x + int(rng.integers(-8, 8)), SHAPE[0]), (60, 45, 35), 1)
@@ -162,14 +169,14 @@ def _bark(rng: np.random.Generator) -> np.ndarray:
 
 
 def _colour(hue: float, saturation: float, value: float) -> tuple[int, ...]:
-    """OpenCV's HSV (hue in [0, 180), the others in [0, 255]) as an RGB tuple."""
+    """Convert OpenCV's HSV (hue in [0, 180), the others in [0, 255]) to an RGB tuple."""
     pixel = np.array([[[hue % 180, saturation, value]]]).astype(np.uint8)
     return tuple(cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist())
 
 
 def _add_texture(rng: np.random.Generator, picture: np.ndarray, grain: int,
                  strength: float) -> np.ndarray:
-    """Light and dark blotches about `grain` pixels wide, and finer ones."""
+    """Add light and dark blotches at three sizes around `grain` pixels."""
     height, width = picture.shape[:2]
     shade = np.zeros((height, width))
     for size in (grain * 3, grain, max(2, grain // 3)):

@@ -1,4 +1,4 @@
-"""The official DAVIS archives: fetched with progress, going on after a cut, checked, unpacked.
+"""Download the official DAVIS archives: resume, verify, unpack.
 
     python davis.py --download DIR [--year 2017]
 """
@@ -19,20 +19,22 @@ from tqdm import tqdm
 
 from media import files
 
-TRIES = 5  # after each other without a byte
-WAIT = 2.0  # seconds between them, and more each time
-BLOCK = 1 << 20  # bytes
+TRIES = 5  # consecutive attempts that receive no byte before giving up
+WAIT = 2.0  # seconds per failed attempt, so that a busy server gets more time after each one
+BLOCK = 1 << 20  # bytes per read: few system calls, yet a steady progress bar
 
 
 @dataclass(frozen=True)
 class Archive:
+    """An archive's address and checksum."""
+
     url: str
-    sha256: str | None  # where somebody published one; the archive's own check-sums count anyway
+    sha256: str | None  # None if nobody published one; the ZIP's own checksums are verified anyway
 
 
 ARCHIVES = {
     "2016": Archive("https://graphics.ethz.ch/Downloads/Data/Davis/DAVIS-data.zip", None),
-    # the check-sum that TensorFlow Datasets publishes (video/davis/checksums.tsv)
+    # the checksum that TensorFlow Datasets publishes (video/davis/checksums.tsv)
     "2017": Archive(
         "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip",
         "e3d0b5b77c3d031b000a19e0e25e3e2cac65d183755601bc2cf066df1a2aa492"),
@@ -40,17 +42,17 @@ ARCHIVES = {
 
 
 def download(folder: Path, year: str) -> None:
-    """Fetch an archive and unpack its 480p frames and masks, so that `folder` is a DAVIS folder.
+    """Download an archive and unpack its 480p frames and masks into a DAVIS folder.
 
-    A call that was cut off goes on where it stopped.
+    After an interruption the same call resumes. The archive is deleted in the end.
 
     Raises:
-        OSError: the server can't be reached, the disk is full, or there is a data set already.
-        ValueError: what was fetched is not the archive.
+        OSError: the server can't be reached, the disk is full, or `folder` holds a data set.
+        ValueError: the downloaded file is not the archive.
     """
     archive = ARCHIVES[year]
     if (folder / "JPEGImages").exists():
-        raise FileExistsError(f"{folder}: holds a data set already, expected another folder")
+        raise FileExistsError(f"{folder}: already holds a data set, expected another folder")
     with files.hold(folder, instead="another folder (--download)"):
         path = folder / PurePosixPath(archive.url).name
         fetch(archive.url, path)
@@ -58,16 +60,16 @@ def download(folder: Path, year: str) -> None:
             check(path, archive.sha256)
             unpack(path, folder)
         except ValueError:
-            path.unlink()  # the next call starts anew
+            path.unlink()  # broken: the next call downloads it again
             raise
         path.unlink()
 
 
 def fetch(url: str, path: Path) -> None:
-    """Write the file at `url` to `path`; what is there of it, in `path`.part, is not fetched again.
+    """Download `url` to `path`, by way of `path`.part, from which an interrupted call resumes.
 
     Raises:
-        OSError: the server can't be reached, or refuses.
+        OSError: the server can't be reached or answers with an error.
     """
     if path.is_file():
         return
@@ -84,16 +86,17 @@ def fetch(url: str, path: Path) -> None:
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
             pass
         after = part.stat().st_size if part.is_file() else 0
+        # a slow, fragile connection may take any number of attempts while it makes progress
         tries = 0 if after > before else tries + 1
-    raise OSError(f"{url}: the connection broke {TRIES} times: the same command goes on after "
-                  f"{after >> 20} MB")
+    raise OSError(f"{url}: the connection broke {TRIES} times: run the same command again to "
+                  f"resume after {after >> 20} MB")
 
 
 def _fetch_rest(url: str, part: Path, have: int) -> bool:
-    """Append what is missing to `part`; False if the connection broke before the end."""
+    """Append the missing bytes to `part`, which has `have`; False if the connection broke early."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        if answer.status != 206:  # the server sends it all
+        if answer.status != 206:  # no partial content: the server sends the whole file
             have = 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
@@ -107,25 +110,29 @@ def _fetch_rest(url: str, part: Path, have: int) -> bool:
 
 
 def check(path: Path, sha256: str | None) -> None:
-    """Raise a ValueError unless the file is a ZIP archive with this check-sum, if there is one."""
+    """Raise a ValueError unless the file is a ZIP archive and has this checksum (None for any)."""
     if sha256 is not None:
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            raise ValueError(f"{path}: SHA-256 {found}, expected {sha256}")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256:
+            raise ValueError(f"{path}: SHA-256 {digest}, expected {sha256}")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a ZIP archive")
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack what DAVIS/ holds into `folder`, without larger frames; whole or not at all.
+    """Unpack the contents of DAVIS/ into `folder`, completely or not at all.
+
+    Frames above 480p are left out: published scores refer to 480p, and they take several times
+    the space.
 
     Raises:
-        OSError: the disk has too little room.
-        ValueError: a member would lie outside, a check-sum is wrong, or it is not DAVIS.
+        OSError: there is not enough space on the disk.
+        ValueError: a member's path leads out of the folder, a checksum is wrong, or the archive is
+            not DAVIS.
     """
-    beside = folder / ".unpacked.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = folder / ".unpacked.part"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as archive:
             members = [(member, _place(member, path)) for member in archive.infolist()
@@ -135,22 +142,23 @@ def unpack(path: Path, folder: Path) -> None:
             if sum(m.file_size for m, _ in members) > shutil.disk_usage(folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
             for member, place in tqdm(members, desc="unpacking", disable=None):
-                (beside / place).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, (beside / place).open("wb") as target:
+                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, (temporary / place).open("wb") as target:
                     shutil.copyfileobj(source, target)
-        if not (beside / "JPEGImages" / "480p").is_dir():
-            raise ValueError(f"{path}: expected DAVIS/JPEGImages/480p in it")
-        for part in sorted(beside.iterdir(), key=lambda part: part.name == "JPEGImages"):
-            part.replace(folder / part.name)  # the frames last, which tell that it is whole
+        if not (temporary / "JPEGImages" / "480p").is_dir():
+            raise ValueError(f"{path}: expected it to contain DAVIS/JPEGImages/480p")
+        # frames last: `download` takes their folder as the sign of a complete data set
+        for part in sorted(temporary.iterdir(), key=lambda part: part.name == "JPEGImages"):
+            part.replace(folder / part.name)
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path}: a broken archive ({error})") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _place(member: zipfile.ZipInfo, path: Path) -> PurePosixPath:
-    """Where in the data set a member belongs."""
+    """Return the path of an archive's member in the data set; without the leading DAVIS/."""
     place = PurePosixPath(member.filename.replace("\\", "/"))
     if place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
-        raise ValueError(f"{path}: {member.filename!r} would lie outside of the folder")
+        raise ValueError(f"{path}: {member.filename!r} would be written outside of the folder")
     return PurePosixPath(*place.parts[place.parts[0] == "DAVIS":])

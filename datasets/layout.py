@@ -1,6 +1,6 @@
-"""Where the files of a data set lie: DAVIS, YouTube-VOS and its relatives, folders of one's own.
+"""File layouts of data sets: DAVIS, YouTube-VOS and its relatives, and your own folders.
 
-It knows paths and lists of names, and opens no image.
+Finds paths and reads lists of names; opens no image.
 """
 
 import codecs
@@ -10,26 +10,32 @@ from pathlib import Path
 
 from media import images
 
-PAIRS = (("JPEGImages", "Annotations"), ("images", "masks"))  # folders of frames and of masks
+PAIRS = (("JPEGImages", "Annotations"), ("images", "masks"))  # folders of frames and masks
 LEVEL = re.compile(r"\d+p|full[-_ ]?res(olution)?", re.IGNORECASE)  # DAVIS-2016 has two
-FAVOURITE = "480p"
-SETS = {"val": ("val", "valid")}  # what else the folder of a set may be called
+FAVOURITE = "480p"  # the resolution that published scores refer to
+SETS = {"val": ("val", "valid")}  # other names of a set's folder
 
 
 def find_root(root: Path, set_name: str) -> Path:
-    """The folder itself, or that of the set in it, where only this holds a data set."""
+    """Return the folder of the data set: `root`, or the subfolder of the set if only that has one.
+
+    YouTube-VOS has a subfolder per set.
+    """
     if not any((root / frames).is_dir() for frames, _ in PAIRS):
         for name in SETS.get(set_name, (set_name,)):
             if any((root / name / frames).is_dir() for frames, _ in PAIRS):
                 inner = root / name
-                # a sequence of that name, in a folder of sequences, has images inside
+                # not a sequence that happens to be named like the set: it has images inside
                 if any(_folders(inner / frames) for frames, _ in PAIRS):
                     return inner
     return root
 
 
 def sequence_folders(root: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of frames and masks of each sequence by its name, in natural order."""
+    """Return the folders of frames and masks of each sequence by name, in natural order.
+
+    A folder that holds frames itself is one sequence.
+    """
     pair = _pair(root)
     if pair is None:
         inside = {folder.name: _pair(folder) for folder in _folders(root)}
@@ -44,6 +50,7 @@ def sequence_folders(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
+    """Return the subfolders of frames and masks, or None if there are no frames."""
     for frames, masks in PAIRS:
         if (folder / frames).is_dir():
             return folder / frames, folder / masks
@@ -51,6 +58,7 @@ def _pair(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _folders(folder: Path) -> list[Path]:
+    """Return the visible subfolders in natural order."""
     if not folder.is_dir():
         return []
     return sorted((inner for inner in folder.iterdir()
@@ -58,50 +66,51 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _level(folder: Path) -> Path:
-    """The folder of one resolution, where there is such a level."""
+    """Return the subfolder of one resolution, or the folder itself without such subfolders."""
     levels = [inner for inner in _folders(folder) if LEVEL.fullmatch(inner.name)]
     return next((inner for inner in levels if inner.name == FAVOURITE),
                 levels[0] if levels else folder)
 
 
 def frames_and_masks(frames: Path, masks: Path) -> tuple[tuple[Path, ...], tuple[Path | None, ...]]:
-    """The frames of a sequence in natural order, and of each its mask or None.
+    """Return the frames of a sequence in natural order, and for each its mask or None.
 
     Raises:
         FileNotFoundError: no frames, or a mask without its frame.
-        ValueError: two frames or two masks of one name.
+        ValueError: two frames or two masks have the same name.
     """
-    shown = images.files_in(frames) if frames.is_dir() else []
-    if not shown:
+    images_found = images.files_in(frames) if frames.is_dir() else []
+    if not images_found:
         raise FileNotFoundError(f"{frames}: no frames of sequence {frames.name} there, expected "
                                 f"images ({', '.join(images.SUFFIXES)})")
-    painted = _by_stem(images.files_in(masks) if masks.is_dir() else [])
-    stems = _by_stem(shown)
-    for stem, path in painted.items():
+    masks_found = _by_stem(images.files_in(masks) if masks.is_dir() else [])
+    stems = _by_stem(images_found)
+    for stem, path in masks_found.items():
         if stem not in stems:
-            raise FileNotFoundError(f"{frames / stem}{shown[0].suffix}: no such frame, expected "
-                                    f"one for the mask {path}")
-    return tuple(shown), tuple(painted.get(path.stem) for path in shown)
+            raise FileNotFoundError(f"{frames / stem}{images_found[0].suffix}: no such frame, "
+                                    f"expected one for the mask {path}")
+    return tuple(images_found), tuple(masks_found.get(path.stem) for path in images_found)
 
 
 def _by_stem(paths: list[Path]) -> dict[str, Path]:
+    """Map file names without suffix to paths; raises a ValueError if two are equal."""
     found: dict[str, Path] = {}
     for path in paths:
         other = found.setdefault(path.stem, path)
         if other != path:
-            raise ValueError(f"{path}: a second file of that name beside {other.name}")
+            raise ValueError(f"{path}: a second file of that name, expected only {other.name}")
     return found
 
 
 def listed_sequences(root: Path, year: str, set_name: str) -> list[str]:
-    """Names of the sequences in the lists of DAVIS.
+    """Return the names of the sequences in DAVIS's lists, each once.
 
     Args:
         year: "2016", "2017", or "all" for both.
-        set_name: a list's name; "trainval" joins two where there is no such list.
+        set_name: name of a list; "trainval" joins train and val unless there is such a list.
 
     Raises:
-        FileNotFoundError: no such list; the message names those that are there.
+        FileNotFoundError: no such list; the message names the existing ones.
         ValueError: not a list of names.
     """
     names: list[str] = []
@@ -110,17 +119,17 @@ def listed_sequences(root: Path, year: str, set_name: str) -> list[str]:
         for name in (set_name,) if whole else ("train", "val"):
             path = _list(root, part, name)
             if path is None:
-                there = ", ".join(sorted(str(p.relative_to(root))
-                                         for p in (root / "ImageSets").rglob("[!.]*.txt")))
+                existing = ", ".join(sorted(str(p.relative_to(root))
+                                            for p in (root / "ImageSets").rglob("[!.]*.txt")))
                 raise FileNotFoundError(
                     f"{root / 'ImageSets' / part / name}.txt: no such list, expected the names of "
-                    f"the {name} sequences of DAVIS-{part}; there are: {there or 'none'}")
+                    f"the {name} sequences of DAVIS-{part}; existing lists: {existing or 'none'}")
             names += _names(path)
     return list(dict.fromkeys(names))
 
 
 def has_list(root: Path, year: str, set_name: str) -> bool:
-    """Whether DAVIS has a list, or both that it is joined of."""
+    """Return whether DAVIS has the list; for "trainval", both that it consists of."""
     return all(_list(root, year, name) for name in
                (("train", "val") if set_name == "trainval" else (set_name,)))
 
@@ -132,8 +141,13 @@ def _list(root: Path, year: str, set_name: str) -> Path | None:
 
 
 def _names(path: Path) -> list[str]:
-    """A line is a name, or /JPEGImages/480p/NAME/00000.jpg and its mask."""
+    """Return the names in a list of sequences.
+
+    Each line is a name, or as in DAVIS-2016 the files of a frame and its mask:
+    /JPEGImages/480p/NAME/00000.jpg /Annotations/480p/NAME/00000.png.
+    """
     content = path.read_bytes()
+    # Windows editors save UTF-16 or UTF-8 with a byte order mark
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if marked else "utf-8-sig")
@@ -151,25 +165,28 @@ def _names(path: Path) -> list[str]:
 
 
 def requested_frames(path: Path) -> dict[str, frozenset[str]]:
-    """For each sequence the stems of the frames that YouTube-VOS' `meta.json` lists for objects.
+    """Return for each sequence the stems of the frames that YouTube-VOS's `meta.json` lists.
+
+    These are the frames that its evaluation server expects masks of. Without the file the result
+    is empty.
 
     Raises:
-        ValueError: the file is no JSON.
+        ValueError: the file is not JSON.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected what YouTube-VOS has there, as JSON") from error
-    found = {}
+        raise ValueError(f"{path}: expected YouTube-VOS's meta.json, found no JSON") from error
+    requested = {}
     videos = content.get("videos", {}) if isinstance(content, dict) else {}
     for name, video in videos.items():
         objects = video.get("objects") if isinstance(video, dict) else None
-        # others, LVOS among them, tell of objects in other words, and ask for all frames
-        known = objects.values() if isinstance(objects, dict) else ()
-        frames = [frame for one in known if isinstance(one, dict)
-                  for frame in one.get("frames", ())]
+        # LVOS and others have a file of this name with another structure, and expect all frames
+        entries = objects.values() if isinstance(objects, dict) else ()
+        frames = [frame for entry in entries if isinstance(entry, dict)
+                  for frame in entry.get("frames", ())]
         if frames:
-            found[name] = frozenset(map(str, frames))
-    return found
+            requested[name] = frozenset(map(str, frames))
+    return requested
