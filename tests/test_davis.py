@@ -126,7 +126,7 @@ def sequences(count: int) -> list[Sequence]:
 @pytest.mark.parametrize("count, share, held_out", [
     (10, 0.2, 2), (10, 0.01, 1), (2, 0.1, 1), (2, 0.99, 1), (30, 0.15, 4), (5, 0.99, 4),
     (5, 0, 0), (1, 0, 0)])
-def test_split_holds_out_whole_sequences(count, share, held_out):
+def test_whole_sequences_are_held_out(count, share, held_out):
     every = sequences(count)
     training, validation = hold_out(every, share, seed=3)
     assert len(validation) == held_out
@@ -135,7 +135,7 @@ def test_split_holds_out_whole_sequences(count, share, held_out):
     assert [s for s in every if s in validation] == validation
 
 
-def test_split_is_chosen_by_its_seed():
+def test_the_seed_chooses_the_held_out_sequences():
     splits = [tuple(names(hold_out(sequences(12), 0.3, seed)[1])) for seed in range(20)]
     assert splits == [tuple(names(hold_out(sequences(12), 0.3, seed)[1])) for seed in range(20)]
     assert len(set(splits)) > 10
@@ -145,7 +145,7 @@ def test_split_is_chosen_by_its_seed():
     (5, 1, "--validation_size"), (5, -0.1, "--validation_size"),
     (5, float("nan"), "--validation_size"), (1, 0.2, "two sequences"), (0, 0.2, "two sequences"),
     (0, 0, "two sequences")])
-def test_split_refuses(count, share, word):
+def test_hold_out_refuses(count, share, word):
     with pytest.raises(ValueError, match=word):
         hold_out(sequences(count), share, 0)
 

@@ -1,4 +1,4 @@
-"""The drawn data set: the same every time, readable, complete, with objects behind trees."""
+"""The demo data: reproducible, readable, complete, with objects behind trees."""
 
 from dataclasses import replace
 from functools import partial
@@ -41,7 +41,7 @@ def test_drawn_twice_it_has_the_same_bytes(root, tmp_path, one_scene):
             assert first[name].read_bytes() == second[name].read_bytes()
 
 
-def test_data_set_that_is_there_is_not_drawn_again(tmp_path, four_frames):
+def test_an_existing_data_set_is_not_drawn_again(tmp_path, four_frames):
     root = demo.make(tmp_path / "d")
     before = {path: path.stat().st_mtime_ns for path in files(root).values()}
     (root / "JPEGImages" / "480p" / "forest" / "00003.jpg").write_bytes(b"changed")
@@ -84,7 +84,7 @@ def test_no_sequence_is_in_both_sets():
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_every_frame_holds_enough_of_every_object(root, name):
+def test_every_frame_shows_enough_of_every_object(root, name):
     (sequence,) = Davis(root, "2017", "trainval", names=[name])
     areas = np.array([np.bincount(sequence.mask(i).flat, minlength=3)[1:]
                       for i in range(len(sequence))])
@@ -107,7 +107,7 @@ def test_trees_hide_part_of_the_objects(name):
     assert 0.15 < max(hidden) < 0.6
 
 
-def test_objects_move_and_look_unlike_what_is_behind_them(root):
+def test_objects_move_and_differ_from_the_background(root):
     for sequence in Davis(root, "2016", "trainval"):
         masks = [sequence.mask(i) for i in (0, 12, 23)]
         columns = [np.flatnonzero(mask.any(0)).mean() for mask in masks]

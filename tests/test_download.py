@@ -18,7 +18,7 @@ from datasets import download
 
 
 def archive(extra=()):
-    """A DAVIS archive with two sequences, larger frames and what else is asked for."""
+    """A DAVIS archive with two sequences, larger frames and additional members."""
     buffer = io.BytesIO()
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(buffer, "w") as file:
@@ -79,7 +79,7 @@ def serve(monkeypatch):
         server.http.server_close()
 
 
-def test_cut_connections_are_taken_up_again(serve, tmp_path, monkeypatch, capsys):
+def test_broken_connections_are_resumed(serve, tmp_path, monkeypatch, capsys):
     data = archive()
     server = serve(data, hashlib.sha256(data).hexdigest(), cut=len(data) // 3 + 1)
     monkeypatch.setattr(sys, "argv", ["davis.py", "--download", str(tmp_path / "d")])
@@ -94,7 +94,7 @@ def test_cut_connections_are_taken_up_again(serve, tmp_path, monkeypatch, capsys
     assert "holds a data set already" in capsys.readouterr().err
 
 
-def test_the_next_call_goes_on_where_the_last_one_stopped(serve, tmp_path):
+def test_the_next_call_resumes_the_download(serve, tmp_path):
     data = archive()
     (tmp_path / "DAVIS-data.zip.part").write_bytes(data[:1000])
     server = serve(data)
@@ -103,14 +103,14 @@ def test_the_next_call_goes_on_where_the_last_one_stopped(serve, tmp_path):
     assert len(davis.Davis(tmp_path)) == 2
 
 
-def test_a_server_that_cannot_go_on_sends_it_all(serve, tmp_path):
+def test_a_server_without_ranges_sends_the_whole_file(serve, tmp_path):
     (tmp_path / "DAVIS-data.zip.part").write_bytes(b"something else")
     serve(archive(), ranges=False)
     download.download(tmp_path, "2016")
     assert len(davis.Davis(tmp_path)) == 2
 
 
-def test_a_server_that_sends_nothing_is_given_up(serve, tmp_path):
+def test_a_server_that_sends_nothing_ends_the_download(serve, tmp_path):
     server = serve(archive(), cut=0)
     with pytest.raises(OSError, match="broke 5 times"):
         download.download(tmp_path, "2016")
@@ -128,7 +128,7 @@ def test_nothing_is_unpacked_outside_of_the_folder(name, serve, tmp_path):
 
 
 def broken(data):
-    """One byte of a stored frame is another one."""
+    """Change one byte of a stored frame."""
     at = data.index(b"\xff\xd8\xff") + 300
     return data[:at] + struct.pack("B", data[at] ^ 255) + data[at + 1:]
 

@@ -1,4 +1,4 @@
-"""Data sets as they lie on disk: levels, suffixes, lists, YouTube-VOS and folders of one's own."""
+"""Data sets on disk: resolutions, suffixes, lists, YouTube-VOS layout and your own folders."""
 
 import codecs
 import json
@@ -52,7 +52,7 @@ def test_frames_of_any_kind_at_any_level(tmp_path, level, suffix):
     np.testing.assert_array_equal(ant.mask(4), draw_frame(4, (1, 2))[1])
 
 
-def test_of_two_levels_the_usual_one_is_read(tmp_path):
+def test_of_two_resolutions_480p_is_read(tmp_path):
     for level in ("1080p", "480p"):
         write(tmp_path / "JPEGImages" / level / "ant", tmp_path / "Annotations" / level / "ant")
     write_list(tmp_path, "2016", "val", ["ant"])
@@ -77,7 +77,7 @@ def test_any_list_there_is(davis_2017, year, set_name):
     assert names(Davis(davis_2017, year, set_name)) == ["bee"]
 
 
-def test_a_list_that_is_not_there_is_told_with_those_that_are(davis_2017):
+def test_a_missing_list_is_named_with_the_existing_ones(davis_2017):
     with pytest.raises(FileNotFoundError) as caught:
         Davis(davis_2017, "2017", "test-dev")
     assert "2017/test-dev.txt" in str(caught.value) and "2016/val.txt" in str(caught.value)
@@ -108,7 +108,7 @@ def test_frames_are_in_natural_order(tmp_path):
 @pytest.mark.parametrize("frames, masks", [
     ("{}/images", "{}/masks"), ("{}/JPEGImages", "{}/Annotations"), ("images/{}", "masks/{}"),
     ("JPEGImages/{}", "Annotations/{}"), ("JPEGImages/480p/{}", "Annotations/480p/{}")])
-def test_folders_of_ones_own(tmp_path, frames, masks):
+def test_your_own_folders(tmp_path, frames, masks):
     for name in ("clip10", "clip2"):
         write(tmp_path / frames.format(name), tmp_path / masks.format(name))
     dataset = Davis(tmp_path)
@@ -131,7 +131,7 @@ def test_a_set_may_be_a_folder(tmp_path):
 
 
 def test_first_masks_only(tmp_path):
-    """As the servers that score YouTube-VOS, MOSE and LVOS give them: nothing to score here."""
+    """As published for evaluation servers of YouTube-VOS, MOSE and LVOS: no frame is scored."""
     for sequence in Davis(youtube(tmp_path, labelled=[0])):
         assert sequence.labelled == (0,) and sequence.scored == ()
         assert sequence.first_frames == {1: 0, 2: 0} and list(sequence.reference_masks()) == [0]
@@ -140,7 +140,7 @@ def test_first_masks_only(tmp_path):
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_an_object_that_appears_later(tmp_path, complete):
-    """Only what may be known is given: of the later mask the new object alone."""
+    """Of a later mask only the new object is a reference."""
     root = youtube(tmp_path, labelled=None if complete else [0, 3], later=3, names=["a"])
     (sequence,) = Davis(root)
     assert sequence.first_frames == {1: 0, 2: 3}
@@ -160,7 +160,7 @@ def test_in_davis_the_first_mask_names_the_objects(tmp_path):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_frames_that_are_asked_for(tmp_path, marked):
+def test_frames_that_a_server_expects(tmp_path, marked):
     root = youtube(tmp_path, count=11, labelled=[0, 5], later=5, names=["a", "b"])
     videos = {"a": {"objects": {"1": {"category": "ant", "frames": ["00000", "00005", "00010"]},
                                 "2": {"category": "bee", "frames": ["00005", "00010"]}}}}
@@ -175,18 +175,18 @@ def test_frames_that_are_asked_for(tmp_path, marked):
                                      '{"videos": {"a": {"objects": {"1": "person"}}}}',
                                      '{"videos": {"a": {"objects": {"1": {"frame_range": '
                                      '{"start": "00001", "end": "00004"}}}}}}'])
-def test_meta_that_asks_for_nothing(tmp_path, content):
+def test_a_meta_file_without_frames(tmp_path, content):
     (youtube(tmp_path, names=["a"]) / "meta.json").write_text(content)
     assert Davis(tmp_path).sequences[0].output_frames == tuple(range(6))
 
 
-def test_meta_that_is_broken_is_named(tmp_path):
+def test_a_broken_meta_file_is_named(tmp_path):
     (youtube(tmp_path) / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="meta.json.*YouTube-VOS"):
         Davis(tmp_path)
 
 
-def test_frames_without_a_mask_are_known(tmp_path, caplog):
+def test_frames_without_a_mask_are_reported(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     (sequence,) = Davis(youtube(tmp_path, labelled=[1, 3, 4, 5], names=["a"]))
     assert sequence.labelled == (1, 3, 4, 5) and sequence.scored == (3, 4)
@@ -213,7 +213,7 @@ def spoil_no_mask(root):
     (spoil_short, ["480p/bee: 2 frames", "at least 3"]),
     (spoil_empty, ["Annotations/480p/bee/00000.png: the first mask holds no object"]),
     (spoil_no_mask, ["480p/bee: no mask"])])
-def test_what_can_not_be_used_is_left_out_and_named(davis_2016, spoil, words, caplog):
+def test_unusable_sequences_are_skipped_and_named(davis_2016, spoil, words, caplog):
     spoil(davis_2016)
     assert names(Davis(davis_2016)) == ["ant", "cat"]
     assert all(word in caplog.text for word in ["left out", *words])
@@ -223,7 +223,7 @@ def test_what_can_not_be_used_is_left_out_and_named(davis_2016, spoil, words, ca
 
 
 def test_a_listed_sequence_without_its_first_mask_is_named(davis_2016):
-    """Scored from its second frame on, its figures would compare with no others."""
+    """Scores from a later start would not compare with published ones."""
     mask = davis_2016 / "Annotations" / "480p" / "bee" / "00000.png"
     mask.unlink()
     with pytest.raises(ValueError, match=f"{mask}: no such mask.*first frame of sequence bee"):
@@ -269,7 +269,7 @@ def run(root, *flags) -> int:
     return main.main(["-m", "eval", "-c", "cpu", "-d", str(root), "-p", "96", "160", *flags])
 
 
-def test_youtube_vos_is_segmented_and_written_as_its_server_wants(tmp_path, capsys, caplog):
+def test_youtube_vos_is_segmented_and_written_as_its_server_expects(tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
     root = youtube(tmp_path / "set", count=11, labelled=[0, 5], later=5, names=["a"])
     youtube(root, count=4, labelled=[0], names=["b"])
@@ -295,7 +295,7 @@ def test_youtube_vos_is_segmented_and_written_as_its_server_wants(tmp_path, caps
     assert "2 sequences were finished before" in caplog.text
 
 
-def test_what_has_truth_is_scored_and_the_rest_segmented(tmp_path, capsys):
+def test_sequences_with_ground_truth_are_scored_and_the_rest_segmented(tmp_path, capsys):
     youtube(tmp_path, names=["a"], labelled=[0])
     youtube(tmp_path, names=["b"], later=2)
     youtube(tmp_path, names=["c"], labelled=[0, 2, 4])
@@ -307,7 +307,7 @@ def test_what_has_truth_is_scored_and_the_rest_segmented(tmp_path, capsys):
 
 
 def test_an_object_is_scored_from_its_second_frame_on(tmp_path):
-    """A perfect answer of the first object alone: the second one counts where it is looked for."""
+    """With a perfect mask of the first object only, the second one counts from there on."""
     (sequence,) = Davis(youtube(tmp_path / "set", names=["b"], later=2))
     for i in range(6):
         images.write_mask(tmp_path / "found" / "b" / f"{i:05d}.png",
@@ -322,7 +322,7 @@ def test_an_object_is_scored_from_its_second_frame_on(tmp_path):
     lambda mask: Image.fromarray(mask > 0),
     lambda mask: Image.fromarray((mask > 0).astype(np.uint8) * 255).convert("RGBA")])
 @pytest.mark.parametrize("year", ["2016", "2017"])
-def test_codings_of_the_same_masks_score_alike(davis_2016, tmp_path, code, year):
+def test_encodings_of_the_same_masks_score_alike(davis_2016, tmp_path, code, year):
     write_list(davis_2016, "2017", "train", ["ant"])
     (ant,) = Davis(davis_2016, year, names=["ant"])
     (tmp_path / "ant").mkdir()
@@ -341,7 +341,7 @@ def test_predictions_in_daviss_colours_are_scored(davis_2017, tmp_path):
 
 
 def test_void_that_stands_alone_in_some_frames_stays_void(davis_2017, tmp_path):
-    """In the truth: a prediction without it is right."""
+    """In the ground truth: a prediction without it is correct."""
     folder = davis_2017 / "Annotations/480p/dog"
     for i, path in enumerate(sorted(folder.iterdir())):
         mask = np.array(Image.open(path))

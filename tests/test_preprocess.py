@@ -40,7 +40,7 @@ def test_unreadable_file_is_named(tmp_path, name, damage, error, read):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])
-def test_read_image_is_rgb_whatever_the_file(tmp_path, mode):
+def test_read_image_is_rgb_for_any_file(tmp_path, mode):
     colour = Image.new("RGB", (4, 2), (255, 0, 0)).convert(mode)
     colour.save(tmp_path / "image.png")
     image = images.read_image(tmp_path / "image.png")
@@ -104,7 +104,7 @@ def test_resize_mask_keeps_the_ids(shape):
 
 
 def scene() -> tuple[np.ndarray, np.ndarray]:
-    """An L and a bar with ids 2 and 5, and an image of which red is the L and green the bar."""
+    """An L and a bar with ids 2 and 5, and an image with a red L and a green bar."""
     mask = np.zeros((72, 120), np.uint8)
     mask[10:60, 15:35] = mask[40:60, 15:70] = 2
     mask[8:30, 60:110] = 5
@@ -167,7 +167,7 @@ def test_augment_without_randomness_only_resizes(shape):
 
 @pytest.mark.parametrize("factor", [3, 5])
 def test_augment_samples_masks_at_the_middle_of_a_pixel(factor):
-    """As images are: else a mask that shrinks lies up to half a pixel beside its image."""
+    """As images are; otherwise a shrunk mask is up to half a pixel off its image."""
     mask = np.random.default_rng(0).integers(0, 4, (12 * factor, 20 * factor), dtype=np.uint8)
     image = np.zeros((*mask.shape, 3), np.uint8)
     _, shrunk = Augment((12, 20), random=False)(image, mask)
@@ -176,7 +176,7 @@ def test_augment_samples_masks_at_the_middle_of_a_pixel(factor):
 
 @pytest.mark.parametrize("keep, kept", [(Augment.KEEP, True), (0, False)])
 def test_augment_keeps_a_tiny_object_in_a_corner(monkeypatch, keep, kept):
-    """And without that rule crops would lose it."""
+    """Without that rule crops would lose it."""
     mask = np.zeros((72, 120), np.uint8)
     mask[-4:, -4:] = 3
     augment = Augment(mask.shape)
@@ -223,7 +223,7 @@ def test_a_figure_needs_no_backend_of_a_notebook(tmp_path, frame_and_mask):
 
 
 @pytest.mark.parametrize("save", ["figures/preview.png", None])
-def test_preview_is_saved_where_told_or_where_it_says(tmp_path, frame_and_mask, save):
+def test_preview_is_saved_to_the_given_or_default_file(tmp_path, frame_and_mask, save):
     result = preview(tmp_path, *frame_and_mask, *(["--save", save] if save else []))
     assert (result.returncode, result.stderr) == (0, "")
     name = save or "augmentation.png"
@@ -252,7 +252,7 @@ def test_preview_of_bad_input_ends_with_one_error_line(tmp_path, frame_and_mask)
     (("frame.jpg", "mask.png", "--save", "figure.xyz"), ["xyz"]),
     (("frame.jpg", "mask.png", "--save", "frame.jpg/figure.png"), ["frame.jpg"]),
 ])
-def test_bad_arguments_are_told(tmp_path, frame_and_mask, monkeypatch, capsys, arguments, words):
+def test_bad_arguments_are_named(tmp_path, frame_and_mask, monkeypatch, capsys, arguments, words):
     write_mask(tmp_path / "small.png", np.ones((2, 4), np.uint8))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -16,7 +16,7 @@ from training.samples import Clips, Pairs, PairSampler, large_enough
 
 
 def as_is(image, mask):
-    """In place of an augmentation."""
+    """Replaces an augmentation; changes nothing."""
     return torch.from_numpy(image), torch.from_numpy(mask)
 
 
@@ -34,7 +34,7 @@ def test_item_is_two_images_with_binary_masks(davis_2017):
         assert set(masks.unique().tolist()) <= {0, 1}
 
 
-def test_an_item_depends_on_its_index_alone(davis_2017):
+def test_a_pair_depends_on_its_index_alone(davis_2017):
     pairs = Pairs(Davis(davis_2017, "2017").sequences, Augment((24, 40)))
     index = list(PairSampler(len(pairs), 8, seed=2))
     first = [pairs[i] for i in index]
@@ -104,7 +104,7 @@ def test_sequence_without_any_object_is_named(tmp_path):
 
 
 class AsIs:
-    """In place of an augmentation of clips."""
+    """Replaces an augmentation of clips; changes nothing."""
 
     def __call__(self, image, mask):
         return as_is(image, mask)
@@ -114,7 +114,7 @@ class AsIs:
 
 
 def grey_sequences(root, names, frames):
-    """Sequences whose frames are of a flat grey that tells sequence and frame."""
+    """Sequences whose frames are flat grey; the value encodes sequence and frame."""
     for level, name in enumerate(names):
         write_sequence(root, name, frames=frames)
         for i in range(frames):
@@ -165,7 +165,7 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     assert min(counts[1, 0], counts[0, 1], counts[1, 1], counts[1, 2]) > 3
 
 
-def test_all_objects_of_a_sequence_are_followed_under_any_id(davis_2017):
+def test_all_objects_of_a_sequence_are_tracked_under_any_id(davis_2017):
     (dog,) = Davis(davis_2017, "2017", "val")
     clips, found = Clips([dog], AsIs(), frames=3, paste=0), set()
     for seed in range(30):
@@ -207,7 +207,7 @@ def squares(tmp_path):
     return Davis(tmp_path).sequences
 
 
-def test_a_clip_is_made_of_an_object_below_the_usual_least_area(squares):
+def test_an_object_below_the_usual_minimum_area_still_yields_a_clip(squares):
     dot, small, whole = squares
     clips = Clips([small], Augment((200, 300), random=False), paste=0)
     assert Clips.MIN_SHARE * 200 * 300 > 25
@@ -239,12 +239,12 @@ def test_the_same_object_has_to_be_in_two_masks(squares):
     assert large_enough([whole], 16) == [] and large_enough([whole], 16, masks=1) == [whole]
 
 
-def test_nothing_is_drawn_of_no_frames():
+def test_the_sampler_refuses_an_empty_set():
     with pytest.raises(ValueError, match="no frame"):
         list(PairSampler(0, 3))
 
 
-def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
+def test_duplicates_are_pasted_only_without_a_jump(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
@@ -268,7 +268,7 @@ def test_a_double_is_pasted_only_where_its_place_tells_it_apart(tmp_path):
     assert len(in_far) > 5 and not any(in_far)
 
 
-def test_a_swarm_is_followed_and_never_far(tmp_path):
+def test_swarms_are_tracked_and_never_follow_a_jump(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=5, paste=1, objects=9)
@@ -297,7 +297,7 @@ def test_sampler_takes_every_frame_once_before_any_again(frames, count):
         assert set(one_pass) <= set(range(frames))
 
 
-def test_sampler_shuffles_each_pass_anew_unless_told():
+def test_sampler_shuffles_each_epoch_differently_unless_disabled():
     frames = [frame for frame, _ in PairSampler(20, 40)]
     assert frames[:20] != frames[20:] and frames[:20] != list(range(20))
     in_order = list(PairSampler(3, 7, shuffle=False))

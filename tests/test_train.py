@@ -1,4 +1,4 @@
-"""Losses by hand; the loop on a small drawn data set."""
+"""Losses against values computed by hand; the training loop on a small drawn data set."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_steps_on_clips_lower_the_loss(sequences):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
+def test_the_memory_method_trains_all_unfrozen_weights_and_saves_them(sequences, options):
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
     model.extend()
@@ -119,7 +119,7 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 18, 19, 20, 400])
-def test_the_learning_rate_rises_and_falls_to_nothing(iterations, model):
+def test_the_learning_rate_rises_and_decays_to_zero(iterations, model):
     options = train.Options(Path("x"), (96, 160), iterations, learning_rate=1e-3)
     optimizer, schedule = train.make_optimizer(model, options)
     rates = []
@@ -133,7 +133,7 @@ def test_the_learning_rate_rises_and_falls_to_nothing(iterations, model):
         assert max(rates[1:5 + iterations // 10]) > 7e-4
 
 
-def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options):
+def test_the_best_weights_are_saved_with_log_and_curves(model, sequences, options):
     options.plot = True
     best = train.train(model, *sequences, options)
     lines = lines_of(options)
@@ -148,7 +148,7 @@ def test_the_best_weights_are_kept_with_log_and_curves(model, sequences, options
         assert curves.size[0] > 300
 
 
-def test_without_held_out_sequences_the_last_weights_are_kept(model, sequences, options):
+def test_without_held_out_sequences_the_last_weights_are_saved(model, sequences, options):
     options.plot, options.patience = True, 1
     assert np.isnan(train.train(model, sum(sequences, []), [], options))
     assert [line["held_out_iou"] for line in lines_of(options)] == [None] * 3
@@ -227,7 +227,7 @@ def test_training_raises_the_held_out_iou(sequences, options):
 
 
 class Counted(Pairs):
-    """Tells of what it was asked for instead of making it."""
+    """Returns the frame and the clip length it was asked for, instead of a sample."""
 
     def __getitem__(self, index):
         return torch.tensor([index[0], self.length])
@@ -238,9 +238,9 @@ class CountedClips(Counted, Clips):
 
 
 @pytest.mark.parametrize("first", [0, 9, 33])
-def test_stills_come_first_and_longer_clips_last(first, sequences, options, monkeypatch):
+def test_static_images_come_first_and_longer_clips_last(first, sequences, options, monkeypatch):
     monkeypatch.setattr(samples, "Clips", CountedClips)
-    stills = [SimpleNamespace(labelled=(0,))] * 7  # whatever they are, of one frame each
+    stills = [SimpleNamespace(labelled=(0,))] * 7  # of one frame each
     options.iterations, options.batch_size = 40, 25
     every, drawn = ([batch for batch in samples.batches(
         CountedClips, sequences[0], stills, None, options, range(start, 40))]
@@ -254,14 +254,14 @@ def test_stills_come_first_and_longer_clips_last(first, sequences, options, monk
 
 
 def shrunk(sequence, side):
-    """Write masks in which the object is a square of so many pixels."""
+    """Write masks in which the object is a square with sides of `side` pixels."""
     for path in sequence.masks:
         mask = np.zeros(SHAPE, np.uint8)
         mask[20:20 + side, 30:30 + side] = 255
         Image.fromarray(mask).save(path)
 
 
-def test_a_sequence_of_small_objects_is_left_out_with_one_warning(sequences, options, caplog):
+def test_a_sequence_of_small_objects_is_skipped_with_one_warning(sequences, options, caplog):
     training, held_out = sequences
     shrunk(training[0], 1)  # 4 pixels of 96x160, 27 in the closest crop
     options.iterations, options.augment = 1, False
@@ -281,12 +281,12 @@ def test_where_all_objects_are_small_an_error_says_what_helps(sequences, options
     assert not options.save.parent.exists()
 
 
-def test_stills_are_for_clips(model, sequences, options):
+def test_static_images_need_the_memory_method(model, sequences, options):
     with pytest.raises(ValueError, match="--stills.*--method memory"):
         train.train(model, *sequences, options, static_images=sequences[0])
 
 
-def test_all_objects_of_a_clip_are_followed_at_once():
+def test_all_objects_of_a_clip_are_tracked_at_once():
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True).train()
     images, masks = torch.randn(3, 3, 64, 96), torch.zeros(3, 64, 96).long()

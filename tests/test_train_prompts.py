@@ -1,4 +1,4 @@
-"""Masks from boxes and clicks: training, the bench, the command line."""
+"""Masks from boxes and clicks: training, the benchmark, the command line."""
 
 import json
 
@@ -48,7 +48,7 @@ def train(davis, stills, checkpoint, out, *more) -> int:
                       "-b", "2", "-c", "cpu", *more])
 
 
-def test_training_changes_the_new_part_only_and_goes_on(davis_2016, stills_dir, checkpoint,
+def test_training_changes_the_prompt_decoder_only_and_resumes(davis_2016, stills_dir, checkpoint,
                                                         tmp_path):
     whole, halves = tmp_path / "whole.pth", tmp_path / "halves.pth"
     assert train(davis_2016, stills_dir, checkpoint, whole, "-i", "4") == 0
@@ -77,7 +77,7 @@ def test_training_changes_the_new_part_only_and_goes_on(davis_2016, stills_dir, 
         assert torch.equal(value, states[1]["model"][name]), name
 
 
-def test_the_road_of_a_video_doesnt_know_the_new_part(checkpoint):
+def test_the_prompt_decoder_does_not_change_tracking(checkpoint):
     bare, shown = VideoMatch.load(checkpoint).eval(), VideoMatch.load(checkpoint).eval()
     train_prompts.add_prompt_decoder(shown)
     steps = []
@@ -90,7 +90,7 @@ def test_the_road_of_a_video_doesnt_know_the_new_part(checkpoint):
         np.testing.assert_array_equal(one, other)
 
 
-def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
+def test_samples_depend_on_seed_and_index_alone(davis_2016, stills_dir):
     sources = Davis(davis_2016).sequences, StaticImages(stills_dir).images
     scenes = train_prompts.PromptSamples(*sources, seed=3)
     first = [scenes[i] for i in range(30)]
@@ -111,8 +111,8 @@ def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
     assert kinds == {(True, False), (False, False), (False, True)}
 
 
-def test_scenes_end_where_no_object_is_large_enough(stills_dir):
-    """Instead of looking for one for ever."""
+def test_samples_fail_without_a_large_enough_object(stills_dir):
+    """The search for one must not run forever."""
     stills = StaticImages(stills_dir).images
     for still in stills:
         mask = np.zeros((48, 80), np.uint8)
@@ -125,13 +125,13 @@ def test_scenes_end_where_no_object_is_large_enough(stills_dir):
     assert all(train_prompts.PromptSamples([], stills)[i][1].any() for i in range(3))
 
 
-def test_held_out_stills_are_apart():
+def test_held_out_static_images_are_not_trained_on():
     stills = [object() for _ in range(10)]
     training, apart = train_prompts.split_static_images(stills, 0.3, 0)
     assert len(apart) == 3 and {*training, *apart} == {*stills} and len(training) == 7
 
 
-def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_path, monkeypatch,
+def test_the_benchmark_prints_the_j_of_prompted_masks(davis_2017, checkpoint, tmp_path, monkeypatch,
                                                     capsys):
     model = VideoMatch.load(checkpoint)
     train_prompts.add_prompt_decoder(model)
@@ -189,7 +189,7 @@ def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_p
     assert f"--mask 0:{out / 'mask_00000.png'}" in capsys.readouterr().out
 
 
-def test_nothing_found_is_one_line(clip_dir, checkpoint, tmp_path, capsys):
+def test_an_empty_mask_is_reported_in_one_line(clip_dir, checkpoint, tmp_path, capsys):
     model = VideoMatch.load(checkpoint)
     torch.nn.init.constant_(train_prompts.add_prompt_decoder(model).score.bias, -100)
     model.save(tmp_path / "shown.pth")
@@ -198,7 +198,7 @@ def test_nothing_found_is_one_line(clip_dir, checkpoint, tmp_path, capsys):
     assert "nothing was found of object 1" in capsys.readouterr().err
 
 
-def test_a_tracker_trained_further_keeps_what_boxes_and_clicks_need(davis_2016, stills_dir,
+def test_further_training_of_a_tracker_keeps_the_prompt_decoder_working(davis_2016, stills_dir,
                                                                     checkpoint, tmp_path, caplog,
                                                                     capsys):
     shown, further = tmp_path / "shown.pth", tmp_path / "further.pth"

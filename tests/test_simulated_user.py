@@ -1,4 +1,4 @@
-"""The simulated person who shows an object: boxes and clicks."""
+"""The simulated user who prompts an object with boxes and clicks; distractors."""
 
 import math
 
@@ -20,7 +20,7 @@ MASKS = arrays(bool, (7, 9))
 # the simulated person
 
 def brute_depth(mask: np.ndarray) -> np.ndarray:
-    """Distance of every pixel to the nearest one outside, the frame's surroundings included."""
+    """Distance of every pixel to the nearest one outside the mask or the frame."""
     height, width = mask.shape
     outside = [(y, x) for y in range(-1, height + 1) for x in range(-1, width + 1)
                if not (0 <= y < height and 0 <= x < width and mask[y, x])]
@@ -29,7 +29,7 @@ def brute_depth(mask: np.ndarray) -> np.ndarray:
 
 
 def brute_parts(mask: np.ndarray) -> list[np.ndarray]:
-    """Parts that hang together, by corners too."""
+    """Connected components, by corners too."""
     left, parts = {(int(y), int(x)) for y, x in zip(*mask.nonzero())}, []
     while left:
         part, border = set(), {left.pop()}
@@ -45,13 +45,13 @@ def brute_parts(mask: np.ndarray) -> list[np.ndarray]:
 
 @settings(max_examples=40, deadline=None)
 @given(MASKS)
-def test_depth_is_the_distance_to_the_nearest_pixel_outside(mask):
+def test_distance_to_the_nearest_pixel_outside(mask):
     np.testing.assert_allclose(simulated_user.distance_to_edge(mask), brute_depth(mask), atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
 @given(MASKS, MASKS)
-def test_the_next_click_is_the_middle_of_the_largest_error(found, truth):
+def test_the_next_click_is_the_centre_of_the_largest_error(found, truth):
     click = simulated_user.next_click(found, truth)
     parts = [(part, wanted) for wanted, wrong in ((True, truth & ~found), (False, found & ~truth))
              for part in brute_parts(wrong)]
@@ -87,7 +87,7 @@ def test_boxes_are_moved_by_no_more_than_a_share(mask, share, seed):
     assert abs(u + a - x - w) <= share * w + 1 and abs(v + b - y - h) <= share * h + 1
 
 
-def test_a_person_clicks_until_nothing_is_wrong():
+def test_clicks_end_with_a_perfect_mask():
     image, mask = draw_frame(0)
     truth, asked = mask > 0, []
 
@@ -107,7 +107,7 @@ def test_a_person_clicks_until_nothing_is_wrong():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_crowd_hides_little_of_the_object_and_changes_nothing_of_the_rest_of_it(seed):
+def test_distractors_hide_little_of_the_target_and_leave_the_rest_unchanged(seed):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 60, (60, 90, 3), dtype=np.uint8)
     mask = np.zeros((60, 90), bool)

@@ -1,4 +1,4 @@
-"""Still images: their layout on disk, and how clips are made of them."""
+"""Static images: their layout on disk, and the clips made from them."""
 
 from pathlib import Path
 
@@ -138,12 +138,12 @@ def test_damage_is_named_at_the_start(root, damage, error, words):
         assert word in str(caught.value)
 
 
-def stills_clips(root, **options) -> Clips:
+def clips_of(root, **options) -> Clips:
     return Clips([], Augment(SHAPE), static_images=StaticImages(root).images, **options)
 
 
-def test_a_clip_of_a_still_has_the_form_of_all_clips(root):
-    clips = stills_clips(root)
+def test_a_clip_of_a_static_image_has_the_shape_of_all_clips(root):
+    clips = clips_of(root)
     assert clips.parts == [0, 3] and len(clips) == 3
     counts, ids_of_red = set(), set()
     for seed in range(60):
@@ -162,7 +162,7 @@ def test_a_clip_of_a_still_has_the_form_of_all_clips(root):
 
 def test_the_masks_show_the_objects_wherever_they_are(root):
     """The discs are saturated and the rest is grey, so colours tell what the masks should be."""
-    clips = stills_clips(root)
+    clips = clips_of(root)
     clips.DISTRACTORS, clips.MIN_SHARE, clips.MORE = 0, 0, 0
     scores = []
     for seed in range(30):
@@ -175,8 +175,8 @@ def test_the_masks_show_the_objects_wherever_they_are(root):
     assert len(scores) > 60 and np.mean(np.array(scores) > 0.85) > 0.9
 
 
-def test_things_move_bend_and_change_their_light(root):
-    clips = stills_clips(root, paste=0, objects=1)
+def test_objects_move_bend_and_change_lighting(root):
+    clips = clips_of(root, paste=0, objects=1)
     moved, areas, light = [], [], []
     for seed in range(30):
         images, masks = clips[0, seed]
@@ -190,8 +190,8 @@ def test_things_move_bend_and_change_their_light(root):
     assert np.median(light) > 0.03
 
 
-def test_an_item_depends_on_its_index_alone_whoever_makes_it(root):
-    clips = stills_clips(root)
+def test_a_sample_depends_on_its_index_alone_in_any_worker(root):
+    clips = clips_of(root)
     index = list(PairSampler(clips.parts, 8, seed=2, shares=[0, 1]))
     state = torch.get_rng_state()
     first = [clips[i] for i in index]
@@ -202,9 +202,9 @@ def test_an_item_depends_on_its_index_alone_whoever_makes_it(root):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_still_without_an_object_is_a_background(root):
+def test_a_static_image_without_an_object_is_a_background(root):
     Image.new("L", (120, 90)).save(root / "masks/ant.png")
-    clips = stills_clips(root, paste=1)
+    clips = clips_of(root, paste=1)
     for seed in range(10):
         assert clips[0, seed][1][0].any()
     alone = StaticImages(root).images[:1]
@@ -212,9 +212,9 @@ def test_a_still_without_an_object_is_a_background(root):
         Clips([], Augment(SHAPE), static_images=alone)[0, 0]
 
 
-def test_a_still_alone_and_its_doubles(tmp_path):
+def test_a_single_static_image_gets_duplicates(tmp_path):
     write_still(tmp_path, "ant")
-    clips = stills_clips(tmp_path, paste=1)
+    clips = clips_of(tmp_path, paste=1)
     assert max(int(clips[0, seed][1].max()) for seed in range(20)) >= 2
 
 
@@ -224,17 +224,17 @@ def test_ids_of_a_mask_may_be_any(tmp_path):
     image = Image.fromarray(np.array([0, 254, 7], np.uint8)[np.array(Image.open(path))])
     image.putpalette(bytes(range(256)) * 3)
     image.save(path)
-    clips = stills_clips(tmp_path, paste=1)
+    clips = clips_of(tmp_path, paste=1)
     assert max(int(clips[0, seed][1].max()) for seed in range(20)) in (2, 3, 4, 5, 6)
 
 
-def test_pairs_of_a_still_are_two_views_of_it(root):
+def test_pairs_of_a_static_image_are_two_views_of_it(root):
     images, masks = Pairs(StaticImages(root).images, Augment(SHAPE))[0, 3]
     assert images.shape == (2, 3, *SHAPE) and masks.flatten(1).any(1).all()
     assert not torch.equal(images[0], images[1])
 
 
-def test_the_sampler_gives_each_part_its_share_and_each_frame_its_turn():
+def test_the_sampler_draws_shares_of_parts_and_each_frame_before_any_again():
     drawn = [i for i, _ in PairSampler([30, 5], 600, seed=1, shares=[1, 3])]
     stills = [i for i in drawn if i >= 30]
     assert 0.7 < len(stills) / 600 < 0.8
@@ -252,6 +252,6 @@ def test_the_sampler_gives_each_part_its_share_and_each_frame_its_turn():
 
 
 @pytest.mark.parametrize("parts, shares", [([0, 5], [1, 1]), ([3, 4], [1]), ([3, 4], [-1, 2])])
-def test_the_sampler_refuses_shares_of_nothing(parts, shares):
+def test_the_sampler_refuses_shares_of_empty_parts(parts, shares):
     with pytest.raises(ValueError, match="share"):
         PairSampler(parts, 10, shares=shares)

@@ -1,4 +1,4 @@
-"""Clips made of stills: how backgrounds and objects move, bend and hide each other."""
+"""Synthetic motion: how backgrounds and objects move, bend and occlude each other."""
 
 
 import cv2
@@ -34,7 +34,7 @@ def test_a_cutout_moved_by_whole_pixels_is_copied():
     assert (frame[outside] == before[outside]).all()
 
 
-def test_a_part_of_an_object_is_one_of_its_own():
+def test_a_part_of_an_object_becomes_an_object():
     ids = np.zeros((40, 60), np.uint8)
     ids[5:35, 10:50], ids[:4] = 3, 7
     for seed in range(20):
@@ -47,7 +47,7 @@ def test_a_part_of_an_object_is_one_of_its_own():
         assert cv2.connectedComponents(new.astype(np.uint8))[0] == 2
 
 
-def test_a_thing_turned_by_a_quarter_is_rotated():
+def test_a_rotation_by_a_quarter_turn_is_exact():
     image = np.random.default_rng(1).integers(0, 255, (21, 21, 3), dtype=np.uint8)
     turn = warps.linear_maps(np.array([np.pi / 2]), np.ones(1), np.zeros(1))
     pose = warps.affine_poses(turn, np.full(2, 10.0), np.full((1, 2), 10.0))[0]
@@ -56,7 +56,7 @@ def test_a_thing_turned_by_a_quarter_is_rotated():
     assert np.abs(found.astype(int) - np.rot90(image, -1)).max() <= 1
 
 
-def test_what_shrinks_is_averaged():
+def test_shrinking_averages_pixels():
     noise = np.random.default_rng(2).integers(0, 255, (160, 160, 3), dtype=np.uint8)
     ids = np.ones((160, 160), np.uint8)
     frame, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.uint8)
@@ -93,7 +93,7 @@ def test_a_hole_is_filled_so_that_it_fits():
     assert not error[far].any()
 
 
-def test_an_image_without_background_is_filled_with_something():
+def test_an_image_without_background_is_filled_too():
     found = warps.inpaint(np.full((30, 40, 3), 9, np.uint8), np.ones((30, 40), np.uint8))
     assert found.shape == (30, 40, 3)
 
@@ -121,7 +121,7 @@ def test_objects_that_touch_make_a_group():
     assert synthetic_motion.touching_groups(np.zeros((9, 9), np.uint8)) == []
 
 
-def test_smooth_ways_start_at_nothing_and_are_smooth():
+def test_random_paths_start_at_zero_and_are_smooth():
     ways = np.array([warps.random_path(np.random.default_rng(i), 6, 1.0) for i in range(300)])
     assert (ways[:, 0] == 0).all()
     steps = np.diff(ways, axis=1)
@@ -133,7 +133,7 @@ def test_smooth_ways_start_at_nothing_and_are_smooth():
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_what_the_images_border_cuts_stays_at_the_border(far):
+def test_an_object_cut_by_the_border_stays_at_the_border(far):
     image = np.full((60, 80, 3), 200, np.uint8)
     ids = np.zeros((60, 80), np.uint8)
     ids[30:60, 30:50] = 1
@@ -174,7 +174,7 @@ def test_an_object_leaves_and_the_reference_frame_keeps_it():
     assert gone > 150 and back > 60
 
 
-def test_what_is_mostly_hidden_in_the_reference_frame_is_named():
+def test_objects_that_are_mostly_hidden_in_the_reference_frame():
     image, ids = np.zeros((60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8)
     ids[20:40, 30:50] = 4
     cutout = warps.cut_out(image, ids)
@@ -213,7 +213,7 @@ def test_members_of_a_swarm_are_small_and_alike():
     assert (sizes[sizes > 0] < 0.13).all() and (sizes > 0.02).sum() >= 3
 
 
-def test_what_vanishes_was_there_before_and_is_there_at_the_end():
+def test_a_vanishing_object_is_visible_before_and_at_the_end():
     found = set()
     for seed in range(200):
         layer = lookalikes.maybe_vanish(np.random.default_rng(seed),
@@ -224,7 +224,7 @@ def test_what_vanishes_was_there_before_and_is_there_at_the_end():
     assert found == {0, 1, 2}
 
 
-def test_lines_on_an_object_belong_to_it_and_go_with_it():
+def test_lines_on_an_object_belong_to_it_and_move_with_it():
     cutouts = lookalikes.add_lines(np.random.default_rng(1), [dot(5), None, dot(5)])
     assert cutouts[1] is None
     for cutout in (cutouts[0], cutouts[2]):
@@ -236,7 +236,7 @@ def test_lines_on_an_object_belong_to_it_and_go_with_it():
         np.testing.assert_array_equal(part[2:-2, 2:-2], dot(5).ids[2:-2, 2:-2])
 
 
-def test_what_is_in_front_lies_where_it_was():
+def test_a_stationary_layer_stays_in_place():
     frame, mask = np.zeros((30, 40, 3), np.uint8), np.zeros((30, 40), np.uint8)
     image = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     ids = np.zeros((30, 40), np.uint8)
@@ -246,7 +246,7 @@ def test_what_is_in_front_lies_where_it_was():
     np.testing.assert_array_equal(frame[12:20, 10:28], image[12:20, 10:28])
 
 
-def test_the_middle_of_an_object_that_is_not_always_there():
+def test_the_path_of_an_object_that_is_not_always_visible():
     masks = [np.zeros((9, 9), np.uint8) for _ in range(3)]
     masks[1][2:5, 3:6] = 4
     np.testing.assert_array_equal(lookalikes.object_path(masks, 4), [[4, 3]] * 3)
