@@ -25,7 +25,7 @@ from davis import for_training, hold_out
 from network import precision
 from system import distributed, errors
 from training import prompt_training as train_prompts
-from training.static_images import StaticImages
+from training.static_images import find_static_images
 
 log = logging.getLogger("videomatch")
 
@@ -93,35 +93,37 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    stills = [still for folder in args.stills for still in StaticImages(folder)]
+    static_images = [image for folder in args.stills for image in find_static_images(folder)]
     with_videos = args.dataset or args.demo or not args.stills
     sequences = for_training(setup.load_dataset(args).sequences) if with_videos else []
     training, held_out = (hold_out(sequences, args.validation_size, args.seed) if sequences
                           else ([], []))
     if args.prompts:
-        return run_train_prompts(args, training, held_out, stills)
+        return run_train_prompts(args, training, held_out, static_images)
     torch.manual_seed(args.seed)
     model = setup.build_model(args)
     model.precision = precision.of(args.precision, model.device, model.method, training=True)
-    frames = sum(len(source.labelled) for source in (*training, *stills))
+    frames = sum(len(source.labelled) for source in (*training, *static_images))
     each = args.batch_size * distributed.count()
     iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
-    log.info("%d sequences and %d still images to train on, held out: %s", len(training),
-             len(stills), ", ".join(s.name for s in held_out) or "none")
-    train.train(model, training, held_out, setup.training_options(args, model, iterations), stills)
+    log.info("%d sequences and %d static images to train on, held out: %s", len(training),
+             len(static_images), ", ".join(s.name for s in held_out) or "none")
+    train.train(model, training, held_out, setup.training_options(args, model, iterations),
+                static_images)
 
 
 def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
-                      stills: list) -> None:
-    stills, apart = train_prompts.split_static_images(stills, args.validation_size, args.seed)
+                      static_images: list) -> None:
+    static_images, apart = train_prompts.split_static_images(static_images, args.validation_size,
+                                                             args.seed)
     torch.manual_seed(args.seed)
     model = setup.build_model(args)
-    frames = sum(len(source.labelled) for source in (*training, *stills))
+    frames = sum(len(source.labelled) for source in (*training, *static_images))
     iterations = args.epochs * (frames if args.iters == -1 else args.iters)
-    log.info("%d sequences and %d still images to train on, held out: %s, and %d still images",
-             len(training), len(stills),
+    log.info("%d sequences and %d static images to train on, held out: %s, and %d static images",
+             len(training), len(static_images),
              ", ".join(sequence.name for sequence in held_out) or "none", len(apart))
-    train_prompts.train_prompts(model, training, stills, [*held_out, *apart],
+    train_prompts.train_prompts(model, training, static_images, [*held_out, *apart],
                                 setup.training_options(args, model, iterations))
 
 

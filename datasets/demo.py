@@ -115,12 +115,12 @@ class Creature:
         cv2.fillPoly(stencil, [np.round(outline).astype(np.int32)], 255)
 
         centre = self.start + (self.end - self.start) * t + (0, self.bob * np.sin(2 * np.pi * t))
-        place = cv2.getRotationMatrix2D((middle, middle), np.degrees(self.turn * t),
+        pose = cv2.getRotationMatrix2D((middle, middle), np.degrees(self.turn * t),
                                         self.size * (1 + 0.2 * np.sin(3 * t)))
-        place[:, 2] += centre - middle
+        pose[:, 2] += centre - middle
         size = mask.shape[::-1]
-        alpha = cv2.warpAffine(stencil, place, size)[..., None] / 255
-        skin = cv2.warpAffine(self.skin, place, size, borderMode=cv2.BORDER_REFLECT)
+        alpha = cv2.warpAffine(stencil, pose, size)[..., None] / 255
+        skin = cv2.warpAffine(self.skin, pose, size, borderMode=cv2.BORDER_REFLECT)
         image[:] = (image * (1 - alpha) + skin * alpha).astype(np.uint8)
         mask[alpha[..., 0] >= 0.5] = object_id
 

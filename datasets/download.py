@@ -135,15 +135,15 @@ def unpack(path: Path, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [(member, _place(member, path)) for member in archive.infolist()
+            members = [(member, _target(member, path)) for member in archive.infolist()
                        if not member.is_dir()]
-            members = [(m, place) for m, place in members
-                       if not {"1080p", "Full-Resolution"} & {*place.parts}]
+            members = [(m, relative) for m, relative in members
+                       if not {"1080p", "Full-Resolution"} & {*relative.parts}]
             if sum(m.file_size for m, _ in members) > shutil.disk_usage(folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-            for member, place in tqdm(members, desc="unpacking", disable=None):
-                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, (temporary / place).open("wb") as target:
+            for member, relative in tqdm(members, desc="unpacking", disable=None):
+                (temporary / relative).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, (temporary / relative).open("wb") as target:
                     shutil.copyfileobj(source, target)
         if not (temporary / "JPEGImages" / "480p").is_dir():
             raise ValueError(f"{path}: expected it to contain DAVIS/JPEGImages/480p")
@@ -156,9 +156,9 @@ def unpack(path: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _place(member: zipfile.ZipInfo, path: Path) -> PurePosixPath:
+def _target(member: zipfile.ZipInfo, path: Path) -> PurePosixPath:
     """Return the path of an archive's member in the data set; without the leading DAVIS/."""
-    place = PurePosixPath(member.filename.replace("\\", "/"))
-    if place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
+    relative = PurePosixPath(member.filename.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or ":" in relative.parts[0]:
         raise ValueError(f"{path}: {member.filename!r} would be written outside of the folder")
-    return PurePosixPath(*place.parts[place.parts[0] == "DAVIS":])
+    return PurePosixPath(*relative.parts[relative.parts[0] == "DAVIS":])

@@ -38,15 +38,14 @@ def sequence_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     """
     pair = _pair(root)
     if pair is None:
-        inside = {folder.name: _pair(folder) for folder in _folders(root)}
-        return {name: (_level(found[0]), _level(found[1]))
-                for name, found in inside.items() if found}
+        pairs = {folder.name: _pair(folder) for folder in _folders(root)}
+        return {name: (_level(pair[0]), _level(pair[1])) for name, pair in pairs.items() if pair}
     frames, masks = pair
     inner = _level(frames)
     masks = masks / inner.name if inner != frames and (masks / inner.name).is_dir() else (
         _level(masks))
-    found = {folder.name: (folder, masks / folder.name) for folder in _folders(inner)}
-    return found or ({root.name: (inner, masks)} if images.files_in(inner) else {})
+    sequences = {folder.name: (folder, masks / folder.name) for folder in _folders(inner)}
+    return sequences or ({root.name: (inner, masks)} if images.files_in(inner) else {})
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
@@ -94,12 +93,12 @@ def frames_and_masks(frames: Path, masks: Path) -> tuple[tuple[Path, ...], tuple
 
 def _by_stem(paths: list[Path]) -> dict[str, Path]:
     """Map file names without suffix to paths; raises a ValueError if two are equal."""
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     for path in paths:
-        other = found.setdefault(path.stem, path)
+        other = by_stem.setdefault(path.stem, path)
         if other != path:
             raise ValueError(f"{path}: a second file of that name, expected only {other.name}")
-    return found
+    return by_stem
 
 
 def listed_sequences(root: Path, year: str, set_name: str) -> list[str]:

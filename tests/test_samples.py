@@ -161,7 +161,7 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
                 assert share < 0.1 or share > 0.9  # edges are mixed
                 own[int(share > 0.5)] += 1
         counts[tuple(own)] += 1
-    # own alone before a pasted one that isn't followed, the pasted one alone, both, three
+    # own alone with a pasted one as distractor, the pasted one alone, both, three
     assert min(counts[1, 0], counts[0, 1], counts[1, 1], counts[1, 2]) > 3
 
 
@@ -249,23 +249,23 @@ def test_duplicates_are_pasted_only_without_a_jump(tmp_path):
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
     clips.DUPLICATES, clips.JUMPS, clips.SWARM, clips.LINES = 1.0, 0.5, 0, 0
-    double, pasted, in_far = 0, clips._pasted_layers, []
+    duplicates, pasted, after_jump = 0, clips._pasted_layers, []
 
-    def spy(own, free, poses, shape, step, far, *others):
-        found = pasted(own, free, poses, shape, step, far, *others)
-        in_far.extend([bool(found)] if far else [])
-        return found
+    def spy(own, masks, poses, shape, step, jump, *others):
+        layers = pasted(own, masks, poses, shape, step, jump, *others)
+        after_jump.extend([bool(layers)] if jump else [])
+        return layers
 
     clips._pasted_layers = spy
     for seed in range(40):
         images, masks = clips[seed % 6, seed]
         bright = [(image.max(2).values > 150) for image in images]
         two = [int(b.sum() > 1.3 * (m == 1).sum() > 0) for b, m in zip(bright, masks)]
-        double += all(two)
-        # what is wanted looks like the object, whichever of the two it is
+        duplicates += all(two)
+        # a target looks like the object, whether original or duplicate
         assert all(b[m > 0].float().mean() > 0.7 for b, m in zip(bright, masks) if m.sum() > 30)
-    assert double > 5
-    assert len(in_far) > 5 and not any(in_far)
+    assert duplicates > 5
+    assert len(after_jump) > 5 and not any(after_jump)
 
 
 def test_swarms_are_tracked_and_never_follow_a_jump(tmp_path):

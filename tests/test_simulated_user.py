@@ -51,16 +51,17 @@ def test_distance_to_the_nearest_pixel_outside(mask):
 
 @settings(max_examples=60, deadline=None)
 @given(MASKS, MASKS)
-def test_the_next_click_is_the_centre_of_the_largest_error(found, truth):
-    click = simulated_user.next_click(found, truth)
-    parts = [(part, wanted) for wanted, wrong in ((True, truth & ~found), (False, found & ~truth))
+def test_the_next_click_is_the_centre_of_the_largest_error(predicted, truth):
+    click = simulated_user.next_click(predicted, truth)
+    parts = [(part, positive)
+             for positive, wrong in ((True, truth & ~predicted), (False, predicted & ~truth))
              for part in brute_parts(wrong)]
     if not parts:
         assert click is None
         return
-    (x, y), wanted = click
+    (x, y), positive = click
     area = max(part.sum() for part, _ in parts)
-    holding = [part for part, kind in parts if kind == wanted and part[y, x]]
+    holding = [part for part, kind in parts if kind == positive and part[y, x]]
     assert len(holding) == 1 and holding[0].sum() == area
     depths = brute_depth(holding[0])
     assert depths[y, x] == pytest.approx(depths.max(), abs=1e-4)
@@ -95,10 +96,11 @@ def test_clicks_end_with_a_perfect_mask():
         asked.append(shown_prompts)
         return truth if len(asked) == 3 else np.roll(truth, 3 - len(asked), axis=1)
 
-    found = list(simulated_user.simulate_clicks(prompt, image, truth, 5, np.random.default_rng(0)))
-    assert len(found) == 5 and len(asked) == 3 and (found[4] == truth).all()
+    predicted = list(simulated_user.simulate_clicks(prompt, image, truth, 5,
+                                                    np.random.default_rng(0)))
+    assert len(predicted) == 5 and len(asked) == 3 and (predicted[4] == truth).all()
     assert [len(p.points) + len(p.not_points) for p in asked] == [1, 2, 3]
-    assert asked[0].mask is None and (asked[2].mask == found[1]).all()
+    assert asked[0].mask is None and (asked[2].mask == predicted[1]).all()
     assert all(truth[y, x] for p in asked for x, y in p.points)
     assert not any(truth[y, x] for p in asked for x, y in p.not_points)
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from preprocess import Augment, to_image
 from training.samples import Clips, Pairs, PairSampler
-from training.static_images import StaticImages
+from training.static_images import find_static_images
 
 SHAPE = (64, 112)
 COLOURS = ((230, 40, 40), (40, 220, 40), (60, 60, 240))
@@ -48,11 +48,11 @@ def root(tmp_path) -> Path:
 
 
 def test_images_and_masks_match_by_stem_in_the_order_of_their_names(root):
-    stills = StaticImages(root)
-    assert [still.name for still in stills] == ["ant", "bee", "cat"]
-    for still, count in zip(stills, (1, 3, 2)):
-        image, mask = still.image(0), still.mask(0)
-        assert len(still) == 1 and image.shape[:2] == mask.shape and mask.dtype == np.uint8
+    images = find_static_images(root)
+    assert [static_image.name for static_image in images] == ["ant", "bee", "cat"]
+    for static_image, count in zip(images, (1, 3, 2)):
+        image, mask = static_image.image(0), static_image.mask(0)
+        assert len(static_image) == 1 and image.shape[:2] == mask.shape and mask.dtype == np.uint8
         assert np.unique(mask).tolist() == list(range(count + 1))
         for i in range(count):
             inside = image[cv2.erode((mask == i + 1).astype(np.uint8), np.ones((5, 5))) > 0]
@@ -68,13 +68,13 @@ def test_grey_is_ids_or_one_object_with_soft_edges(tmp_path, values, expected):
     grey[5, :len(values)] = values
     for mode in ("L", "LA"):
         Image.fromarray(grey).convert(mode).save(tmp_path / "masks" / "ant.png")
-        assert StaticImages(tmp_path).images[0].mask(0)[5, :len(values)].tolist() == expected
+        assert find_static_images(tmp_path)[0].mask(0)[5, :len(values)].tolist() == expected
 
 
 def test_a_mask_may_be_a_jpeg(tmp_path):
     write_still(tmp_path / "exact", "ant")
     write_still(tmp_path / "lossy", "ant", mask=".jpg")
-    exact, lossy = (StaticImages(tmp_path / name).images[0].mask(0) for name in ("exact", "lossy"))
+    exact, lossy = (find_static_images(tmp_path / name)[0].mask(0) for name in ("exact", "lossy"))
     assert exact.any() and (exact != lossy).mean() < 0.002
 
 
@@ -86,7 +86,7 @@ def test_255_of_a_palette_is_not_labelled(tmp_path):
     image = Image.fromarray(mask)
     image.putpalette(bytes(range(256)) * 3)
     image.save(path)
-    found = StaticImages(tmp_path).images[0].mask(0)
+    found = find_static_images(tmp_path)[0].mask(0)
     assert not found[0].any() and np.unique(found).tolist() == [0, 1, 2]
 
 
@@ -133,13 +133,13 @@ def same_stem(root):
 def test_damage_is_named_at_the_start(root, damage, error, words):
     damage(root)
     with pytest.raises(error) as caught:
-        StaticImages(root)
+        find_static_images(root)
     for word in words:
         assert word in str(caught.value)
 
 
 def clips_of(root, **options) -> Clips:
-    return Clips([], Augment(SHAPE), static_images=StaticImages(root).images, **options)
+    return Clips([], Augment(SHAPE), static_images=find_static_images(root), **options)
 
 
 def test_a_clip_of_a_static_image_has_the_shape_of_all_clips(root):
@@ -207,7 +207,7 @@ def test_a_static_image_without_an_object_is_a_background(root):
     clips = clips_of(root, paste=1)
     for seed in range(10):
         assert clips[0, seed][1][0].any()
-    alone = StaticImages(root).images[:1]
+    alone = find_static_images(root)[:1]
     with pytest.raises(ValueError, match="ant.png"):
         Clips([], Augment(SHAPE), static_images=alone)[0, 0]
 
@@ -229,17 +229,17 @@ def test_ids_of_a_mask_may_be_any(tmp_path):
 
 
 def test_pairs_of_a_static_image_are_two_views_of_it(root):
-    images, masks = Pairs(StaticImages(root).images, Augment(SHAPE))[0, 3]
+    images, masks = Pairs(find_static_images(root), Augment(SHAPE))[0, 3]
     assert images.shape == (2, 3, *SHAPE) and masks.flatten(1).any(1).all()
     assert not torch.equal(images[0], images[1])
 
 
 def test_the_sampler_draws_shares_of_parts_and_each_frame_before_any_again():
     drawn = [i for i, _ in PairSampler([30, 5], 600, seed=1, shares=[1, 3])]
-    stills = [i for i in drawn if i >= 30]
-    assert 0.7 < len(stills) / 600 < 0.8
-    for start in range(0, len(stills) - 5, 5):
-        assert sorted(stills[start:start + 5]) == list(range(30, 35))
+    static = [i for i in drawn if i >= 30]
+    assert 0.7 < len(static) / 600 < 0.8
+    for start in range(0, len(static) - 5, 5):
+        assert sorted(static[start:start + 5]) == list(range(30, 35))
     others = [i for i in drawn if i < 30]
     assert sorted(others[:30]) == list(range(30))
     assert [i for i, _ in PairSampler([30, 5], 50, seed=1, shares=[0, 1])][:2] != [0, 0]

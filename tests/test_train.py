@@ -240,10 +240,10 @@ class CountedClips(Counted, Clips):
 @pytest.mark.parametrize("first", [0, 9, 33])
 def test_static_images_come_first_and_longer_clips_last(first, sequences, options, monkeypatch):
     monkeypatch.setattr(samples, "Clips", CountedClips)
-    stills = [SimpleNamespace(labelled=(0,))] * 7  # of one frame each
+    static_images = [SimpleNamespace(labelled=(0,))] * 7  # of one frame each
     options.iterations, options.batch_size = 40, 25
     every, drawn = ([batch for batch in samples.batches(
-        CountedClips, sequences[0], stills, None, options, range(start, 40))]
+        CountedClips, sequences[0], static_images, None, options, range(start, 40))]
         for start in (0, first))
     assert all(torch.equal(a, b) for a, b in zip(every[first:], drawn, strict=True))
     frames = sum(len(s) for s in sequences[0])

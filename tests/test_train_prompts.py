@@ -19,7 +19,7 @@ from network.encoder import Encoder
 from tracker import Tracker
 from tracking import prompting
 from training import prompt_training as train_prompts
-from training.static_images import StaticImages
+from training.static_images import find_static_images
 from videomatch import VideoMatch
 
 
@@ -78,10 +78,10 @@ def test_training_changes_the_prompt_decoder_only_and_resumes(davis_2016, stills
 
 
 def test_the_prompt_decoder_does_not_change_tracking(checkpoint):
-    bare, shown = VideoMatch.load(checkpoint).eval(), VideoMatch.load(checkpoint).eval()
-    train_prompts.add_prompt_decoder(shown)
+    bare, prompted = VideoMatch.load(checkpoint).eval(), VideoMatch.load(checkpoint).eval()
+    train_prompts.add_prompt_decoder(prompted)
     steps = []
-    for model in (bare, shown):
+    for model in (bare, prompted):
         tracker = Tracker(model)
         for i in range(3):
             image, mask = draw_frame(i)
@@ -91,44 +91,44 @@ def test_the_prompt_decoder_does_not_change_tracking(checkpoint):
 
 
 def test_samples_depend_on_seed_and_index_alone(davis_2016, stills_dir):
-    sources = Davis(davis_2016).sequences, StaticImages(stills_dir).images
-    scenes = train_prompts.PromptSamples(*sources, seed=3)
-    first = [scenes[i] for i in range(30)]
+    sources = Davis(davis_2016).sequences, find_static_images(stills_dir)
+    samples = train_prompts.PromptSamples(*sources, seed=3)
+    first = [samples[i] for i in range(30)]
     torch.manual_seed(5)
     for i in reversed(range(30)):
-        image, truth, shown_prompts, rounds = scenes[i]
+        image, truth, prompts, rounds = samples[i]
         assert torch.equal(image, first[i][0]) and (truth == first[i][1]).all()
-        assert shown_prompts.boxes == first[i][2].boxes
-        assert shown_prompts.points == first[i][2].points
+        assert prompts.boxes == first[i][2].boxes
+        assert prompts.points == first[i][2].points
         assert image.shape[1:] == truth.shape and 1 <= len(rounds) <= 8 and rounds == first[i][3]
         size = truth.shape
-        for x, y in (*shown_prompts.points, *shown_prompts.not_points):
+        for x, y in (*prompts.points, *prompts.not_points):
             assert -0.5 <= x < size[1] and -0.5 <= y < size[0]
-        if shown_prompts.mask is None:
+        if prompts.mask is None:
             # nearest neighbour moves a border by less than a pixel of what was enlarged
-            assert all(truth[max(0, round(y)), max(0, round(x))] for x, y in shown_prompts.points)
+            assert all(truth[max(0, round(y)), max(0, round(x))] for x, y in prompts.points)
     kinds = {(bool(p.boxes), p.mask is not None) for _, _, p, _ in first}
     assert kinds == {(True, False), (False, False), (False, True)}
 
 
 def test_samples_fail_without_a_large_enough_object(stills_dir):
     """The search for one must not run forever."""
-    stills = StaticImages(stills_dir).images
-    for still in stills:
+    static_images = find_static_images(stills_dir)
+    for static_image in static_images:
         mask = np.zeros((48, 80), np.uint8)
         mask[10:17, 20:27] = 1  # 49 pixels
-        images.write_mask(still.masks[0], mask)
+        images.write_mask(static_image.masks[0], mask)
     with pytest.raises(ValueError, match="60 pixels"):
-        train_prompts.PromptSamples([], stills)[0]
+        train_prompts.PromptSamples([], static_images)[0]
     mask[10:20, 20:27] = 1
-    images.write_mask(still.masks[0], mask)
-    assert all(train_prompts.PromptSamples([], stills)[i][1].any() for i in range(3))
+    images.write_mask(static_image.masks[0], mask)
+    assert all(train_prompts.PromptSamples([], static_images)[i][1].any() for i in range(3))
 
 
 def test_held_out_static_images_are_not_trained_on():
-    stills = [object() for _ in range(10)]
-    training, apart = train_prompts.split_static_images(stills, 0.3, 0)
-    assert len(apart) == 3 and {*training, *apart} == {*stills} and len(training) == 7
+    static_images = [object() for _ in range(10)]
+    training, apart = train_prompts.split_static_images(static_images, 0.3, 0)
+    assert len(apart) == 3 and {*training, *apart} == {*static_images} and len(training) == 7
 
 
 def test_the_benchmark_prints_the_j_of_prompted_masks(davis_2017, checkpoint, tmp_path, monkeypatch,
@@ -138,12 +138,12 @@ def test_the_benchmark_prints_the_j_of_prompted_masks(davis_2017, checkpoint, tm
     model.save(tmp_path / "shown.pth")
     truths = [draw_frame(0, (1, 2))[1] == i for i in (1, 2)]
 
-    def prompt(model, image, shown_prompts):  # the object, but for a part that clicks bring back
-        wanted = truths[1 if max(y for _, y in [*shown_prompts.points, (0, 0)]) > 24
-                        or any(y > 20 for _, y, _, _ in shown_prompts.boxes) else 0].copy()
-        if len(shown_prompts.points) < 3:
-            wanted[:, 20:] = False
-        return wanted
+    def prompt(model, image, prompts):  # the object, but for a part that clicks bring back
+        target = truths[1 if max(y for _, y in [*prompts.points, (0, 0)]) > 24
+                        or any(y > 20 for _, y, _, _ in prompts.boxes) else 0].copy()
+        if len(prompts.points) < 3:
+            target[:, 20:] = False
+        return target
 
     monkeypatch.setattr(prompting, "predict_mask", prompt)
     monkeypatch.setattr("sys.argv", [

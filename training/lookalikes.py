@@ -128,8 +128,8 @@ def _with_lines(cutout: Cutout, corner: np.ndarray, colour: np.ndarray, lines: l
         drawn = cv2.polylines(np.zeros_like(ids), [points], False, 1, width)
         free = (drawn > 0) & (ids == 0)  # behind the object
         image[free], ids[free] = colour, cutout.ids[rows[nearest], columns[nearest]]
-    place = (cutout.corner[0] - margin, cutout.corner[1] - margin)
-    return Cutout(image, ids, place, cutout.cut)
+    left, top = cutout.corner
+    return Cutout(image, ids, (left - margin, top - margin), cutout.cut)
 
 
 def object_path(masks: list[np.ndarray], object_id: int) -> np.ndarray | None:

@@ -1,6 +1,5 @@
 """Static images with masks, in a folder's `images/` and `masks/`."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import numpy as np
 
 from masks.read import read_mask
 from media import images
-
-log = logging.getLogger(__name__)
 
 TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2")
 
@@ -52,8 +49,8 @@ class StaticImage:
         images.check_same_shape(self.images[0], shape, self.masks[0], mask_shape)
 
 
-class StaticImages:
-    """The static images of a folder, sorted by name.
+def find_static_images(root: Path) -> list[StaticImage]:
+    """Return the static images of a folder, sorted by name.
 
     Args:
         root: folder with `images` and `masks`, whose files match by stem.
@@ -63,42 +60,35 @@ class StaticImages:
         OSError: a file is no image.
         ValueError: two files have the same stem, or image and mask differ in size.
     """
+    files, masks = (_files_by_stem(root, kind) for kind in ("images", "masks"))
+    for stem in sorted(files.keys() - masks.keys()):
+        raise FileNotFoundError(f"{root / 'masks' / stem}.png: no such mask, expected one for "
+                                f"{files[stem]}")
+    for stem in sorted(masks.keys() - files.keys()):
+        raise FileNotFoundError(f"{root / 'images' / stem}.jpg: no such image, expected one for "
+                                f"the mask {masks[stem]}")
+    static_images = [StaticImage(stem, (files[stem],), (masks[stem],)) for stem in sorted(files)]
+    # all headers now: a broken file must not end a training hours later
+    for image in static_images:
+        image.check()
+    return static_images
 
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        found, masks = (self._files(kind) for kind in ("images", "masks"))
-        for path in (path for stem, path in sorted(found.items()) if stem not in masks):
-            raise FileNotFoundError(f"{self.root / 'masks' / path.stem}.png: no such mask, "
-                                    f"expected one for {path}")
-        for path in (path for stem, path in sorted(masks.items()) if stem not in found):
-            raise FileNotFoundError(f"{self.root / 'images' / path.stem}.jpg: no such image, "
-                                    f"expected one for the mask {path}")
-        self.images = [StaticImage(stem, (found[stem],), (masks[stem],)) for stem in sorted(found)]
-        # all headers now: a broken file must not end a training hours later
-        for image in self.images:
-            image.check()
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __iter__(self):
-        return iter(self.images)
-
-    def _files(self, kind: str) -> dict[str, Path]:
-        """Return the image files of a subfolder by their stem."""
-        folder = self.root / kind
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder (--stills), expected images/ and "
-                                    f"masks/ in {self.root}")
-        files: dict[str, Path] = {}
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() not in TYPES or path.name.startswith("."):
-                continue
-            if path.stem in files:
-                raise ValueError(f"{path}: a second file of the name {path.stem}, expected one: "
-                                 f"there is {files[path.stem]}")
-            files[path.stem] = path
-        if not files:
-            raise FileNotFoundError(f"{folder}: no images there, expected files such as "
-                                    f"{', '.join(TYPES[:3])}")
-        return files
+def _files_by_stem(root: Path, kind: str) -> dict[str, Path]:
+    """Return the image files of the subfolder `kind` by their stem."""
+    folder = root / kind
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder (--stills), expected images/ and "
+                                f"masks/ in {root}")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in TYPES or path.name.startswith("."):
+            continue
+        if path.stem in files:
+            raise ValueError(f"{path}: a second file of the name {path.stem}, expected one: "
+                             f"there is {files[path.stem]}")
+        files[path.stem] = path
+    if not files:
+        raise FileNotFoundError(f"{folder}: no images there, expected files such as "
+                                f"{', '.join(TYPES[:3])}")
+    return files
