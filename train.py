@@ -79,12 +79,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     training = usable_sequences(training, model, options)
     if not training and not static_images:
         raise ValueError(f"nothing to train on: all objects are too small. {TOO_SMALL}")
-    if model.prompts is not None:
-        freeze_encoder(model)
-    if model.refined:
-        model.extend()
-    if model.refined and not model.facts:  # new weights: a loaded checkpoint has trained keys
-        initialise_keys(model, training or static_images, options.shape)
+    prepare(model, training or static_images, options.shape)
     optimizer, schedule = make_optimizer(model, options)
     report = Report(model, optimizer, schedule, training, held_out, options, static_images)
     if model.prompts is not None:
@@ -127,6 +122,21 @@ def usable_sequences(sequences: list[Sequence], model: VideoMatch,
     closest = preprocess.Augment.SCALE[0] if options.augment else 1.0
     return large_enough(sequences, MIN_PIXELS * closest, options.shape,
                         masks=2 if model.method == "memory" else 1)
+
+
+def prepare(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
+    """Freeze, add and initialise parts of the model before its training.
+
+    Args:
+        sources: sequences or static images, for `initialise_keys`.
+        shape: (H, W) of the training frames.
+    """
+    if model.prompts is not None:
+        freeze_encoder(model)
+    if model.refined:
+        model.extend()
+    if model.refined and not model.facts:  # new weights: a loaded checkpoint has trained keys
+        initialise_keys(model, sources, shape)
 
 
 def freeze_encoder(model: VideoMatch) -> None:
