@@ -43,7 +43,7 @@ CROWDED = {"box": 0.1, "click": 0.6}
 MASKED = 0.25  # of the clicked ones, begin with a partly wrong mask, as a tracker leaves it
 
 JITTER = 0.1  # shift of a box's sides; more tolerates careless boxes, at the cost of exact ones
-MARGINS = (0.2, 0.8)  # around the prompted region, on both sides of `prompting.MARGIN`
+MARGINS = (0.2, 0.8)  # around the prompted region, on both sides of `prompting.CROP_MARGIN`
 KEPT = 0.75  # share of the rounds with the previous mask as input; the decoder must do without too
 # Numbers of rounds to choose from. More rounds train on later corrections, fewer on first masks;
 # a round costs no encoder pass.
