@@ -91,7 +91,7 @@ def test_broken_connections_are_resumed(serve, tmp_path, monkeypatch, capsys):
         ".lock", "Annotations", "ImageSets", "JPEGImages"]
     assert not list((tmp_path / "d").rglob("1080p"))
     assert davis.main() == 2
-    assert "holds a data set already" in capsys.readouterr().err
+    assert "holds a data set" in capsys.readouterr().err
 
 
 def test_the_next_call_resumes_the_download(serve, tmp_path):
