@@ -41,9 +41,9 @@ GROUPING_WEIGHT = 0.25  # union of objects, and their identities given the foreg
 
 # Gradients flow through the last frames of a clip only; the frames before them run forward only,
 # at a third of the cost, to let errors accumulate as they do in long videos.
-LEARNED = 4
+GRADIENT_FRAMES = 4
 COARSE = 4  # auxiliary losses are computed at 1/4 of the frame size, since their output is coarse
-START = 16  # images from which the initial key projection is computed; one forward pass each
+KEY_IMAGES = 16  # images from which the initial key projection is computed; one forward pass each
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
@@ -153,13 +153,13 @@ def freeze_encoder(model: VideoMatch) -> None:
 
 
 def initialise_keys(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
-    """Initialise the key projections of a new model from the features of `START` images.
+    """Initialise the key projections of a new model from the features of `KEY_IMAGES` images.
 
     Args:
         sources: sequences or static images, of which evenly spaced ones are used.
         shape: (H, W) of the training frames.
     """
-    chosen = sources[::max(1, len(sources) // START)]
+    chosen = sources[::max(1, len(sources) // KEY_IMAGES)]
     with torch.no_grad():
         images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
         features = [model.encoder(image[None])[0].flatten(1).T for image in images]
@@ -218,7 +218,7 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
     """Return the loss of a clip: its first frame is the reference, the others are predicted.
 
     All objects are tracked at once, with the model's own predictions as memory. Only the last
-    `LEARNED` frames contribute; the frames before them let errors accumulate.
+    `GRADIENT_FRAMES` frames contribute; the frames before them let errors accumulate.
 
     Args:
         images: (T, 3, H, W) float32, ImageNet-normalised.
@@ -235,7 +235,7 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
                              model.array(labels_of(mask, grid, object_ids)[None]))
     if first.matched.requires_grad:
         sets = model.refer_sets(None, first.matched[0], mask, object_ids)
-    counted = max(1, len(images) - LEARNED) if model.method == "memory" else 1
+    counted = max(1, len(images) - GRADIENT_FRAMES) if model.method == "memory" else 1
     with torch.no_grad():
         for t in range(1, counted):
             logits, _ = model.step(memory, features.frame(t))

@@ -120,7 +120,7 @@ def test_distractors_hide_little_of_the_target_and_leave_the_rest_unchanged(seed
     others = distractors.distractor_cutouts(image, mask, [(np.full_like(image, 130), other)])
     assert [cutout.ids.sum() for cutout in others] == [mask.sum(), other.sum()]
     crowded, left = distractors.add_distractors(image, mask, others, rng)
-    assert not (left & ~mask).any() and left.sum() >= distractors.LEFT * mask.sum()
+    assert not (left & ~mask).any() and left.sum() >= distractors.MIN_VISIBLE * mask.sum()
     # the blurred edge of what is in front may reach into it
     within = cv2.erode(left.astype(np.uint8), np.ones((7, 7))) > 0
     np.testing.assert_array_equal(crowded[within], image[within])

@@ -12,12 +12,12 @@ from training.warps import Cutout, cut_out
 COUNT = (1, 6)  # number of pasted objects: at least, and below
 # Height relative to the target's. Much smaller distractors are easy; larger ones hide the image.
 HEIGHT = (0.3, 1.5)
-SQUARE = 1.3  # largest change of the aspect ratio
+MAX_STRETCH = 1.3  # largest change of the aspect ratio
 # Chance that a distractor occludes the target. Most lie behind it, because an occluded target is
 # smaller, and targets that are hardly visible teach nothing.
 IN_FRONT = 0.25
-LEFT = 0.7  # share of the target that stays visible at least
-EDGE = 0.7  # pixels; standard deviation of the blur of edges, so that no hard edge gives them away
+MIN_VISIBLE = 0.7  # share of the target that stays visible at least
+EDGE_BLUR = 0.7  # pixels; standard deviation, so that no hard edge gives pasted objects away
 
 
 def add_distractors(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
@@ -42,10 +42,10 @@ def add_distractors(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
         region, part = _overlap(corner, inside.shape, mask.shape)
         if region is None:
             continue
-        alpha = cv2.GaussianBlur(inside, (0, 0), EDGE)[part]
+        alpha = cv2.GaussianBlur(inside, (0, 0), EDGE_BLUR)[part]
         hidden = mask[region] & (alpha > 0.5)
         left = np.count_nonzero(mask) - np.count_nonzero(hidden)
-        if rng.random() < IN_FRONT and left >= LEFT * whole:
+        if rng.random() < IN_FRONT and left >= MIN_VISIBLE * whole:
             mask[region] &= ~hidden
         else:
             alpha = np.where(mask[region], 0, alpha)
@@ -61,7 +61,7 @@ def resize_cutout(cutout: Cutout, height: float, rng) -> tuple[np.ndarray, np.nd
         (h, w, 3) uint8 image and (h, w) float32 mask of 0 and 1.
     """
     high, wide = cutout.ids.shape
-    scale, stretch = height / high, SQUARE ** rng.uniform(-0.5, 0.5)
+    scale, stretch = height / high, MAX_STRETCH ** rng.uniform(-0.5, 0.5)
     size = [max(2, round(side * scale * by)) for side, by in ((wide, stretch), (high, 1 / stretch))]
     picture = cv2.resize(cutout.image, size, interpolation=cv2.INTER_AREA)
     inside = cv2.resize((cutout.ids > 0).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)

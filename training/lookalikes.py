@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from training import warps
-from training.synthetic_motion import LARGEST, moving_layer
+from training.synthetic_motion import MAX_SCALE, moving_layer
 from training.warps import Cutout, Layer, linear_maps
 
 SPEED = (0.02, 0.15)  # of duplicates that pass their original: shares of the width per frame
@@ -60,7 +60,7 @@ def swarm_layers(rng, members: list[list[Cutout | None]], shape: tuple[int, int]
         frames = len(cutouts)
         first = next(c for c in cutouts if c)
         root = np.sqrt(np.count_nonzero(first.ids)) / np.sqrt(height * width)
-        scale = min(size / root * np.exp(rng.normal(0, 0.1)), LARGEST)
+        scale = min(size / root * np.exp(rng.normal(0, 0.1)), MAX_SCALE)
         start = middle + rng.normal(0, spread * width, 2)
         speed = rng.normal(0, size * width / 2, 2)  # about half of a member's size per frame
         linear = linear_maps(rng.uniform(0, 2 * np.pi, 1), np.array([scale]), np.zeros(1))

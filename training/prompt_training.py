@@ -39,19 +39,19 @@ BOXES = 0.6  # begin with a box, the others with a click
 # Get distractors, half of them duplicates. Boxes seldom do: with many distractors J of boxes fell
 # from 0.848 to 0.833, and rose to 0.840 with few, because a box tells by itself which object is
 # meant (docs/log/2026-11-25-keys-and-values.md).
-CROWDED = {"box": 0.1, "click": 0.6}
-MASKED = 0.25  # of the clicked ones, begin with a partly wrong mask, as a tracker leaves it
+WITH_DISTRACTORS = {"box": 0.1, "click": 0.6}
+WITH_WRONG_MASK = 0.25  # of the clicked ones, begin with a mask as a tracker may leave it
 
 JITTER = 0.1  # shift of a box's sides; more tolerates careless boxes, at the cost of exact ones
 MARGINS = (0.2, 0.8)  # around the prompted region, on both sides of `prompting.CROP_MARGIN`
-KEPT = 0.75  # share of the rounds with the previous mask as input; the decoder must do without too
+WITH_PREVIOUS = 0.75  # share of the rounds with the previous mask as input, the rest without
 # Numbers of rounds to choose from. More rounds train on later corrections, fewer on first masks;
-# a round costs no encoder pass.
+# a round does not run the encoder.
 ROUNDS = {"box": (1, 1, 2, 3), "click": range(1, 9)}
 SMALLEST = 60  # pixels of an object; smaller ones are hardly more than a click
 TRIES = 100  # random frames to search for such an object before all frames are searched
 RATE = 10  # times the encoder's learning rate, since the decoder starts from random weights
-CHECKED = 30  # held-out static images at most: each is prompted five times per report
+MAX_HELD_OUT = 30  # held-out static images at most: each is prompted five times per report
 
 
 class PromptSamples(Dataset):
@@ -76,7 +76,7 @@ class PromptSamples(Dataset):
         rng = np.random.default_rng((self.seed, index))
         image, truth = self._object(rng)
         kind = "box" if rng.random() < BOXES else "click"
-        if self.augment and rng.random() < CROWDED[kind]:
+        if self.augment and rng.random() < WITH_DISTRACTORS[kind]:
             others = distractors.distractor_cutouts(image, truth, [self._object(rng)])
             image, truth = distractors.add_distractors(image, truth, others, rng)
         if self.augment and rng.random() < 0.5:
@@ -92,7 +92,8 @@ class PromptSamples(Dataset):
                 torch.manual_seed(int(rng.integers(2**31)))
                 patch = self.colour(torch.from_numpy(patch).permute(2, 0, 1)).permute(1, 2, 0)
             patch = np.ascontiguousarray(patch.numpy())
-        return preprocess.to_tensor(patch), truth, prompts, (rng.random(rounds) < KEPT).tolist()
+        with_previous = (rng.random(rounds) < WITH_PREVIOUS).tolist()
+        return preprocess.to_tensor(patch), truth, prompts, with_previous
 
     def _object(self, rng) -> tuple[np.ndarray, np.ndarray]:
         """Return an image, (H, W, 3) uint8, and the (H, W) bool mask of a random object in it.
@@ -142,7 +143,7 @@ def initial_prompts(truth: np.ndarray, rng,
     if rng.random() < 0.5:  # a click does not say how large the object is: see the whole frame
         region = slice(0, shape[0]), slice(0, shape[1])
     prompts = Prompts(points=[simulated_user.first_click(truth, rng)])
-    if rng.random() < MASKED:
+    if rng.random() < WITH_WRONG_MASK:
         mask = corrupt_mask(truth, box, rng)
         click = simulated_user.next_click(mask, truth)
         if mask.any() and click is not None:
@@ -384,8 +385,8 @@ def evaluate_prompts(model: VideoMatch, sources: list, count: int) -> list[dict]
 
 def split_static_images(static_images: list[StaticImage], share: float,
                         seed: int) -> tuple[list, list]:
-    """Hold out a share of the images, at most `CHECKED`; returns (training, held out)."""
-    count = min(round(share * len(static_images)), CHECKED)
+    """Hold out a share of the images, at most `MAX_HELD_OUT`; returns (training, held out)."""
+    count = min(round(share * len(static_images)), MAX_HELD_OUT)
     held_out = set(np.random.default_rng(seed).choice(len(static_images), count,
                                                       replace=False).tolist())
     return ([image for i, image in enumerate(static_images) if i not in held_out],

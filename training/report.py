@@ -184,7 +184,7 @@ class Report:
                     "".join(json.dumps(line) + "\n" for line in self.history))
         if better:
             self.save_weights(iteration, **({"held_out_iou": iou} if scores else {}),
-                      held_out=[s.name for s in self.held_out])
+                              held_out=[s.name for s in self.held_out])
         save(self.state, {name: part.state_dict() for name, part in self.parts.items()} | {
             "run": self.run, "history": self.history, "best": self.best,
             "stale": self.reports_since_best})

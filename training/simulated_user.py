@@ -12,7 +12,7 @@ from media.prompts import Prompts
 
 # First clicks lie at least this share of the greatest distance from the object's edge, as users
 # click well inside an object but not at its exact centre.
-WELL = 0.5
+MIN_DEPTH = 0.5
 
 
 def distance_to_edge(mask: np.ndarray) -> np.ndarray:
@@ -30,7 +30,7 @@ def distance_to_edge(mask: np.ndarray) -> np.ndarray:
 def first_click(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """Return (x, y) of a random pixel well inside an object; the mask must not be empty."""
     distance = distance_to_edge(mask)
-    rows, columns = np.nonzero(distance >= max(WELL * distance.max(), 1e-6))
+    rows, columns = np.nonzero(distance >= max(MIN_DEPTH * distance.max(), 1e-6))
     i = rng.integers(len(rows))
     return int(columns[i]), int(rows[i])
 

@@ -13,12 +13,12 @@ from training import warps
 from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
 
 LEAVES = 0.12  # chance that an object leaves the frame once and returns
-STREAKS = 0.3  # chance that an object has motion blur
+MOTION_BLUR = 0.3  # chance that an object has motion blur
 SIZE = (0.05, 0.5)  # of a pasted object: square root of its share of the frame's area
-LARGEST = 1.6  # magnification of pasted objects, which get blurred beyond it
-TOUCH = 9  # pixels; objects that are closer than about this move as one
+MAX_SCALE = 1.6  # magnification of pasted objects, which get blurred beyond it
+TOUCHING = 9  # pixels; objects that are closer than about this move as one
 PART = (0.1, 0.5)  # share of an object that becomes an object of its own
-SEEN = 0.15  # visible share of an object in the reference frame; below, it is not a target
+MIN_VISIBLE = 0.15  # visible share of an object in the reference frame; below, it is not a target
 
 
 def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tuple[int, int],
@@ -61,7 +61,7 @@ def _shots(frames: int, jump: bool) -> list[range]:
 
 def touching_groups(ids: np.ndarray) -> list[list[int]]:
     """Group the object ids of an (H, W) mask; objects that touch each other share a group."""
-    near = cv2.dilate((ids > 0).astype(np.uint8), np.ones((TOUCH, TOUCH), np.uint8))
+    near = cv2.dilate((ids > 0).astype(np.uint8), np.ones((TOUCHING, TOUCHING), np.uint8))
     regions = cv2.connectedComponents(near)[1]
     joined: list[set[int]] = []  # object ids, and the regions they lie in as negative numbers
     for i in np.unique(ids[ids > 0]).tolist():
@@ -129,7 +129,7 @@ def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
         if poses is not None:
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
-        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / root, LARGEST, 1.2 / longest)
+        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / root, MAX_SCALE, 1.2 / longest)
     linears, positions = [], []
     for shot in _shots(frames, jump):
         position = rng.uniform(0.1, 0.9, 2) * (width, height)
@@ -184,7 +184,7 @@ def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, position
         speed[-1] = speed[-2]
     if jump:
         speed[0] = speed[1]  # not the jump itself
-    return Layer(cutouts, poses, bends, speed if rng.random() < STREAKS else None)
+    return Layer(cutouts, poses, bends, speed if rng.random() < MOTION_BLUR else None)
 
 
 def _reflected(position: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -247,7 +247,7 @@ def _hide_cut_side(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
 def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[int]:
     """Return the ids that are mostly occluded or outside of the first frame.
 
-    A reference mask that shows less than `SEEN` of an object does not say what the object is.
+    Less than `MIN_VISIBLE` of an object in the reference mask does not say what the object is.
 
     Args:
         layers: those that were pasted.
@@ -260,7 +260,7 @@ def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> li
             scale = np.abs(np.linalg.det(layer.poses[0, :, :2]))
             whole += scale * areas(np.ascontiguousarray(cutout.ids))
     left = areas(after)
-    return [i for i in range(1, 256) if left[i] < SEEN * whole[i]]
+    return [i for i in range(1, 256) if left[i] < MIN_VISIBLE * whole[i]]
 
 
 def vary_lighting(rng, images: list[np.ndarray], jump: bool) -> list[np.ndarray]:
