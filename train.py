@@ -270,7 +270,7 @@ def _loss_of_frame(model: VideoMatch, frame: Features, mask: torch.Tensor, memor
         memory = _remembered(model, memory, frame, logits)
     total = torch.zeros(())
     for output, truth, weight in outputs:
-        found = model.enlarged(output, truth.shape)
-        total = total + weight * (sum(LOSSES[name](found, truth) for name in losses)
-                                  + GROUPING_WEIGHT * grouping(found, truth))
+        probabilities = model.enlarged(output, truth.shape)
+        total = total + weight * (sum(LOSSES[name](probabilities, truth) for name in losses)
+                                  + GROUPING_WEIGHT * grouping(probabilities, truth))
     return total, memory
