@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import download, layout
-from masks.encoding import Coding
+from masks.encoding import MaskEncoding
 from masks.read import is_empty
 from media import images
 from media.clip import FOLDER_FPS, Clip, file_numbers
@@ -47,8 +47,8 @@ class Sequence(Clip):
     images: tuple[Path, ...]
     masks: tuple[Path | None, ...]
     single_object: bool = True
-    later: bool = False
-    asked: tuple[int, ...] = ()
+    late_objects: bool = False
+    requested: tuple[int, ...] = ()
 
     fps = FOLDER_FPS
 
@@ -107,32 +107,35 @@ class Sequence(Clip):
         return tuple(i for i, mask in enumerate(self.masks) if mask is not None)
 
     @property
-    def wanted(self) -> tuple[int, ...]:
+    def output_frames(self) -> tuple[int, ...]:
         """Frames whose masks are to be written."""
-        return self.asked or tuple(range(len(self)))
+        return self.requested or tuple(range(len(self)))
 
     @cached_property
-    def appears(self) -> dict[int, int]:
+    def first_frames(self) -> dict[int, int]:
         """For each object to be segmented the frame whose mask shows it first."""
         found: dict[int, int] = {}
-        for i in self.labelled if self.later else self.labelled[:1]:
+        for i in self.labelled if self.late_objects else self.labelled[:1]:
             for object_id in np.unique(self.mask(i)).tolist():
                 if object_id:
                     found.setdefault(object_id, i)
         return found
 
-    def given(self) -> dict[int, np.ndarray]:
+    def reference_masks(self) -> dict[int, np.ndarray]:
         """The masks that may be known: (H, W) uint8 of frames where objects appear, only these.
 
         Raises:
             ValueError: no mask holds an object.
         """
-        if not self.appears:
+        if not self.first_frames:
             raise ValueError(f"{self.masks[self.labelled[0]]}: the first mask holds no object, "
                              "expected one to look for")
-        return {frame: np.where(np.isin(mask, [i for i, f in self.appears.items() if f == frame]),
-                                mask, 0)
-                for frame in sorted({*self.appears.values()}) for mask in [self.mask(frame)]}
+        masks = {}
+        for frame in sorted({*self.first_frames.values()}):
+            new = [i for i, first in self.first_frames.items() if first == frame]
+            mask = self.mask(frame)
+            masks[frame] = np.where(np.isin(mask, new), mask, 0)
+        return masks
 
     @cached_property
     def scored(self) -> tuple[int, ...]:
@@ -140,26 +143,27 @@ class Sequence(Clip):
 
         None where all masks are given ones, of objects that appear there.
         """
-        if not set(self.labelled) - set(self.appears.values()):
+        if not set(self.labelled) - set(self.first_frames.values()):
             return ()
         return tuple(i for i in self.labelled[1:] if i < len(self) - 1)
 
     def scored_objects(self, frame: int | None = None) -> list[int]:
         """The objects that are scored in a frame with truth: those given before; None: in any."""
         frame = max(self.scored, default=0) if frame is None else frame
-        return sorted(i for i, first in self.appears.items() if first < frame)
+        return sorted(i for i, first in self.first_frames.items() if first < frame)
 
     @cached_property
-    def coding(self) -> Coding:
+    def coding(self) -> MaskEncoding:
         """What the values of its masks mean."""
-        return Coding.of([self.masks[i] for i in self.labelled], self.single_object)
+        return MaskEncoding.detect([self.masks[i] for i in self.labelled], self.single_object)
 
-    def coding_in(self, results: Path) -> Coding:
+    def coding_in(self, results: Path) -> MaskEncoding:
         """What the values of predicted masks in `results`/NAME mean, decided once for all."""
-        return Coding.of([results / self.name / self.mask_name(frame) for frame in self.scored],
-                         self.single_object)
+        return MaskEncoding.detect(
+            [results / self.name / self.mask_name(frame) for frame in self.scored],
+            self.single_object)
 
-    def unfit(self) -> str | None:
+    def reason_unusable(self) -> str | None:
         """Why nothing can be done with it, or None."""
         if len(self) < 3:
             return (f"{self.images[0].parent}: {len(self)} frames, expected at least 3, since the "
@@ -214,8 +218,8 @@ class Davis:
 
     def __init__(self, root: str | Path, year: str | None = "2016", set: str = "train",
                  names: list[str] | None = None):
-        self.root = layout.home(Path(root), set)
-        places = layout.places(self.root)
+        self.root = layout.find_root(Path(root), set)
+        places = layout.sequence_folders(self.root)
         if not places:
             raise FileNotFoundError(
                 f"{root}: no DAVIS data set there, expected a folder with JPEGImages, "
@@ -225,13 +229,13 @@ class Davis:
         lists = (self.root / "ImageSets").is_dir()
         if lists and year is None:
             year = "2016" if layout.has_list(self.root, "2016", set) else "2017"
-        listed = layout.listed(self.root, year, set) if lists else list(places)
+        listed = layout.listed_sequences(self.root, year, set) if lists else list(places)
         for name in names or ():
             if name not in listed:
                 where = f"the lists of {self.root} for year {year}, set {set}"
                 raise ValueError(f"unknown sequence {name!r} (--sequences): not in "
                                  f"{where if lists else self.root}")
-        asked = {} if lists else layout.asked(self.root / "meta.json")
+        asked = {} if lists else layout.requested_frames(self.root / "meta.json")
         chosen = [name for name in listed if not names or name in names]
         self.sequences = self._fit([self._sequence(name, places, lists and year == "2016",
                                                    not lists, asked.get(name)) for name in chosen])
@@ -248,7 +252,7 @@ class Davis:
         if name not in places:
             example, _ = next(iter(places.values()))
             raise FileNotFoundError(f"{example.parent / name}: no frames of sequence {name} there")
-        frames, masks = layout.files(*places[name])
+        frames, masks = layout.frames_and_masks(*places[name])
         return Sequence(name, frames, masks, single_object, later,
                         tuple(i for i, file in enumerate(frames) if asked and file.stem in asked))
 
@@ -260,11 +264,11 @@ class Davis:
                 first frame: starting later would give figures that compare with no others.
         """
         for sequence in sequences:
-            if sequence.labelled and sequence.labelled[0] and not sequence.later:
+            if sequence.labelled and sequence.labelled[0] and not sequence.late_objects:
                 mask = sequence.masks[sequence.labelled[0]].with_name(sequence.mask_name(0))
                 raise ValueError(f"{mask}: no such mask, expected that of the first frame of "
                                  f"sequence {sequence.name}")
-        unfit = {sequence.name: sequence.unfit() for sequence in sequences}
+        unfit = {sequence.name: sequence.reason_unusable() for sequence in sequences}
         reasons = [reason for reason in unfit.values() if reason]
         for reason in reasons:
             log.warning("left out: %s", reason)
@@ -301,7 +305,7 @@ def for_training(sequences: list[Sequence]) -> list[Sequence]:
     return fit
 
 
-def split(sequences: list[Sequence], share: float, seed: int) -> tuple[list, list]:
+def hold_out(sequences: list[Sequence], share: float, seed: int) -> tuple[list, list]:
     """Hold out whole sequences, at least one, or none where `share` is 0: (training, held out).
 
     Raises:

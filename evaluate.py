@@ -23,15 +23,15 @@ import torch
 
 import metrics
 from davis import SETS, YEARS, Davis, Sequence
-from masks.encoding import VOID, Coding
+from masks.encoding import VOID, MaskEncoding
 from media import drawing, images
 from media.background import progress
 from media.files import hold, keep_apart, whole
 from outputs import report, writers
-from outputs.run_folder import Manifest, stamp
+from outputs.run_folder import RunFolder, fingerprint
 from system import distributed, errors
 from tracking import confidence, pipeline
-from tracking.confidence import Confidence
+from tracking.confidence import ConfidenceSink
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         with distributed.first_alone():  # which locks the folder, and may overwrite
             if options.results and distributed.rank() == 0:
                 held.enter_context(hold(options.results))
-            manifest = Manifest(options.results, options.facts,
+            manifest = RunFolder(options.results, options.facts,
                                 options.overwrite and distributed.rank() == 0)
         todo = [s for s in sequences if not _finished(manifest, s, options.videos)]
         todo = distributed.gather(todo)[0]  # before any process finishes one
@@ -87,7 +87,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         return _conclude(sequences, manifest, options)
 
 
-def _conclude(sequences: list[Sequence], manifest: Manifest, options: Options) -> Table:
+def _conclude(sequences: list[Sequence], manifest: RunFolder, options: Options) -> Table:
     """Write and print the table of sequences that are all segmented, and the report."""
     scored = [sequence for sequence in sequences if sequence.scored]
     scores = {sequence.name: _score(manifest, sequence.name) for sequence in scored}
@@ -115,7 +115,7 @@ def _conclude(sequences: list[Sequence], manifest: Manifest, options: Options) -
     return found
 
 
-def _write_tables(scored: list[Sequence], scores: Scores, manifest: Manifest, options: Options,
+def _write_tables(scored: list[Sequence], scores: Scores, manifest: RunFolder, options: Options,
                   speed: str) -> Path:
     """Write the set's tables, with what earlier calls scored of it, and a report: its path.
 
@@ -131,7 +131,7 @@ def _write_tables(scored: list[Sequence], scores: Scores, manifest: Manifest, op
     return report.write(options.results / name, scored, [run], manifest.made_by | {"speed": speed})
 
 
-def _segment(model: VideoMatch, todo: list[Sequence], manifest: Manifest,
+def _segment(model: VideoMatch, todo: list[Sequence], manifest: RunFolder,
              options: Options) -> None:
     """Segment this process's share of the sequences."""
     scores: Scores = {name: _score(manifest, name)
@@ -164,25 +164,25 @@ def _confidence_of(results: Path, sequence: Sequence) -> Path:
 
 
 def _data(sequence: Sequence) -> str:
-    return stamp((*sequence.images, *filter(None, sequence.masks)))
+    return fingerprint((*sequence.images, *filter(None, sequence.masks)))
 
 
-def _finished(manifest: Manifest, sequence: Sequence, video: bool) -> bool:
+def _finished(manifest: RunFolder, sequence: Sequence, video: bool) -> bool:
     """Whether it is scored, its files are what they were, and so is what was made of them."""
     return (manifest.entries.get(sequence.name, {}).get("data") == _data(sequence)
             and all((manifest.folder / sequence.name / sequence.mask_name(i)).is_file()
-                    for i in sequence.wanted)
+                    for i in sequence.output_frames)
             and (not video or (manifest.folder / f"{sequence.name}.mp4").is_file()))
 
 
-def _score(manifest: Manifest, name: str) -> metrics.SequenceScore:
+def _score(manifest: RunFolder, name: str) -> metrics.SequenceScore:
     entry, score = manifest.entries[name], metrics.SequenceScore([])
     score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
     return score
 
 
 def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
-                     seen: Callable[[pipeline.Frame], object] = lambda _: None
+                     on_frame: Callable[[pipeline.Frame], object] = lambda _: None
                      ) -> metrics.SequenceScore:
     """Segment a sequence; masks are written and scored in the background.
 
@@ -190,27 +190,27 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
     hold each other up on a CPU, and the network with them.
 
     Args:
-        seen: called with each frame.
+        on_frame: called with each frame.
     """
     scores = Score(sequence)
     outputs: list[pipeline.Sink] = [scores]
-    kept = None
+    checkpoint = None
     if options.results:
-        kept = pipeline.Progress(options.results / sequence.name, sequence)
-        kept = kept.load(model)
+        checkpoint = pipeline.TrackerCheckpoint(options.results / sequence.name, sequence)
+        checkpoint = checkpoint.load(model)
         film = options.results / f"{sequence.name}.mp4"
-        outputs += [writers.Masks(options.results / sequence.name, sequence),
-                    Confidence(_confidence_of(options.results, sequence), sequence,
-                               kept.index is not None)]
+        outputs += [writers.MaskSink(options.results / sequence.name, sequence),
+                    ConfidenceSink(_confidence_of(options.results, sequence), sequence,
+                               checkpoint.index is not None)]
         if options.videos:
-            outputs.append(writers.Film(film, sequence, lambda frame:
+            outputs.append(writers.VideoSink(film, sequence, lambda frame:
                                       drawing.overlay(frame.image, frame.mask)))
         elif options.overwrite:
             film.unlink(missing_ok=True)  # of other masks
-    frames = pipeline.track(model, sequence, sequence.given(), options, kept)
-    pipeline.drain(frames, outputs, kept, seen)
+    frames = pipeline.track(model, sequence, sequence.reference_masks(), options, checkpoint)
+    pipeline.drain(frames, outputs, checkpoint, on_frame)
     if options.results:  # all of them only serve a run that goes on
-        for i in set(range(len(sequence))) - set(sequence.wanted):
+        for i in set(range(len(sequence))) - set(sequence.output_frames):
             (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
     return scores.found
 
@@ -250,7 +250,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
         scores = pool.map(_score_file, frames, chunksize=8)
         for sequence in progress(sequences, desc="sequences"):
             score = metrics.SequenceScore(sequence.scored_objects())
-            predicted, true = set[int](), {*sequence.appears}
+            predicted, true = set[int](), {*sequence.first_frames}
             for frame in sequence.scored:
                 measures, *held = next(scores)
                 score.add(measures, sequence.scored_objects(frame))
@@ -261,7 +261,7 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
     return found
 
 
-def _score_file(job: tuple[Coding, Path, Coding, Path, list[int]]
+def _score_file(job: tuple[MaskEncoding, Path, MaskEncoding, Path, list[int]]
                 ) -> tuple[list[tuple[float, float]], set[int], set[int]]:
     """J and F of each object, the ids that the prediction holds, and those of the truth."""
     coding, path, true_coding, true_path, object_ids = job

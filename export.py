@@ -21,7 +21,7 @@ import lite
 import preprocess
 from cli import setup
 from media import files
-from media.shown import Prompts
+from media.prompts import Prompts
 from network import graphs
 from network.evidence import BOX, CLICKS, MASK
 from network.lite import NEXT

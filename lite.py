@@ -28,7 +28,7 @@ from network.lite import LiteVideoMatch
 from network.outliers import decide
 from system import errors, version
 from tracker import Tracker, resized
-from tracking.prompting import in_order, masks_of
+from tracking.prompting import group_by_object, predict_masks
 
 PROGRAM = "lite.py"  # in manifest.json, which main.py writes too
 DESCRIPTION = "videomatch.json"
@@ -181,7 +181,7 @@ def segment(args: argparse.Namespace) -> None:
     if args.mask:
         first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
     else:
-        first = masks_of(model, next(clip.frames()), in_order(
+        first = predict_masks(model, next(clip.frames()), group_by_object(
             args.box, args.point, args.not_point))
     with hold(args.results_dir):
         replaces = made_here(args.results_dir)

@@ -21,11 +21,11 @@ import export
 import train
 from cli import options, segment, setup
 from cli.setup import select_device
-from davis import for_training, split
+from davis import for_training, hold_out
 from network import precision
 from system import distributed, errors
 from training import prompt_training as train_prompts
-from training.static_images import Stills
+from training.static_images import StaticImages
 
 log = logging.getLogger("videomatch")
 
@@ -93,10 +93,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    stills = [still for folder in args.stills for still in Stills(folder)]
+    stills = [still for folder in args.stills for still in StaticImages(folder)]
     with_videos = args.dataset or args.demo or not args.stills
     sequences = for_training(setup.load_dataset(args).sequences) if with_videos else []
-    training, held_out = (split(sequences, args.validation_size, args.seed) if sequences
+    training, held_out = (hold_out(sequences, args.validation_size, args.seed) if sequences
                           else ([], []))
     if args.prompts:
         return run_train_prompts(args, training, held_out, stills)
@@ -113,7 +113,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
                       stills: list) -> None:
-    stills, apart = train_prompts.split_stills(stills, args.validation_size, args.seed)
+    stills, apart = train_prompts.split_static_images(stills, args.validation_size, args.seed)
     torch.manual_seed(args.seed)
     model = setup.build_model(args)
     frames = sum(len(source.labelled) for source in (*training, *stills))

@@ -56,7 +56,7 @@ def to_image(tensor: torch.Tensor) -> np.ndarray:
     return ((tensor.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def recoloured(image: np.ndarray, light: float, contrast: float, saturation: float,
+def adjust_colour(image: np.ndarray, light: float, contrast: float, saturation: float,
                hue: float) -> np.ndarray:
     """(H, W, 3) uint8 RGB with factors of light, contrast and saturation, hue turned by radians.
 
@@ -125,7 +125,7 @@ class Augment:
         """(T, 3, H, W) uint8 with one random change of light, contrast, saturation and hue."""
         change = (torch.rand(4) * 2 - 1) * torch.tensor([0.3, 0.3, 0.3, 0.05 * 2 * math.pi])
         light, contrast, saturation, hue = change.tolist()
-        frames = [recoloured(frame, 1 + light, 1 + contrast, 1 + saturation, hue)
+        frames = [adjust_colour(frame, 1 + light, 1 + contrast, 1 + saturation, hue)
                   for frame in images.permute(0, 2, 3, 1).contiguous().numpy()]
         return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 

@@ -1,6 +1,7 @@
-"""Training on pairs of frames, or on clips of videos and of still images.
+"""Train VideoMatch on frame pairs, or on clips of videos and of static images.
 
-Whole sequences are held out. It knows neither flags nor how samples are drawn.
+Whole sequences are held out for validation. `training.samples` draws the training samples,
+`training.report` validates, logs and saves.
 """
 
 import logging
@@ -16,69 +17,82 @@ from network.sets import Sets
 from network.state import Features, State
 from network.views import labels_of, shares_of
 from system import distributed
-from training.options import GRADIENT, Options, one_cycle
+from training.options import MAX_GRADIENT_NORM, Options, one_cycle
 from training.report import Report
-from training.samples import FEWEST, TOO_SMALL, Clips, Pairs, batches, large_enough
-from training.static_images import Still
+from training.samples import MIN_PIXELS, TOO_SMALL, Clips, Pairs, batches, large_enough
+from training.static_images import StaticImage
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
-DECODER_RATE = 10  # times the learning rate of the encoder, which is trained already
-NEW_RATE = 25  # likewise of object tokens and edges, which start without effect
-KEY_RATE = 3  # likewise of what compares cells, which starts well
-KEY_WEIGHT = 0.3  # of the loss of matching keys alone, beside that of the decoder
-FEATURE_WEIGHT = 0.15  # of that of matching all features, as `--method matching` does
-COARSE_WEIGHT = 0.3  # of that of object tokens alone
-GROUPING_WEIGHT = 0.25  # of the union of objects and their identities, beside the other losses
-LEARNED = 4  # last frames of a clip that gradients flow through; those before cost a third
-COARSE = 4  # pixels of a frame on each side of one that losses beside the decoder's see
-START = 16  # images of which the first keys are made
+# Learning rates relative to the encoder's, which starts from ImageNet weights and must not lose
+# what it learned there. The rest starts from random weights and has to move faster.
+DECODER_RATE = 10
+NEW_RATE = 25  # object tokens and edge level, which start without effect and have most to learn
+KEY_RATE = 3  # key projections: they start from the features' principal axes, which work already
+
+# Weights of the auxiliary losses; that of the decoded mask has weight 1. Each gives a direct
+# gradient to a part that the decoder could otherwise compensate for. Raising one makes that part
+# better on its own at the expense of the decoded mask.
+KEY_WEIGHT = 0.3  # soft matching of keys alone
+FEATURE_WEIGHT = 0.15  # soft matching of encoder features, which `--method matching` uses
+COARSE_WEIGHT = 0.3  # object tokens alone
+GROUPING_WEIGHT = 0.25  # union of objects, and their identities given the foreground
+
+# Gradients flow through the last frames of a clip only; the frames before them run forward only,
+# at a third of the cost, to let errors accumulate as they do in long videos.
+LEARNED = 4
+COARSE = 4  # auxiliary losses are computed at 1/4 of the frame size, since their output is coarse
+START = 16  # images from which the initial key projection is computed; one forward pass each
 
 
 def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
-          options: Options, stills: list[Still] | None = None) -> float:
-    """Fit the model; keep the weights with the best IoU on the held-out sequences.
+          options: Options, static_images: list[StaticImage] | None = None) -> float:
+    """Train the model and save the weights with the best IoU on the held-out sequences.
 
-    Where none are held out, those of the last iteration.
-
-    Ctrl+C ends training after the running iteration, as if it had been the last one. After every
-    report all that it takes to go on is kept beside the weights (.state); nothing random is, as a
-    clip depends on its index alone.
+    Without held-out sequences the weights of the last iteration are saved. Ctrl+C finishes the
+    current iteration, reports and returns. Every report also saves the training state (`.state`
+    next to the weights), from which `options.resume` continues. No random state is saved, because
+    every clip depends on the seed and its index alone.
 
     Args:
-        stills: still images to make clips of, beside sequences or instead of them.
+        model: trained in place; needs `method` "memory" for static images.
+        training: sequences to train on; sequences whose objects are too small are skipped.
+        held_out: sequences to validate on; may be empty.
+        static_images: images from which clips are made by synthetic motion, in addition to the
+            sequences or instead of them.
 
     Returns:
-        The best held-out IoU, in [0, 1]; NaN where no sequences are held out.
+        The best held-out IoU in [0, 1]; NaN without held-out sequences.
 
     Raises:
-        ValueError: all objects are too small; stills, or a model with a part for prompts, for
-            another method than "memory"; `options.resume`, and the state is that of a run with
-            other options; an earlier run at `options.save` that is neither to be resumed nor
-            overwritten; or the loss or the weights are no numbers any more.
+        ValueError: all objects are too small; static images or a prompt decoder with a method other
+            than "memory"; the state to resume from belongs to a run with other options; an earlier
+            run at `options.save` is to be neither resumed nor overwritten; or loss or weights
+            became NaN or infinite.
     """
     torch.manual_seed(options.seed)
-    stills = stills or []
-    if stills and model.method != "memory":
-        raise ValueError(f"--stills: clips are for --method memory, not for {model.method}")
-    training = usable(training, model, options)
-    if not training and not stills:
+    static_images = static_images or []
+    if static_images and model.method != "memory":
+        raise ValueError(f"--stills: static images become clips, which --method {model.method} "
+                         "does not train on, expected --method memory")
+    training = usable_sequences(training, model, options)
+    if not training and not static_images:
         raise ValueError(f"nothing to train on: all objects are too small. {TOO_SMALL}")
     if model.prompts is not None:
-        keep_encoder(model)
+        freeze_encoder(model)
     if model.refined:
         model.extend()
-    if model.refined and not model.facts:  # not loaded from anywhere
-        start(model, training or stills, options.shape)
-    optimizer, schedule = optimizer_of(model, options)
-    report = Report(model, optimizer, schedule, training, held_out, options, stills)
+    if model.refined and not model.facts:  # new weights: a loaded checkpoint has trained keys
+        initialise_keys(model, training or static_images, options.shape)
+    optimizer, schedule = make_optimizer(model, options)
+    report = Report(model, optimizer, schedule, training, held_out, options, static_images)
     if model.prompts is not None:
         report.run["trained"] = "all but the encoder"
-    done = report.begin()
-    total = options.iterations if report.stale < options.patience else done
+    done = report.start_or_resume()
+    total = options.iterations if report.reports_since_best < options.patience else done
     augment = preprocess.Augment(options.shape, options.augment)
-    drawn = batches(Clips if model.method == "memory" else Pairs, training, stills, augment,
+    drawn = batches(Clips if model.method == "memory" else Pairs, training, static_images, augment,
                     options, range(done, total))
     with report, interruptible() as interrupted:
         bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
@@ -91,36 +105,50 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
             last = any(distributed.gather(interrupted())) or iteration == options.iterations
             if last or (options.report > 0 and iteration % options.report == 0):
                 report(iteration)
-            if last or report.stale >= options.patience:
+            if last or report.reports_since_best >= options.patience:
                 break
     if interrupted():
-        log.info("interrupted after iteration %d, --resume goes on from there", iteration)
-    elif report.stale >= options.patience:
-        log.info("stopped early: no better IoU in %d reports", report.stale)
+        log.info("interrupted after iteration %d; continue with --resume", iteration)
+    elif report.reports_since_best >= options.patience:
+        log.info("stopped early: no better held-out IoU in %d reports", report.reports_since_best)
     if held_out:
         log.info("best held-out IoU %.4f", report.best)
     log.info("saved in %s", options.save)
     return report.best
 
 
-def usable(sequences: list[Sequence], model: VideoMatch, options: Options) -> list[Sequence]:
-    """Those with an object that is large enough in the closest crop; a warning names the others."""
+def usable_sequences(sequences: list[Sequence], model: VideoMatch,
+                     options: Options) -> list[Sequence]:
+    """Return the sequences with an object that yields samples; a warning names the others.
+
+    The area counts in the closest crop that augmentation makes. The memory method needs an object
+    in two frames, the other methods train on pairs that may consist of one frame twice.
+    """
     closest = preprocess.Augment.SCALE[0] if options.augment else 1.0
-    return large_enough(sequences, FEWEST * closest, options.shape,
+    return large_enough(sequences, MIN_PIXELS * closest, options.shape,
                         masks=2 if model.method == "memory" else 1)
 
 
-def keep_encoder(model: VideoMatch) -> None:
-    """Train nothing of the encoder, on which the part for boxes and clicks was trained."""
+def freeze_encoder(model: VideoMatch) -> None:
+    """Freeze the encoder of a model with a prompt decoder, which depends on its features.
+
+    Raises:
+        ValueError: the method trains nothing but the encoder.
+    """
     if model.method != "memory":
-        raise ValueError(f"--method {model.method}: trains the encoder alone, which boxes and "
-                         "clicks need as it is: expected a checkpoint without their part")
-    log.info("the encoder stays as it is, since the part for boxes and clicks was trained on it")
+        raise ValueError(f"--method {model.method} trains the encoder only, on which the prompt "
+                         "decoder depends: expected a checkpoint without a prompt decoder")
+    log.info("the encoder stays frozen, because the prompt decoder was trained on its features")
     model.encoder.requires_grad_(False)
 
 
-def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
-    """Give a new reader keys that keep what features of some images differ in."""
+def initialise_keys(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
+    """Initialise the key projections of a new model from the features of `START` images.
+
+    Args:
+        sources: sequences or static images, of which evenly spaced ones are used.
+        shape: (H, W) of the training frames.
+    """
     chosen = sources[::max(1, len(sources) // START)]
     with torch.no_grad():
         images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
@@ -128,8 +156,8 @@ def start(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
     model.reader.begin(torch.cat(features))
 
 
-def optimizer_of(model: VideoMatch, options: Options):
-    """AdamW, each part with a learning rate of its own, and their schedule, `one_cycle`."""
+def make_optimizer(model: VideoMatch, options: Options):
+    """Return AdamW with a learning rate for each part, and its `one_cycle` schedule."""
     parts = [(list(model.encoder.parameters()), 1)]
     if model.refined:
         keys = model.reader.comparing()
@@ -148,34 +176,44 @@ def optimizer_of(model: VideoMatch, options: Options):
 
 def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
          shared: bool = True) -> float:
-    """One update on (B, T, 3, H, W) images and (B, T, H, W) masks; returns the loss before it.
+    """Update the model once; returns the loss before the update.
 
     Args:
-        shared: the processes of a job take the same step, each on its own batch.
+        batch: (B, T, 3, H, W) images and (B, T, H, W) masks.
+        losses: keys of `LOSSES`, added up.
+        shared: average the gradients over all processes of a distributed job.
+
+    Raises:
+        ValueError: the loss is NaN or infinite.
     """
     model.train()
+    # one clip at a time: clips differ in their number of objects
     clips = [loss_of(model, images.to(model.device), masks.to(model.device).long(), losses)
              for images, masks in zip(*batch)]
     loss = sum(clips) / len(clips)
     if not loss.isfinite():
-        raise ValueError("the loss is no number any more: a lower --learning_rate (-l) helps; "
-                         "the best weights so far are kept")
+        raise ValueError("the loss is not finite: try a lower --learning_rate (-l); the best "
+                         "weights so far are saved")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if shared:
         distributed.average_gradients(model.parameters())
-    torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
     return loss.item()
 
 
 def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
             losses: tuple[str, ...]) -> torch.Tensor:
-    """The loss of a clip, (T, 3, H, W) and (T, H, W) ids 0 to N.
+    """Return the loss of a clip: its first frame is the reference, the others are predicted.
 
-    The first frame is the reference. Each of the others is segmented with what the model itself
-    found in those before, all objects at once. Only the last `LEARNED` count: the first ones of a
-    long clip serve to let errors grow that the last ones have to live with.
+    All objects are tracked at once, with the model's own predictions as memory. Only the last
+    `LEARNED` frames contribute; the frames before them let errors accumulate.
+
+    Args:
+        images: (T, 3, H, W) float32, ImageNet-normalised.
+        masks: (T, H, W) int64, 0 background, 1..N objects of the first frame.
+        losses: keys of `LOSSES`, added up.
     """
     features, object_ids = model.encode(images), range(1, int(masks[0].max()) + 1)
     first, mask = features.frame(0), masks[0].cpu().numpy().astype(np.uint8)

@@ -22,7 +22,7 @@ from checkpoint import Checkpointed
 from masks.read import read_masks
 from masks.validation import check_normalized, id_mask
 from media import drawing, figures, images
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match

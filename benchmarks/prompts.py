@@ -18,7 +18,7 @@ import torch
 from benchmarks import common
 from cli.setup import select_device
 from davis import Davis, Sequence
-from media.shown import Prompts
+from media.prompts import Prompts
 from tracking import prompting
 from training import prompt_training as train_prompts
 from videomatch import SHIPPED, VideoMatch
@@ -29,7 +29,7 @@ REPORTED = (1, 3, 8)  # numbers of clicks after which J is printed
 
 def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
     """Print and return J of each object, the mean J, and seconds per prompt."""
-    rows = train_prompts.measured(model, sequences, CLICKS)
+    rows = train_prompts.evaluate_prompts(model, sequences, CLICKS)
     head = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
     figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in REPORTED)]
                for row in rows]
@@ -46,7 +46,7 @@ def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict
 @torch.no_grad()
 def prompt_seconds(model: VideoMatch, repeats: int) -> float:
     """Fastest time of a box prompt, without the encoder, at the network's input size."""
-    shape = prompting.seen_size((320, 480))
+    shape = prompting.crop_size((320, 480))
     image = torch.zeros(1, 3, *shape, device=model.device)
     seen = model.prompts.look(image, *model.encoder.pyramid(image))
     times = []

@@ -10,16 +10,16 @@ import numpy as np
 
 from cli import setup
 from cli.options import changed
-from masks.read import read_masks, tell_concern
+from masks.read import read_masks, warn_about
 from media import images
 from media.background import progress
 from media.files import hold, keep_apart
 from media.video import open_clip
 from outputs import annotations, report, writers
 from outputs.annotations import FORMATS
-from outputs.run_folder import Manifest, differing, free_folder, made_by, stamp
+from outputs.run_folder import RunFolder, default_folder, differing_keys, fingerprint, read_metadata
 from tracking import pipeline, prompting
-from tracking.confidence import Confidence, frames_to_review
+from tracking.confidence import ConfidenceSink, frames_to_review
 from tracking.presence import Presence, parse_mark
 from videomatch import VideoMatch
 from webapp import session
@@ -31,10 +31,10 @@ CLIP = "clip"  # what the manifest calls the one video of -m segment
 
 
 def run(args: argparse.Namespace) -> None:
-    clip = open_clip(args.video, [name for _, name in map(numbered, args.mask)])
+    clip = open_clip(args.video, [name for _, name in map(parse_mask_argument, args.mask)])
     source = args.video.resolve()
-    data = fingerprint(clip)
-    results = args.results_dir or free_folder(source.stem, data)
+    data = clip_fingerprint(clip)
+    results = args.results_dir or default_folder(source.stem, data)
     keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4",
                                          "cutout.mov", "cutout.webm")], [args.video])
     if args.page is not None or not (args.mask or args.box or args.point):
@@ -47,26 +47,26 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     """Write masks and what else the flags name into a results folder that this run holds."""
     model = setup.load_for_inference(args)
     names: dict[int, str] = {}
-    masks = given_masks(args, clip, results, model, names)
+    masks = load_user_masks(args, clip, results, model, names)
     options, first = pipeline.Options(**setup.pipeline_options(args)), masks[min(masks)]
-    options.start, options.stop = part_of(args, clip)
-    options.presence = given_presence(args, clip, masks)
-    tell_concern(first, pipeline.cell(model, first.shape, options))
+    options.start, options.stop = frame_range(args, clip)
+    options.presence = user_presence(args, clip, masks)
+    warn_about(first, pipeline.location_size(model, first.shape, options))
     facts = setup.run_metadata(args, model, {
         "data": data, "masks": ", ".join(
             f"frame {clip.number(frame)}: CRC {zlib.crc32(mask.tobytes()):08x}"
             for frame, mask in sorted(masks.items())) + presence_text(options.presence, clip)})
-    made, again = made_by(results), args.overwrite
-    if not again and made and differing(made, facts) == ["masks"]:
+    made, again = read_metadata(results), args.overwrite
+    if not again and made and differing_keys(made, facts) == ["masks"]:
         log.info("%s: was made from other masks, and is made anew from these", results)
         again = True
-    manifest = Manifest(results, facts, again)
+    manifest = RunFolder(results, facts, again)
     if again and made:
-        writers.clear(results, {Path(name).resolve() for text in args.mask
+        writers.delete_outputs(results, {Path(name).resolve() for text in args.mask
                               for name in (text, text.partition(":")[2])})
-    kept = pipeline.Progress(results / "masks", clip)
+    checkpoint = pipeline.TrackerCheckpoint(results / "masks", clip)
     before = manifest.entries.get(CLIP)
-    if before and not all(kept.path_of(options.start + i).is_file()
+    if before and not all(checkpoint.mask_path(options.start + i).is_file()
                           for i in range(before["frames"])):
         before = None
     drawn = before["drawn"] if before else {}
@@ -82,14 +82,14 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
     if before and args.cutout == "transparent":
         log.info("the cut-out's edges are drawn from the masks that are there; --overwrite "
                  "segments again, for edges from the probabilities")
-    kept = kept.all() if before else kept.load(model)
-    frames = pipeline.track(model, clip, masks, options, kept)
+    checkpoint = checkpoint.mark_all_done() if before else checkpoint.load(model)
+    frames = pipeline.track(model, clip, masks, options, checkpoint)
     total = len(range(clip.count)[options.start:options.stop]) or None
     bar = progress(frames, desc="frames", total=total, unit="frame")
-    sure = Confidence(results / "confidence.csv", clip, kept.index is not None)
+    sure = ConfidenceSink(results / "confidence.csv", clip, checkpoint.index is not None)
     count = pipeline.drain(bar, [
-        *writers.of_a_clip(results, clip, args.cutout, args.cutout_format), sure,
-        *annotations.of_a_clip(results, clip, args.export, names)], kept,
+        *writers.clip_sinks(results, clip, args.cutout, args.cutout_format), sure,
+        *annotations.clip_sinks(results, clip, args.export, names)], checkpoint,
         lambda _: manifest.begin([results / "masks", results / "cutout"]))
     predicted = [one for one in sure.measures if one.frame not in masks]
     report.write_clip(results / "report.html", args.video.resolve().name, clip, predicted,
@@ -103,12 +103,12 @@ def segment_clip(args: argparse.Namespace, clip, results: Path, data: str) -> No
               f"{clip.number(min(masks))}:FIRST.png {clip.number(review[0].first)}:MENDED.png")
 
 
-def fingerprint(clip) -> str:
+def clip_fingerprint(clip) -> str:
     """Where a clip lies, with a digest that changes when one of its own files does.
 
     Other files in its folder don't count: notes, what a file manager leaves there, masks.
     """
-    return f"{clip.path.resolve()} ({stamp(sorted(clip.files))})"
+    return f"{clip.path.resolve()} ({fingerprint(sorted(clip.files))})"
 
 
 def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
@@ -116,16 +116,16 @@ def show_page(args: argparse.Namespace, clip, results: Path, data: str) -> None:
     model = setup.load_for_inference(args)
     names: dict[int, str] = {}
     with hold(results) if args.box or args.point else nullcontext():  # whose mask is written there
-        masks = given_masks(args, clip, results, model, names)
+        masks = load_user_masks(args, clip, results, model, names)
     session.open_page(session.Session(
         model, clip, results, pipeline.Options(**setup.pipeline_options(args)),
-        prompting.prompter(model), setup.run_metadata(args, model, {"data": data}),
+        prompting.make_prompter(model), setup.run_metadata(args, model, {"data": data}),
         session.command_line(changed(args, "command")), args.export),
-        masks, given_presence(args, clip, masks), args.page,
+        masks, user_presence(args, clip, masks), args.page,
         args.page_host or ["127.0.0.1"], names)
 
 
-def given_masks(args: argparse.Namespace, clip, results: Path,
+def load_user_masks(args: argparse.Namespace, clip, results: Path,
                 model: VideoMatch, names: dict[int, str] | None = None) -> dict[int, np.ndarray]:
     """The masks that --mask names, or the one that --box and --point make, kept as a file.
 
@@ -135,7 +135,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
     default = clip.number(0) if args.mask_frame is None else args.mask_frame
     if args.mask or not (args.box or args.point):
         paths: dict[int, list[Path]] = {}
-        for number, name in map(numbered, args.mask):
+        for number, name in map(parse_mask_argument, args.mask):
             if is_mark(name):
                 continue
             number = default if number is None else number
@@ -154,7 +154,7 @@ def given_masks(args: argparse.Namespace, clip, results: Path,
     image = next(clip.frames(frame), None)
     if image is None:
         raise ValueError(f"--mask_frame {default}: the clip ends before it")
-    mask = prompting.masks_of(model, image, prompting.in_order(
+    mask = prompting.predict_masks(model, image, prompting.group_by_object(
         args.box, args.point, args.not_point))
     path = results / f"mask_{default:05d}.png"
     results.mkdir(parents=True, exist_ok=True)
@@ -168,28 +168,28 @@ def is_mark(name: str) -> bool:
     return parse_mark(name) is not None and not Path(name).is_file()
 
 
-def given_presence(args: argparse.Namespace, clip, masks: dict[int, np.ndarray]) -> Presence:
+def user_presence(args: argparse.Namespace, clip, masks: dict[int, np.ndarray]) -> Presence:
     """What --mask N:absent=ID and N:gone=ID say.
 
     Raises:
         ValueError: there is no frame number, or no earlier mask holds the object, or one of the
             same frame does.
     """
-    found = Presence(shown={frame: set(np.unique(mask[mask > 0]).tolist())
+    found = Presence(in_user_mask={frame: set(np.unique(mask[mask > 0]).tolist())
                             for frame, mask in masks.items()})
-    for number, name in map(numbered, args.mask):
+    for number, name in map(parse_mask_argument, args.mask):
         if not is_mark(name):
             continue
         if number is None:
             raise ValueError(f"--mask {name}: expected a frame number, N:{name}")
         word, object_ids = parse_mark(name)
         frame = clip.index(number)
-        known = set().union(*(ids for other, ids in found.shown.items() if other < frame))
+        known = set().union(*(ids for other, ids in found.in_user_mask.items() if other < frame))
         for object_id in sorted(object_ids):
             if object_id not in known:
                 raise ValueError(f"--mask {number}:{name}: expected an object that a mask of an "
                                  f"earlier frame holds, none holds {object_id}")
-            if object_id in found.shown.get(frame, ()):
+            if object_id in found.in_user_mask.get(frame, ()):
                 raise ValueError(f"--mask {number}:{name}: the mask of the same frame holds object "
                                  f"{object_id}")
         getattr(found, word).setdefault(frame, set()).update(object_ids)
@@ -203,7 +203,7 @@ def presence_text(presence: Presence, clip) -> str:
                    for frame, ids in sorted(getattr(presence, word).items()))
 
 
-def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:
+def frame_range(args: argparse.Namespace, clip) -> tuple[int, int | None]:
     """The part of the clip whose frame numbers are in --frames A:B, as indices (start, stop).
 
     Neither A nor B need be the number of a frame: in a folder with gaps, 0:50 is what lies between.
@@ -221,7 +221,7 @@ def part_of(args: argparse.Namespace, clip) -> tuple[int, int | None]:
     return start, stop
 
 
-def numbered(text: str) -> tuple[int | None, str]:
+def parse_mask_argument(text: str) -> tuple[int | None, str]:
     """What --mask takes, [N:]FILE: the frame's number, if there is one, and the file.
 
     A file may be called 12:30.png, as clocks name them; it is meant where there is no 30.png.

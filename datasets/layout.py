@@ -16,7 +16,7 @@ FAVOURITE = "480p"
 SETS = {"val": ("val", "valid")}  # what else the folder of a set may be called
 
 
-def home(root: Path, set_name: str) -> Path:
+def find_root(root: Path, set_name: str) -> Path:
     """The folder itself, or that of the set in it, where only this holds a data set."""
     if not any((root / frames).is_dir() for frames, _ in PAIRS):
         for name in SETS.get(set_name, (set_name,)):
@@ -28,7 +28,7 @@ def home(root: Path, set_name: str) -> Path:
     return root
 
 
-def places(root: Path) -> dict[str, tuple[Path, Path]]:
+def sequence_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     """The folders of frames and masks of each sequence by its name, in natural order."""
     pair = _pair(root)
     if pair is None:
@@ -64,7 +64,7 @@ def _level(folder: Path) -> Path:
                 levels[0] if levels else folder)
 
 
-def files(frames: Path, masks: Path) -> tuple[tuple[Path, ...], tuple[Path | None, ...]]:
+def frames_and_masks(frames: Path, masks: Path) -> tuple[tuple[Path, ...], tuple[Path | None, ...]]:
     """The frames of a sequence in natural order, and of each its mask or None.
 
     Raises:
@@ -93,7 +93,7 @@ def _by_stem(paths: list[Path]) -> dict[str, Path]:
     return found
 
 
-def listed(root: Path, year: str, set_name: str) -> list[str]:
+def listed_sequences(root: Path, year: str, set_name: str) -> list[str]:
     """Names of the sequences in the lists of DAVIS.
 
     Args:
@@ -150,7 +150,7 @@ def _names(path: Path) -> list[str]:
     return names
 
 
-def asked(path: Path) -> dict[str, frozenset[str]]:
+def requested_frames(path: Path) -> dict[str, frozenset[str]]:
     """For each sequence the stems of the frames that YouTube-VOS' `meta.json` lists for objects.
 
     Raises:

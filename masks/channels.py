@@ -9,25 +9,25 @@ from masks import soft_edges
 from media import images
 from media.drawing import PALETTE
 
-OPAQUE = 128  # alpha from which a pixel belongs to the object: half, as cut-outs are written here
+OPAQUE = 128  # a pixel belongs to the object from this alpha on: half, as in the cut-outs we write
 
 
-def kind_of(image: Image.Image, own: bool) -> str:
+def kind_of(image: Image.Image, user_drawn: bool) -> str:
     """Decide which channel of an image is the mask: "numbers", "colours" or "alpha".
 
     Args:
-        own: a person painted it, so its palette may be in any order.
+        user_drawn: a user drew it, so its palette may be in any order.
     """
     if is_transparent(image):
         coloured, alpha = _split(image)
         inside = alpha >= OPAQUE
         opaque = coloured[inside]
-        table, codes = soft_edges.codes(_over_black(coloured, alpha))
+        table, codes = soft_edges.unique_colours(_over_black(coloured, alpha))
         if (opaque == opaque[:1]).all() or soft_edges.is_picture(codes, inside):  # a cut-out
             return "alpha"
         return "numbers" if (table == table[:, :1]).all() else "colours"
     if image.mode == "P":
-        return "numbers" if _numbered(image, own) else "colours"
+        return "numbers" if _holds_ids(image, user_drawn) else "colours"
     if image.mode in ("1", "L", "LA") or image.mode.startswith(("I", "F")):
         return "numbers"
     rgb = np.asarray(image.convert("RGB"))
@@ -39,8 +39,9 @@ def is_transparent(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
     if image.mode == "P":
-        told = image.info["transparency"]
-        alphas = list(told) if isinstance(told, bytes) else [255] * told + [0]
+        transparency = image.info["transparency"]  # alpha per entry, or the transparent entry
+        alphas = (list(transparency) if isinstance(transparency, bytes)
+                  else [255] * transparency + [0])
         if min(alphas[1:], default=255) == 255:
             return False
     alpha = np.asarray(image.convert("RGBA").getchannel("A"))
@@ -55,30 +56,36 @@ def _split(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _over_black(coloured: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Composite over black, the usual background of masks."""
     return (coloured * (alpha[..., None] / 255)).round().astype(np.uint8)
 
 
-def _numbered(image: Image.Image, own: bool) -> bool:
-    """Whether palette indices are object ids: index 0 is the background, none is a soft edge."""
+def _holds_ids(image: Image.Image, user_drawn: bool) -> bool:
+    """Whether palette indices are object ids.
+
+    They are if the palette is DAVIS', or if index 0 is the background and no index is that of a
+    soft edge. Otherwise the colours of the palette tell the objects apart.
+    """
     codes = np.asarray(image)
     used, table = np.unique(codes), _palette(image)
     if len(used) == 1 or (table[used] == PALETTE[used]).all():
         return True
-    if table[0].any() or own and 0 not in used:
+    if table[0].any() or user_drawn and 0 not in used:
         background = np.bincount(border(codes), minlength=256).argmax()
         areas = np.bincount(codes.ravel(), minlength=256)
         if background and areas[background] == areas.max() or 0 not in used:
             return False
     try:
-        return not soft_edges.classes(codes.astype(int), table, 0).soft
+        return not soft_edges.find_flat_values(codes.astype(int), table, 0).soft
     except ValueError:
         return False
 
 
 def _palette(image: Image.Image) -> np.ndarray:
+    """The palette as (256, 3) int RGB; missing entries are black."""
     table = np.zeros((256, 3), int)
-    found = np.array(image.getpalette("RGB")).reshape(-1, 3)
-    table[:len(found)] = found
+    entries = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    table[:len(entries)] = entries
     return table
 
 
@@ -104,8 +111,8 @@ def pixels_of(path: str | Path, image: Image.Image, kind: str) -> np.ndarray:
     """
     if kind == "alpha":
         if not image.has_transparency_data:
-            raise ValueError(f"{path}: expected the mask in the alpha channel, as in the masks "
-                             "before, found an image without one")
+            raise ValueError(f"{path}: expected the mask in the alpha channel, as in the other "
+                             "masks, found an image without one")
         return _split(image)[1]
     if kind == "numbers" and image.mode in ("1", "L", "P") and not (
             image.mode == "L" and image.has_transparency_data):

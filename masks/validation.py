@@ -1,7 +1,7 @@
-"""Checks of what callers of the library pass: dtype, dimensions and range of images and masks.
+"""Checks the dtype, dimensions and range of images and masks that library users pass.
 
-Without them a wrong array often gives a wrong mask instead of an error: as uint8, an id of 257 is
-1, and a probability of 0.9 is 0. Every message begins with the argument's name.
+Without these checks a wrong array often gives a wrong mask instead of an error: as uint8, an id of
+257 becomes 1, and a probability of 0.9 becomes 0. Every message begins with the argument's name.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from masks.encoding import VOID
 
-# ImageNet-normalised values lie in [-2.2, 2.7]; whatever exceeds this was never normalised
+# ImageNet-normalised values lie in [-2.2, 2.7]; values beyond this limit are raw pixel values.
 NORMALIZED = 10.0
 
 
@@ -19,12 +19,12 @@ def id_mask(mask: Any, name: str = "mask", void: bool = False) -> np.ndarray:
 
     Args:
         mask: (H, W) bool or integers from 0 to 255, an array or a tensor.
-        name: what the message calls it.
-        void: accept 255 beside other ids, which means "not labelled" in a ground-truth mask.
+        name: what error messages call it.
+        void: accept 255 next to other ids, which means "not labelled" in a ground-truth mask.
 
     Raises:
         ValueError: other dimensions, another dtype (a float mask holds probabilities, not ids), ids
-            out of range, or 255 beside other ids.
+            out of range, or 255 next to other ids.
     """
     mask = _array(mask, name)
     if mask.dtype == bool:
@@ -35,7 +35,7 @@ def id_mask(mask: Any, name: str = "mask", void: bool = False) -> np.ndarray:
                          f"{least if least < 0 else most}")
     mask = mask.astype(np.uint8, copy=False)
     if most == VOID and not void and ((mask > 0) & (mask < VOID)).any():
-        raise ValueError(f"{name}: {VOID} beside other ids means \"not labelled\"; expected 0 in "
+        raise ValueError(f"{name}: {VOID} next to other ids means \"not labelled\"; expected 0 in "
                          "these pixels, or another id if they are an object")
     return mask
 
@@ -44,7 +44,7 @@ def binary_mask(mask: Any, name: str) -> np.ndarray:
     """Return a mask of one object as (H, W) uint8 of 0 and 1.
 
     Raises:
-        ValueError: other dimensions, a float dtype, or values beside 0 and 1.
+        ValueError: other dimensions, a float dtype, or values other than 0 and 1.
     """
     mask = _array(mask, name)
     if mask.dtype == bool:
@@ -73,7 +73,7 @@ def check_same_size(one: np.ndarray, name: str, other: np.ndarray, other_name: s
 
 
 def check_frame(image: Any, name: str = "image") -> None:
-    """Check an image as it was read: (H, W, 3) uint8 RGB.
+    """Check an image as read from a file: (H, W, 3) uint8 RGB.
 
     Raises:
         ValueError: other dimensions or another dtype.
@@ -105,7 +105,7 @@ def check_normalized(image: Any, name: str = "image", dimensions: int = 3) -> No
         raise ValueError(f"{name}: expected float32, ImageNet-normalised, {advice}, got "
                          f"{image.dtype}")
     least, most = float(image.min()), float(image.max())
-    if not -NORMALIZED < least <= most < NORMALIZED:  # also where one is no number
+    if not -NORMALIZED < least <= most < NORMALIZED:  # also if a value is NaN
         raise ValueError(f"{name}: expected ImageNet-normalised values, {advice}, found "
                          f"{least if not least > -NORMALIZED else most:g}")
 

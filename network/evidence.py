@@ -5,7 +5,7 @@ It knows neither the image nor what looks at it.
 
 import numpy as np
 
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.views import bilinear
 
 BOX, CLICKS, MASK = 4, 4, 2  # channels

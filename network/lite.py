@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import cv2
 import numpy as np
 
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.evidence import clicked, evidence
 from network.state import INTEGERS, Features, State, Widths, blank, without
 from network.views import reference

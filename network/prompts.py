@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.decoder import Block, halved, resized
 from network.evidence import BOX, CLICKS, MASK, clicked, evidence
 

@@ -38,7 +38,7 @@ class Categories:
         return self.all.index(name)
 
 
-class Lines:
+class FrameLines:
     """Lines of text for each frame, handed in in any order and read back in that of the frames.
 
     In a temporary file, as an hour of masks takes gigabytes; 24 bytes a frame stay in memory.
@@ -68,7 +68,7 @@ class Lines:
         self.file.close()
 
 
-class Coco(Sink):
+class CocoSink(Sink):
     """One JSON file in COCO's format, with `track_id` (the object's id) in each annotation.
 
     Args:
@@ -79,7 +79,7 @@ class Coco(Sink):
 
     def __init__(self, path: Path, clip: Clip, names: Mapping[int, str] | None = None):
         self.path, self.clip, self.categories = path, clip, Categories(names or {})
-        self.shape, self.lines = (0, 0), Lines()
+        self.shape, self.lines = (0, 0), FrameLines()
 
     def write(self, frame: Frame) -> None:
         self.shape, lines = frame.mask.shape, []
@@ -122,7 +122,7 @@ class Coco(Sink):
             for i, name in enumerate(self.categories.all or [CATEGORY], start=1)]) + "}\n"
 
 
-class Yolo(Sink):
+class YoloSink(Sink):
     """Labels in Ultralytics' segmentation format: for each frame a file with a line per object.
 
     Beside them `tracks.csv`, which says which line is which object, as a line has no place for it,
@@ -136,7 +136,7 @@ class Yolo(Sink):
 
     def __init__(self, folder: Path, clip: Clip, names: Mapping[int, str] | None = None):
         self.folder, self.clip, self.categories = folder, clip, Categories(names or {})
-        self.lines = Lines()
+        self.lines = FrameLines()
 
     def write(self, frame: Frame) -> None:
         lines, tracks = [], []
@@ -241,12 +241,12 @@ def _nearest(path: np.ndarray, ring: np.ndarray) -> tuple[int, np.ndarray, np.nd
     return best
 
 
-def of_a_clip(results: Path, clip: Clip, formats: list[str],
+def clip_sinks(results: Path, clip: Clip, formats: list[str],
               names: Mapping[int, str] | None = None) -> list[Sink]:
     """The sinks for some of `FORMATS`, in a results folder.
 
     Args:
         names: of objects by their ids.
     """
-    kinds = {"coco": Coco, "yolo": Yolo}
+    kinds = {"coco": CocoSink, "yolo": YoloSink}
     return [kinds[name](results / FORMATS[name], clip, names) for name in formats]

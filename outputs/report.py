@@ -11,7 +11,7 @@ import numpy as np
 
 import metrics
 from davis import Sequence
-from masks.encoding import VOID, Coding
+from masks.encoding import VOID, MaskEncoding
 from media import files
 from media.clip import Clip
 from media.drawing import PALETTE
@@ -184,7 +184,7 @@ def _curves(clip: Clip, frames: tuple[int, ...] | list[int], lines, labels,
             f"aria-label='over time'>{ticks}{''.join(drawn)}</svg>")
 
 
-def _figure(sequence: Sequence, run: Run, coding: Coding, frame: int, word: str,
+def _figure(sequence: Sequence, run: Run, coding: MaskEncoding, frame: int, word: str,
             compared: bool) -> str:
     score = run.j_and_f(sequence.name)[:, sequence.scored.index(frame)].mean()
     whose = f"{html.escape(run.name)}, " if compared else ""

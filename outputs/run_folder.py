@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 FINISHED = ".finished.json"
 
 
-class Manifest:
+class RunFolder:
     """The record of a results folder, kept up to date after each video.
 
     It reads, deletes and writes, so `files.hold` the folder first.
@@ -49,7 +49,7 @@ class Manifest:
                 old.unlink(missing_ok=True)
         elif path.is_file():
             before = _read(path)
-            for name in differing(before, made_by):
+            for name in differing_keys(before, made_by):
                 old, new = before.get(name, "none"), made_by.get(name, "none")
                 raise ValueError(f"{folder}: holds results of other {name} ({old!r}, now {new!r}): "
                                  "name another folder, or start over (--overwrite)")
@@ -88,13 +88,13 @@ class Manifest:
             self.entries |= entries
 
 
-def made_by(folder: Path) -> dict[str, str] | None:
+def read_metadata(folder: Path) -> dict[str, str] | None:
     """What made a folder's results; None where no manifest tells."""
     path = folder / "manifest.json"
     return _read(path) if path.is_file() else None
 
 
-def differing(before: dict[str, str], now: dict[str, str]) -> list[str]:
+def differing_keys(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What two results were not made by alike: the names, sorted.
 
     The commit does not count: most commits change no mask. Those that do raise the version.
@@ -114,15 +114,15 @@ def _commits(folder: Path, before: dict[str, str], now: dict[str, str]) -> dict[
     return {"commit": " then ".join(commits)} if commits else {}
 
 
-def free_folder(name: str, data: str) -> Path:
+def default_folder(name: str, data: str) -> Path:
     """results/NAME, or with a number behind it where that holds the results of other data."""
     folders = (Path("results") / (name if number == 1 else f"{name}-{number}")
                for number in itertools.count(1))
     return next(folder for folder in folders
-                if (made := made_by(folder)) is None or made.get("data") == data)
+                if (made := read_metadata(folder)) is None or made.get("data") == data)
 
 
-def stamp(paths: Iterable[Path]) -> str:
+def fingerprint(paths: Iterable[Path]) -> str:
     """A short text that changes when one of these files does: of their names, sizes and times."""
     found = 0
     for path in paths:

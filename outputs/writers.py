@@ -17,7 +17,7 @@ from media.writer import VideoWriter
 from tracking.pipeline import Frame, Sink
 
 
-class Masks(Sink):
+class MaskSink(Sink):
     """A palette PNG for each frame, named as the clip names it."""
 
     def __init__(self, folder: Path, clip: Clip):
@@ -29,7 +29,7 @@ class Masks(Sink):
             images.write_mask(self.folder / f"{self.clip.frame_name(frame.index)}.png", frame.mask)
 
 
-class Pictures(Sink):
+class ImageSink(Sink):
     """An image file for each frame, of what `draw` makes of it."""
 
     def __init__(self, folder: Path, clip: Clip, draw: Callable[[Frame], np.ndarray],
@@ -44,7 +44,7 @@ class Pictures(Sink):
             images.write_image(path, self.draw(frame))
 
 
-class Film(Sink):
+class VideoSink(Sink):
     """A video of what `draw` makes of each frame, RGB or RGBA.
 
     Frames before the first mask come last to first, and a video is written first to last. So what
@@ -60,7 +60,7 @@ class Film(Sink):
 
     def write(self, frame: Frame) -> None:
         picture = self.draw(frame)
-        if frame.forwards:
+        if frame.forward:
             self._flush()
             self.video.write(picture, self.clip.time(frame.index))
             return
@@ -97,7 +97,7 @@ def cutout_name(how: str, form: str = "png") -> str:
     return "cutout" if form == "png" else f"cutout.{form}"
 
 
-def clear(folder: Path, inputs: set[Path]) -> None:
+def delete_outputs(folder: Path, inputs: set[Path]) -> None:
     """Take away what an earlier run left, which a shorter clip wouldn't replace.
 
     Args:
@@ -114,12 +114,12 @@ def clear(folder: Path, inputs: set[Path]) -> None:
             (folder / name).rmdir()
 
 
-def cut_out(frame: Frame) -> np.ndarray:
+def cutout_image(frame: Frame) -> np.ndarray:
     """(H, W, 4) RGBA: the objects, with soft edges, by their probabilities where these are known.
 
     Only what the mask holds can be seen: the outer half of an edge is more of the background.
     """
-    if frame.step is None or frame.known is not None:
+    if frame.step is None or frame.mask_override is not None:
         alpha = drawing.soft(frame.mask)
     else:
         height, width = frame.image.shape[:2]
@@ -129,7 +129,7 @@ def cut_out(frame: Frame) -> np.ndarray:
     return drawing.transparent(frame.image, np.where(frame.mask > 0, alpha, 0).astype(np.uint8))
 
 
-def of_a_clip(folder: Path, clip: Clip, cutout: str | None = None, form: str = "png",
+def clip_sinks(folder: Path, clip: Clip, cutout: str | None = None, form: str = "png",
               again: bool = False) -> list[Sink]:
     """What `-m segment` writes into a results folder.
 
@@ -137,16 +137,16 @@ def of_a_clip(folder: Path, clip: Clip, cutout: str | None = None, form: str = "
         cutout, form: as for `cutout_name`; None: no cut-out.
         again: pictures that are there are drawn again.
     """
-    found: list[Sink] = [Masks(folder / "masks", clip),
-                         Film(folder / "overlay.mp4", clip, lambda frame:
+    found: list[Sink] = [MaskSink(folder / "masks", clip),
+                         VideoSink(folder / "overlay.mp4", clip, lambda frame:
                               drawing.overlay(frame.image, frame.mask))]
     if not cutout:
         return found
     path = folder / cutout_name(cutout, form)
     if cutout == "transparent":
-        found.append(Film(path, clip, cut_out) if path.suffix else
-                     Pictures(path, clip, cut_out, again))
+        found.append(VideoSink(path, clip, cutout_image) if path.suffix else
+                     ImageSink(path, clip, cutout_image, again))
     else:
-        found.append(Film(path, clip, lambda frame: drawing.replace_background(
+        found.append(VideoSink(path, clip, lambda frame: drawing.replace_background(
             frame.image, frame.mask, cutout)))
     return found

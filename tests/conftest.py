@@ -137,8 +137,9 @@ def held(folder: Path, stem: str = ""):
 STATE_OF_EACH_FRAME = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import main, segment
-segment.KEPT_EVERY = 0
+import main
+from tracking import pipeline
+pipeline.SAVE_INTERVAL = 0
 sys.exit(main.main(sys.argv[2:]))
 """
 

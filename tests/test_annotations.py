@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from media import run_lengths
 from media.clip import Clip
-from outputs.annotations import Coco, Yolo, polygon
+from outputs.annotations import CocoSink, YoloSink, polygon
 from tracking.pipeline import Frame
 
 SMALL = arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
@@ -81,7 +81,7 @@ def test_damaged_run_lengths_are_refused(text):
 
 def test_a_coco_file_is_read_by_its_own_code(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
-    with Coco(tmp_path / "a.json", Numbered(tmp_path), {7: "cat"}) as sink:
+    with CocoSink(tmp_path / "a.json", Numbered(tmp_path), {7: "cat"}) as sink:
         for index in (2, 1, 0, 3):  # as they come where the first mask is of frame 2
             sink.write(frame(index, squares() * (index > 0)))
     found = coco.COCO(str(tmp_path / "a.json"))
@@ -104,14 +104,14 @@ def test_a_coco_file_is_read_by_its_own_code(tmp_path):
 
 
 def test_frames_of_a_video_are_called_as_ffmpeg_writes_them(tmp_path):
-    with Coco(tmp_path / "a.json", Video(tmp_path / "clip.mp4")) as sink:
+    with CocoSink(tmp_path / "a.json", Video(tmp_path / "clip.mp4")) as sink:
         sink.write(frame(12, squares()))
     found = json.loads((tmp_path / "a.json").read_text())
     assert [(one["id"], one["file_name"]) for one in found["images"]] == [(12, "00012.png")]
     assert found["categories"] == [{"id": 1, "name": "object"}]
 
 
-@pytest.mark.parametrize("kind, name", [(Coco, "a.json"), (Yolo, "labels")])
+@pytest.mark.parametrize("kind, name", [(CocoSink, "a.json"), (YoloSink, "labels")])
 def test_nothing_whole_is_left_by_a_run_that_failed(kind, name, tmp_path):
     with pytest.raises(OSError), kind(tmp_path / name, Video(tmp_path / "clip.mp4")) as sink:
         sink.write(frame(0, squares()))
@@ -119,7 +119,7 @@ def test_nothing_whole_is_left_by_a_run_that_failed(kind, name, tmp_path):
     assert not [*tmp_path.glob("*.json"), *tmp_path.glob("*.csv"), *tmp_path.glob("*.yaml")]
 
 
-@pytest.mark.parametrize("kind, name", [(Coco, "a.json"), (Yolo, "labels")])
+@pytest.mark.parametrize("kind, name", [(CocoSink, "a.json"), (YoloSink, "labels")])
 def test_the_length_of_a_clip_costs_no_memory(kind, name, tmp_path):
     ragged = np.random.default_rng(0).random((64, 64)) > 0.5
     ragged = frame(0, cv2.morphologyEx(ragged.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3))))
@@ -154,7 +154,7 @@ def ultralytics(path, shape):
 
 
 def test_yolo_labels_are_one_line_per_object(tmp_path):
-    with Yolo(tmp_path / "labels", Numbered(tmp_path), {1: "dog", 7: "cat: black"}) as sink:
+    with YoloSink(tmp_path / "labels", Numbered(tmp_path), {1: "dog", 7: "cat: black"}) as sink:
         for index in (1, 0, 3):
             sink.write(frame(index, squares() * (index > 0)))
     assert (tmp_path / "labels" / "f001.txt").read_text() == ""

@@ -289,23 +289,22 @@ def test_a_kill_loses_nothing(server, tab):
 def test_frames_are_shown_and_found_by_the_numbers_of_their_files(server, tab):
     from selenium.webdriver.common.keys import Keys
     page = tab()
-    assert page.ask("clip.numbers") is None and page.ask("at('where').textContent").startswith(
-        "frame 0 of 12")
+    assert page.ask("clip.numbers") is None and page.find("#total").text == "/ 11"
     page.driver.execute_script("clip.numbers = [1, 2, 3, 20, 21, 22, 23, 24, 25, 26, 27, 28]")
     for typed, index, number in (("20", 3, 20), ("4", 3, 20), ("2", 1, 2), ("99", 11, 28)):
         field = page.find("#number")
         field.click()
         field.send_keys(typed, Keys.ENTER)
         page.wait(f"view.frame === {index}")
-        page.wait(f"at('where').textContent.startsWith('frame {number} ({index + 1} of 12)')")
+        assert page.find("#total").text == f"({index + 1} of 12)"
         assert page.ask("at('number').value") == str(number)
         assert page.ask("at('from').textContent") == f"Segment from frame {number}"
     page.driver.execute_script(
-        "clip.objects = [{id: 1, name: 'dog', hidden: false}];"
+        "clip.objects = [{id: 1, name: 'dog', hidden: false, absent: [], gone: []}];"
         "frames.set(3, {given: false, version: 1, sure: {1: null}}); "
         "clip.unsure = [{object_id: 1, first: 3, last: 5, confidence: null}]; go(3)")
-    assert page.find(".stretch").text == "frames 20 to 22, dog · not visible"
-    assert page.ask("at('where').textContent").endswith("found, not visible")
+    assert page.find("#unsure .stretch").text == "Frames 20–22 · dog · not visible"
+    assert page.ask("at('where').textContent").endswith("predicted, not visible")
 
 
 def test_the_page_on_a_phone(server, tab):
@@ -337,7 +336,7 @@ def test_objects_and_keys(server, tab):
     assert set(np.unique(server.masks("given")[0])) == {0, 1, 2}
     both = page.seen()
     page.find(".object button").click()
-    page.wait("clip.objects[0].hidden")
+    page.wait("hidden.has(1)")
     assert page.seen().sum() < both.sum()
     page.wait("at('objects').textContent.includes('Show')")
     page.find(".object button[aria-label^=Delete]").click()
@@ -607,13 +606,14 @@ def test_an_object_that_left_the_frame_is_not_visible(tmp_path, tab):
         page.driver.execute_script("""
             const sure = value => ({ given: false, version: 9, sure: { 1: value } });
             frames.set(1, sure(.9)); frames.set(2, sure(null)); frames.set(3, sure(null));
-            Object.assign(clip, { objects: [{ id: 1, name: "cat", hidden: false }],
-              unsure: [{ object_id: 1, first: 2, last: 3, confidence: 0 },
-                       { object_id: 1, first: 1, last: 3, confidence: 0 }] });
+            Object.assign(clip, {
+              objects: [{ id: 1, name: "cat", absent: [], gone: [] }],
+              unsure: [{ object_id: 1, first: 2, last: 3, confidence: null },
+                       { object_id: 1, first: 1, last: 1, confidence: .9 }] });
             go(2);""")
         assert "not visible" in page.find("#where").text
         rows = [row.text for row in page.driver.find_elements("css selector", "#unsure .stretch")]
-        assert rows == ["Frames 2–3 · cat · not visible", "Frames 1–3 · cat · 90 %"]
+        assert rows == ["Frames 2–3 · cat · not visible", "Frame 1 · cat · 90 %"]
         assert "0 %" not in page.find("#where").text
     finally:
         server.end()

@@ -46,7 +46,7 @@ def brute_parts(mask: np.ndarray) -> list[np.ndarray]:
 @settings(max_examples=40, deadline=None)
 @given(MASKS)
 def test_depth_is_the_distance_to_the_nearest_pixel_outside(mask):
-    np.testing.assert_allclose(simulated_user.depth(mask), brute_depth(mask), atol=1e-4)
+    np.testing.assert_allclose(simulated_user.distance_to_edge(mask), brute_depth(mask), atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,10 +77,10 @@ def test_the_first_click_is_well_inside(mask, seed):
 @settings(max_examples=40, deadline=None)
 @given(MASKS.filter(np.any), st.floats(0, 0.5), st.integers(0, 99))
 def test_boxes_are_moved_by_no_more_than_a_share(mask, share, seed):
-    x, y, w, h = simulated_user.box_of(mask)
+    x, y, w, h = simulated_user.bounding_box(mask)
     rows, columns = mask.nonzero()
     assert (x, y, x + w - 1, y + h - 1) == (columns.min(), rows.min(), columns.max(), rows.max())
-    u, v, a, b = simulated_user.jittered((x, y, w, h), share, mask.shape,
+    u, v, a, b = simulated_user.jitter_box((x, y, w, h), share, mask.shape,
                                          np.random.default_rng(seed))
     assert 0 <= u < u + a <= 9 and 0 <= v < v + b <= 7
     assert abs(u - x) <= share * w + 0.5 and abs(v - y) <= share * h + 0.5
@@ -95,7 +95,7 @@ def test_a_person_clicks_until_nothing_is_wrong():
         asked.append(shown_prompts)
         return truth if len(asked) == 3 else np.roll(truth, 3 - len(asked), axis=1)
 
-    found = list(simulated_user.clicking(prompt, image, truth, 5, np.random.default_rng(0)))
+    found = list(simulated_user.simulate_clicks(prompt, image, truth, 5, np.random.default_rng(0)))
     assert len(found) == 5 and len(asked) == 3 and (found[4] == truth).all()
     assert [len(p.points) + len(p.not_points) for p in asked] == [1, 2, 3]
     assert asked[0].mask is None and (asked[2].mask == found[1]).all()
@@ -115,9 +115,9 @@ def test_a_crowd_hides_little_of_the_object_and_changes_nothing_of_the_rest_of_i
     image[mask] = 200
     other = np.zeros((60, 90), bool)
     other[5:30, 5:20] = True
-    others = distractors.others_of(image, mask, [(np.full_like(image, 130), other)])
+    others = distractors.distractor_cutouts(image, mask, [(np.full_like(image, 130), other)])
     assert [cutout.ids.sum() for cutout in others] == [mask.sum(), other.sum()]
-    crowded, left = distractors.crowd(image, mask, others, rng)
+    crowded, left = distractors.add_distractors(image, mask, others, rng)
     assert not (left & ~mask).any() and left.sum() >= distractors.LEFT * mask.sum()
     # the blurred edge of what is in front may reach into it
     within = cv2.erode(left.astype(np.uint8), np.ones((7, 7))) > 0

@@ -8,7 +8,14 @@ import torch
 
 from media.clip import Clip
 from tracker import Step
-from tracking.confidence import Confidence, Measures, frames_to_review, measure, read, write
+from tracking.confidence import (
+    ConfidenceSink,
+    Measures,
+    frames_to_review,
+    measure_objects,
+    read,
+    write,
+)
 from tracking.pipeline import Frame
 
 
@@ -22,7 +29,7 @@ def test_measures_have_known_values():
     p = np.zeros((10, 10))
     p[2:6, 2:7] = 0.9  # 20 pixels
     p[6, 2:6] = 0.4  # 4 in doubt
-    one, = measure(3, step(p), {1: 0.25})
+    one, = measure_objects(3, step(p), {1: 0.25})
     assert (one.frame, one.object_id, one.present) == (3, 1, True)
     assert one.probability == pytest.approx(0.9) and one.doubt == pytest.approx(4 / 20)
     assert one.area == 0.2 and one.change == pytest.approx(0.2 / 0.25)
@@ -47,7 +54,7 @@ class Numbered(Clip):
 
 
 def test_what_cannot_be_seen_has_no_confidence_rather_than_none_at_all(tmp_path):
-    one, = gone = measure(0, step(np.zeros((8, 8))), {1: 0.1})
+    one, = gone = measure_objects(0, step(np.zeros((8, 8))), {1: 0.1})
     assert not one.present and one.area == 0
     assert one.confidence is one.probability is one.doubt is one.change is None
     write(tmp_path / "c.csv", gone, Numbered())
@@ -66,7 +73,7 @@ def test_a_file_has_the_frames_numbers_and_is_read_back_and_resumed(tmp_path):
     rng = np.random.default_rng(0)
     path, image, clip = tmp_path / "c.csv", np.zeros((12, 9, 3), np.uint8), Numbered()
     frames = [Frame(i, image, step(rng.random((12, 9))), True, None) for i in range(6)]
-    with Confidence(path, clip) as whole:
+    with ConfidenceSink(path, clip) as whole:
         for frame in frames:
             whole.write(frame)
     assert read(path, clip) == whole.measures and len(whole.measures) == 6
@@ -74,7 +81,7 @@ def test_a_file_has_the_frames_numbers_and_is_read_back_and_resumed(tmp_path):
         "5", "6", "7", "20", "21", "22"]
     content = path.read_bytes()
     for start, resume in ((0, False), (3, True)):
-        with Confidence(path, clip, resume) as part:
+        with ConfidenceSink(path, clip, resume) as part:
             for frame in frames[start:3 if start == 0 else 6]:
                 part.write(frame)
     assert path.read_bytes() == content

@@ -8,7 +8,7 @@ import pytest
 from conftest import SHAPE, write_list
 from PIL import Image
 
-from davis import Davis, Sequence, split
+from davis import Davis, Sequence, hold_out
 
 
 def names(sequences) -> list[str]:
@@ -128,7 +128,7 @@ def sequences(count: int) -> list[Sequence]:
     (5, 0, 0), (1, 0, 0)])
 def test_split_holds_out_whole_sequences(count, share, held_out):
     every = sequences(count)
-    training, validation = split(every, share, seed=3)
+    training, validation = hold_out(every, share, seed=3)
     assert len(validation) == held_out
     assert sorted(names(training + validation)) == sorted(names(every))  # disjoint, complete
     assert [s for s in every if s in training] == training
@@ -136,8 +136,8 @@ def test_split_holds_out_whole_sequences(count, share, held_out):
 
 
 def test_split_is_chosen_by_its_seed():
-    splits = [tuple(names(split(sequences(12), 0.3, seed)[1])) for seed in range(20)]
-    assert splits == [tuple(names(split(sequences(12), 0.3, seed)[1])) for seed in range(20)]
+    splits = [tuple(names(hold_out(sequences(12), 0.3, seed)[1])) for seed in range(20)]
+    assert splits == [tuple(names(hold_out(sequences(12), 0.3, seed)[1])) for seed in range(20)]
     assert len(set(splits)) > 10
 
 
@@ -147,7 +147,7 @@ def test_split_is_chosen_by_its_seed():
     (0, 0, "two sequences")])
 def test_split_refuses(count, share, word):
     with pytest.raises(ValueError, match=word):
-        split(sequences(count), share, 0)
+        hold_out(sequences(count), share, 0)
 
 
 @pytest.fixture(scope="module")

@@ -72,11 +72,11 @@ def folder(tmp_path, monkeypatch, exported):
         (tmp_path / "STILLS" / kind).mkdir(parents=True)
     for i, part in enumerate(draw_frame(0)):
         Image.fromarray(part).save(tmp_path / "STILLS" / ("images", "masks")[i] / "still.png")
-    monkeypatch.setattr(train_prompts, "measured", lambda model, sources, count: [
+    monkeypatch.setattr(train_prompts, "evaluate_prompts", lambda model, sources, count: [
         {"name": "object", "box": 0.5, "jittered": 0.5, "clicks": [0.5] * count}])
     (tmp_path / "models").mkdir()
     shown = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth")
-    train_prompts.add(shown)
+    train_prompts.add_prompt_decoder(shown)
     shown.save(tmp_path / "models/my.pth")
     shutil.copytree(exported, tmp_path / "models/lite")
     name = Path(models.MobileNet_V2_Weights.IMAGENET1K_V1.url).name
@@ -89,7 +89,7 @@ def folder(tmp_path, monkeypatch, exported):
     monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=3))
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
     # the checkpoint in models/ may be older than the part that is shown objects
-    monkeypatch.setattr(prompting, "masks_of", lambda model, image, objects: (
+    monkeypatch.setattr(prompting, "predict_masks", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
     monkeypatch.setattr(runtimes, "measured", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})

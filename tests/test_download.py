@@ -87,8 +87,8 @@ def test_cut_connections_are_taken_up_again(serve, tmp_path, monkeypatch, capsys
     third = len(data) // 3 + 1
     assert server.ranges_asked == [None, f"bytes={third}-", f"bytes={2 * third}-"]
     assert [s.name for s in davis.Davis(tmp_path / "d").sequences] == ["ant", "bee"]
-    assert sorted(path.name for path in (tmp_path / "d").glob("[!.]*")) == [
-        "Annotations", "ImageSets", "JPEGImages"]
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        ".lock", "Annotations", "ImageSets", "JPEGImages"]
     assert not list((tmp_path / "d").rglob("1080p"))
     assert davis.main() == 2
     assert "holds a data set already" in capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_nothing_is_unpacked_outside_of_the_folder(name, serve, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="outside"):
         download.download(tmp_path / "d", "2016")
-    assert sorted(tmp_path.rglob("[!.]*")) == [*before, tmp_path / "d"]
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "d", tmp_path / "d" / ".lock"]
 
 
 def broken(data):
@@ -140,4 +140,4 @@ def test_what_is_not_the_archive_is_refused(data, sha256, words, serve, tmp_path
     serve(data, sha256)
     with pytest.raises(ValueError, match=words):
         download.download(tmp_path, "2016")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -15,7 +15,7 @@ from masks import annotation_files
 from masks.read import read_masks
 from media import run_lengths
 from media.clip import Clip
-from outputs.annotations import Coco
+from outputs.annotations import CocoSink
 from tracking.pipeline import Frame
 
 SHAPE = (40, 60)
@@ -39,7 +39,7 @@ def test_polygons_are_filled_by_the_centres_of_pixels():
     for _ in range(20):
         polygon = star(rng)
         inside = Outline(polygon).contains_points(np.stack([x.ravel(), y.ravel()], 1))
-        np.testing.assert_array_equal(annotation_files.filled(polygon, SHAPE),
+        np.testing.assert_array_equal(annotation_files.fill_polygon(polygon, SHAPE),
                                       inside.reshape(SHAPE))
 
 
@@ -50,7 +50,7 @@ def test_polygons_are_filled_as_pycocotools_does_but_for_the_edge():
         polygon = 8 * star(rng)
         shape = 8 * SHAPE[0], 8 * SHAPE[1]
         code = coco.frPyObjects([polygon.ravel().tolist()], *shape)
-        filled = annotation_files.filled(polygon, shape)
+        filled = annotation_files.fill_polygon(polygon, shape)
         assert overlap(filled, coco.decode(code)[..., 0] > 0) > 0.98
 
 
@@ -150,7 +150,7 @@ class Named(Clip):
 
 def test_the_toolkits_own_file_gives_back_its_masks(tmp_path):
     masks = {4: drawn(_1=(0, 0, 10), _7=(20, 0, 10)), 5: drawn(_7=(30, 20, 10))}
-    with Coco(tmp_path / "a.json", Named(), {1: "cat", 7: "dog"}) as sink:
+    with CocoSink(tmp_path / "a.json", Named(), {1: "cat", 7: "dog"}) as sink:
         for index, mask in masks.items():
             sink.write(Frame(index, np.zeros((*SHAPE, 3), np.uint8), None, True, None, mask))
     names = {}
@@ -174,7 +174,7 @@ SIZE = {"height": SHAPE[0], "width": SHAPE[1]}
      "ValueError"),
     ('{"shapes": [{"label": "a", "points": [[1, 2]], "shape_type": "mask", "mask": "x"}], '
      '"imageHeight": 9, "imageWidth": 9}', "Error"),
-    ('{"shapes": [], "imageHeight": 9, "imageWidth": 9}', "found none in it"),
+    ('{"shapes": [], "imageHeight": 9, "imageWidth": 9}', "found none"),
     ('{"images": [], "annotations": []}', "holds 0 images"),
     (json.dumps({"images": [{"id": 1, **SIZE}], "annotations": [
         {"image_id": 1, "id": 3, "segmentation": {"size": [9, 9], "counts": [81]}}]}),

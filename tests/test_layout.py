@@ -134,8 +134,8 @@ def test_first_masks_only(tmp_path):
     """As the servers that score YouTube-VOS, MOSE and LVOS give them: nothing to score here."""
     for sequence in Davis(youtube(tmp_path, labelled=[0])):
         assert sequence.labelled == (0,) and sequence.scored == ()
-        assert sequence.appears == {1: 0, 2: 0} and list(sequence.given()) == [0]
-        assert sequence.wanted == tuple(range(6))
+        assert sequence.first_frames == {1: 0, 2: 0} and list(sequence.reference_masks()) == [0]
+        assert sequence.output_frames == tuple(range(6))
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -143,8 +143,8 @@ def test_an_object_that_appears_later(tmp_path, complete):
     """Only what may be known is given: of the later mask the new object alone."""
     root = youtube(tmp_path, labelled=None if complete else [0, 3], later=3, names=["a"])
     (sequence,) = Davis(root)
-    assert sequence.appears == {1: 0, 2: 3}
-    given = sequence.given()
+    assert sequence.first_frames == {1: 0, 2: 3}
+    given = sequence.reference_masks()
     assert [np.unique(given[i]).tolist() for i in given] == [[0, 1], [0, 2]] and 3 in given
     assert sequence.scored == ((1, 2, 3, 4) if complete else ())
     if complete:
@@ -156,7 +156,7 @@ def test_in_davis_the_first_mask_names_the_objects(tmp_path):
     write(tmp_path / "JPEGImages/480p/a", tmp_path / "Annotations/480p/a", later=3)
     write_list(tmp_path, "2017", "val", ["a"])
     (sequence,) = Davis(tmp_path, "2017", "val")
-    assert sequence.appears == {1: 0} and list(sequence.given()) == [0]
+    assert sequence.first_frames == {1: 0} and list(sequence.reference_masks()) == [0]
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -167,7 +167,7 @@ def test_frames_that_are_asked_for(tmp_path, marked):
     (root / "meta.json").write_bytes((codecs.BOM_UTF8 if marked else b"")
                                      + json.dumps({"videos": videos}).encode())
     a, b = Davis(root)
-    assert a.wanted == (0, 5, 10) and b.wanted == tuple(range(11))
+    assert a.output_frames == (0, 5, 10) and b.output_frames == tuple(range(11))
 
 
 @pytest.mark.parametrize("content", ['{"videos":{}}', "{}", "[]", '{"videos": {"a": {}}}',
@@ -177,7 +177,7 @@ def test_frames_that_are_asked_for(tmp_path, marked):
                                      '{"start": "00001", "end": "00004"}}}}}}'])
 def test_meta_that_asks_for_nothing(tmp_path, content):
     (youtube(tmp_path, names=["a"]) / "meta.json").write_text(content)
-    assert Davis(tmp_path).sequences[0].wanted == tuple(range(6))
+    assert Davis(tmp_path).sequences[0].output_frames == tuple(range(6))
 
 
 def test_meta_that_is_broken_is_named(tmp_path):

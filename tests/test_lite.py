@@ -21,7 +21,7 @@ import lite
 import main
 import preprocess
 from datasets import demo
-from media.shown import Prompts
+from media.prompts import Prompts
 from network import views
 from network.decoder import antialiased, pooling
 from system import version
@@ -121,7 +121,7 @@ SHOWN = [Prompts([(14, 10, 44, 36)]), Prompts(points=[(36, 28)]),
 @pytest.mark.parametrize("shown", SHOWN, ids=["box", "click", "all"])
 def test_what_is_shown_gets_the_same_mask(shown, exact, exported):
     network, image = lite.load(exported, 1), draw_frame(0)[0].repeat(2, 0).repeat(2, 1)
-    one, other = (prompting.logits(model, image, shown) for model in (exact, network))
+    one, other = (prompting.predict_logits(model, image, shown) for model in (exact, network))
     seen = np.isfinite(one)
     np.testing.assert_array_equal(seen, np.isfinite(other))
     np.testing.assert_allclose(one[seen], other[seen], atol=2e-3)

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import main
-from cli import parser, setup
+from cli import options, setup
 from media import images
 from videomatch import VideoMatch
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_needs_no_other_flag(davis_2016, model, tmp_path, capsys):
 
 
 def test_matching_flags_override_the_checkpoint(checkpoint):
-    args = parser.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
+    args = options.parse(["-m", "eval", "-o", str(checkpoint), "-uf", "4", "-k", "9",
                         "--temperature", "0.2", "--dilation", "7"])
     model = setup.build_model(args)
     assert (model.upsample_factor, model.top_k) == (4, 9)

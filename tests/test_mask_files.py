@@ -8,8 +8,8 @@ from conftest import draw_frame
 from PIL import Image
 from test_masks import BALL, BLACK, DISK, GREEN, GRID, ONE, RED, alike, davis, flat, grey, painted
 
-from masks.encoding import Coding
-from masks.read import concern, is_empty, read_mask, read_masks
+from masks.encoding import MaskEncoding
+from masks.read import is_empty, mask_warning, read_mask, read_masks
 from media import images
 
 # -- a sequence
@@ -25,7 +25,7 @@ def saved(folder, masks) -> list:
     ([(0,), (0, 255), (0, 1, 255)], 0), ([(0, 255), (0,), (0, 255)], 1)])
 def test_255_means_one_thing_in_a_sequence(values, meaning, tmp_path):
     paths = saved(tmp_path, [np.array(value, np.uint8).repeat(9)[None] for value in values])
-    coding = Coding.of(paths)
+    coding = MaskEncoding.detect(paths)
     for path, value in zip(paths, values):
         expected = np.array([meaning if v == 255 else v for v in value], np.uint8).repeat(9)[None]
         np.testing.assert_array_equal(coding.read(path), expected)
@@ -35,7 +35,7 @@ def test_a_hard_mask_before_soft_ones(tmp_path):
     """Found masks often begin with the given one; one threshold holds for all of them."""
     hard = (DISK >= 0.5) * 255
     paths = saved(tmp_path, [hard, DISK * 255, DISK * 100])
-    coding = Coding.of(paths)
+    coding = MaskEncoding.detect(paths)
     np.testing.assert_array_equal(coding.read(paths[0]), DISK >= 0.5)
     np.testing.assert_array_equal(coding.read(paths[1]), (DISK * 255).astype(np.uint8) >= 128)
     assert not coding.read(paths[2]).any()
@@ -43,7 +43,7 @@ def test_a_hard_mask_before_soft_ones(tmp_path):
 
 def test_colours_of_davis_among_ids(tmp_path):
     paths = saved(tmp_path, [davis(GRID), davis(GRID).convert("RGB")])
-    coding = Coding.of(paths)
+    coding = MaskEncoding.detect(paths)
     np.testing.assert_array_equal(coding.read(paths[1]), GRID)
     Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "2.png")
     with pytest.raises(ValueError, match=r"2.png: holds the colour \(1, 2, 3\)"):
@@ -53,7 +53,7 @@ def test_colours_of_davis_among_ids(tmp_path):
 def test_empty_masks_tell_nothing(tmp_path):
     first, truth = flat(BLACK, RED)
     paths = saved(tmp_path, [np.zeros((96, 160)), first])
-    np.testing.assert_array_equal(Coding.of(paths).read(paths[1]), truth)
+    np.testing.assert_array_equal(MaskEncoding.detect(paths).read(paths[1]), truth)
     assert is_empty(paths[0]) and not is_empty(paths[1])
 
 
@@ -160,7 +160,7 @@ def test_masks_of_another_size_are_named(tmp_path, shape):
 def test_small_objects_are_said(side, cell, words):
     mask = np.zeros((96, 160), np.uint8)
     mask[5:5 + side, 5:5 + side] = 1
-    found = concern(mask, cell)
+    found = mask_warning(mask, cell)
     assert found is None if words is None else all(word in found for word in words)
 
 
@@ -168,7 +168,7 @@ def test_very_many_objects_are_said():
     mask = np.zeros((160, 160), np.uint8)
     for i in range(254):
         mask[10 * (i // 16):10 * (i // 16) + 6, 10 * (i % 16):10 * (i % 16) + 6] = i + 1
-    found = concern(mask, 8)
+    found = mask_warning(mask, 8)
     assert "254 objects" in found and "-p" in found and "1, 2, 3, 4, 5, 6, 7, 8 ..." in found
 
 

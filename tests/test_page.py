@@ -218,7 +218,9 @@ def test_a_body_without_a_length_is_bounded_too(client):
     ("segment", {"frame": "../3", "way": "both"}, "frame: expected"),
     ("change", {"object": 1, "name": "x" * 61}, "name"),
     ("change", {"object": 1, "name": "a\nb"}, "name"),
-    ("change", {"object": 1, "hidden": "yes"}, "hidden"),
+    ("absent", {"frame": 0, "object": 1, "on": "yes"}, "on: expected true or false"),
+    ("gone", {"frame": 12, "object": 1}, "no frame 12"),
+    ("gone", {"frame": 0, "object": 9}, "no object 9"),
     ("export", {"cutout": "../../etc"}, "cutout"), ("export", {"cutout": []}, "cutout"),
     ("export", {"cutout": "transparent", "format": "../x"}, "format: expected one of png")])
 def test_fields_are_checked(action, fields, message, client):

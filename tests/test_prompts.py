@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import preprocess
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.encoder import Encoder
 from network.evidence import FAR, NEAR, clicked, evidence
 from network.prompts import K, PromptDecoder, likeness, sets, similarities
@@ -161,30 +161,30 @@ def test_one_scene_is_learnt_and_only_the_decoder_changes(shown):
     truth = np.kron(mask, np.ones((2, 2))) > 0
     picture = preprocess.to_tensor(np.kron(image, np.ones((2, 2, 1), np.uint8)))
     before = {name: value.clone() for name, value in shown.state_dict().items()}
-    box = Prompts([simulated_user.box_of(truth)])
-    scene = train_prompts.begin(shown, picture, truth, box, [True])
+    box = Prompts([simulated_user.bounding_box(truth)])
+    scene = train_prompts.start_sample(shown, picture, truth, box, [True])
     optimizer = torch.optim.AdamW(shown.prompts.parameters(), 3e-3)
     losses = []
     for _ in range(40):
-        scene.prompts, scene.rounds = Prompts([simulated_user.box_of(truth)]), [True]
-        losses.append(train_prompts.step(shown, optimizer, [scene]))
+        scene.prompts, scene.rounds = Prompts([simulated_user.bounding_box(truth)]), [True]
+        losses.append(train_prompts.training_step(shown, optimizer, [scene]))
     assert losses[-1] < 0.15 < 1 < losses[0]
     for name, value in shown.state_dict().items():
         if not name.startswith("prompts."):
             assert torch.equal(value, before[name]), name
 
 
-# where to look
+# crops
 
-def test_prompts_in_a_part_are_where_they_were():
+def test_prompts_move_with_the_crop():
     image = np.zeros((100, 200, 3), np.uint8)
     image[40:60, 120:150] = 255
     given_prompts = Prompts([(120, 40, 30, 20)], [(120, 40), (149, 59)], [(119, 39)],
                             image[..., 0] > 0)
     part = slice(20, 80), slice(100, 180)
-    patch, moved = prompting.part_of(image, given_prompts, part)
+    patch, moved = prompting.resize_crop(image, given_prompts, part)
     assert patch.shape[0] % 32 == patch.shape[1] % 32 == 0
-    assert patch.shape[0] * patch.shape[1] == pytest.approx(prompting.AREA, rel=0.15)
+    assert patch.shape[0] * patch.shape[1] == pytest.approx(prompting.CROP_AREA, rel=0.15)
     tall, wide = patch.shape[0] / 60, patch.shape[1] / 80
     assert moved.boxes[0] == pytest.approx((20 * wide, 20 * tall, 30 * wide, 20 * tall))
     for (x, y), value in zip((*moved.points, *moved.not_points), (255, 255, 0)):
@@ -195,14 +195,15 @@ def test_prompts_in_a_part_are_where_they_were():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 79), st.integers(0, 47), st.integers(1, 80), st.integers(1, 48),
        st.floats(0, 1))
-def test_what_is_looked_at_holds_what_is_shown(x, y, w, h, margin):
+def test_a_crop_contains_the_prompts(x, y, w, h, margin):
     w, h = min(w, 80 - x), min(h, 48 - y)
-    rows, columns = prompting.around(Prompts([(x, y, w, h)], [(1, 2)], [(70, 40)]), SHAPE, margin)
+    prompts = Prompts([(x, y, w, h)], [(1, 2)], [(70, 40)])
+    rows, columns = prompting.crop_around(prompts, SHAPE, margin)
     assert 0 <= rows.start <= min(y, 2) and max(y + h, 41) <= rows.stop <= 48
     assert 0 <= columns.start <= min(x, 1) and max(x + w, 71) <= columns.stop <= 80
 
 
-def test_clicks_alone_look_at_the_whole_frame_first_then_at_what_was_found(shown, monkeypatch):
+def test_points_alone_start_with_the_whole_frame_then_crop_to_the_prediction(shown, monkeypatch):
     looks = []
 
     def look(model, image, shown_prompts, part):
@@ -211,9 +212,9 @@ def test_clicks_alone_look_at_the_whole_frame_first_then_at_what_was_found(shown
         found[10:20, 30:40] = 1
         return found
 
-    monkeypatch.setattr(prompting, "_look", look)
+    monkeypatch.setattr(prompting, "_predict_crop", look)
     image = np.zeros((200, 300, 3), np.uint8)
-    mask = prompting.prompter(shown)(image, Prompts(points=[(35, 15)]))
+    mask = prompting.make_prompter(shown)(image, Prompts(points=[(35, 15)]))
     assert mask.sum() == 100 and len(looks) == 2
     assert looks[0] == ((slice(0, 200), slice(0, 300)), None)
     rows, columns = looks[1][0]
@@ -221,13 +222,13 @@ def test_clicks_alone_look_at_the_whole_frame_first_then_at_what_was_found(shown
     assert (looks[1][1] == mask).all()
 
 
-def test_overlap_of_parts():
+def test_iou_of_crops():
     whole, half = (slice(0, 10), slice(0, 10)), (slice(0, 10), slice(5, 10))
-    assert prompting.overlap(whole, whole) == 1 and prompting.overlap(whole, half) == 0.5
-    assert prompting.overlap((slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))) == 0
+    assert prompting.crop_iou(whole, whole) == 1 and prompting.crop_iou(whole, half) == 0.5
+    assert prompting.crop_iou((slice(0, 2), slice(0, 2)), (slice(2, 4), slice(0, 2))) == 0
 
 
-def test_what_is_meant_of_several_parts():
+def test_components_are_selected_by_points_and_boxes():
     found = np.zeros((40, 60), bool)
     parts = np.zeros((3, 40, 60), bool)
     for i, (x, w) in enumerate(((2, 10), (20, 20), (45, 10))):
@@ -235,7 +236,7 @@ def test_what_is_meant_of_several_parts():
     found = parts.any(0)
 
     def kept(**shown_prompts):
-        mask = prompting.meant(found, Prompts(**shown_prompts))
+        mask = prompting.select_components(found, Prompts(**shown_prompts))
         assert not (mask & ~found).any()
         return [float((mask & part).sum() / part.sum()) for part in parts]
 
@@ -251,27 +252,27 @@ def test_what_is_meant_of_several_parts():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (Prompts(), "expected something of the object"),
-    (Prompts(not_points=[(1, 1)]), "expected something of the object"),
+    (Prompts(), "expected a box or a point on the object"),
+    (Prompts(not_points=[(1, 1)]), "expected a box or a point on the object"),
     (Prompts([(-1, 0, 20, 20)]), "--box -1 0 20 20: expected a part of the frame of 80x48"),
     (Prompts([(0, 0, 500, 20)]), "--box"), (Prompts([(5, 5, 0, 9)]), "--box"),
     (Prompts(points=[(80, 0)]), "--point 80 0: expected a pixel of the frame of 80x48"),
     (Prompts(points=[(1, 1)], not_points=[(0, -1)]), "--not_point 0 -1"),
     (Prompts(mask=np.ones((4, 5), bool)), "expected a mask of 80x48 pixels, got 5x4"),
 ])
-def test_what_is_shown_must_lie_in_the_frame(shown, wrong, message):
+def test_prompts_must_lie_in_the_frame(shown, wrong, message):
     with pytest.raises(ValueError, match=message):
-        prompting.prompter(shown)(draw_frame(0)[0], wrong)
+        prompting.make_prompter(shown)(draw_frame(0)[0], wrong)
 
 
 def test_a_model_without_the_part_says_how_to_get_it(model):
     with pytest.raises(ValueError, match="-m train --prompts"):
-        prompting.prompter(model)(np.zeros((48, 80, 3), np.uint8), Prompts([(8, 8, 20, 20)]))
+        prompting.make_prompter(model)(np.zeros((48, 80, 3), np.uint8), Prompts([(8, 8, 20, 20)]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (7, 400, 3), (48, 80, 3)])
 def test_frames_of_any_shape_get_a_mask_of_it(shown, shape):
-    found = prompting.prompter(shown)(np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
+    found = prompting.make_prompter(shown)(np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
     assert found.shape == shape[:2] and found.dtype == bool
 
 
@@ -286,8 +287,8 @@ def test_the_surest_object_gets_a_pixel_and_others_points_are_not_its_own(shown,
         found[3, :2] = 5 - len(asked)
         return found
 
-    monkeypatch.setattr(prompting, "logits", logits)
-    mask = prompting.masks_of(shown, np.zeros((4, 6, 3), np.uint8),
+    monkeypatch.setattr(prompting, "predict_logits", logits)
+    mask = prompting.predict_masks(shown, np.zeros((4, 6, 3), np.uint8),
                             [Prompts(points=[(0, 3)]), Prompts([(2, 0, 4, 4)], [(5, 1)])])
     np.testing.assert_array_equal(mask, [[0] * 6, [2] * 6, [2] * 6, [1, 1, 2, 2, 2, 2]])
     assert asked[0].not_points == [(5, 1)] and asked[1].not_points == [(0, 3)]

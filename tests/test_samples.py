@@ -145,9 +145,9 @@ def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
 def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     sequences = grey_sequences(tmp_path, "ab", frames=6)
     clips = Clips(sequences, AsIs(), frames=3, paste=1)
-    clips.SWARM = clips.LINES = clips.CROSSES = 0
+    clips.SWARM = clips.LINES = clips.CROSSES = clips.ALONE = 0
     clips.MORE, counts = 0.3, Counter()
-    for seed in range(120):
+    for seed in range(160):
         images, masks = clips[seed % 12, seed]
         own = [0, 0]
         assert set(masks.unique().tolist()) == set(masks[0].unique().tolist())

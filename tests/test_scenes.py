@@ -38,7 +38,7 @@ def test_a_part_of_an_object_is_one_of_its_own():
     ids = np.zeros((40, 60), np.uint8)
     ids[5:35, 10:50], ids[:4] = 3, 7
     for seed in range(20):
-        found = synthetic_motion.parted(np.random.default_rng(seed), ids, 9)
+        found = synthetic_motion.split_part(np.random.default_rng(seed), ids, 9)
         new = found == 9
         np.testing.assert_array_equal(np.where(new, ids, 0) > 0, new)  # of what was an object
         np.testing.assert_array_equal(found[~new], ids[~new])
@@ -49,10 +49,10 @@ def test_a_part_of_an_object_is_one_of_its_own():
 
 def test_a_thing_turned_by_a_quarter_is_rotated():
     image = np.random.default_rng(1).integers(0, 255, (21, 21, 3), dtype=np.uint8)
-    turn = synthetic_motion.turned(np.array([np.pi / 2]), np.ones(1), np.zeros(1))
-    pose = synthetic_motion.posed(turn, np.full(2, 10.0), np.full((1, 2), 10.0))[0]
+    turn = warps.linear_maps(np.array([np.pi / 2]), np.ones(1), np.zeros(1))
+    pose = warps.affine_poses(turn, np.full(2, 10.0), np.full((1, 2), 10.0))[0]
     bend = np.zeros((warps.MESH, warps.MESH, 2), np.float32)
-    found = warps.background(image, pose, bend, (21, 21))
+    found = warps.warp_background(image, pose, bend, (21, 21))
     assert np.abs(found.astype(int) - np.rot90(image, -1)).max() <= 1
 
 
@@ -71,10 +71,10 @@ def test_a_constant_bend_is_a_shift_and_a_ramp_stretches():
     image = np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (80, 1, 3))
     bend = np.zeros((warps.MESH, warps.MESH, 2), np.float32)
     bend[..., 0] = 5
-    found = warps.background(image, np.eye(2, 3), bend, (80, 100))
+    found = warps.warp_background(image, np.eye(2, 3), bend, (80, 100))
     np.testing.assert_array_equal(found[:, :90], image[:, 5:95])
     bend[..., 0] = np.arange(warps.MESH) * 4
-    found = warps.background(image, np.eye(2, 3), bend, (80, 100)).astype(int)
+    found = warps.warp_background(image, np.eye(2, 3), bend, (80, 100)).astype(int)
     expected = 2 * (np.arange(100) + 12 * np.arange(100) / 100)
     assert np.abs(found[40, 15:80, 0] - expected[15:80]).max() <= 3
 
@@ -86,7 +86,7 @@ def test_a_hole_is_filled_so_that_it_fits():
     hole = np.zeros((120, 160), np.uint8)
     cv2.circle(hole, (70, 55), 25, 1, -1)
     broken = np.where(hole[..., None] > 0, np.uint8(255), image)
-    found = warps.fill(broken, hole).astype(int)
+    found = warps.inpaint(broken, hole).astype(int)
     error = np.abs(found - image).max(2)
     assert error[np.abs(y - 60) > 8].max() < 16 and error.mean() < 2
     far = cv2.dilate(hole, np.ones((15, 15), np.uint8)) == 0
@@ -94,19 +94,19 @@ def test_a_hole_is_filled_so_that_it_fits():
 
 
 def test_an_image_without_background_is_filled_with_something():
-    found = warps.fill(np.full((30, 40, 3), 9, np.uint8), np.ones((30, 40), np.uint8))
+    found = warps.inpaint(np.full((30, 40, 3), 9, np.uint8), np.ones((30, 40), np.uint8))
     assert found.shape == (30, 40, 3)
 
 
 def test_colours_by_hand():
     image = np.random.default_rng(2).integers(30, 120, (8, 9, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(preprocess.recoloured(image, 1, 1, 1, 0), image)
-    half = preprocess.recoloured(image, 0.5, 1, 1, 0)
+    np.testing.assert_array_equal(preprocess.adjust_colour(image, 1, 1, 1, 0), image)
+    half = preprocess.adjust_colour(image, 0.5, 1, 1, 0)
     assert np.abs(half - image / 2).max() <= 1
-    grey = preprocess.recoloured(image, 1, 1, 0, 0)
+    grey = preprocess.adjust_colour(image, 1, 1, 0, 0)
     expected = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     assert np.abs(grey.astype(int) - expected).max() <= 1
-    turned = preprocess.recoloured(image, 1, 1, 1, 2 * np.pi / 3)
+    turned = preprocess.adjust_colour(image, 1, 1, 1, 2 * np.pi / 3)
     luma = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(int) for x in (image, turned)]
     assert np.abs(luma[0] - luma[1]).max() <= 2 and np.abs(turned.astype(int) - image).max() > 20
 
@@ -115,19 +115,19 @@ def test_objects_that_touch_make_a_group():
     ids = np.zeros((40, 90), np.uint8)
     ids[5:20, 5:20], ids[5:20, 22:30], ids[5:20, 60:70], ids[30:38, 25:28] = 4, 2, 7, 1
     ids[30:38, 66:70] = 7
-    assert sorted(synthetic_motion.groups(ids)) == [[1], [2, 4], [7]]
+    assert sorted(synthetic_motion.touching_groups(ids)) == [[1], [2, 4], [7]]
     ids[20:30, 26] = 1
-    assert sorted(synthetic_motion.groups(ids)) == [[1, 2, 4], [7]]
-    assert synthetic_motion.groups(np.zeros((9, 9), np.uint8)) == []
+    assert sorted(synthetic_motion.touching_groups(ids)) == [[1, 2, 4], [7]]
+    assert synthetic_motion.touching_groups(np.zeros((9, 9), np.uint8)) == []
 
 
 def test_smooth_ways_start_at_nothing_and_are_smooth():
-    ways = np.array([warps.smooth(np.random.default_rng(i), 6, 1.0) for i in range(300)])
+    ways = np.array([warps.random_path(np.random.default_rng(i), 6, 1.0) for i in range(300)])
     assert (ways[:, 0] == 0).all()
     steps = np.diff(ways, axis=1)
     assert 0.8 < steps[:, 0].std() < 1.5
     assert np.diff(steps, axis=1).std() < 0.6 * steps.std()  # of white noise: 1.4
-    far = np.array([warps.smooth(np.random.default_rng(i), 6, 1.0, far=True)
+    far = np.array([warps.random_path(np.random.default_rng(i), 6, 1.0, far=True)
                     for i in range(300)])
     assert np.diff(far, axis=1)[:, 0].std() > 3
 
@@ -141,7 +141,7 @@ def test_what_the_images_border_cuts_stays_at_the_border(far):
     for seed in range(40):
         rng = np.random.default_rng(seed)
         cutouts = [warps.cut_out(image, ids)] * 4
-        layer = synthetic_motion.pasted(rng, cutouts, None, (90, 160), far)
+        layer = synthetic_motion.pasted_layer(rng, cutouts, None, (90, 160), far)
         for t in range(4):
             frame, mask = np.zeros((90, 160, 3), np.uint8), np.zeros((90, 160), np.uint8)
             layer.paste(t, frame, mask)
@@ -161,7 +161,7 @@ def test_an_object_leaves_and_the_reference_frame_keeps_it():
         rng = np.random.default_rng(seed)
         cutouts = [warps.cut_out(image, ids)] * 4
         place = np.full((4, 2), (80.0, 45.0))
-        layer = synthetic_motion.moving(rng, cutouts, np.tile(np.eye(2), (4, 1, 1)), place,
+        layer = synthetic_motion.moving_layer(rng, cutouts, np.tile(np.eye(2), (4, 1, 1)), place,
                                         (90, 160), far=False, natural=0, leaves=1)
         areas = []
         for t in range(4):
@@ -185,7 +185,7 @@ def test_what_is_mostly_hidden_in_the_reference_frame_is_named():
         after = before.copy()
         layer = warps.Layer([cutout], np.array([[[1, 0, shift], [0, 1.0, 0]]]), bends)
         layer.paste(0, image.copy(), after)
-        assert synthetic_motion.hidden([layer], before, after) == expected
+        assert synthetic_motion.hidden_ids([layer], before, after) == expected
 
 
 def dot(value=1, side=9) -> Cutout:
@@ -197,14 +197,15 @@ def dot(value=1, side=9) -> Cutout:
 def test_a_duplicate_meets_its_original_once():
     for seed in range(20):
         path = np.array([[40.0 + 3 * t, 45] for t in range(6)])
-        layer = lookalikes.crossing(np.random.default_rng(seed), [dot()] * 6, path, 1.0, (90, 160))
-        distance = np.linalg.norm(synthetic_motion.way(layer) - path, axis=1)
+        layer = lookalikes.crossing_layer(np.random.default_rng(seed), [dot()] * 6, path, 1.0,
+                                          (90, 160))
+        distance = np.linalg.norm(synthetic_motion.layer_path(layer) - path, axis=1)
         assert distance.min() < 15 and np.ptp(distance) > 3
 
 
 def test_members_of_a_swarm_are_small_and_alike():
-    layers = lookalikes.swarm(np.random.default_rng(0), [[dot(i, 60)] * 5 for i in range(1, 6)],
-                          (240, 400))
+    members = [[dot(i, 60)] * 5 for i in range(1, 6)]
+    layers = lookalikes.swarm_layers(np.random.default_rng(0), members, (240, 400))
     frame, mask = np.zeros((240, 400, 3), np.uint8), np.zeros((240, 400), np.uint8)
     for layer in layers:
         layer.paste(0, frame, mask)
@@ -215,7 +216,8 @@ def test_members_of_a_swarm_are_small_and_alike():
 def test_what_vanishes_was_there_before_and_is_there_at_the_end():
     found = set()
     for seed in range(200):
-        layer = lookalikes.vanishing(np.random.default_rng(seed), lookalikes.in_place([dot()] * 7))
+        layer = lookalikes.maybe_vanish(np.random.default_rng(seed),
+                                        lookalikes.stationary_layer([dot()] * 7))
         there = [cutout is not None for cutout in layer.cutouts]
         assert there[:2] == [True, True] and there[-1]
         found.add(7 - sum(there))
@@ -223,7 +225,7 @@ def test_what_vanishes_was_there_before_and_is_there_at_the_end():
 
 
 def test_lines_on_an_object_belong_to_it_and_go_with_it():
-    cutouts = lookalikes.with_lines(np.random.default_rng(1), [dot(5), None, dot(5)])
+    cutouts = lookalikes.add_lines(np.random.default_rng(1), [dot(5), None, dot(5)])
     assert cutouts[1] is None
     for cutout in (cutouts[0], cutouts[2]):
         assert set(np.unique(cutout.ids)) == {0, 5} and (cutout.ids == 5).sum() > 25
@@ -239,7 +241,7 @@ def test_what_is_in_front_lies_where_it_was():
     image = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     ids = np.zeros((30, 40), np.uint8)
     ids[10:22, 8:30] = 3
-    lookalikes.in_place([warps.cut_out(image, ids)]).paste(0, frame, mask)
+    lookalikes.stationary_layer([warps.cut_out(image, ids)]).paste(0, frame, mask)
     assert (mask != ids).sum() == 4  # corners are softened
     np.testing.assert_array_equal(frame[12:20, 10:28], image[12:20, 10:28])
 
@@ -247,5 +249,5 @@ def test_what_is_in_front_lies_where_it_was():
 def test_the_middle_of_an_object_that_is_not_always_there():
     masks = [np.zeros((9, 9), np.uint8) for _ in range(3)]
     masks[1][2:5, 3:6] = 4
-    np.testing.assert_array_equal(lookalikes.path_of(masks, 4), [[4, 3]] * 3)
-    assert lookalikes.path_of(masks, 5) is None
+    np.testing.assert_array_equal(lookalikes.object_path(masks, 4), [[4, 3]] * 3)
+    assert lookalikes.object_path(masks, 5) is None

@@ -103,7 +103,7 @@ def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
     model, clip = VideoMatch.load(SHIPPED["mobilenet"]), video.open_clip(tmp_path / "clip")
     seen = []
     pipeline.drain(pipeline.track(model, clip, {0: first, 4: masks[4]}, pipeline.Options()),
-                  writers.of_a_clip(tmp_path, clip), seen=seen.append)
+                  writers.clip_sinks(tmp_path, clip), on_frame=seen.append)
     found = masks_in(tmp_path)
     assert all(set(np.unique(mask)) <= {0, 1} for mask in found[:4])
     np.testing.assert_array_equal(found[4], masks[4])
@@ -153,7 +153,7 @@ class Counting(video.Folder):
 def test_each_frame_is_decoded_once(first, cutout, model, clip_folder, tmp_path):
     clip = Counting(clip_folder)
     frames = pipeline.track(model, clip, {first: truth(first), 7: truth(7)}, pipeline.Options())
-    assert pipeline.drain(frames, writers.of_a_clip(tmp_path, clip, cutout)) == FRAMES
+    assert pipeline.drain(frames, writers.clip_sinks(tmp_path, clip, cutout)) == FRAMES
     assert sorted(clip.read) == list(range(FRAMES))
 
 
@@ -164,7 +164,7 @@ def test_a_film_has_its_frames_in_the_order_of_the_clip(first, model, clip_folde
     def draw(frame):  # a grey for each
         return np.full_like(frame.image, 20 * frame.index + 20)
 
-    with writers.Film(tmp_path / "film.mp4", clip, draw) as film:
+    with writers.VideoSink(tmp_path / "film.mp4", clip, draw) as film:
         met = [film.write(frame) or frame.index for frame in
                pipeline.track(model, clip, {first: truth(first)}, pipeline.Options())]
     assert met == [*range(first - 1, -1, -1), *range(first, FRAMES)]
@@ -189,9 +189,9 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
     (tmp_path / "masks").mkdir()
     for i in range(FRAMES):
         images.write_mask(tmp_path / "masks" / f"{i:05d}.png", truth(i))
-    kept = pipeline.Progress(tmp_path / "masks", clip).all()
+    kept = pipeline.TrackerCheckpoint(tmp_path / "masks", clip).mark_all_done()
     frames = pipeline.track(model, clip, {0: truth(0)}, pipeline.Options(), kept)
-    pipeline.drain(frames, writers.of_a_clip(tmp_path, clip, how), kept)
+    pipeline.drain(frames, writers.clip_sinks(tmp_path, clip, how), kept)
     frame, mask = next(clip.frames(3)), truth(3) > 0
     if how == "transparent":
         picture = np.array(Image.open(tmp_path / "cutout" / "00003.png"))

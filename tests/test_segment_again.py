@@ -23,11 +23,11 @@ from conftest import (
 from PIL import Image
 
 import main
-from cli.segment import fingerprint, given_masks, numbered
+from cli.segment import clip_fingerprint, load_user_masks, parse_mask_argument
 from masks.read import read_mask
 from media import files, images
 from media.video import open_clip
-from outputs.run_folder import Manifest, made_by
+from outputs.run_folder import RunFolder, read_metadata
 from system import version
 from tracker import Tracker
 from tracking import pipeline
@@ -272,39 +272,39 @@ def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
     images.write_mask(frames / "mask.png", read_mask(tmp_path / "7.png"))
     again = clip("out", masks=["7:clip/mask.png"])
     assert main.main(again) == 0
-    before = fingerprint(open_clip(frames, [frames / "mask.png"]))
+    before = clip_fingerprint(open_clip(frames, [frames / "mask.png"]))
     (frames / ".DS_Store").write_bytes(b"Finder")
     (frames / "notes.txt").write_text("frame 9 is blurred")
     (frames / "mask_00007.png").write_bytes((frames / "mask.png").read_bytes())  # as --box makes
     os.utime(frames / "mask.png", (0, 0))
     capsys.readouterr()
     assert main.main(again) == 0 and "finished before" in capsys.readouterr().out
-    assert fingerprint(open_clip(frames, [frames / "mask.png"])) == before
+    assert clip_fingerprint(open_clip(frames, [frames / "mask.png"])) == before
     os.utime(frames / "00003.png", (0, 0))
     assert main.main(again) == 2 and "results of other data" in capsys.readouterr().err
 
 
 def test_a_run_that_another_commit_resumes_names_both(tmp_path, caplog):
     made = {"flags": "default", "versions": "videomatch 1.0.0"}
-    Manifest(tmp_path, made | {"commit": "aaa"}).begin()
+    RunFolder(tmp_path, made | {"commit": "aaa"}).begin()
     with caplog.at_level("INFO"):
         for _ in range(2):
-            Manifest(tmp_path, made | {"commit": "bbb"}).begin()
+            RunFolder(tmp_path, made | {"commit": "bbb"}).begin()
     assert caplog.text.count("begun by commit aaa of this toolkit, resumed by bbb") == 1
-    assert made_by(tmp_path)["commit"] == "aaa then bbb"
-    Manifest(tmp_path, made).begin()  # without Git
-    assert made_by(tmp_path)["commit"] == "aaa then bbb"
+    assert read_metadata(tmp_path)["commit"] == "aaa then bbb"
+    RunFolder(tmp_path, made).begin()  # without Git
+    assert read_metadata(tmp_path)["commit"] == "aaa then bbb"
     with pytest.raises(ValueError, match="results of other versions"):
-        Manifest(tmp_path, made | {"versions": "videomatch 1.1.0"})
+        RunFolder(tmp_path, made | {"versions": "videomatch 1.1.0"})
 
 
 def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "12:30.png").touch()
-    assert numbered("12:30.png") == (None, "12:30.png")
-    assert numbered("12:31.png") == (12, "31.png")
+    assert parse_mask_argument("12:30.png") == (None, "12:30.png")
+    assert parse_mask_argument("12:31.png") == (12, "31.png")
     (tmp_path / "30.png").touch()
-    assert numbered("12:30.png") == (12, "30.png")
+    assert parse_mask_argument("12:30.png") == (12, "30.png")
 
 
 def test_a_stack_of_masks_begins_at_its_frame(tmp_path):
@@ -314,7 +314,7 @@ def test_a_stack_of_masks_begins_at_its_frame(tmp_path):
     masks[0].save(tmp_path / "labels.tif", save_all=True, append_images=masks[1:])
     args = Namespace(mask=[f"2:{tmp_path / 'labels.tif'}"], box=[], point=[], mask_frame=None,
                      video=tmp_path / "clip.tif")
-    found = given_masks(args, open_clip(args.video), tmp_path, None)
+    found = load_user_masks(args, open_clip(args.video), tmp_path, None)
     assert list(found) == [3, 5]
     for frame, mask in found.items():
         np.testing.assert_array_equal(mask, draw_frame(frame - 2)[1])

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from test_video import make, number_of
 
 import main
-from cli.segment import fingerprint
+from cli.segment import clip_fingerprint
 from masks.read import read_mask
 from media import images
 from media.video import open_clip
@@ -60,9 +60,9 @@ def test_objects_come_and_go(client):
     mask = truth(0, (1, 2))
     assert client.put("/mask/0", content=png(mask)).status_code == 200
     assert [thing["id"] for thing in state(client)["objects"]] == [1, 2]
-    do(client, "change", object=2, name="the blue one", hidden=True)
-    assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "hidden": True,
-                                            "absent": [], "gone": []}
+    do(client, "change", object=2, name="the blue one")
+    assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "absent": [],
+                                            "gone": []}
     do(client, "delete", object=1)
     np.testing.assert_array_equal(shown(client, 0), np.where(mask == 2, 2, 0))
     assert do(client, "add").json() == {"object": 3}, "numbers are never used twice"
@@ -116,7 +116,7 @@ def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monk
 
     def serve(session, *_):
         opened.append(session.state())
-        session.edits.change_object(1, name="dog")
+        session.edits.rename_object(1, "dog")
 
     monkeypatch.setattr(server, "serve", serve)
     arguments = ["-m", "segment", "--video", str(clip), "--mask", f"2:{tmp_path / 'm.json'}",
@@ -141,7 +141,7 @@ def test_frames_have_their_files_numbers(begin, clip, tmp_path):
     session.edits.give(3, truth(3))
     session.segment_from(3, "forwards")
     finished(session)
-    session.edits.change_object(1, name="the square")
+    session.edits.rename_object(1, "the square")
     ACTIONS["export"](session, Fields(b'{"coco": true, "yolo": true}'))
     run, out = finished(session), tmp_path / "out"
     assert run["ended"] == "done", run
@@ -196,7 +196,7 @@ def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
     mask[90:92, 5:7] = 2
     client.put("/mask/0", content=png(mask))
     do(client, "segment", frame=0, way="forwards")
-    assert "object 2: smaller than a feature cell" in finished(client.session)["concern"]
+    assert "object 2: smaller than" in finished(client.session)["concern"]
 
 
 def _words(command):
@@ -216,8 +216,8 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_given(client, 
     assert [session.work.found[i].origin for i in range(1, 10)] == 4 * [0] + 5 * [10]
     before = {frame: shown(client, frame) for frame in range(FRAMES)}
     seen = []
-    step = propagation.pipeline.follow
-    monkeypatch.setattr(propagation.pipeline, "follow", lambda tracker, index, *rest, **more:
+    step = propagation.pipeline.segment_frame
+    monkeypatch.setattr(propagation.pipeline, "segment_frame", lambda tracker, index, *rest, **more:
                         seen.append(index) or step(tracker, index, *rest, **more))
     client.put("/mask/4", content=png(truth(4)))
     do(client, "segment", frame=4, way="both")
@@ -381,17 +381,19 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     for session in (whole, one):
         session.edits.give(0, truth(0))
     go(whole, 0)
-    step = propagation.pipeline.follow
+    step = propagation.pipeline.segment_frame
 
     def failing(tracker, index, *rest, **more):
+        seen = step(tracker, index, *rest, **more)
         if index == 7:
             raise MemoryError("no room")
-        return step(tracker, index, *rest, **more)
+        return seen
 
-    monkeypatch.setattr(propagation.pipeline, "follow", failing)
+    monkeypatch.setattr(propagation.pipeline, "segment_frame", failing)
     one.segment_from(0, "forwards")
     assert finished(one)["error"] == "no room"
-    monkeypatch.setattr(propagation.pipeline, "follow", step)
+    assert {frame for _, frame in one.states.kept} == {5}, "the last one that is whole"
+    monkeypatch.setattr(propagation.pipeline, "segment_frame", step)
     go(one, 6)
     for frame in range(FRAMES):
         np.testing.assert_array_equal(one.mask(frame), whole.mask(frame))
@@ -483,7 +485,7 @@ def test_a_clip_that_ends_early(client):
 def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
     session = begin()
     session.edits.give(2, truth(2))
-    session.edits.change_object(1, name="square")
+    session.edits.rename_object(1, "square")
     session.segment_from(2, "backwards")
     finished(session)
     session.close()
@@ -509,12 +511,12 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
 def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
     frames = tmp_path / "frames"
     shutil.copytree(clip, frames)
-    first = begin(source=frames, data=fingerprint(open_clip(frames)))
+    first = begin(source=frames, data=clip_fingerprint(open_clip(frames)))
     first.edits.give(3, truth(3))
     first.close()
     (frames / ".DS_Store").write_bytes(b"Finder")
     images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
-    assert begin(source=frames, data=fingerprint(open_clip(frames))).work.given == {3}
+    assert begin(source=frames, data=clip_fingerprint(open_clip(frames))).work.given == {3}
 
 
 @pytest.mark.parametrize("start, forwards, given, origins, end", [

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from preprocess import Augment, to_image
 from training.samples import Clips, Pairs, PairSampler
-from training.static_images import Stills
+from training.static_images import StaticImages
 
 SHAPE = (64, 112)
 COLOURS = ((230, 40, 40), (40, 220, 40), (60, 60, 240))
@@ -48,7 +48,7 @@ def root(tmp_path) -> Path:
 
 
 def test_images_and_masks_match_by_stem_in_the_order_of_their_names(root):
-    stills = Stills(root)
+    stills = StaticImages(root)
     assert [still.name for still in stills] == ["ant", "bee", "cat"]
     for still, count in zip(stills, (1, 3, 2)):
         image, mask = still.image(0), still.mask(0)
@@ -68,13 +68,13 @@ def test_grey_is_ids_or_one_object_with_soft_edges(tmp_path, values, expected):
     grey[5, :len(values)] = values
     for mode in ("L", "LA"):
         Image.fromarray(grey).convert(mode).save(tmp_path / "masks" / "ant.png")
-        assert Stills(tmp_path).stills[0].mask(0)[5, :len(values)].tolist() == expected
+        assert StaticImages(tmp_path).stills[0].mask(0)[5, :len(values)].tolist() == expected
 
 
 def test_a_mask_may_be_a_jpeg(tmp_path):
     write_still(tmp_path / "exact", "ant")
     write_still(tmp_path / "lossy", "ant", mask=".jpg")
-    exact, lossy = (Stills(tmp_path / name).stills[0].mask(0) for name in ("exact", "lossy"))
+    exact, lossy = (StaticImages(tmp_path / name).stills[0].mask(0) for name in ("exact", "lossy"))
     assert exact.any() and (exact != lossy).mean() < 0.002
 
 
@@ -86,7 +86,7 @@ def test_255_of_a_palette_is_not_labelled(tmp_path):
     image = Image.fromarray(mask)
     image.putpalette(bytes(range(256)) * 3)
     image.save(path)
-    found = Stills(tmp_path).stills[0].mask(0)
+    found = StaticImages(tmp_path).stills[0].mask(0)
     assert not found[0].any() and np.unique(found).tolist() == [0, 1, 2]
 
 
@@ -133,13 +133,13 @@ def same_stem(root):
 def test_damage_is_named_at_the_start(root, damage, error, words):
     damage(root)
     with pytest.raises(error) as caught:
-        Stills(root)
+        StaticImages(root)
     for word in words:
         assert word in str(caught.value)
 
 
 def stills_clips(root, **options) -> Clips:
-    return Clips([], Augment(SHAPE), stills=Stills(root).stills, **options)
+    return Clips([], Augment(SHAPE), stills=StaticImages(root).stills, **options)
 
 
 def test_a_clip_of_a_still_has_the_form_of_all_clips(root):
@@ -207,7 +207,7 @@ def test_a_still_without_an_object_is_a_background(root):
     clips = stills_clips(root, paste=1)
     for seed in range(10):
         assert clips[0, seed][1][0].any()
-    alone = Stills(root).stills[:1]
+    alone = StaticImages(root).stills[:1]
     with pytest.raises(ValueError, match="ant.png"):
         Clips([], Augment(SHAPE), stills=alone)[0, 0]
 
@@ -229,7 +229,7 @@ def test_ids_of_a_mask_may_be_any(tmp_path):
 
 
 def test_pairs_of_a_still_are_two_views_of_it(root):
-    images, masks = Pairs(Stills(root).stills, Augment(SHAPE))[0, 3]
+    images, masks = Pairs(StaticImages(root).stills, Augment(SHAPE))[0, 3]
     assert images.shape == (2, 3, *SHAPE) and masks.flatten(1).any(1).all()
     assert not torch.equal(images[0], images[1])
 

@@ -15,7 +15,7 @@ from conftest import SHAPE
 from PIL import Image
 
 import train
-from davis import Davis, split
+from davis import Davis, hold_out
 from network import losses
 from preprocess import Augment
 from system import version
@@ -70,7 +70,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def sequences(davis_2016):
-    return split(Davis(davis_2016).sequences, 0.3, seed=0)
+    return hold_out(Davis(davis_2016).sequences, 0.3, seed=0)
 
 
 def lines_of(options):
@@ -93,7 +93,7 @@ def test_steps_on_clips_lower_the_loss(sequences):
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
     clips = Clips(sequences[0], Augment((96, 160), random=False), frames=3, paste=0)
     batch = [torch.stack(x) for x in zip(*(clips[i, i] for i in range(2)))]
-    optimizer, _ = train.optimizer_of(model, train.Options(Path("x"), (96, 160), 100))
+    optimizer, _ = train.make_optimizer(model, train.Options(Path("x"), (96, 160), 100))
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     found = [train.step(model, optimizer, batch, ("dice", "bce")) for _ in range(12)]
@@ -121,7 +121,7 @@ def test_a_model_with_recent_frames_is_trained_and_kept(sequences, options):
 @pytest.mark.parametrize("iterations", [1, 2, 18, 19, 20, 400])
 def test_the_learning_rate_rises_and_falls_to_nothing(iterations, model):
     options = train.Options(Path("x"), (96, 160), iterations, learning_rate=1e-3)
-    optimizer, schedule = train.optimizer_of(model, options)
+    optimizer, schedule = train.make_optimizer(model, options)
     rates = []
     for _ in range(iterations):
         rates.append(schedule.get_last_lr()[0])
@@ -283,7 +283,7 @@ def test_where_all_objects_are_small_an_error_says_what_helps(sequences, options
 
 def test_stills_are_for_clips(model, sequences, options):
     with pytest.raises(ValueError, match="--stills.*--method memory"):
-        train.train(model, *sequences, options, stills=sequences[0])
+        train.train(model, *sequences, options, static_images=sequences[0])
 
 
 def test_all_objects_of_a_clip_are_followed_at_once():

@@ -14,12 +14,12 @@ from benchmarks import prompts as prompt_bench
 from davis import Davis
 from masks.read import read_mask
 from media import images
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.encoder import Encoder
 from tracker import Tracker
 from tracking import prompting
 from training import prompt_training as train_prompts
-from training.static_images import Stills
+from training.static_images import StaticImages
 from videomatch import VideoMatch
 
 
@@ -61,7 +61,7 @@ def test_training_changes_the_new_part_only_and_goes_on(davis_2016, stills_dir, 
     lines = [json.loads(line) for line in whole.with_suffix(".jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 2, 4]
     # a run that ends after its first report, as one that was killed there
-    original = train_prompts.rounds
+    original = train_prompts.training_steps
 
     def killed(*args):
         if args[5]:
@@ -69,7 +69,7 @@ def test_training_changes_the_new_part_only_and_goes_on(davis_2016, stills_dir, 
         yield from original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_prompts, "rounds", killed)
+        patch.setattr(train_prompts, "training_steps", killed)
         assert train(davis_2016, stills_dir, checkpoint, halves, "-i", "4") == 2
     assert train(davis_2016, stills_dir, checkpoint, halves, "-i", "4", "--resume") == 0
     states = [torch.load(path.with_suffix(".state"), weights_only=True) for path in (whole, halves)]
@@ -79,7 +79,7 @@ def test_training_changes_the_new_part_only_and_goes_on(davis_2016, stills_dir, 
 
 def test_the_road_of_a_video_doesnt_know_the_new_part(checkpoint):
     bare, shown = VideoMatch.load(checkpoint).eval(), VideoMatch.load(checkpoint).eval()
-    train_prompts.add(shown)
+    train_prompts.add_prompt_decoder(shown)
     steps = []
     for model in (bare, shown):
         tracker = Tracker(model)
@@ -91,8 +91,8 @@ def test_the_road_of_a_video_doesnt_know_the_new_part(checkpoint):
 
 
 def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
-    sources = Davis(davis_2016).sequences, Stills(stills_dir).stills
-    scenes = train_prompts.Scenes(*sources, seed=3)
+    sources = Davis(davis_2016).sequences, StaticImages(stills_dir).stills
+    scenes = train_prompts.PromptSamples(*sources, seed=3)
     first = [scenes[i] for i in range(30)]
     torch.manual_seed(5)
     for i in reversed(range(30)):
@@ -113,28 +113,28 @@ def test_scenes_depend_on_seed_and_index_alone(davis_2016, stills_dir):
 
 def test_scenes_end_where_no_object_is_large_enough(stills_dir):
     """Instead of looking for one for ever."""
-    stills = Stills(stills_dir).stills
+    stills = StaticImages(stills_dir).stills
     for still in stills:
         mask = np.zeros((48, 80), np.uint8)
         mask[10:17, 20:27] = 1  # 49 pixels
         images.write_mask(still.masks[0], mask)
     with pytest.raises(ValueError, match="60 pixels"):
-        train_prompts.Scenes([], stills)[0]
+        train_prompts.PromptSamples([], stills)[0]
     mask[10:20, 20:27] = 1
     images.write_mask(still.masks[0], mask)
-    assert all(train_prompts.Scenes([], stills)[i][1].any() for i in range(3))
+    assert all(train_prompts.PromptSamples([], stills)[i][1].any() for i in range(3))
 
 
 def test_held_out_stills_are_apart():
     stills = [object() for _ in range(10)]
-    training, apart = train_prompts.split_stills(stills, 0.3, 0)
+    training, apart = train_prompts.split_static_images(stills, 0.3, 0)
     assert len(apart) == 3 and {*training, *apart} == {*stills} and len(training) == 7
 
 
 def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_path, monkeypatch,
                                                     capsys):
     model = VideoMatch.load(checkpoint)
-    train_prompts.add(model)
+    train_prompts.add_prompt_decoder(model)
     model.save(tmp_path / "shown.pth")
     truths = [draw_frame(0, (1, 2))[1] == i for i in (1, 2)]
 
@@ -145,7 +145,7 @@ def test_the_bench_prints_what_a_person_would_reach(davis_2017, checkpoint, tmp_
             wanted[:, 20:] = False
         return wanted
 
-    monkeypatch.setattr(prompting, "prompt", prompt)
+    monkeypatch.setattr(prompting, "predict_mask", prompt)
     monkeypatch.setattr("sys.argv", [
         "prompts", "-d", str(davis_2017), "-y", "2017", "-o",
         str(tmp_path / "shown.pth"), "--repeats", "1", "-c", "cpu", "--json",
@@ -169,7 +169,7 @@ def clip_dir(tmp_path):
 def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_path, monkeypatch,
                                                      capsys):
     model = VideoMatch.load(checkpoint)
-    train_prompts.add(model)
+    train_prompts.add_prompt_decoder(model)
     model.save(tmp_path / "shown.pth")
     asked = []
 
@@ -177,7 +177,7 @@ def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_p
         asked.extend(objects)
         return draw_frame(0, (1, 2))[1]
 
-    monkeypatch.setattr(prompting, "masks_of", masks_of)
+    monkeypatch.setattr(prompting, "predict_masks", masks_of)
     out = tmp_path / "out"
     assert main.main(["-m", "segment", "--video", str(clip_dir), "-o", str(tmp_path / "shown.pth"),
                       "--box", "8", "6", "20", "16", "--point", "9", "9", "10", "10", "--point",
@@ -191,7 +191,7 @@ def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_p
 
 def test_nothing_found_is_one_line(clip_dir, checkpoint, tmp_path, capsys):
     model = VideoMatch.load(checkpoint)
-    torch.nn.init.constant_(train_prompts.add(model).score.bias, -100)
+    torch.nn.init.constant_(train_prompts.add_prompt_decoder(model).score.bias, -100)
     model.save(tmp_path / "shown.pth")
     assert main.main(["-m", "segment", "--video", str(clip_dir), "-o", str(tmp_path / "shown.pth"),
                       "--box", "8", "6", "20", "16", "-c", "cpu"]) == 2
@@ -207,7 +207,7 @@ def test_a_tracker_trained_further_keeps_what_boxes_and_clicks_need(davis_2016, 
                "2", "-r", "2", "--workers", "0", "-vs", "0", "-c", "cpu", "-p", "96", "160"]
     with caplog.at_level("INFO"):
         assert main.main(command) == 0
-    assert "the encoder stays as it is" in caplog.text
+    assert "encoder stays frozen" in caplog.text
     before, after = VideoMatch.load(shown), VideoMatch.load(further)
     changed = {name.split(".")[0] for name, value in before.state_dict().items()
                if not torch.equal(after.state_dict()[name], value)}

@@ -8,7 +8,7 @@ from conftest import draw_frame
 import metrics
 import preprocess
 from masks.validation import binary_mask, id_mask
-from media.shown import Prompts
+from media.prompts import Prompts
 from tracker import Tracker
 from tracking import prompting
 
@@ -111,9 +111,9 @@ def test_a_mask_of_one_object_holds_0_and_1(value):
     (Prompts(mask=ONE[:-1]), "mask of 80x48")])
 def test_prompts_of_another_form_are_refused(shown, words, model):
     with pytest.raises(ValueError, match=words):
-        prompting.prompt(model, IMAGE, shown)
+        prompting.predict_mask(model, IMAGE, shown)
 
 
 def test_prompts_take_frames_as_they_are_read(model):
     with pytest.raises(ValueError, match="^image: .*float32"):
-        prompting.prompt(model, IMAGE.astype(np.float32), Prompts(points=[(3, 4)]))
+        prompting.predict_mask(model, IMAGE.astype(np.float32), Prompts(points=[(3, 4)]))

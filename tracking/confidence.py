@@ -16,14 +16,18 @@ from media.files import whole
 from tracker import Step
 from tracking.pipeline import Frame, Sink
 
-DOUBTFUL = (0.2, 0.8)  # a probability between these is neither in nor out
-UNSURE = 0.6  # frames below this confidence are always to be reviewed
-SURE = 0.95  # nobody need review a frame above it, even if all others are better still
-SHARE = 0.1  # of the frames, those with the lowest confidence, that are reviewed if below SURE
-REVIEWED = 6  # stretches of a kind at most: where to start, not a plan for the whole work
-DIGITS = 6  # kept of every figure, in the file and before
-NOT_VISIBLE = -1.0  # in place of a confidence, in arrays
-GAP = 3  # frames from one with a low confidence to the next, in one stretch
+# A pixel is in doubt if its probability lies between these. A wider range also counts the soft edge
+# that every object has; a narrower one misses places where two objects compete.
+DOUBT_RANGE = (0.2, 0.8)
+# Which frames to review, by their confidence. In an easy clip the lowest tenth may be fine as well,
+# in a hard one more than a tenth is wrong: hence both a share and absolute limits.
+REVIEW_BELOW = 0.6  # always
+REVIEW_SHARE = 0.1  # the lowest of all frames ...
+NO_REVIEW_ABOVE = 0.95  # ... unless they are above this
+MAX_STRETCHES = 6  # of each kind: a list that a user reads in one go, not every doubtful frame
+MAX_GAP = 3  # frames from one to be reviewed to the next in one stretch; bridges flicker
+DIGITS = 6  # decimal places of all measures, so that a table that was read equals the one written
+NOT_VISIBLE = -1.0  # replaces the confidence in arrays where an object has no pixel
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,13 @@ class Measures:
     Args:
         frame: index in the clip; `confidence.csv` has the frame's number instead.
         object_id: its value in masks.
-        present: whether its mask holds a pixel. Where it doesn't, the measures of a mask are
-            None: how sure the network is that the object can't be seen isn't known.
+        present: whether its mask has any pixel. If not, the other measures but the area are None:
+            the network doesn't tell how sure it is that an object is not visible.
         probability: mean over its mask, in [0, 1].
-        doubt: pixels in doubt around it, as a share of those of its mask, in [0, 1].
-        area: share of the frame.
-        change: its area over that in the frame before, the smaller over the larger, in [0, 1].
-        confidence: probability, doubt and change combined, in [0, 1].
+        doubt: number of pixels in `DOUBT_RANGE` over that of its mask, in [0, 1].
+        area: share of the frame, in [0, 1].
+        change: the smaller over the larger of its areas here and in the previous frame, in [0, 1].
+        confidence: see `combined_confidence`.
     """
 
     frame: int
@@ -53,9 +57,10 @@ class Measures:
 
     @classmethod
     def of_row(cls, row: Sequence) -> Self:
-        """From the values of `astuple`, also as earlier versions kept them.
+        """Create from the values of `astuple`.
 
-        Those had one more before the confidence, and zeros where the object isn't present.
+        Earlier versions wrote one more column before the confidence, and zeros for an object that
+        is not present; both are accepted.
         """
         frame, object_id, present, probability, doubt, area, change = row[:7]
         if not present:
@@ -63,75 +68,78 @@ class Measures:
         return cls(frame, object_id, True, probability, doubt, area, change, row[-1])
 
 
-def measure(frame: int, step: Step, before: dict[int, float]) -> list[Measures]:
-    """The measures of each object in a frame.
+def measure_objects(frame: int, step: Step, previous_areas: dict[int, float]) -> list[Measures]:
+    """Measure each object of a frame.
 
     Args:
-        before: the area of each object in the frame before, where it is known.
+        previous_areas: by object id, areas in the previous frame; may lack objects.
     """
-    found, means = [], step.confidence()
+    measures, means = [], step.confidence()
     for object_id, probability in zip(step.object_ids, step.probabilities[1:].cpu().numpy()):
         inside = step.mask == object_id
         count, mean = np.count_nonzero(inside), means[object_id]
         if not count:
-            found.append(Measures(frame, object_id, False, None, None, 0.0, None, None))
+            measures.append(Measures(frame, object_id, False, None, None, 0.0, None, None))
             continue
-        doubtful = np.count_nonzero((probability > DOUBTFUL[0]) & (probability < DOUBTFUL[1]))
+        doubtful = np.count_nonzero((probability > DOUBT_RANGE[0]) & (probability < DOUBT_RANGE[1]))
         doubt = min(1.0, doubtful / count)
         area = round(count / inside.size, DIGITS)
-        small, large = sorted((area, before.get(object_id, area)))
+        small, large = sorted((area, previous_areas.get(object_id, area)))
         change = small / large if large else 1.0
-        values = (mean, doubt, area, change, combined(mean, doubt, change))
-        found.append(Measures(frame, object_id, True, *(round(v, DIGITS) for v in values)))
-    return found
+        values = (mean, doubt, area, change, combined_confidence(mean, doubt, change))
+        measures.append(Measures(frame, object_id, True, *(round(v, DIGITS) for v in values)))
+    return measures
 
 
-def combined(probability: float, doubt: float, change: float) -> float:
-    """One number in [0, 1] from the measures of a frame and object."""
+def combined_confidence(probability: float, doubt: float, change: float) -> float:
+    """Combine an object's measures into one number in [0, 1].
+
+    The root softens `change`: areas also change because objects move.
+    """
     return probability * (1 - doubt) * change ** 0.5
 
 
-class Confidence(Sink):
-    """Collects the measures of all frames that are segmented, and writes them.
+class ConfidenceSink(Sink):
+    """Collects the measures of all segmented frames and writes them to a CSV file.
 
     Args:
-        path: of the CSV file.
         clip: gives the frames their numbers.
-        resume: keep the measures that an interrupted run left there.
+        resume: start with the measures that an interrupted run wrote to `path`.
     """
 
     def __init__(self, path: Path, clip: Clip, resume: bool = False):
         self.path, self.clip = path, clip
-        self.found = {(m.frame, m.object_id): m for m in (read(path, clip) if resume else ())}
+        self.by_key = {(m.frame, m.object_id): m for m in (read(path, clip) if resume else ())}
 
     @property
     def measures(self) -> list[Measures]:
-        """By frame, then by object."""
-        return [self.found[key] for key in sorted(self.found)]
+        """Sorted by frame, then by object."""
+        return [self.by_key[key] for key in sorted(self.by_key)]
 
     def write(self, frame: Frame) -> None:
         if frame.step is None:
             return
-        neighbour = frame.index + (-1 if frame.forwards else 1)
-        before = {i: self.found[neighbour, i].area for i in frame.step.object_ids
-                  if (neighbour, i) in self.found}
-        for one in measure(frame.index, frame.step, before):
-            self.found[one.frame, one.object_id] = one
+        neighbour = frame.index + (-1 if frame.forward else 1)
+        areas = {i: self.by_key[neighbour, i].area for i in frame.step.object_ids
+                 if (neighbour, i) in self.by_key}
+        for one in measure_objects(frame.index, frame.step, areas):
+            self.by_key[one.frame, one.object_id] = one
 
-    def keep(self) -> None:
-        if self.found:
+    def flush(self) -> None:
+        if self.by_key:
             write(self.path, self.measures, self.clip)
 
     def __exit__(self, *exception):
-        self.keep()
+        self.flush()
 
 
 def write(path: Path, measures: list[Measures], clip: Clip) -> None:
-    """Write a CSV file with a row for each frame and object; frames by their numbers in the clip.
+    """Write a CSV file with a row for each frame and object.
 
-    `present` is 0 or 1; where it is 0, all measures but the area are left empty.
+    Frames are written as their numbers in the clip. `present` is 0 or 1; where it is 0, all
+    measures but the area are empty.
     """
-    with whole(path) as beside, beside.open("w", newline="") as file:
+    with whole(path) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([field.name for field in fields(Measures)])
         for one in measures:
@@ -140,10 +148,10 @@ def write(path: Path, measures: list[Measures], clip: Clip) -> None:
 
 
 def read(path: Path, clip: Clip) -> list[Measures]:
-    """Read what `write` wrote; an empty list where there is no such file.
+    """Read a file written by `write`; return an empty list if it doesn't exist.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: it is another kind of file.
     """
     if not path.is_file():
         return []
@@ -174,7 +182,7 @@ class Stretch:
     confidence: float | None
 
     def text(self, clip: Clip) -> str:
-        """Such as "frames 7 to 9 of object 2 (43 % sure)"."""
+        """A description such as "frames 7 to 9 of object 2 (43 % sure)"."""
         first, last = clip.number(self.first), clip.number(self.last)
         frames = f"frame {first}" if first == last else f"frames {first} to {last}"
         sure = ("not visible" if self.confidence is None
@@ -183,46 +191,48 @@ class Stretch:
 
 
 def frames_to_review(measures: list[Measures]) -> list[Stretch]:
-    """The stretches to review first, see `stretches_to_review`.
+    """Select the stretches to review first, see `stretches_to_review`.
 
     Args:
-        measures: of predicted masks only; nobody need review a mask of their own.
+        measures: of predicted masks only, because users needn't review their own masks.
     """
     count = 1 + max((one.frame for one in measures), default=0)
-    sureness: dict[int, np.ndarray] = {}
+    confidences: dict[int, np.ndarray] = {}
     for one in measures:
-        values = sureness.setdefault(one.object_id, np.full(count, np.nan))
+        values = confidences.setdefault(one.object_id, np.full(count, np.nan))
         values[one.frame] = NOT_VISIBLE if one.confidence is None else one.confidence
-    return stretches_to_review(sureness)
+    return stretches_to_review(confidences)
 
 
-def stretches_to_review(sureness: dict[int, np.ndarray]) -> list[Stretch]:
-    """The stretches to review first.
+def stretches_to_review(confidences: dict[int, np.ndarray]) -> list[Stretch]:
+    """Select the stretches to review first.
 
-    At most `REVIEWED` with a low confidence, the lowest first: frames below `UNSURE`, and the least
-    confident tenth of all frames where that is below `SURE`. Then as many in which an object isn't
-    visible, the longest first: most often it has left the frame, sometimes it was lost.
+    First up to `MAX_STRETCHES` with a low confidence, the lowest first: frames below
+    `REVIEW_BELOW`, and the lowest `REVIEW_SHARE` of all frames that are below `NO_REVIEW_ABOVE`.
+    Then as many in which an object is not visible, the longest first: most often it has left the
+    frame, sometimes the tracker has lost it.
 
     Args:
-        sureness: of each object (frames,) the confidence, `NOT_VISIBLE`, or NaN where there is no
-            predicted mask.
+        confidences: by object id, (frames,) the confidence in each frame, `NOT_VISIBLE`, or NaN
+            where no mask was predicted.
     """
-    known = [values[values >= 0] for values in sureness.values()]
-    seen = np.concatenate(known) if known else np.zeros(0)
-    below = max(UNSURE, min(float(np.quantile(seen, SHARE)) if len(seen) else 0.0, SURE))
-    unsure, hidden = [], []
-    for object_id in sorted(sureness):
-        values = sureness[object_id]
-        frames = np.flatnonzero(values < below)
+    visible_parts = [values[values >= 0] for values in confidences.values()]
+    visible_values = np.concatenate(visible_parts) if visible_parts else np.zeros(0)
+    lowest_share = float(np.quantile(visible_values, REVIEW_SHARE)) if len(visible_values) else 0.0
+    limit = max(REVIEW_BELOW, min(lowest_share, NO_REVIEW_ABOVE))
+    unsure, not_visible = [], []
+    for object_id in sorted(confidences):
+        values = confidences[object_id]
+        frames = np.flatnonzero(values < limit)
         visible = values[frames] >= 0
-        gap = np.where(visible[1:], GAP, 1)  # whether an object can be seen is exact
+        gap = np.where(visible[1:], MAX_GAP, 1)  # no gap is bridged where an object isn't visible
         ends = (np.diff(frames) > gap) | (visible[1:] != visible[:-1])
         for part in np.split(frames, np.flatnonzero(ends) + 1):
             if len(part):
                 lowest = float(values[part].min())
                 one = Stretch(object_id, int(part[0]), int(part[-1]),
                               None if lowest < 0 else lowest)
-                (hidden if one.confidence is None else unsure).append(one)
+                (not_visible if one.confidence is None else unsure).append(one)
     unsure.sort(key=lambda one: one.confidence)
-    hidden.sort(key=lambda one: one.first - one.last)
-    return unsure[:REVIEWED] + hidden[:REVIEWED]
+    not_visible.sort(key=lambda one: one.first - one.last)
+    return unsure[:MAX_STRETCHES] + not_visible[:MAX_STRETCHES]

@@ -1,8 +1,7 @@
-"""The one road from a clip to masks: a tracker driven through its frames, sinks behind it.
+"""Inference pipeline: runs a tracker over a clip and sends every frame to output sinks.
 
-A clip of one's own and a sequence of a data set take it alike: to evaluate is to segment a clip
-whose truth is known, with one sink more. What a tracker does with a frame is not known here, nor
-what becomes of the masks (`outputs/writers.py`).
+`-m segment`, `-m eval` and the web page all use it; evaluation adds a sink that scores masks
+against the ground truth.
 """
 
 import itertools
@@ -29,137 +28,160 @@ from tracker import Step, Tracker, resized
 from tracking.presence import Presence
 from videomatch import VideoMatch
 
-KEPT_EVERY = 20.0  # seconds from one state that a run can go on from to the next
+# Seconds between saved tracker states. A killed run repeats at most that much work; a shorter
+# interval repeats less and writes more: a state has about 30 MB at 480p.
+SAVE_INTERVAL = 20.0
 
 
 @dataclass
 class Options:
-    """What the masks depend on beside model, clip and given masks; the flags of `main.py`."""
+    """Settings that change the masks, besides model, clip and user masks; see the flags of main.py.
 
-    size: int = 480  # short side for the network, see `images.working_shape`; 0: the frame's own
-    input_shape: tuple[int, int] | None = None  # (H, W) for the network, whatever `size` says
-    segmentation_shape: tuple[int, int] | None = None  # (H, W) where pixels are decided
-    start: int = 0  # the first frame of the clip that counts
-    stop: int | None = None  # the first behind the last; None: the clip's end
+    Args:
+        size: short side of the images for the network in pixels, see `images.working_shape`;
+            0 keeps the frame's own size.
+        input_shape: (H, W) of the images for the network; takes precedence over `size`.
+        segmentation_shape: (H, W) at which probabilities become a mask, which is then resized to
+            the frame; by default probabilities are resized to the frame and become a mask there.
+        start: index of the first frame to segment.
+        stop: end of the range of frames, exclusive; None is the end of the clip.
+        threshold: a pixel is foreground above this probability, in [0, 1).
+        remove_outliers: apply the paper's outlier removal (section 3.3).
+        presence: objects that the user marked as absent or gone.
+    """
+
+    size: int = 480
+    input_shape: tuple[int, int] | None = None
+    segmentation_shape: tuple[int, int] | None = None
+    start: int = 0
+    stop: int | None = None
     threshold: float = 0.5
     remove_outliers: bool = True
-    presence: Presence = field(default_factory=Presence)  # objects that a user said are not there
+    presence: Presence = field(default_factory=Presence)
 
 
 @dataclass
 class Frame:
-    """A frame whose mask is known.
+    """A segmented frame.
 
     Args:
-        index: its number in the clip, from 0.
+        index: its index in the clip.
         image: (H, W, 3) uint8 RGB.
-        step: what the tracker knows of it, maybe at another size; None where an earlier run
-            found the mask.
-        forwards: the way on which it was met.
-        tracker: at this frame; a sink that wants to go back to it takes a copy in time.
-        known: (H, W) uint8 mask, where it isn't to be decided from resized probabilities: given,
-            found by an earlier run, or decided at a size of its own.
+        step: the tracker's output, possibly at another size; None if the mask was read from the
+            files of an interrupted run.
+        forward: whether the tracker came to it in the forward direction.
+        tracker: has just processed this frame. It moves on afterwards: copy it to keep this state.
+        mask_override: (H, W) uint8 mask that replaces the one computed from the resized
+            probabilities: a user mask, the mask of an interrupted run, or one decided at
+            `Options.segmentation_shape`.
     """
 
     index: int
     image: np.ndarray
     step: Step | None
-    forwards: bool
+    forward: bool
     tracker: Tracker
-    known: np.ndarray | None = None
+    mask_override: np.ndarray | None = None
 
     @cached_property
     def mask(self) -> np.ndarray:
         """(H, W) uint8 object ids."""
-        if self.known is not None:
-            return self.known
+        if self.mask_override is not None:
+            return self.mask_override
         if self.step.mask.shape == self.image.shape[:2]:
             return self.step.mask
         return decide(self.probabilities, self.step.object_ids, self.tracker.threshold)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(N+1, H, W) float32, as the step has them, resized."""
+        """(N+1, H, W) float32 probabilities, resized bilinearly to the frame."""
         return resized(self.step.probabilities, self.image.shape[:2])
 
 
-class Progress:
-    """How far a clip is, kept beside the folder of its masks: a run that was killed can go on.
+class TrackerCheckpoint:
+    """The saved tracker state from which an interrupted run resumes.
+
+    It lies next to the folder of the masks: the masks up to the saved frame are read from there.
 
     Args:
-        folder: that of the masks.
-        clip: which names them.
+        folder: of the masks.
+        clip: gives the mask files their names.
     """
 
     def __init__(self, folder: Path, clip: Clip):
         self.folder, self.clip = folder, clip
         self.path = folder.with_name(f".{folder.name}.progress")
-        self.forwards, self.state = False, None
-        self.index: float | None = None  # of the last frame whose mask is known, on this way
+        self.forward, self.state = False, None  # direction at the saved frame
+        self.index: float | None = None  # the saved frame; None if there is none
         self.saved = time.monotonic()
 
-    def load(self, model: VideoMatch) -> "Progress":
-        """Go back to what an earlier run kept, if there is something."""
+    def load(self, model: VideoMatch) -> "TrackerCheckpoint":
+        """Load the state that an interrupted run saved, if there is one.
+
+        Raises:
+            ValueError: the file holds no state of this network.
+        """
         if self.path.is_file():
             try:
-                kept = torch.load(self.path, map_location=model.device, weights_only=True)
-                self.forwards, self.index, self.state = (
-                    kept[name] for name in ("forwards", "index", "state"))
+                content = torch.load(self.path, map_location=model.device, weights_only=True)
+                self.forward, self.index, self.state = (
+                    content[name] for name in ("forwards", "index", "state"))
                 Tracker(model).load_state(self.state)
             except Exception as error:
                 raise ValueError(f"{self.path}: not the state of an interrupted run "
                                  "(--overwrite starts over)") from error
         return self
 
-    def all(self) -> "Progress":
-        """Every frame's mask is known: there is only something to draw."""
-        self.forwards, self.index = True, math.inf
+    def mark_all_done(self) -> "TrackerCheckpoint":
+        """Take the masks of all frames from their files, so that only other outputs are written."""
+        self.forward, self.index = True, math.inf
         return self
 
-    def met(self, index: int, forwards: bool) -> bool:
-        """Whether an earlier run met the frame on this way, so that its mask is known."""
-        if self.index is None or forwards > self.forwards:
+    def is_done(self, index: int, forward: bool) -> bool:
+        """Whether the interrupted run already segmented a frame in this direction."""
+        if self.index is None or forward > self.forward:
             return False
-        return (forwards < self.forwards or index == self.index
-                or (index > self.index) != forwards)
+        return (forward < self.forward or index == self.index
+                or (index > self.index) != forward)
 
     def mask(self, index: int) -> np.ndarray:
-        return read_mask(self.path_of(index))
+        """Read the (H, W) uint8 mask of a frame that is done."""
+        return read_mask(self.mask_path(index))
 
-    def path_of(self, index: int) -> Path:
-        """Of a frame's mask."""
+    def mask_path(self, index: int) -> Path:
         return self.folder / f"{self.clip.frame_name(index)}.png"
 
     def due(self) -> bool:
-        """Whether it is time to keep a state; says so once."""
-        if time.monotonic() - self.saved < KEPT_EVERY:
+        """Whether `SAVE_INTERVAL` has passed since the last call that returned True."""
+        if time.monotonic() - self.saved < SAVE_INTERVAL:
             return False
         self.saved = time.monotonic()
         return True
 
-    def keep(self, frame: Frame, state: dict) -> None:
-        """Make `frame` the last that a later run needn't segment; its mask must be written."""
-        save(self.path, {"forwards": frame.forwards, "index": frame.index, "state": state})
+    def save(self, frame: Frame, state: dict) -> None:
+        """Save the tracker state after `frame`, whose mask must already be on disk."""
+        save(self.path, {"forwards": frame.forward, "index": frame.index, "state": state})
 
-    def end(self) -> None:
-        """Delete the state: the clip is finished."""
+    def delete(self) -> None:
+        """Delete the saved state once the clip is finished."""
         self.path.unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: Options,
-          progress: Progress | None = None) -> Iterator[Frame]:
-    """Segment a clip from the first frame with a mask backwards to its start, then forwards.
+          checkpoint: TrackerCheckpoint | None = None) -> Iterator[Frame]:
+    """Segment a clip: backward from the first user mask to the start, then forward to the end.
 
-    Forwards last, so that a video of the result can be written along with it, see `Film`. An
-    object is looked for from the first frame on whose mask holds it.
+    The forward pass comes second because a video must be written in order: by then the masks of
+    the earlier frames are on disk. An object is tracked from the first user mask that contains it.
 
     Args:
-        masks: (H, W) uint8 object ids of frames, at least one.
+        masks: (H, W) uint8 user masks by frame index, at least one.
+        checkpoint: where to resume.
 
     Raises:
-        ValueError: a mask is of another size than the frame, or of a frame that isn't there or
-            not in the part of the clip that counts.
+        ValueError: a mask's size differs from the frame's, or its frame doesn't exist or is outside
+            `options.start` and `options.stop`.
     """
     model.eval()
     marked = [*masks, *options.presence.absent, *options.presence.gone]
@@ -168,23 +190,24 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
                          "frames, counted from 0")
     masks = {frame: clip.fit(mask) for frame, mask in masks.items()}
     first, start, stop = min(masks), options.start, options.stop
-    for given in marked:
-        if given < start or stop is not None and given >= stop:
-            raise ValueError(f"--mask: frame {clip.number(given)} is not in --frames")
+    for index in marked:
+        if index < start or stop is not None and index >= stop:
+            raise ValueError(f"--mask: frame {clip.number(index)} is not in --frames")
     reference = next(clip.frames(first))
     with ThreadPoolExecutor(1) as pool:
-        for forwards in (False, True) if first > start else (True,):
-            known = masks if forwards else {first: masks[first]}
-            others = (enumerate(clip.frames(first + 1, stop), first + 1) if forwards else
+        for forward in (False, True) if first > start else (True,):
+            user_masks = masks if forward else {first: masks[first]}
+            others = (enumerate(clip.frames(first + 1, stop), first + 1) if forward else
                       zip(range(first - 1, start - 1, -1), clip.backwards(first)))
-            frames = _scaled(itertools.chain([(first, reference)], others), options)
-            for frame in _way(model, _read(pool, frames), known, options, forwards, progress):
-                if forwards or frame.index != first:
+            frames = _prefetch(pool, _with_network_image(
+                itertools.chain([(first, reference)], others), options))
+            for frame in _propagate(model, frames, user_masks, options, forward, checkpoint):
+                if forward or frame.index != first:  # the first frame is written only once
                     yield frame
 
 
-def _read(pool: Executor, frames: Iterator) -> Iterator:
-    """The frames, decoded ahead; the pool has one thread, so they stay in order."""
+def _prefetch(pool: Executor, frames: Iterator) -> Iterator:
+    """Decode and resize frames in advance; the pool must have one thread, to keep their order."""
     end = object()
     for frame in ahead(pool, lambda _: next(frames, end), itertools.count()):
         if frame is end:
@@ -192,83 +215,97 @@ def _read(pool: Executor, frames: Iterator) -> Iterator:
         yield frame
 
 
-def _way(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]],
-         masks: dict[int, np.ndarray], options: Options, forwards: bool,
-         progress: Progress | None) -> Iterator[Frame]:
-    """One tracker through frames, each with what the network sees, in the order they come in."""
-    tracker = Tracker(model, options.threshold, options.remove_outliers)
-    for index, image, small in frames:
-        if progress and progress.met(index, forwards):
-            # that of the first frame is written on the way forwards only
-            mask = masks[index] if index == min(masks) else progress.mask(index)
-            yield Frame(index, image, None, forwards, tracker, mask)
-            continue
-        if progress and progress.state is not None and progress.forwards == forwards:
-            tracker.load_state(progress.state)
-            progress.state = None
-        yield follow(tracker, index, image, small, masks.get(index), options, forwards)
-
-
-def follow(tracker: Tracker, index: int, image: np.ndarray, small: np.ndarray,
-           given: np.ndarray | None, options: Options, forwards: bool = True,
-           presence: Presence | None = None) -> Frame:
-    """A tracker's next frame.
+def _propagate(model: VideoMatch, frames: Iterable[tuple[int, np.ndarray, np.ndarray]],
+               masks: dict[int, np.ndarray], options: Options, forward: bool,
+               checkpoint: TrackerCheckpoint | None) -> Iterator[Frame]:
+    """Propagate masks through frames in one direction, with one tracker.
 
     Args:
-        image, small: (H, W, 3) uint8 RGB, the frame and, as `scaled` makes it, what the network
-            sees of it.
-        given: (H, W) uint8 object ids where a mask was given.
-        presence: in place of that in `options`.
+        frames: index, image, and image for the network, beginning with the first user mask's.
+    """
+    tracker = Tracker(model, options.threshold, options.remove_outliers)
+    for index, image, network_image in frames:
+        if checkpoint and checkpoint.is_done(index, forward):
+            # the file of the first frame may not exist yet: only the forward pass writes it
+            mask = masks[index] if index == min(masks) else checkpoint.mask(index)
+            yield Frame(index, image, None, forward, tracker, mask)
+            continue
+        if checkpoint and checkpoint.state is not None and checkpoint.forward == forward:
+            tracker.load_state(checkpoint.state)
+            checkpoint.state = None
+        yield segment_frame(tracker, index, image, network_image, masks.get(index), options,
+                            forward)
+
+
+def segment_frame(tracker: Tracker, index: int, image: np.ndarray, network_image: np.ndarray,
+                  user_mask: np.ndarray | None, options: Options, forward: bool = True,
+                  presence: Presence | None = None) -> Frame:
+    """Run the tracker on its next frame.
+
+    Args:
+        image: (H, W, 3) uint8 RGB frame.
+        network_image: (h, w, 3) uint8 RGB, the frame as resized by `resize_for_network`.
+        user_mask: (H, W) uint8 object ids; None to predict the mask.
+        presence: objects that are absent or gone; defaults to that in `options`.
 
     Raises:
-        ValueError: the mask is of another size than the frame.
+        ValueError: the mask's size differs from the frame's.
     """
     presence = presence or options.presence
     missing = presence.missing(index).intersection(tracker.object_ids)
-    if given is None and missing.intersection(presence.absent.get(index, ())):
-        given = np.zeros(image.shape[:2], np.uint8)
-    if given is None:
-        for object_id in sorted(missing):  # gone; at a user mask it stays known, for its return
+    if user_mask is None and missing.intersection(presence.absent.get(index, ())):
+        # makes it a reference frame: the tracker predicts the other objects and adds them
+        user_mask = np.zeros(image.shape[:2], np.uint8)
+    if user_mask is None:
+        # Objects that are gone are removed, so that they cost no time. At a user mask they stay in
+        # the memory: it may contain them again.
+        for object_id in sorted(missing):
             tracker.remove(object_id)
     else:
         images.check_same_shape(f"frame {index}", image.shape, f"--mask for frame {index}",
-                                given.shape)
-    tensor = preprocess.to_tensor(small, options.input_shape, tracker.model.device)
-    shape = options.segmentation_shape or small.shape[:2]
-    step = tracker.step(tensor, given, shape, missing)
-    known = None if given is None else step.mask  # with the objects that it lacked
-    if options.segmentation_shape and given is None:
-        known = images.resize_mask(step.mask, image.shape[:2])
-    return Frame(index, image, step, forwards, tracker, known)
+                                user_mask.shape)
+    tensor = preprocess.to_tensor(network_image, options.input_shape, tracker.model.device)
+    shape = options.segmentation_shape or network_image.shape[:2]
+    step = tracker.step(tensor, user_mask, shape, missing)
+    # the step's mask also has the predictions of objects that the user mask lacks
+    override = None if user_mask is None else step.mask
+    if options.segmentation_shape and user_mask is None:
+        override = images.resize_mask(step.mask, image.shape[:2])
+    return Frame(index, image, step, forward, tracker, override)
 
 
-def scaled(image: np.ndarray, options: Options) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: what the network sees of a frame."""
+def resize_for_network(image: np.ndarray, options: Options) -> np.ndarray:
+    """(H, W, 3) uint8 RGB frame -> (h, w, 3), at the working size.
+
+    With `options.input_shape` it stays as it is; `to_tensor` resizes it then.
+    """
     return images.scaled(image, 0 if options.input_shape else options.size)
 
 
-def cell(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
-    """The side of a feature cell, in pixels of an (H, W) frame."""
+def location_size(model: VideoMatch, shape: tuple[int, int], options: Options) -> float:
+    """Side length of a feature-map location, in pixels of an (H, W) frame."""
     small = options.input_shape or images.working_shape(shape, options.size)
     finer = 1.0 if model.method == "memory" else model.upsample_factor
     return model.encoder.spec.stride / (model.zoom * finer) * min(shape) / min(small)
 
 
-def _scaled(frames: Iterable[tuple[int, np.ndarray]],
-            options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Each frame with what the network sees of it."""
+def _with_network_image(frames: Iterable[tuple[int, np.ndarray]],
+                        options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     for index, image in frames:
-        yield index, image, scaled(image, options)
+        yield index, image, resize_for_network(image, options)
 
 
 class Sink:
-    """Takes frames in the order in which they are segmented, in a thread in the background."""
+    """Base class of outputs; receives the frames in the order of segmentation.
+
+    All methods are called from one background thread.
+    """
 
     def write(self, frame: Frame) -> None:
         raise NotImplementedError
 
-    def keep(self) -> None:
-        """What was written so far is what a later run goes on from."""
+    def flush(self) -> None:
+        """Put everything written so far on disk: an interrupted run will resume from here."""
 
     def __enter__(self):
         return self
@@ -277,27 +314,27 @@ class Sink:
         pass
 
 
-def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None = None,
-          seen: Callable[[Frame], object] = lambda _: None) -> int:
-    """Hand every frame to every sink, one frame after the other, in a thread of its own.
+def drain(frames: Iterable[Frame], sinks: list[Sink], checkpoint: TrackerCheckpoint | None = None,
+          on_frame: Callable[[Frame], object] = lambda _: None) -> int:
+    """Send all frames to all sinks, which write in a background thread.
 
     Args:
-        progress: kept up to date.
-        seen: called with each frame, before any sink.
+        checkpoint: saved every `SAVE_INTERVAL` and on Ctrl+C, deleted at the end.
+        on_frame: called with each frame before it goes to the sinks.
 
     Returns:
-        How many frames there were.
+        The number of frames.
 
     Raises:
-        KeyboardInterrupt: Ctrl+C; after the frame under way, which a later run need not repeat.
+        KeyboardInterrupt: on Ctrl+C, after the current frame is written and its state saved.
     """
     def write(frame: Frame, state: dict | None) -> None:
         for sink in sinks:
             sink.write(frame)
         if state is not None:
             for sink in sinks:
-                sink.keep()
-            progress.keep(frame, state)
+                sink.flush()
+            checkpoint.save(frame, state)
 
     count = 0
     with interruptible() as interrupted, ExitStack() as stack:
@@ -305,16 +342,18 @@ def drain(frames: Iterable[Frame], sinks: list[Sink], progress: Progress | None 
             stack.enter_context(sink)
         background = stack.enter_context(Background(write))
         for frame in frames:
-            seen(frame)
+            on_frame(frame)
             stop = interrupted()
-            keep = progress is not None and frame.step is not None and (progress.due() or stop)
-            background(frame, frame.tracker.state() if keep else None)
+            save_now = (checkpoint is not None and frame.step is not None
+                        and (checkpoint.due() or stop))
+            # here, not in the background: by then the tracker may be at a later frame
+            background(frame, frame.tracker.state() if save_now else None)
             count += 1
             if stop:
                 raise KeyboardInterrupt
-        stack.close()  # every file is whole before anything else
-        if interrupted():  # behind the last frame
+        stack.close()  # completes all files before the state is deleted
+        if interrupted():  # after the last frame
             raise KeyboardInterrupt
-    if progress:
-        progress.end()
+    if checkpoint:
+        checkpoint.delete()
     return count

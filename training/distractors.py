@@ -13,7 +13,7 @@ LEFT = 0.7  # of the object is enough
 EDGE = 0.7  # pixels, standard deviation of the blur of their edges
 
 
-def crowd(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
+def add_distractors(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """An image with other objects, most of them behind the one that is meant.
 
@@ -28,7 +28,7 @@ def crowd(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
     whole, tall = np.count_nonzero(mask), np.ptp(np.flatnonzero(mask.any(1))) + 1
     for _ in range(rng.integers(*COUNT)):
         other = others[rng.integers(len(others))]
-        picture, inside = sized(other, tall * rng.uniform(*HEIGHT), rng)
+        picture, inside = resize_cutout(other, tall * rng.uniform(*HEIGHT), rng)
         place = [int(rng.integers(-(a // 2), max(b - a // 2, 1 - a // 2)))
                  for a, b in zip(inside.shape, mask.shape)]
         there, cut = _shared(place, inside.shape, mask.shape)
@@ -46,7 +46,7 @@ def crowd(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
     return image, mask
 
 
-def sized(cutout: Cutout, height: float, rng) -> tuple[np.ndarray, np.ndarray]:
+def resize_cutout(cutout: Cutout, height: float, rng) -> tuple[np.ndarray, np.ndarray]:
     """A cut-out about so high, maybe mirrored: (h, w, 3) uint8, and (h, w) float32 0 or 1."""
     high, wide = cutout.ids.shape
     scale, stretch = height / high, SQUARE ** rng.uniform(-0.5, 0.5)
@@ -67,8 +67,8 @@ def _shared(place: list[int], size: tuple[int, int], shape: tuple[int, int]):
     return there, tuple(slice(part.start - p, part.stop - p) for part, p in zip(there, place))
 
 
-def others_of(image: np.ndarray, mask: np.ndarray, more: list[tuple[np.ndarray, np.ndarray]]
-              ) -> list[Cutout]:
+def distractor_cutouts(image: np.ndarray, mask: np.ndarray,
+                       more: list[tuple[np.ndarray, np.ndarray]]) -> list[Cutout]:
     """The cut-outs of an object and, each as often, of others: (H, W, 3) and (H, W) bool each."""
     found = [cut_out(picture, inside.astype(np.uint8))
              for picture, inside in ((image, mask), *more)]

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from training import warps
-from training.synthetic_motion import LARGEST, moving
-from training.warps import Cutout, Layer, turned
+from training.synthetic_motion import LARGEST, moving_layer
+from training.warps import Cutout, Layer, linear_maps
 
 SPEED = (0.02, 0.15)  # of the frame's width per frame, at which duplicates pass their original
 SMALL = (0.03, 0.1)  # size of a member of a swarm, as `SIZE`
@@ -20,7 +20,7 @@ LINE = (0.4, 1.6)  # length of a line on an object, in units of the object's lon
 LINE_WIDTH = (2, 5)  # pixels of a cut-out; thinner ones would not survive the softening of borders
 
 
-def crossing(rng, cutouts: list[Cutout | None], path: np.ndarray, scale: float,
+def crossing_layer(rng, cutouts: list[Cutout | None], path: np.ndarray, scale: float,
              shape: tuple[int, int]) -> Layer:
     """A layer of a duplicate that meets its original, or passes close by, and goes on.
 
@@ -35,13 +35,13 @@ def crossing(rng, cutouts: list[Cutout | None], path: np.ndarray, scale: float,
     steps = np.arange(frames)[:, None] - meeting
     away = rng.normal(0, 0.35, 2) * first.ids.shape[::-1] * scale
     place = path[meeting] + away + steps * speed * np.array([np.cos(angle), np.sin(angle)])
-    linear = turned(rng.normal(0, warps.TURN, 1), np.array([scale]), np.zeros(1))
+    linear = linear_maps(rng.normal(0, warps.TURN, 1), np.array([scale]), np.zeros(1))
     linear[..., 0] *= rng.choice((-1, 1))
-    return moving(rng, cutouts, np.broadcast_to(linear, (frames, 2, 2)), place, shape, False,
+    return moving_layer(rng, cutouts, np.broadcast_to(linear, (frames, 2, 2)), place, shape, False,
                   natural=meeting, leaves=0)
 
 
-def swarm(rng, members: list[list[Cutout | None]], shape: tuple[int, int]) -> list[Layer]:
+def swarm_layers(rng, members: list[list[Cutout | None]], shape: tuple[int, int]) -> list[Layer]:
     """Layers of small look-alikes, each on a way of its own, which cross.
 
     Args:
@@ -58,21 +58,21 @@ def swarm(rng, members: list[list[Cutout | None]], shape: tuple[int, int]) -> li
         scale = min(size / root * np.exp(rng.normal(0, 0.1)), LARGEST)
         place = middle + rng.normal(0, spread * width, 2)
         speed = rng.normal(0, size * width / 2, 2)
-        linear = turned(rng.uniform(0, 2 * np.pi, 1), np.array([scale]), np.zeros(1))
+        linear = linear_maps(rng.uniform(0, 2 * np.pi, 1), np.array([scale]), np.zeros(1))
         places = place + np.arange(frames)[:, None] * speed
-        layers.append(moving(rng, cutouts, np.broadcast_to(linear, (frames, 2, 2)), places, shape,
-                             False, leaves=0))
+        layers.append(moving_layer(rng, cutouts, np.broadcast_to(linear, (frames, 2, 2)), places,
+                             shape, False, leaves=0))
     return layers
 
 
-def in_place(cutouts: list[Cutout | None]) -> Layer:
+def stationary_layer(cutouts: list[Cutout | None]) -> Layer:
     """A layer of what is in a video, where it is: to be in front of what was pasted."""
     frames = len(cutouts)
     return Layer(cutouts, np.repeat(np.eye(2, 3)[None], frames, 0),
                  np.zeros((frames, warps.MESH, warps.MESH, 2), np.float32))
 
 
-def vanishing(rng, layer: Layer) -> Layer:
+def maybe_vanish(rng, layer: Layer) -> Layer:
     """The same, but maybe for a frame or two it is not there; always in the first two frames."""
     frames = len(layer.cutouts)
     if frames > 4 and rng.random() < VANISHES:
@@ -82,7 +82,7 @@ def vanishing(rng, layer: Layer) -> Layer:
     return layer
 
 
-def with_lines(rng, cutouts: list[Cutout | None]) -> list[Cutout | None]:
+def add_lines(rng, cutouts: list[Cutout | None]) -> list[Cutout | None]:
     """Cut-outs with one to three lines that belong to the object: a pole, a rope, a leash."""
     first = next(c for c in cutouts if c)
     longest = max(first.ids.shape)
@@ -92,7 +92,7 @@ def with_lines(rng, cutouts: list[Cutout | None]) -> list[Cutout | None]:
         length = np.exp(rng.uniform(*np.log(LINE))) * longest
         lines.append((rng.uniform(0, 2 * np.pi), min(length, 250), rng.normal(0, 0.1),
                       int(rng.integers(LINE_WIDTH[0], LINE_WIDTH[1] + 1))))
-    swing = warps.smooth(rng, len(cutouts), math.radians(4))
+    swing = warps.random_path(rng, len(cutouts), math.radians(4))
     return [cutout and _lined(cutout, corner, colour,
                               [(angle + turn, *others) for angle, *others in lines])
             for cutout, turn in zip(cutouts, swing)]
@@ -118,7 +118,7 @@ def _lined(cutout: Cutout, corner: np.ndarray, colour: np.ndarray, lines: list) 
     return Cutout(image, ids, place, cutout.cut)
 
 
-def path_of(masks: list[np.ndarray], object_id: int) -> np.ndarray | None:
+def object_path(masks: list[np.ndarray], object_id: int) -> np.ndarray | None:
     """(T, 2) x and y of the middle of an object; where it is not there, of the frame next to it.
 
     None where it is in no frame.

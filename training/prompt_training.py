@@ -19,15 +19,15 @@ import metrics
 import preprocess
 from davis import Sequence
 from media.background import interruptible, progress
-from media.shown import Prompts
+from media.prompts import Prompts
 from network.prompts import PromptDecoder, Seen
 from system import distributed
 from tracking import prompting as looking
 from training import distractors, simulated_user
-from training.options import GRADIENT, Options, one_cycle
+from training.options import MAX_GRADIENT_NORM, Options, one_cycle
 from training.report import Report
 from training.samples import large_enough
-from training.static_images import Still
+from training.static_images import StaticImage
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ RATE = 10  # times the learning rate of an encoder, since it begins from nothing
 CHECKED = 30  # held-out frames at most
 
 
-class Scenes(Dataset):
+class PromptSamples(Dataset):
     """An endless number of scenes: a part of a frame, what is shown of an object, and its mask.
 
     A scene depends on seed and index alone.
@@ -57,7 +57,7 @@ class Scenes(Dataset):
         augment: flips and changes of colour.
     """
 
-    def __init__(self, sequences: list[Sequence], stills: list[Still], augment: bool = True,
+    def __init__(self, sequences: list[Sequence], stills: list[StaticImage], augment: bool = True,
                  seed: int = 0):
         self.sequences, self.stills, self.augment, self.seed = sequences, stills, augment, seed
         self.colour = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
@@ -68,12 +68,12 @@ class Scenes(Dataset):
         image, truth = self._object(rng)
         begun = "box" if rng.random() < BOXES else "click"
         if self.augment and rng.random() < CROWDED[begun]:
-            others = distractors.others_of(image, truth, [self._object(rng)])
-            image, truth = distractors.crowd(image, truth, others, rng)
+            others = distractors.distractor_cutouts(image, truth, [self._object(rng)])
+            image, truth = distractors.add_distractors(image, truth, others, rng)
         if self.augment and rng.random() < 0.5:
             image, truth = image[:, ::-1].copy(), truth[:, ::-1].copy()
-        shown, part, rounds = shows(truth, rng, begun)
-        patch, shown = looking.part_of(image, shown, part)
+        shown, part, rounds = initial_prompts(truth, rng, begun)
+        patch, shown = looking.resize_crop(image, shown, part)
         truth, before = (None if mask is None else cv2.resize(
             mask.astype(np.uint8), patch.shape[1::-1],
             interpolation=cv2.INTER_NEAREST_EXACT) > 0 for mask in (truth[part], shown.mask))
@@ -107,17 +107,17 @@ class Scenes(Dataset):
             yield from ((source, frame) for frame in source.labelled)
 
 
-def shows(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, slice], int]:
+def initial_prompts(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, slice], int]:
     """What a person shows of an object at first, the part that is looked at, and for how long.
 
     Args:
         begun: with a "box" or a "click".
     """
     shape, margin = truth.shape, rng.uniform(*MARGINS)
-    box = simulated_user.jittered(simulated_user.box_of(truth), JITTER, shape, rng)
+    box = simulated_user.jitter_box(simulated_user.bounding_box(truth), JITTER, shape, rng)
     if rng.random() < 0.5:  # too large or too small on all sides
-        box = grown(box, rng.uniform(-JITTER, JITTER), shape)
-    part = looking.around(Prompts([box]), shape, margin)
+        box = scale_box(box, rng.uniform(-JITTER, JITTER), shape)
+    part = looking.crop_around(Prompts([box]), shape, margin)
     rounds = int(rng.choice(ROUNDS[begun]))
     if begun == "box":
         return Prompts([box]), part, rounds
@@ -125,7 +125,7 @@ def shows(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, sli
         part = slice(0, shape[0]), slice(0, shape[1])
     shown = Prompts(points=[simulated_user.first_click(truth, rng)])
     if rng.random() < MASKED:
-        wrong = spoilt(truth, box, rng)
+        wrong = corrupt_mask(truth, box, rng)
         click = simulated_user.next_click(wrong, truth)
         if wrong.any() and click is not None:
             shown = Prompts(mask=wrong)
@@ -133,7 +133,7 @@ def shows(truth: np.ndarray, rng, begun: str) -> tuple[Prompts, tuple[slice, sli
     return shown, part, rounds
 
 
-def grown(box, share: float, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+def scale_box(box, share: float, shape: tuple[int, int]) -> tuple[int, int, int, int]:
     """A box that is larger by a share of each side, on all sides, or smaller."""
     x, y, w, h = box
     left, top = max(0, round(x - share * w)), max(0, round(y - share * h))
@@ -142,7 +142,7 @@ def grown(box, share: float, shape: tuple[int, int]) -> tuple[int, int, int, int
     return left, top, max(1, right - left), max(1, bottom - top)
 
 
-def spoilt(truth: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:
+def corrupt_mask(truth: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:
     """A mask as a tracker might leave it: coarse, too wide or too narrow, a disc too much or too
     little."""
     _, _, w, h = box
@@ -157,7 +157,7 @@ def spoilt(truth: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray
 
 
 @dataclass
-class Scene:
+class ActiveSample:
     """One that is being mended.
 
     Args:
@@ -171,7 +171,7 @@ class Scene:
     rounds: list[bool]
 
 
-def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Still],
+def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[StaticImage],
                   held_out: list, options: Options) -> float:
     """Fit the part of a model that is shown objects, and nothing else of it.
 
@@ -189,18 +189,18 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
     sequences = large_enough(sequences, SMALLEST, masks=1)
     if not sequences and not stills:
         raise ValueError(f"nothing to train on: no object has at least {SMALLEST} pixels")
-    decoder = add(model)
+    decoder = add_prompt_decoder(model)
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
     schedule = one_cycle(optimizer, RATE * options.learning_rate, options.iterations)
     report = PromptReport(model, optimizer, schedule, sequences, held_out, options, stills)
-    done = report.begin()
+    done = report.start_or_resume()
     with report, interruptible() as interrupted:
         bar = progress(total=options.iterations, initial=done, desc="training",
                        disable=distributed.rank() > 0)
-        while done < options.iterations and report.stale < options.patience:
+        while done < options.iterations and report.reports_since_best < options.patience:
             every = options.report if options.report > 0 else options.iterations
             last = min(options.iterations, (done // every + 1) * every)
-            for loss in rounds(model, optimizer, sequences, stills, options, done, last):
+            for loss in training_steps(model, optimizer, sequences, stills, options, done, last):
                 schedule.step()
                 report.losses.append(loss)
                 done += 1
@@ -216,31 +216,31 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], stills: list[Sti
     return report.best
 
 
-def add(model: VideoMatch) -> PromptDecoder:
+def add_prompt_decoder(model: VideoMatch) -> PromptDecoder:
     """The part of a model that is shown objects; a new one, untrained, where there is none."""
     if model.prompts is None:
         model.prompts = PromptDecoder(tuple(model.encoder.spec.levels.values())).to(model.device)
     return model.prompts
 
 
-def rounds(model: VideoMatch, optimizer, sequences, stills, options: Options, first: int,
+def training_steps(model: VideoMatch, optimizer, sequences, stills, options: Options, first: int,
            last: int):
     """The losses of the steps from one report to the next, as they are made.
 
     Scenes begin anew after a report, so that a run that goes on from there goes the same way.
     """
-    scenes = Scenes(sequences, stills, options.augment, options.seed)
+    scenes = PromptSamples(sequences, stills, options.augment, options.seed)
     # no scene is taken twice: a step makes room for as many as it holds at most
     each = options.batch_size * distributed.count()
     indices = range(first * each + distributed.rank(), (last + 1) * each, distributed.count())
     loader = iter(DataLoader(scenes, None, sampler=indices, num_workers=options.workers,
                              collate_fn=_same))
     model.eval()
-    running: list[Scene] = []
+    running: list[ActiveSample] = []
     for _ in range(first, last):
         while len(running) < options.batch_size:
-            running.append(begin(model, *next(loader)))
-        yield step(model, optimizer, running)
+            running.append(start_sample(model, *next(loader)))
+        yield training_step(model, optimizer, running)
         running = [scene for scene in running if scene.rounds]
 
 
@@ -249,13 +249,14 @@ def _same(item):
 
 
 @torch.no_grad()
-def begin(model: VideoMatch, image: torch.Tensor, truth: np.ndarray, prompts: Prompts,
-          left: list[bool]) -> Scene:
+def start_sample(model: VideoMatch, image: torch.Tensor, truth: np.ndarray, prompts: Prompts,
+          left: list[bool]) -> ActiveSample:
     image = image[None].to(model.device)
-    return Scene(model.prompts.look(image, *model.encoder.pyramid(image)), truth, prompts, left)
+    seen = model.prompts.look(image, *model.encoder.pyramid(image))
+    return ActiveSample(seen, truth, prompts, left)
 
 
-def step(model: VideoMatch, optimizer, scenes: list[Scene]) -> float:
+def training_step(model: VideoMatch, optimizer, scenes: list[ActiveSample]) -> float:
     """One update by a round of each scene, which then has a click more; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
@@ -264,9 +265,9 @@ def step(model: VideoMatch, optimizer, scenes: list[Scene]) -> float:
         loss = loss_of(logits, scene.truth) / len(scenes)
         loss.backward()
         total += loss.item()
-        mend(scene, logits.detach())
+        correct(scene, logits.detach())
     distributed.average_gradients(model.prompts.parameters())
-    torch.nn.utils.clip_grad_norm_(model.prompts.parameters(), GRADIENT)
+    torch.nn.utils.clip_grad_norm_(model.prompts.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
     return total
 
@@ -280,13 +281,13 @@ def loss_of(logits: torch.Tensor, truth: np.ndarray) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, target) + dice
 
 
-def mend(scene: Scene, logits: torch.Tensor) -> None:
+def correct(scene: ActiveSample, logits: torch.Tensor) -> None:
     """The person's next click; a scene without an error left is at its end."""
     found = F.interpolate(logits[None, None], size=scene.truth.shape, mode="bilinear",
                           align_corners=False)[0, 0].cpu().numpy() > 0
-    found = looking.meant(found, scene.prompts)
+    found = looking.select_components(found, scene.prompts)
     keep, *left = scene.rounds
-    more = simulated_user.clicked(scene.prompts, found, scene.truth, keep)
+    more = simulated_user.add_click(scene.prompts, found, scene.truth, keep)
     scene.prompts, scene.rounds = (scene.prompts, []) if more is None else (more, left)
 
 
@@ -297,41 +298,41 @@ class PromptReport(Report):
         super().__init__(*args)
         self.run["trained"] = "prompts"
 
-    def keep(self, iteration: int, **held_out) -> None:
+    def save_weights(self, iteration: int, **held_out) -> None:
         facts = {"iteration": iteration, **held_out}
         # what is known of the rest of the model holds as before
         self.model.save(self.options.save, **{**self.model.facts, "prompts": facts})
 
     def scores(self, held_out: list) -> list[float]:
         return [float(np.mean([row["box"], row["jittered"], *row["clicks"][0::2]]))
-                for row in measured(self.model, held_out, count=3)]
+                for row in evaluate_prompts(self.model, held_out, count=3)]
 
 
-def measured(model: VideoMatch, sources: list, count: int) -> list[dict]:
+def evaluate_prompts(model: VideoMatch, sources: list, count: int) -> list[dict]:
     """J of first frames of sequences and of stills; objects one by one.
 
     Returns:
         Of each object its name, and J: of the true "box", of one whose sides are moved by up to
         `JITTER` of its own ("jittered"), and a list, of one to `count` "clicks".
     """
-    prompt, rows = looking.prompter(model.eval()), []
+    prompt, rows = looking.make_prompter(model.eval()), []
     for source in sources:
         first = source.labelled[0]
         image, mask = source.image(first), source.mask(first)
         for object_id in np.unique(mask[mask > 0]).tolist():
             truth = mask == object_id
             rng = np.random.default_rng(len(rows))
-            box = simulated_user.box_of(truth)
-            moved = simulated_user.jittered(box, JITTER, truth.shape, rng)
+            box = simulated_user.bounding_box(truth)
+            moved = simulated_user.jitter_box(box, JITTER, truth.shape, rng)
             rows.append({"name": f"{source.name}_{object_id}", **{
                 name: metrics.jaccard(prompt(image, Prompts([shown])), truth)
                 for name, shown in (("box", box), ("jittered", moved))}, "clicks": [
                 metrics.jaccard(found, truth)
-                for found in simulated_user.clicking(prompt, image, truth, count, rng)]})
+                for found in simulated_user.simulate_clicks(prompt, image, truth, count, rng)]})
     return rows
 
 
-def split_stills(stills: list[Still], share: float, seed: int) -> tuple[list, list]:
+def split_static_images(stills: list[StaticImage], share: float, seed: int) -> tuple[list, list]:
     """Hold some out, at most as many as `CHECKED`: (training, held out)."""
     count = min(round(share * len(stills)), CHECKED)
     chosen = set(np.random.default_rng(seed).choice(len(stills), count, replace=False).tolist())

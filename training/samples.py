@@ -13,12 +13,12 @@ from media.drawing import areas
 from preprocess import Augment, to_tensor
 from system import distributed
 from training import lookalikes, synthetic_motion, warps
-from training.static_images import Still
+from training.static_images import StaticImage
 from training.warps import Layer
 
 log = logging.getLogger(__name__)
 
-Source = Sequence | Still
+Source = Sequence | StaticImage
 
 CLIP = 4  # frames of a clip where there are no still images
 # Where there are: first these, then videos too, then longer clips. Each until what share of the
@@ -28,7 +28,7 @@ PHASES = ((0.3, 0.5, 6), (1.0, 0.35, 8))
 
 # Pixels of the training frame that an object fills at least. Fewer leave no trace in the features,
 # one location of which stands for 8x8 pixels or more; in DAVIS no object is that small.
-FEWEST = 16
+MIN_PIXELS = 16
 
 
 def large_enough(sequences: list[Sequence], pixels: float, shape: tuple[int, int] | None = None,
@@ -135,6 +135,7 @@ class Clips(Pairs):
     PARTS = 0.25  # of what moves as one in stills has a part that is an object of its own
     MEMBERS = (3, 6)  # of a swarm
     OTHERS = 0.2  # of the objects beside the first are not followed
+    ALONE = 0.25  # of the clips follow one object only, whatever looks like it
     SWAPS = 0.3  # of the stills' objects are seen before another background
     TOGETHER = 0.6  # of the stills' objects that touch each other move as one
     LEAST = 0.0005  # share of the reference frame that an object fills at least; see `FEWEST`
@@ -142,7 +143,7 @@ class Clips(Pairs):
     SOURCES = 20  # tried for one clip before training gives up
 
     def __init__(self, sequences: list[Sequence], augment: Augment, frames: int = 4, gap: int = 5,
-                 paste: float = 0.75, objects: int = 6, stills: list[Still] | None = None):
+                 paste: float = 0.75, objects: int = 6, stills: list[StaticImage] | None = None):
         if frames < 2:
             raise ValueError(f"a clip has at least two frames, got {frames}")
         super().__init__([*sequences, *(stills or [])], augment)
@@ -185,12 +186,13 @@ class Clips(Pairs):
         All fill more than `LEAST` of a frame, or if `small`, `FEWEST` pixels.
         """
         least = self.LEAST * masks[0].numel()
-        least = min(least, FEWEST - 1) if small else least
+        least = min(least, MIN_PIXELS - 1) if small else least
         seen = np.array([areas(mask) for mask in masks.numpy()]) > least
         seen[0, hidden] = False
         known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
         again = [i for i in known if seen[1:, i].any()]
-        others = [i for i in known if i not in again[:1] and rng.random() >= self.OTHERS]
+        left_out = 1.0 if rng.random() < self.ALONE else self.OTHERS
+        others = [i for i in known if i not in again[:1] and rng.random() >= left_out]
         chosen = (again[:1] and again[:1] + others)[:self.objects]
         new = np.zeros(256, np.uint8)
         new[chosen] = 1 + rng.permutation(len(chosen))
@@ -207,7 +209,7 @@ class Clips(Pairs):
         frames = [(sequence.image(i), sequence.mask(i)) for i in chosen]
         masks = [mask for _, mask in frames]
         layers = self._pasted(sequence, masks, None, masks[0].shape, step, far, rng,
-                              lambda i: lookalikes.path_of(masks, i), frames)
+                              lambda i: lookalikes.object_path(masks, i), frames)
         before = masks[0].copy()
         for t, frame in enumerate(frames):
             for layer in layers:
@@ -215,7 +217,7 @@ class Clips(Pairs):
         first = [self.augment(*frames[0])] if far else []
         clip = self.augment.clip(frames[1:] if far else frames)
         return *(torch.stack(parts) for parts in zip(*first, *clip)), \
-            synthetic_motion.hidden(layers, before, masks[0])
+            synthetic_motion.hidden_ids(layers, before, masks[0])
 
     def _still(self, still: Source, rng) -> tuple:
         """A clip of a still image: images, masks with all ids, ids hidden in the first."""
@@ -228,45 +230,45 @@ class Clips(Pairs):
             back = other.image(int(rng.integers(len(other))))
             focus = rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
         else:
-            back = warps.fill(image, ids)
+            back = warps.inpaint(image, ids)
             focus = whole.center if whole else rng.uniform(0.2, 0.8, 2) * back.shape[1::-1]
-        poses = synthetic_motion.camera(rng, self.length, far, back.shape[:2], shape, focus)
+        poses = synthetic_motion.camera_poses(rng, self.length, far, back.shape[:2], shape, focus)
         layers, parts = [], self._parts(ids, rng)
         for part in parts:
             cutouts = self._lined([warps.cut_out(image, part)] * self.length, rng)
             if swap:
-                layers.append(synthetic_motion.pasted(rng, cutouts, poses, shape, far))
+                layers.append(synthetic_motion.pasted_layer(rng, cutouts, poses, shape, far))
             else:
-                layers.append(synthetic_motion.own(rng, cutouts, poses, shape, far))
+                layers.append(synthetic_motion.object_layer(rng, cutouts, poses, shape, far))
         own = list(layers)
         layers += self._pasted(still, [ids, *parts], poses, shape, self._step(rng), far, rng,
-                               lambda i: next((synthetic_motion.way(layer) for layer in own
+                               lambda i: next((synthetic_motion.layer_path(layer) for layer in own
                                                if (layer.cutouts[0].ids == i).any()), None))
         layers = [layers[i] for i in rng.permutation(len(layers))]
-        bends = warps.smooth(rng, self.length, 0.004 * max(back.shape), far,
+        bends = warps.random_path(rng, self.length, 0.004 * max(back.shape), far,
                               (warps.MESH, warps.MESH, 2)).astype(np.float32)
         images, masks = [], []
         for t in range(self.length):
-            frame = warps.background(back, poses[t], bends[t], shape)
+            frame = warps.warp_background(back, poses[t], bends[t], shape)
             mask = np.zeros(shape, np.uint8)
             for layer in layers:
                 layer.paste(t, frame, mask)
             images.append(frame)
             masks.append(mask)
         if self.augment.random:
-            images = synthetic_motion.lit(rng, images, far)
+            images = synthetic_motion.vary_lighting(rng, images, far)
         return (torch.stack([to_tensor(x) for x in images]), torch.from_numpy(np.array(masks)),
-                synthetic_motion.hidden(layers, np.zeros(shape, np.uint8), masks[0]))
+                synthetic_motion.hidden_ids(layers, np.zeros(shape, np.uint8), masks[0]))
 
     def _parts(self, ids: np.ndarray, rng) -> list[np.ndarray]:
         """(H, W) ids of a still -> the same of what moves as one each, maybe cut in two."""
         together = rng.random() < self.TOGETHER
-        groups = (synthetic_motion.groups(ids) if together
+        groups = (synthetic_motion.touching_groups(ids) if together
                   else [[i] for i in np.unique(ids[ids > 0])])
         parts = [np.where(np.isin(ids, group), ids, 0).astype(np.uint8) for group in groups]
-        return [synthetic_motion.parted(rng, part, new)
+        return [synthetic_motion.split_part(rng, part, new)
                 if new and rng.random() < self.PARTS else part
-                for part, new in itertools.zip_longest(parts, unused([ids])[:len(parts)])]
+                for part, new in itertools.zip_longest(parts, unused_ids([ids])[:len(parts)])]
 
     def _step(self, rng) -> int:
         return int(rng.integers(1, self.gap + 1)) * int(rng.choice((-1, 1)))
@@ -305,7 +307,7 @@ class Clips(Pairs):
             frames: images and masks of a video, which may be in front of what is pasted.
         """
         count = 1 + int((rng.random(4) < self.MORE).sum()) if rng.random() < self.paste else 0
-        layers, labels = [], unused(masks)
+        layers, labels = [], unused_ids(masks)
         if count and not far and rng.random() < self.SWARM:
             layers, labels = self._swarm(own, labels, step, shape, rng), labels[self.MEMBERS[1]:]
             count = min(count, 1)
@@ -320,15 +322,15 @@ class Clips(Pairs):
             cutouts = self._lined(cutouts, rng)
             way = path(object_id) if double and rng.random() < self.CROSSES else None
             if way is None:
-                layer = synthetic_motion.pasted(rng, cutouts, poses, shape, far, double)
+                layer = synthetic_motion.pasted_layer(rng, cutouts, poses, shape, far, double)
             else:
                 scale = np.exp(rng.normal(0, 0.15))
                 if poses is not None:
                     scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
-                layer = lookalikes.crossing(rng, cutouts, way, scale, shape)
-            layers.append(lookalikes.vanishing(rng, layer))
+                layer = lookalikes.crossing_layer(rng, cutouts, way, scale, shape)
+            layers.append(lookalikes.maybe_vanish(rng, layer))
             if way is not None and frames and rng.random() < self.BEHIND:
-                layers.append(lookalikes.in_place([warps.cut_out(
+                layers.append(lookalikes.stationary_layer([warps.cut_out(
                     image.copy(), np.where(mask == object_id, mask, 0)) for image, mask in frames]))
         return layers
 
@@ -342,10 +344,11 @@ class Clips(Pairs):
         count = int(rng.integers(self.MEMBERS[0], self.MEMBERS[1] + 1))
         members = [self._cutouts(source, step, False, label, rng, object_id)[0]
                    for label in labels[:count]]
-        return [lookalikes.vanishing(rng, layer) for layer in lookalikes.swarm(rng, members, shape)]
+        return [lookalikes.maybe_vanish(rng, layer)
+                for layer in lookalikes.swarm_layers(rng, members, shape)]
 
     def _lined(self, cutouts: list, rng) -> list:
-        return lookalikes.with_lines(rng, cutouts) if rng.random() < self.LINES else cutouts
+        return lookalikes.add_lines(rng, cutouts) if rng.random() < self.LINES else cutouts
 
     def _cutouts(self, source: Source, step: int, far: bool, label: int, rng,
                  object_id: int | None = None) -> tuple[list, int]:
@@ -360,7 +363,7 @@ class Clips(Pairs):
         return [found[i] for i in chosen], object_id
 
 
-def unused(masks: list[np.ndarray]) -> list[int]:
+def unused_ids(masks: list[np.ndarray]) -> list[int]:
     """Ids from 1 on that none of the (H, W) masks holds."""
     return (1 + np.flatnonzero(sum(areas(mask) for mask in masks)[1:] == 0)).tolist()
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 import cv2
 import numpy as np
 
-from media.shown import Prompts
+from media.prompts import Prompts
 
 WELL = 0.5  # of the greatest depth: what is deeper is well inside
 
 
-def depth(mask: np.ndarray) -> np.ndarray:
+def distance_to_edge(mask: np.ndarray) -> np.ndarray:
     """(H, W) bool -> (H, W) float32, pixels to the nearest one outside, or beyond the frame."""
     padded = np.pad(mask.astype(np.uint8), 1)
     return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
@@ -21,7 +21,7 @@ def depth(mask: np.ndarray) -> np.ndarray:
 
 def first_click(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """x, y of a pixel anywhere well inside an object; the mask holds at least a pixel."""
-    deep = depth(mask)
+    deep = distance_to_edge(mask)
     rows, columns = np.nonzero(deep >= max(WELL * deep.max(), 1e-6))
     i = rng.integers(len(rows))
     return int(columns[i]), int(rows[i])
@@ -45,17 +45,17 @@ def next_click(found: np.ndarray, truth: np.ndarray) -> tuple[tuple[int, int], b
                 largest, area, wanted = labels == i, stats[i, cv2.CC_STAT_AREA], missing
     if largest is None:
         return None
-    y, x = np.unravel_index(depth(largest).argmax(), largest.shape)
+    y, x = np.unravel_index(distance_to_edge(largest).argmax(), largest.shape)
     return (int(x), int(y)), wanted
 
 
-def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """x, y, width, height of the smallest box around what is true in an (H, W) mask."""
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
     return x, y, w, h
 
 
-def jittered(box: tuple[int, int, int, int], share: float, shape: tuple[int, int],
+def jitter_box(box: tuple[int, int, int, int], share: float, shape: tuple[int, int],
              rng: np.random.Generator) -> tuple[int, int, int, int]:
     """A box whose sides are moved, each by up to a share of the box's own, within an (H, W) frame.
 
@@ -69,7 +69,7 @@ def jittered(box: tuple[int, int, int, int], share: float, shape: tuple[int, int
     return int(left), int(top), int(right - left), int(bottom - top)
 
 
-def clicked(prompts: Prompts, found: np.ndarray, truth: np.ndarray,
+def add_click(prompts: Prompts, found: np.ndarray, truth: np.ndarray,
             keep: bool = True) -> Prompts | None:
     """The prompts with a click more, in the middle of the largest error; None where there is none.
 
@@ -84,7 +84,7 @@ def clicked(prompts: Prompts, found: np.ndarray, truth: np.ndarray,
                    [*prompts.not_points, *[point] * (not wanted)], found if keep else None)
 
 
-def clicking(prompt: Callable[[np.ndarray, Prompts], np.ndarray], image: np.ndarray,
+def simulate_clicks(prompt: Callable[[np.ndarray, Prompts], np.ndarray], image: np.ndarray,
              truth: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """The masks after one to `count` clicks of a person who sees each before the next.
 
@@ -96,5 +96,5 @@ def clicking(prompt: Callable[[np.ndarray, Prompts], np.ndarray], image: np.ndar
     for _ in range(count):
         if prompts is not None:
             found = prompt(image, prompts)
-            prompts = clicked(prompts, found, truth)
+            prompts = add_click(prompts, found, truth)
         yield found

@@ -18,7 +18,7 @@ TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp
 
 
 @dataclass(frozen=True)
-class Still:
+class StaticImage:
     """One image and its mask: a sequence (`davis.Sequence`) of a single frame.
 
     Args:
@@ -55,7 +55,7 @@ class Still:
         images.check_same_shape(self.images[0], shape, self.masks[0], mask_shape)
 
 
-class Stills:
+class StaticImages:
     """The still images of a folder, sorted by name.
 
     Args:
@@ -77,7 +77,7 @@ class Stills:
         for path in (path for stem, path in sorted(masks.items()) if stem not in found):
             raise FileNotFoundError(f"{self.root / 'images' / path.stem}.jpg: no such image, "
                                     f"expected one for the mask {path}")
-        self.stills = [Still(stem, (found[stem],), (masks[stem],)) for stem in sorted(found)]
+        self.stills = [StaticImage(stem, (found[stem],), (masks[stem],)) for stem in sorted(found)]
         for still in self.stills:
             still.check()
 

@@ -10,7 +10,7 @@ import numpy as np
 import preprocess
 from media.drawing import areas
 from training import warps
-from training.warps import Cutout, Layer, posed, smooth, turned
+from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
 
 LEAVES = 0.12  # share of the objects that leave the frame once
 STREAKS = 0.3  # and of those that their motion blurs
@@ -21,7 +21,7 @@ PART = (0.1, 0.5)  # of an object that is cut in two
 SEEN = 0.15  # of an object, in the reference frame, if it is to be known
 
 
-def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int, int],
+def camera_poses(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int, int],
            focus: np.ndarray) -> np.ndarray:
     """(T, 2, 3) poses of an image of (H, W) `size` in frames of `shape`: crops that drift and zoom.
 
@@ -40,11 +40,12 @@ def camera(rng, frames: int, far: bool, size: tuple[int, int], shape: tuple[int,
         center = focus + rng.uniform(-0.4, 0.4, 2) * crop
         inside = np.clip(center, crop / 2, np.maximum(whole - crop / 2, crop / 2))
         center = np.where(crop < whole, inside, whole / 2 + rng.uniform(-0.1, 0.1, 2) * crop)
-        zoom = zoom * np.exp(smooth(rng, count, 0.02))
-        linear = turned(smooth(rng, count, warps.TURN / 4), zoom, smooth(rng, count, 0.005))
+        zoom = zoom * np.exp(random_path(rng, count, 0.02))
+        linear = linear_maps(random_path(rng, count, warps.TURN / 4), zoom,
+                             random_path(rng, count, 0.005))
         linear[..., 0] *= mirror
-        place = frame / 2 + smooth(rng, count, 0.015 * frame[0], size=(2,))
-        poses.append(posed(linear, center, place))
+        place = frame / 2 + random_path(rng, count, 0.015 * frame[0], size=(2,))
+        poses.append(affine_poses(linear, center, place))
     return np.concatenate(poses)
 
 
@@ -53,7 +54,7 @@ def _shots(frames: int, far: bool) -> list[range]:
     return [range(1), range(1, frames)] if far else [range(frames)]
 
 
-def groups(ids: np.ndarray) -> list[list[int]]:
+def touching_groups(ids: np.ndarray) -> list[list[int]]:
     """The objects of a mask; those that touch each other together."""
     near = cv2.dilate((ids > 0).astype(np.uint8), np.ones((TOUCH, TOUCH), np.uint8))
     parts = cv2.connectedComponents(near)[1]
@@ -65,7 +66,7 @@ def groups(ids: np.ndarray) -> list[list[int]]:
     return [sorted(i for i in group if i > 0) for group in joined]
 
 
-def parted(rng, ids: np.ndarray, new: int) -> np.ndarray:
+def split_part(rng, ids: np.ndarray, new: int) -> np.ndarray:
     """(H, W) ids -> the same, but that a part of one object, what is nearest to a point of it, is
     another: as a bag is that someone carries, it goes where the object goes."""
     rows, columns = np.nonzero(ids == rng.choice(np.unique(ids[ids > 0])))
@@ -77,7 +78,7 @@ def parted(rng, ids: np.ndarray, new: int) -> np.ndarray:
     return ids
 
 
-def own(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tuple[int, int],
+def object_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tuple[int, int],
         far: bool) -> Layer:
     """A layer of objects that a still image shows, moving on its own before the background.
 
@@ -88,17 +89,17 @@ def own(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tuple[int, 
     linear = poses[:, :, :2]
     place = linear @ cutouts[0].center + poses[:, :, 2]
     natural = 0 if far else int(rng.integers(len(poses)))  # there it is where it was
-    return moving(rng, cutouts, linear, place, shape, far, natural)
+    return moving_layer(rng, cutouts, linear, place, shape, far, natural)
 
 
-def way(layer: Layer) -> np.ndarray:
+def layer_path(layer: Layer) -> np.ndarray:
     """(T, 2) x and y of the middle of a layer's cut-outs in the frames."""
     middle = next(c for c in layer.cutouts if c).center
     return layer.poses[:, :, :2] @ middle + layer.poses[:, :, 2]
 
 
-def pasted(rng, cutouts: list[Cutout | None], poses: np.ndarray | None, shape: tuple[int, int],
-           far: bool, double: bool = False) -> Layer:
+def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
+                 shape: tuple[int, int], far: bool, double: bool = False) -> Layer:
     """A layer of an object of another image or video, at any place.
 
     Args:
@@ -119,18 +120,18 @@ def pasted(rng, cutouts: list[Cutout | None], poses: np.ndarray | None, shape: t
     linears, places = [], []
     for shot in _shots(frames, far):
         place = rng.uniform(0.1, 0.9, 2) * (width, height)
-        linear = turned(rng.normal(0, warps.TURN, 1), np.array([scale]), np.zeros(1))
+        linear = linear_maps(rng.normal(0, warps.TURN, 1), np.array([scale]), np.zeros(1))
         linear[..., 0] *= rng.choice((-1, 1))
         along = np.eye(2, 3)[None] if poses is None else poses[shot]
         change = along[:, :, :2] @ np.linalg.inv(along[0, :, :2])  # of the background
         place = change @ (place - along[0, :, 2]) + along[:, :, 2]
         linears.append(np.broadcast_to(change @ linear, (len(shot), 2, 2)))
         places.append(np.broadcast_to(place, (len(shot), 2)))
-    return moving(rng, cutouts, np.concatenate(linears), np.concatenate(places), shape, far,
+    return moving_layer(rng, cutouts, np.concatenate(linears), np.concatenate(places), shape, far,
                   leaves=0 if double else LEAVES)
 
 
-def moving(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndarray,
+def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndarray,
            shape: tuple[int, int], far: bool, natural: int | None = None,
            leaves: float = LEAVES) -> Layer:
     """Cut-outs on a smooth way of their own, relative to one that is given.
@@ -142,20 +143,20 @@ def moving(rng, cutouts: list[Cutout | None], linear: np.ndarray, place: np.ndar
     """
     frames, (height, width) = len(cutouts), shape
     haste = min(np.exp(rng.normal(-0.3, 0.6)), 2)
-    ways = [smooth(rng, frames, haste * step, far, size) for step, size in
+    ways = [random_path(rng, frames, haste * step, far, size) for step, size in
             ((warps.TURN, ()), (warps.GROWTH, ()), (warps.STRETCH, ()),
              (warps.SHIFT * width, (2,)))]
-    bends = smooth(rng, frames, warps.BEND, far, (warps.MESH, warps.MESH, 2))
+    bends = random_path(rng, frames, warps.BEND, far, (warps.MESH, warps.MESH, 2))
     if natural is not None:
         ways = [way - way[natural] for way in ways]
     turn, growth, stretch, shift = ways
     first = next(c for c in cutouts if c)
     bends = (bends.clip(-0.06, 0.06) * np.sqrt(first.ids.size)).astype(np.float32)
-    linear = turned(turn, np.exp(growth.clip(-0.4, 0.4)), stretch.clip(-0.15, 0.15)) @ linear
+    linear = linear_maps(turn, np.exp(growth.clip(-0.4, 0.4)), stretch.clip(-0.15, 0.15)) @ linear
     place = _kept_in(place + shift, np.array([width, height]))
     if frames > 2 and rng.random() < leaves:
         place = place + _leave(rng, frames, place, first, linear, width)
-    poses = posed(linear, anchors(cutouts, far), place)
+    poses = affine_poses(linear, anchors(cutouts, far), place)
     for t, cutout in enumerate(cutouts):
         if cutout:
             poses[t, :, 2] += _beyond(cutout, poses[t], bends[t], shape)
@@ -212,7 +213,7 @@ def _beyond(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
     return shift
 
 
-def hidden(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[int]:
+def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[int]:
     """Ids of which too little is left to be known by, behind others or beyond the frame.
 
     Args:
@@ -228,20 +229,20 @@ def hidden(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[i
     return [i for i in range(1, 256) if left[i] < SEEN * whole[i]]
 
 
-def lit(rng, images: list[np.ndarray], far: bool) -> list[np.ndarray]:
+def vary_lighting(rng, images: list[np.ndarray], far: bool) -> list[np.ndarray]:
     """Images (H, W, 3) with another light, contrast, colour and sharpness, which change smoothly.
 
     Args:
         far: the first image's have nothing to do with the others'.
     """
     frames = len(images)
-    values = smooth(rng, frames, 0.03, size=(4,)) + rng.uniform(-0.3, 0.3, 4)
+    values = random_path(rng, frames, 0.03, size=(4,)) + rng.uniform(-0.3, 0.3, 4)
     if far:
         values[0] = rng.uniform(-0.3, 0.3, 4)
-    blur = np.abs(smooth(rng, frames, 0.5)) if rng.random() < 0.15 else np.zeros(frames)
+    blur = np.abs(random_path(rng, frames, 0.5)) if rng.random() < 0.15 else np.zeros(frames)
     result = []
     for image, (light, contrast, saturation, hue), sigma in zip(images, values, blur):
-        image = preprocess.recoloured(image, 1 + light, 1 + contrast, 1 + saturation, hue)
+        image = preprocess.adjust_colour(image, 1 + light, 1 + contrast, 1 + saturation, hue)
         if sigma > 0.3:
             image = cv2.GaussianBlur(image, (0, 0), min(sigma, 1.5))
         result.append(image)

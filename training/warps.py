@@ -58,7 +58,7 @@ def cut_out(image: np.ndarray, ids: np.ndarray, margin: int = 3) -> Cutout | Non
     return Cutout(image[box], ids[box], (int(left), int(top)), tuple(map(bool, cut)))
 
 
-def smooth(rng, frames: int, step: float, far: bool = False, size: tuple = ()) -> np.ndarray:
+def random_path(rng, frames: int, step: float, far: bool = False, size: tuple = ()) -> np.ndarray:
     """(frames, *size) values on a smooth way from 0, about `step` from one to the next.
 
     Args:
@@ -71,20 +71,20 @@ def smooth(rng, frames: int, step: float, far: bool = False, size: tuple = ()) -
     return speed.cumsum(0)
 
 
-def turned(angle: np.ndarray, scale: np.ndarray, stretch: np.ndarray) -> np.ndarray:
+def linear_maps(angle: np.ndarray, scale: np.ndarray, stretch: np.ndarray) -> np.ndarray:
     """(T,) radians, factors, logarithms of the aspect's change -> (T, 2, 2) matrices."""
     cos, sin = scale * np.cos(angle), scale * np.sin(angle)
     wide, high = np.exp(stretch), np.exp(-stretch)
     return np.moveaxis(np.array([[cos * wide, -sin * high], [sin * wide, cos * high]]), 2, 0)
 
 
-def posed(linear: np.ndarray, anchor: np.ndarray, place: np.ndarray) -> np.ndarray:
+def affine_poses(linear: np.ndarray, anchor: np.ndarray, place: np.ndarray) -> np.ndarray:
     """(T, 2, 2) matrices that take `anchor` to `place`, both (T, 2) or (2,) -> (T, 2, 3)."""
     moved = np.einsum("tij,tj->ti", linear, np.broadcast_to(anchor, place.shape))
     return np.concatenate([linear, (place - moved)[..., None]], 2)
 
 
-def smoothed(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
+def antialiased(image: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """An image as far out of focus as it has to be to be shrunk by a (2, 3) pose without grain."""
     scale = np.sqrt(np.abs(np.linalg.det(pose[:, :2])))
     if scale > SHARP:
@@ -120,7 +120,7 @@ class Layer:
         if (low >= high).any():
             return
         maps = warp_maps(pose, bend, cutout, low, high)
-        part = cv2.remap(smoothed(cutout.image, pose), *maps, cv2.INTER_LINEAR,
+        part = cv2.remap(antialiased(cutout.image, pose), *maps, cv2.INTER_LINEAR,
                          borderMode=cv2.BORDER_REPLICATE)
         ids = cv2.remap(cutout.ids, *maps, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
         solid = np.where(cutout.ids > 0, np.float32(1), np.float32(0))
@@ -172,7 +172,7 @@ def warp_maps(pose, bend, cutout, low, high) -> tuple[np.ndarray, np.ndarray]:
     return map_x, map_y
 
 
-def background(image: np.ndarray, pose: np.ndarray, bend: np.ndarray,
+def warp_background(image: np.ndarray, pose: np.ndarray, bend: np.ndarray,
                shape: tuple[int, int]) -> np.ndarray:
     """(*shape, 3) uint8, an image seen from elsewhere; beyond its border it is mirrored."""
     whole = Cutout(image, image[..., 0], (0, 0), (True,) * 4)
@@ -180,7 +180,7 @@ def background(image: np.ndarray, pose: np.ndarray, bend: np.ndarray,
     return cv2.remap(image, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
-def fill(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+def inpaint(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 with a hole (H, W) filled by what lies beside it in the same rows.
 
     It is the image mirrored or moved sideways, plus what it lacks to fit around the hole (after
@@ -199,16 +199,16 @@ def fill(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
         known, moved = move(usable), move(original)
         part = left & known
         if part.any():
-            lack = spread(original - moved, known & (hole == 0))
+            lack = push_pull(original - moved, known & (hole == 0))
             np.copyto(filled, moved + lack, where=part[..., None])
             left &= ~known
     if left.any():
-        np.copyto(filled, spread(filled, ~left), where=left[..., None])
+        np.copyto(filled, push_pull(filled, ~left), where=left[..., None])
     soft = cv2.blur(hole.astype(np.float32), (5, 5))
     return cv2.blendLinear(filled.clip(0, 255).astype(np.uint8), image, soft, 1 - soft)
 
 
-def spread(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+def push_pull(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """(H, W, 3) float32, smooth, near the values where they are known (H, W), and between them.
 
     They flow through a pyramid (Gortler et al.: The lumigraph, SIGGRAPH 1996, "pull-push").

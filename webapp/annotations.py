@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from media import images
-from media.shown import Prompts
+from media.prompts import Prompts
 from webapp.store import Work, ids_in
 
 UNDONE = 64 * 2**20  # bytes of masks kept to take steps back: thousands at 480p, hundreds at 4K
@@ -27,17 +27,16 @@ class Edits:
         work: where masks and objects are kept.
         image: a frame's (H, W, 3) uint8 RGB by its number; a ValueError where there is none.
         prompter: (H, W, 3) uint8 RGB and the `Prompts` of one object -> (H, W) bool, its mask.
-        forget: called when the masks that trackers were made of no longer count.
+        forget: called when no saved tracker state is valid any more.
 
     Attributes:
         lock: held while something changes.
-        version: one more with every change; it begins with the time, so that a browser that
-            outlives this process takes everything anew.
+        version: grows with every change. It starts at the current time, so that a browser that
+            outlives this process loads everything again.
         changed: of each frame whose mask is known the version of its last change, oldest first.
-        everywhere: the version since which masks of all frames may be others: without a deleted
-            object, or one that is gone.
-        past: the steps, each with the bytes that it keeps; called, it takes itself back and
-            returns its frame.
+        everywhere: the last version at which masks of all frames may have changed, because an
+            object was deleted or marked as gone.
+        past: (bytes, undo) of each step that can be undone; `undo()` returns the step's frame.
     """
 
     def __init__(self, work: Work, image: Callable[[int], np.ndarray],
@@ -88,9 +87,9 @@ class Edits:
 
     def stroke(self, frame: int, object_id: int, points: list[tuple[int, int]], radius: int,
                erase: bool) -> None:
-        """Paint an object's mask along a line, or wipe it.
+        """Paint an object's mask along a line, or erase it there.
 
-        With nothing of it left, it is not in this frame.
+        An object that is erased completely is marked as absent from this frame.
         """
         with self.lock:
             self._object(object_id)
@@ -103,14 +102,15 @@ class Edits:
             self._draw(frame, before, found, object_id, {})
 
     def mark(self, frame: int, object_id: int, word: str, on: bool = True) -> None:
-        """Say that an object is not in a frame, or take that back.
+        """Mark an object as not in a frame, or remove that mark.
 
-        What is drawn of it in this frame goes. In other frames nothing is lost: where it is gone,
-        masks are shown and written without it.
+        The object is erased from a user mask of this frame. Masks of other frames keep it on disk,
+        but are displayed and exported without it where it is gone.
 
         Args:
-            word: "absent": not in this frame. "gone": neither in this one nor in later ones, up
-                to the next frame that shows it in a mask given by a person.
+            word: "absent" (not in this frame) or "gone" (neither in this frame nor in later ones,
+                until a user mask contains it again).
+            on: False removes the mark.
         """
         self.image(frame)
         with self.lock:
@@ -160,7 +160,7 @@ class Edits:
 
     def _draw(self, frame: int, before: np.ndarray, drawn: np.ndarray, object_id: int,
               prompts: dict[int, Prompts]) -> None:
-        """Keep a mask with one object where it is drawn, (H, W) bool, and nowhere else."""
+        """Set one object's mask in a frame to `drawn`, (H, W) bool."""
         mask = np.where(before == object_id, 0, before)
         mask = np.where(drawn, object_id, mask).astype(np.uint8)
         absent = set(self.work.presence.absent.get(frame, ()))
@@ -169,8 +169,11 @@ class Edits:
 
     def _give(self, frame: int, mask: np.ndarray | None, prompts: dict[int, Prompts],
               absent: Set[int] = frozenset(), gone: Set[int] = frozenset()) -> None:
-        """Keep what a person says of a frame, and how to take it back; prompts of the frame that
-        it doesn't come from count no more, and objects that the mask shows are there."""
+        """Replace the user input of a frame, and remember how to undo that.
+
+        Earlier prompts of the frame are dropped, and so are marks of objects that the mask
+        contains.
+        """
         work, presence = self.work, self.work.presence
         raw, pending = work.raw(frame), frame in work.pending
         before = b"" if raw is None else _packed(raw)
@@ -190,14 +193,14 @@ class Edits:
         self.prompts[frame] = dict(prompts)
 
     def _set(self, frame: int, mask: np.ndarray | None, absent: Set[int], gone: Set[int]) -> None:
-        reaching = bool(self.work.presence.gone)  # into later frames, whose masks are others then
+        reaching = bool(self.work.presence.gone)  # marks that also change masks of later frames
         self.work.give(frame, mask, absent, gone)
         self.change(frame)
         if reaching or gone:
             self.everywhere = self.version
 
     def _remember(self, size: int, back: Callable[[], int]) -> None:
-        """Keep how a step is taken back, and as many before it as there is room for."""
+        """Add a step to undo, and drop the oldest ones that exceed the limit."""
         self.past.append((size + STEP, back))
         while len(self.past) > 1 and sum(size for size, _ in self.past) > UNDONE:
             del self.past[0]
@@ -208,12 +211,9 @@ class Edits:
             self.change()
             return thing.id
 
-    def change_object(self, object_id: int, name: str | None = None,
-                      hidden: bool | None = None) -> None:
+    def rename_object(self, object_id: int, name: str) -> None:
         with self.lock:
-            thing = self._object(object_id)
-            thing.name = thing.name if name is None else name
-            thing.hidden = thing.hidden if hidden is None else hidden
+            self._object(object_id).name = name
             self.work.save()
             self.change()
 

@@ -1,7 +1,7 @@
-"""Passes of a tracker over parts of a clip, from the masks that a person gave and from kept states.
+"""Propagates masks through parts of a clip, starting from user masks and from saved tracker states.
 
-A pass starts at a frame and runs one way. Which passes are wanted, and what becomes of the masks,
-is not known here.
+A pass starts at a frame and goes forward or backward. The session decides which passes to run and
+what to do with the masks.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from checkpoint import save
 from media.clip import Clip
 from tracker import Tracker
 from tracking import pipeline
-from tracking.confidence import measure
+from tracking.confidence import measure_objects
 from webapp.store import Found, Work
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 def end_of_pass(start: int, forwards: bool, given: set[int], found: dict[int, Found],
                 count: int, gone: Collection[int] = ()) -> int:
-    """The first frame that a pass from `start` leaves alone.
+    """The first frame that a pass from `start` leaves unchanged.
 
-    That is the next frame that a person gave; or, where masks come from that one already, the
-    first of those that is nearer to it than to `start`. Backwards, a pass doesn't go beyond a frame
-    from which on an object is `gone`: it doesn't know that object.
+    That is the next frame with a user mask. If frames before it were already predicted from that
+    mask, it is the first of these that is nearer to that mask than to `start`. A backward pass also
+    stops at a frame from which on an object is `gone`, because its tracker has removed the object.
     """
     way = 1 if forwards else -1
     others = [frame for frame in given if (frame - start) * way > 0]
@@ -49,21 +49,22 @@ def end_of_pass(start: int, forwards: bool, given: set[int], found: dict[int, Fo
 
 @dataclass
 class Made:
-    """What a tracker is made of.
+    """What a saved tracker state was made from, to tell whether it is still valid.
 
     Args:
-        origin: the first frame that it went through in one go, from there to where it is.
-        said: by frame, the `Work.key` of what a person said about it and the tracker took in.
+        origin: first frame of the consecutive frames that the tracker has seen up to now.
+        said: the `Work.key` of the user input of each frame that the tracker has used.
     """
 
     origin: int
     said: dict[int, tuple]
 
     def holds(self, frame: int, said: dict[int, tuple]) -> bool:
-        """Whether what a person says now is still what a tracker at `frame` was made of.
+        """Whether a tracker at `frame` agrees with the current user input.
 
-        It isn't if a mask that it holds was corrected, or a frame that it went through by itself
-        has a user mask now. Masks before that may be missing.
+        It doesn't if a user mask in its memory was corrected or removed, or if a frame that it
+        predicted has user input now. User masks added before `origin` don't matter: the tracker
+        lacks them, but holds nothing wrong.
         """
         first, last = sorted((self.origin, frame))
         return all(said.get(other) == key for other, key in self.said.items()) and not any(
@@ -72,7 +73,7 @@ class Made:
 
 @dataclass
 class Kept:
-    """A tracker, or the file that it is in, with what it is made of."""
+    """A tracker, or the file it was saved to, and what it was made from."""
 
     tracker: Tracker | Path
     made: Made | None = None
@@ -80,12 +81,12 @@ class Kept:
 
 
 class States:
-    """Trackers at some of the frames that passes met, so that a later one needn't start far away.
+    """Copies of the tracker at some frames, so that a later pass can start near its first frame.
 
     Args:
-        folder: of the few that are kept on disk as well, for after a kill.
-        make: a tracker that has seen nothing.
-        facts: states that were made with others are left alone.
+        folder: where the last few are saved as well, to resume after a kill.
+        make: returns a new tracker.
+        facts: run metadata; states that were saved under other metadata are ignored.
     """
 
     EVERY = 5  # frames from one that is kept to the next
@@ -107,7 +108,7 @@ class States:
 
     def keep(self, tracker: Tracker, frame: int, forwards: bool, made: Made,
              last: bool = False) -> None:
-        """Keep a tracker that has just seen `frame`, where it is time to, or if it is the last."""
+        """Keep a copy of a tracker that has just seen `frame`, if one is due or `last` is set."""
         if not last and frame % self.EVERY:
             return
         self.kept.pop((forwards, frame), None)
@@ -129,10 +130,10 @@ class States:
 
     def nearest(self, frame: int, forwards: bool,
                 said: dict[int, tuple]) -> tuple[int, Tracker, Made] | None:
-        """The nearest on the way to `frame`, at most REACH frames before it; a copy.
+        """A copy of the nearest valid state on the way to `frame`, at most REACH frames before it.
 
         Args:
-            said: by frame, what a person says now; a state made of anything else is left alone.
+            said: the current user input by frame, as from `Work.keys`.
         """
         way = 1 if forwards else -1
         near = [(abs(frame - other), other) for kept, other in self.kept
@@ -156,7 +157,7 @@ class States:
         self._path(forwards, frame).unlink(missing_ok=True)
 
     def _loaded(self, forwards: bool, frame: int) -> tuple[Tracker, Made] | None:
-        """The state, read if it is on disk only; None where it can't be."""
+        """The state, loaded from disk if need be; None if it can't be loaded."""
         kept = self.kept[forwards, frame]
         if isinstance(kept.tracker, Tracker) and kept.made:
             return kept.tracker, kept.made
@@ -175,7 +176,7 @@ class States:
 
 
 def _tensors(value) -> dict[int, int]:
-    """Address and bytes of the memory of each tensor in dicts, lists and tuples."""
+    """Address and size in bytes of each tensor's memory in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
@@ -203,16 +204,17 @@ class Passes:
     states: States
 
     def run(self, start: int, forwards: bool) -> Generator[tuple[int, np.ndarray, Found]]:
-        """Each frame behind `start` with its mask, as long as it is asked for more."""
+        """Yield each frame after `start`, in the direction of the pass, with its predicted mask."""
         tracker, made = self.tracker_at(start, forwards)
         way, frame, before = 1 if forwards else -1, start, {}
         frames = self.clip.frames(start + 1) if forwards else self.clip.backwards(start)
         try:
             for number, image in zip(itertools.count(start + way, way), frames):
                 self._note(made, number)
+                frame = start  # where following fails, the tracker is at no frame: it isn't kept
                 seen = self._follow(tracker, number, image, None)
-                frame = number  # not before: where following it failed, it was not seen
-                measures = measure(frame, seen.step, before)
+                frame = number
+                measures = measure_objects(frame, seen.step, before)
                 before = {one.object_id: one.area for one in measures}
                 yield frame, seen.mask, Found(start, [astuple(one) for one in measures])
                 self.states.keep(tracker, frame, forwards, made)
@@ -221,10 +223,10 @@ class Passes:
                 self.states.keep(tracker, frame, forwards, made, last=True)
 
     def tracker_at(self, start: int, forwards: bool) -> tuple[Tracker, Made]:
-        """A tracker that has just seen `start`, and what it is made of.
+        """A tracker that has just seen `start`, and what it was made from.
 
-        From the nearest state on the way to it; without one, from the masks given for earlier
-        frames as references, which is where the command line stands at the first of them.
+        It starts from the nearest valid state. Without one, earlier user masks are its reference
+        masks, as they are on the command line.
 
         Raises:
             ValueError: none of these masks holds an object.
@@ -254,11 +256,13 @@ class Passes:
         return tracker, made
 
     def _note(self, made: Made, frame: int) -> None:
-        """What a person says of a frame; before it is read, so that a change meanwhile counts."""
+        """Record the user input of a frame. Call it before reading the input: if that changes in
+        between, the state counts as outdated, not as valid."""
         if key := self.work.key(frame):
             made.said[frame] = key
 
     def _follow(self, tracker: Tracker, frame: int, image: np.ndarray,
                 mask: np.ndarray | None) -> pipeline.Frame:
-        return pipeline.follow(tracker, frame, image, pipeline.scaled(image, self.options), mask,
-                              self.options, presence=self.work.presence)
+        network_image = pipeline.resize_for_network(image, self.options)
+        return pipeline.segment_frame(tracker, frame, image, network_image, mask, self.options,
+                                      presence=self.work.presence)

@@ -267,8 +267,8 @@ ACTIONS = {
     "forget": lambda session, fields: session.edits.forget(fields.whole("frame")),
     "undo": lambda session, fields: {"frame": session.edits.undo()},
     "add": lambda session, fields: {"object": session.edits.add_object()},
-    "change": lambda session, fields: session.edits.change_object(
-        fields.whole("object", 1, 254), fields.text("name"), fields.flag("hidden")),
+    "change": lambda session, fields: session.edits.rename_object(
+        fields.whole("object", 1, 254), fields.text("name") or ""),
     "delete": lambda session, fields: session.edits.delete_object(fields.whole("object", 1, 254)),
     "segment": lambda session, fields: session.segment_from(
         fields.whole("frame"), fields.choice("way", ("forwards", "backwards", "both"))),
@@ -312,7 +312,7 @@ def _read_mask(content: bytes, shape: tuple[int, int]) -> np.ndarray:
         with TemporaryDirectory() as folder:
             path = Path(folder, f"mask.{kind}")
             path.write_bytes(content)
-            return read_mask(path, own=True)
+            return read_mask(path, user_drawn=True)
     except (OSError, ValueError) as error:
         raise ValueError(str(error).replace(str(path), "this file")) from None
 

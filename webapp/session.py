@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from masks.read import concern
+from masks.read import mask_warning
 from media import figures, files, images
 from media.clip import Clip
-from media.shown import Prompts
+from media.prompts import Prompts
 from outputs import annotations, report, writers
-from outputs.run_folder import Manifest, made_by
+from outputs.run_folder import RunFolder, read_metadata
 from tracker import Tracker
 from tracking import confidence, pipeline
 from tracking.confidence import NOT_VISIBLE, Measures, stretches_to_review
@@ -40,10 +40,10 @@ REVIEW = 1.0
 
 
 class Pictures:
-    """Single frames of a clip for whoever asks, from any thread.
+    """Random access to the frames of a clip, from any thread.
 
-    A decoder goes on from where it is if that is nearer than the last key frame, so playing a clip
-    decodes each frame once. Some of the last frames are kept.
+    The decoder continues from its position if that is nearer to the wanted frame than the last key
+    frame, so playing a clip decodes each frame once. The frames used last are cached.
     """
 
     def __init__(self, clip: Clip):
@@ -60,7 +60,7 @@ class Pictures:
                 return image
             if self.next is None or not self.clip.start_of(frame) <= self.next <= frame:
                 self.frames, self.next = self.clip.frames(frame), frame
-            first, self.next = self.next, None  # at the end, or after an error, it starts anew
+            first, self.next = self.next, None  # start again after an error or the clip's end
             for number, image in enumerate(self.frames, first):
                 self.kept[number] = image
                 while len(self.kept) > 1 and len(self.kept) * image.nbytes > CACHED:
@@ -94,12 +94,12 @@ class Session:
         self.clip, self.folder, self.formats = clip, folder, list(formats)
         self.facts, self.command = facts, command
         self.count = clip.count or sum(1 for _ in clip.frames())
-        # apart, so that who moves through the clip doesn't wait for thumbnails
+        # separate decoders, so that scrubbing doesn't wait for thumbnails
         self._pictures, self._thumbnails = Pictures(clip), Pictures(clip)
         self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
         self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
         height, width = self.shape = self.work.shape
-        self.cell = pipeline.cell(model, (height, width), options)
+        self.cell = pipeline.location_size(model, (height, width), options)
         self.states = States(folder / "page" / "states", lambda: Tracker(
             model, options.threshold, options.remove_outliers), facts)
         self.passes = Passes(clip, options, self.image, self.work, self.states)
@@ -135,7 +135,7 @@ class Session:
         return image
 
     def _ends(self, count: int) -> None:
-        """Learn that the clip has fewer frames than it declares."""
+        """Correct the number of frames when the clip turns out to be shorter."""
         with self.lock:
             if count < self.count:
                 log.warning("the clip ends after %d frames, though it declares %d", count,
@@ -177,9 +177,9 @@ class Session:
                     **({} if since else {"numbers": self.numbers, "formats": self.formats})}
 
     def _note(self, frame: int, found: Found) -> None:
-        """Put a new mask's confidence where `_to_review` looks for it."""
+        """Store the confidence of a new mask in `_sureness`, which `_to_review` reads."""
         for values in self._sureness.values():
-            values[frame:frame + 1] = np.nan  # of objects that are not looked for any more
+            values[frame:frame + 1] = np.nan  # also of objects that are no longer looked for
         for object_id, value in _sure(found).items():
             if object_id not in self._sureness:
                 self._sureness[object_id] = np.full(self.count, np.nan)
@@ -187,7 +187,7 @@ class Session:
             values[frame:frame + 1] = NOT_VISIBLE if value is None else value
 
     def _to_review(self) -> list[dict]:
-        """The stretches to review first; looked for once in `REVIEW` seconds during a run."""
+        """The stretches to review first; during a run at most `REVIEW` seconds out of date."""
         version, looked, found = self._review
         now = time.monotonic()
         running = self.run and not self.run["ended"]
@@ -231,7 +231,7 @@ class Session:
             ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
             total = sum(abs(end - start) - 1 for _, end in ends)
             self._start({"kind": "segment", "frame": start, "way": way, "total": total,
-                         "concern": concern(self.work.mask(start), self.cell)},
+                         "concern": mask_warning(self.work.mask(start), self.cell)},
                         lambda: self._segment(start, [forwards for forwards, _ in ends]))
 
     def stop(self) -> None:
@@ -322,19 +322,19 @@ class Session:
 
     def _write_results(self, cutout: str | None, form: str, formats: list[str]) -> str:
         """Replace what an earlier export or run wrote; the command line that repeats it."""
-        made_before = made_by(self.folder) is not None
-        manifest = Manifest(self.folder, {**self.facts, "masks": "of the page"}, made_before)
+        made_before = read_metadata(self.folder) is not None
+        manifest = RunFolder(self.folder, {**self.facts, "masks": "of the page"}, made_before)
         manifest.begin([self.folder / "masks", self.folder / "cutout"])
         given = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
                  for frame in sorted(self.work.given)}
         if made_before:  # else nothing there is of this toolkit, and must stay
-            writers.clear(self.folder, set())
+            writers.delete_outputs(self.folder, set())
         for frame, path in given.items():
             images.write_mask(path, self.mask(frame))
         names = {thing.id: thing.name for thing in self.work.objects}
         pipeline.drain(self._frames(), [
-            *writers.of_a_clip(self.folder, self.clip, cutout, form, again=True),
-            *annotations.of_a_clip(self.folder, self.clip, formats, names)])
+            *writers.clip_sinks(self.folder, self.clip, cutout, form, again=True),
+            *annotations.clip_sinks(self.folder, self.clip, formats, names)])
         measures = self.measures()
         confidence.write(self.folder / "confidence.csv", measures, self.clip)
         report.write_clip(self.folder / "report.html", self.work.clip, self.clip, measures,
@@ -347,13 +347,14 @@ class Session:
         return again
 
     def _marks(self) -> list[str]:
-        """What --mask takes for objects that are not there, where an earlier mask shows them."""
+        """The --mask arguments for absent and gone objects that an earlier user mask contains."""
         presence, known = self.work.presence, {thing.id for thing in self.work.objects}
         found = []
         for word in ("absent", "gone"):
             for frame, ids in sorted(getattr(presence, word).items()):
-                shown = set().union(*(other for at, other in presence.shown.items() if at < frame))
-                if ids := ",".join(map(str, sorted(ids & shown & known))):
+                earlier = set().union(*(
+                    ids for at, ids in presence.in_user_mask.items() if at < frame))
+                if ids := ",".join(map(str, sorted(ids & earlier & known))):
                     found.append(f"{self.clip.number(frame)}:{word}={ids}")
         return found
 

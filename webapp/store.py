@@ -32,7 +32,6 @@ class Object:
 
     id: int
     name: str
-    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,15 @@ class Work:
         self.presence, self._sums = Presence(), {}
         for frame in self.given:
             mask = read_mask(self._path("given", frame))
-            self.presence.shown[frame], self._sums[frame] = ids_in(mask), zlib.crc32(mask.tobytes())
+            self.presence.in_user_mask[frame] = ids_in(mask)
+            self._sums[frame] = zlib.crc32(mask.tobytes())
         self.objects, self.next_id, self.pending = self._read_session()
         self.save()
 
     def mask(self, frame: int) -> np.ndarray | None:
         """(H, W) uint8 of the objects that weren't deleted: given, else found, else None.
 
-        Without those that are said not to be in the frame, whatever a tracker found.
+        Objects that are marked as absent or gone are left out.
         """
         kind = "given" if frame in self.given else "found" if frame in self.found else None
         if kind is None:
@@ -107,20 +107,20 @@ class Work:
         return known[mask]
 
     def raw(self, frame: int) -> np.ndarray | None:
-        """The mask that a person gave for a frame, also with objects that were deleted since."""
+        """The user mask of a frame, including objects that were deleted since."""
         return read_mask(self._path("given", frame)) if frame in self.given else None
 
     def give(self, frame: int, mask: np.ndarray | None, absent: Set[int] = frozenset(),
              gone: Set[int] = frozenset()) -> None:
-        """Keep what a person said about a frame, in place of what was said before.
+        """Replace the user input of a frame.
 
         Args:
-            mask: (H, W) uint8 of all its objects; None: nobody gave one.
-            absent, gone: as in `Presence`.
+            mask: (H, W) uint8 user mask of all objects in the frame, None for no mask.
+            absent, gone: ids, as in `Presence`.
         """
-        # replaced, not changed: a pass reads them without a lock
+        # replaced rather than modified, because propagation reads them without the lock
         absent_at, gone_at, shown = (dict(marks) for marks in (
-            self.presence.absent, self.presence.gone, self.presence.shown))
+            self.presence.absent, self.presence.gone, self.presence.in_user_mask))
         for kept, ids in ((absent_at, absent), (gone_at, gone)):
             kept.pop(frame, None)
             if ids:
@@ -138,18 +138,18 @@ class Work:
         self.save()
 
     def said(self) -> set[int]:
-        """The frames that a person said something about."""
+        """The frames with user input: a mask, or an object marked as absent or gone."""
         return {*self.given, *self.presence.absent, *self.presence.gone}
 
     def key(self, frame: int) -> tuple | None:
-        """Tells apart what a person said about a frame; None where that is nothing."""
+        """A value that changes whenever the user input of a frame does; None without input."""
         presence, given = self.presence, frame in self.given
         if not (given or frame in presence.absent or frame in presence.gone):
             return None
         return (self._sums[frame] if given else -1, *sorted(presence.missing(frame)))
 
     def keys(self) -> dict[int, tuple]:
-        """By frame, the key of what a person said about it."""
+        """The key of every frame with user input."""
         return {frame: key for frame in self.said() if (key := self.key(frame))}
 
     def find(self, frame: int, mask: np.ndarray, found: Found) -> None:
@@ -204,8 +204,8 @@ class Work:
             for name in ("absent", "gone"):  # which earlier versions did not write
                 getattr(self.presence, name).update(
                     (int(frame), set(ids)) for frame, ids in kept.get(name, {}).items())
-            found = ([Object(**thing) for thing in kept["objects"]], int(kept["next_id"]),
-                     set(kept["pending"]) & self.said())
+            found = ([Object(thing["id"], thing["name"]) for thing in kept["objects"]],
+                     int(kept["next_id"]), set(kept["pending"]) & self.said())
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not that of a session ({error})") from error
         if of != (self.clip, self.shape):
@@ -236,7 +236,7 @@ class Work:
 
 
 def ids_in(mask: np.ndarray) -> set[int]:
-    """The objects of an (H, W) uint8 mask; many times as fast as `np.unique`."""
+    """Object ids in an (H, W) uint8 mask; much faster than `np.unique`, which sorts pixels."""
     return set(np.flatnonzero(np.bincount(mask.ravel(), minlength=1)).tolist()) - {0}
 
 

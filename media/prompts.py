@@ -1,4 +1,4 @@
-"""Prompts for one object in one frame: boxes, points and the mask so far."""
+"""Prompts for one object in one frame: boxes, points and the current mask."""
 
 from dataclasses import dataclass, field
 
@@ -21,22 +21,22 @@ class Prompts:
     not_points: list[tuple[float, float]] = field(default_factory=list)
     mask: np.ndarray | None = None
 
-    def seen(self, part: tuple[slice, slice], shape: tuple[int, int]) -> "Prompts":
+    def cropped(self, crop: tuple[slice, slice], shape: tuple[int, int]) -> "Prompts":
         """Return the prompts in the coordinates of a cropped and resized frame.
 
         Args:
-            part: rows and columns of the crop.
+            crop: its rows and columns.
             shape: (H, W) that the crop is resized to.
         """
-        rows, columns = part
+        rows, columns = crop
         tall = shape[0] / (rows.stop - rows.start)
         wide = shape[1] / (columns.stop - columns.start)
 
-        def moved(points):
+        def move(points):  # by half a pixel, as points name pixels, whose centres are scaled
             return [((x + 0.5 - columns.start) * wide - 0.5, (y + 0.5 - rows.start) * tall - 0.5)
                     for x, y in points]
 
         boxes = [((x - columns.start) * wide, (y - rows.start) * tall, w * wide, h * tall)
                  for x, y, w, h in self.boxes]
-        mask = None if self.mask is None else self.mask[part]
-        return Prompts(boxes, moved(self.points), moved(self.not_points), mask)
+        mask = None if self.mask is None else self.mask[crop]
+        return Prompts(boxes, move(self.points), move(self.not_points), mask)
