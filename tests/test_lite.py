@@ -436,5 +436,10 @@ def test_a_video_is_followed_by_the_graphs_alone(exact, exported):
         found = expected.step(torch.from_numpy(image[0])).probabilities.numpy()
         np.testing.assert_allclose(probabilities, found, atol=2e-3)
     for name, now, then in zip(state._fields, state, expected.memory):
+        then = then.detach().numpy()
         assert now.shape == then.shape, name
-        np.testing.assert_allclose(now, then.detach().numpy(), atol=2e-3, err_msg=name)
+        for part in ("reference", "memory"):  # rows that hold nothing may hold anything
+            if name in (f"{part}_keys", f"{part}_values", f"{part}_rows"):
+                there = getattr(state, f"{part}_valid") > 0
+                now, then = now[there], then[there]
+        np.testing.assert_allclose(now, then, atol=2e-3, err_msg=name)
