@@ -25,7 +25,7 @@ from media.prompts import Prompts
 from network import graphs
 from network.evidence import BOX, CLICKS, MASK
 from network.lite import NEXT
-from network.state import Features
+from network.state import Features, State
 from tracker import Tracker
 from videomatch import VideoMatch
 
@@ -116,14 +116,19 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     known = state._asdict()
     parts = {"encode": (encode, {"image": image[:1]}, [*graphs.SEEN, *names]),
              "step": (graphs.Graph(model, model.step), known | frame, ["logits", "scores"])}
-    for name, function, inputs in (
-            ("start", model.start, {"masks": masks, "labels": labels}),
-            ("remember", partial(model.remember, long=False), {"probabilities": masks[0]}),
-            ("remember_long", partial(model.remember, long=True), {"probabilities": masks[0]})):
-        graph = graphs.Graph(model, function, tuple(inputs))
-        seen = {part: (views if name == "start" else frame)[part] for part in graphs.SEEN}
-        inputs = known | seen | inputs
-        parts[name] = graph, inputs, [f"{NEXT}{field}" for field in graph(*inputs.values())]
+    for name, long in (("remember", False), ("remember_long", True)):
+        after = model.remember(state, features, masks[0], long)
+        changed = tuple(field for field, new, old in zip(State._fields, after, state)
+                        if new is not old)
+        function = partial(model.remember, long=long)
+        parts[name] = (graphs.Graph(model, function, ("probabilities",), changed),
+                       known | {part: frame[part] for part in graphs.SEEN}
+                       | {"probabilities": masks[0]}, [NEXT + field for field in changed])
+    parts["start"] = (graphs.Graph(model, model.start, ("masks", "labels"), State._fields),
+                      known | {part: views[part] for part in graphs.SEEN}
+                      | {"masks": masks, "labels": labels}, [NEXT + x for x in State._fields])
+    parts["revalue"] = (graphs.Revalue(model.reader), known,
+                        [NEXT + field for field in graphs.Revalue.changed])
     if model.prompts is not None:
         clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),
                           (torch.arange(count) for count in (2, 3, 4, 5))))

@@ -107,8 +107,9 @@ class Tracker:
         if object_id not in self.object_ids:
             raise ValueError(f"object_id: expected one of {list(self.object_ids)}, got {object_id}")
         channel = 1 + self.object_ids.index(object_id)
-        self.memory = (self.model.without(self.memory, channel) if len(self.object_ids) > 1
-                       else None)
+        with self.model.inference():
+            self.memory = (self.model.without(self.memory, channel) if len(self.object_ids) > 1
+                           else None)
         self.shares = {i: share for i, share in self.shares.items() if i != object_id}
         self.previous = np.where(self.previous == object_id, 0, self.previous).astype(np.uint8)
 

@@ -31,7 +31,7 @@ from network.outliers import decide
 from network.prompts import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
-from network.state import COUNTS, KEYS, Features, State, blank, without
+from network.state import INTEGERS, KEYS, Features, State, blank, without
 from network.views import labels_of, reference
 from system import errors
 
@@ -157,7 +157,7 @@ class VideoMatch(Checkpointed):
         """
         if state is None:
             def zeros(name, shape):
-                dtype = torch.long if name in COUNTS else torch.float32
+                dtype = torch.long if name in INTEGERS else torch.float32
                 return torch.zeros(shape, dtype=features.key.dtype if name in KEYS else dtype,
                                    device=self.device)
             state = blank(features.near.shape[1:3], masks.shape[1] - 1, self.reader.widths, zeros)
@@ -272,7 +272,7 @@ class VideoMatch(Checkpointed):
     def without(self, state: State | Sets, channel: int) -> State | Sets:
         """A state without one object; `channel` is that of its probabilities."""
         if isinstance(state, State):
-            return without(state, channel, torch.cat)
+            return self.reader.revalued(without(state, channel))
         return state.without(channel)
 
     def saved(self, state: State | Sets) -> dict:

@@ -7,7 +7,6 @@ reference frames may vary.
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -15,19 +14,20 @@ from network.prompts import PromptDecoder, Seen
 from network.state import Features, State
 
 SEEN = ("unit", "key", "near", "shared")  # fields of `Features`; levels follow
-# Axes that may vary, by name: f reference frames, m members of their rows, s of a long-term memory
-# frame's, g groups, o objects and their union, n objects and background, h, w locations, c all of
-# them, y, x pixels of masks, v views of a frame. Those that never vary are dots.
+# Axes that may vary, by name: f reference frames, r their views, m members of their rows, s of a
+# long-term memory frame's, g groups, o objects and their union, n objects and background, h, w
+# locations, c all of them, y, x pixels of masks, v views of a frame. A dot: never varies.
 AXES = {
     "reference_keys": "fmg.", "reference_valid": "fmg", "reference_values": "fmgo.",
-    "reference_absent": "fmg.", "memory_keys": ".sg.", "memory_valid": ".sg",
-    "memory_values": ".sgo.", "memory_absent": ".sg.", "recent_keys": ".hw.", "recent_valid": ".",
-    "recent_values": ".co.", "previous": "nyx", "reference_squares": "..",
-    "reference_labels": ".n", "reference_tokens": "n.", "memory_squares": "..",
-    "memory_labels": ".n", "memory_tokens": "n.", "linear": ".n", "tokens": "n.",
-    "frames": "", "memories": "", "unit": ".c.", "key": "vc.", "near": ".hw.", "shared": "v.hw",
-    "masks": "vnyx", "labels": "vhw", "probabilities": "nYX", "image": "..YX", "known": "..yx",
-    "points": "1", "not_points": "2", "fine_points": "3", "fine_not_points": "4"}
+    "reference_rows": "fmg", "reference_shared": "r.hw", "reference_masks": "rnyx",
+    "memory_keys": ".sg.", "memory_valid": ".sg", "memory_values": ".sgo.",
+    "memory_shared": "..hw", "memory_masks": ".nyx", "recent_keys": ".hw.", "recent_valid": ".",
+    "recent_values": ".co.", "recent_shared": "..hw", "recent_masks": ".nyx",
+    "reference_squares": "..", "reference_labels": ".n", "reference_tokens": "n.",
+    "memory_squares": "..", "memory_labels": ".n", "memory_tokens": "n.", "linear": ".n",
+    "tokens": "n.", "frames": "", "memories": "", "unit": ".c.", "key": "vc.", "near": ".hw.",
+    "shared": "v.hw", "masks": "vnyx", "labels": "vhw", "probabilities": "nYX", "image": "..YX",
+    "known": "..yx", "points": "1", "not_points": "2", "fine_points": "3", "fine_not_points": "4"}
 
 
 class Graph(nn.Module):
@@ -37,11 +37,13 @@ class Graph(nn.Module):
         network: whose weights it has.
         function: of a `State`, `Features` and more -> the next `State`, or tensors.
         more: what its other inputs are called.
+        changed: the fields of the next state that it returns; no other is copied.
     """
 
-    def __init__(self, network: nn.Module, function: Callable, more: tuple[str, ...] = ()):
+    def __init__(self, network: nn.Module, function: Callable, more: tuple[str, ...] = (),
+                 changed: tuple[str, ...] = ()):
         super().__init__()
-        self.network, self.function, self.more = network, function, more
+        self.network, self.function, self.more, self.changed = network, function, more, changed
 
     def forward(self, *inputs):
         """The fields of the state, those of the features, levels and others -> what changes."""
@@ -51,10 +53,21 @@ class Graph(nn.Module):
         found = self.function(state, Features(None, *seen, levels=tuple(levels)), *more)
         if not isinstance(found, State):
             return found
-        # what stays as it is isn't copied
-        changed = {name: new for name, new, old in zip(State._fields, found, state)
-                   if new is not old}
-        return tuple(changed.values()) if torch.onnx.is_in_onnx_export() else changed
+        return tuple(getattr(found, name) for name in self.changed)
+
+
+class Revalue(nn.Module):
+    """What `Reader.revalued` does, after an object was removed from a state."""
+
+    changed = "reference_values", "memory_values", "recent_values"
+
+    def __init__(self, reader: nn.Module):
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, *inputs):
+        state = self.reader.revalued(State(*inputs))
+        return tuple(getattr(state, name) for name in self.changed)
 
 
 class Encode(nn.Module):

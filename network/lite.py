@@ -12,7 +12,7 @@ import numpy as np
 
 from media.prompts import Prompts
 from network.evidence import clicked, evidence
-from network.state import COUNTS, Features, State, Widths, blank, without
+from network.state import INTEGERS, Features, State, Widths, blank, without
 from network.views import reference
 
 # a graph's name and its inputs by theirs -> its outputs by theirs
@@ -102,13 +102,12 @@ class LiteVideoMatch:
                              probabilities=probabilities)
 
     def _changed(self, graph: str, state: State, features: Features, **more) -> State:
-        """The state after a graph, which returns the fields that change."""
-        found = self.run(graph, **state._asdict(), **_named(features), **more)
-        return state._replace(**{name.removeprefix(NEXT): x for name, x in found.items()})
+        """The state after a graph."""
+        return _next(state, self.run(graph, **state._asdict(), **_named(features), **more))
 
-    @staticmethod
-    def without(state: State, channel: int) -> State:
-        return without(state, channel, np.concatenate)
+    def without(self, state: State, channel: int) -> State:
+        state = without(state, channel)
+        return _next(state, self.run("revalue", **state._asdict()))
 
     @staticmethod
     def saved(state: State) -> dict[str, np.ndarray]:
@@ -123,6 +122,11 @@ class LiteVideoMatch:
         return x
 
 
+def _next(state: State, found: dict[str, np.ndarray]) -> State:
+    """With the fields that a graph returned, which are those that change."""
+    return state._replace(**{name.removeprefix(NEXT): x for name, x in found.items()})
+
+
 def _named(features: Features) -> dict[str, np.ndarray]:
     """The inputs of a graph that features are."""
     named = {name: x for name, x in features._asdict().items()
@@ -131,4 +135,4 @@ def _named(features: Features) -> dict[str, np.ndarray]:
 
 
 def _zeros(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.zeros(shape, np.int64 if name in COUNTS else np.float32)
+    return np.zeros(shape, np.int64 if name in INTEGERS else np.float32)

@@ -14,7 +14,7 @@ from torch import nn
 
 from network.decoder import antialiased
 from network.search import LOWEST, nearest, windows
-from network.state import Features, State, Widths, extra
+from network.state import MASKS, TOKENS, Features, State, Widths, extra
 
 KEY, NEAR = 64, 32  # channels that are compared everywhere, and near a location
 VALUE = 24  # channels of an object's value, beside its share of the location
@@ -59,7 +59,7 @@ class Reader(nn.Module):
     @property
     def widths(self) -> Widths:
         tokens = 0 if self.tokens is None else self.tokens.kept
-        return Widths(self.key.in_features, KEY, NEAR, VALUE, self.side, tokens)
+        return Widths(self.key.in_features, KEY, NEAR, VALUE, WIDTH, self.side, tokens)
 
     def comparing(self) -> list[nn.Parameter]:
         """What decides which locations are alike."""
@@ -102,20 +102,21 @@ class Reader(nn.Module):
             labels: (V, h, w) integers, the set that each location belongs to: 0 background, 1 to
                 N; -1 none.
         """
-        before, state = state.previous.shape[0] - 1, widened(state, masks)
-        values, absent = self._values(features.shared, masks, absent=True)
+        new = masks.shape[1] - state.recent_masks.shape[1]
+        if torch.onnx.is_in_onnx_export() or new:  # without a branch, where it costs time only
+            state = self.revalued(widened(state, new))
+        values = self._values(features.shared, masks)
         index, valid = _rows(labels.flatten(1), state, masks.shape[1] - 1)
-        keys = features.key.flatten(0, 1)[index]
-        reference = {"keys": keys, "valid": valid.float(), "values": values.flatten(0, 1)[index],
-                     "absent": absent.flatten(0, 1)[index]}
+        views, cells = state.reference_shared.shape[0], features.key.shape[1]
+        reference = {"keys": features.key.flatten(0, 1)[index][None], "valid": valid.float()[None],
+                     "values": values.flatten(0, 1)[index][None],
+                     "rows": index[None] + views * cells, "shared": features.shared,
+                     "masks": masks}
         sums = {f"reference_{name}": getattr(state, f"reference_{name}") + new
                 for name, new in self._sums(features.unit[0], masks[0]).items()}
         state = state._replace(
-            **sums,
-            # of objects that earlier frames lack: what they would be there hardly differs
-            recent_values=_wider(state.recent_values, absent[:1], before, masks),
-            **{f"reference_{name}": torch.cat([getattr(state, f"reference_{name}"), new[None]])
-               for name, new in reference.items()})
+            **sums, **{f"reference_{name}": torch.cat([getattr(state, f"reference_{name}"), new])
+                       for name, new in reference.items()})
         return self._fitted(_seen(state, features, values[0], masks[0]))
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,
@@ -127,16 +128,14 @@ class Reader(nn.Module):
             long: to the long-term memory as well, in place of its oldest frame.
         """
         found = self.pixels(probabilities, state.grid)
-        values, absent = self._values(features.shared, found[None], absent=long)
+        values = self._values(features.shared, found[None])
         state = _seen(state, features, values[0], found)
         if not long:
             return state
-        slots, members, groups = state.memory_valid.shape
-        row = torch.arange(members * groups, device=found.device)
-        cells = features.unit.shape[1]
-        index = row.clamp(max=cells - 1).reshape(members, groups)
-        new = {"keys": features.key[0][index], "values": values[0][index],
-               "absent": absent[0][index], "valid": (row < cells).float().reshape(members, groups)}
+        slots = state.memory_valid.shape[0]
+        index, valid = _every_location(state)
+        new = {"keys": features.key[0][index], "values": values[0][index], "valid": valid,
+               "shared": features.shared[0], "masks": found}
         slot = torch.arange(slots, device=found.device) == state.memories % slots
         rate = LATER + (1 - LATER) * (state.memories == 0).float()
         sums = {}
@@ -160,26 +159,29 @@ class Reader(nn.Module):
         return F.interpolate(found[None], size=size, mode="bilinear", align_corners=False,
                              antialias=True)[0]
 
-    def _values(self, shared: torch.Tensor, masks: torch.Tensor, absent: bool):
-        """(V, h*w, M, VALUE + 1) values, and (V, h*w, VALUE + 1) those of an absent object."""
-        own, rival = self._own(masks)
-        if absent:  # no pixel is its, and the strongest of all others is its rival
-            rival = F.pad(rival.amax(0, keepdim=True), (0, 0, 0, 0, self.side ** 2 + 1, 0))
-            own = torch.cat([own, rival])
-        values = self.values(shared, own)
-        return (values[:, :, :-1], values[:, :, -1]) if absent else (values, None)
+    def revalued(self, state: State) -> State:
+        """With values of all that is kept, made again after the set of objects changed."""
+        views, slots = state.reference_shared.shape[0], state.memory_shared.shape[0]
+        shared, masks = (torch.cat([getattr(state, f"{part}_{name}")
+                                    for part in ("reference", "memory", "recent")])
+                         for name in ("shared", "masks"))
+        values = self._values(shared, masks)
+        index, _ = _every_location(state)
+        return state._replace(reference_values=values.flatten(0, 1)[state.reference_rows],
+                              memory_values=values[views:views + slots][:, index],
+                              recent_values=values[views + slots:])
 
-    def _own(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the values of each object are made of, beside the features.
+    def _values(self, shared: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """(V, WIDTH, h, w) and (V, N+1, h*side, w*side) -> (V, h*w, M, VALUE + 1)."""
+        return self.values(shared, self._own(masks))
 
-        Returns:
-            (M, V, side * side + 2, h, w) and (N, V, 1, h, w) each object's share.
-        """
+    def _own(self, masks: torch.Tensor) -> torch.Tensor:
+        """(M, V, side * side + 2, h, w) what values are made of, beside the features."""
         views, objects = masks.shape[0], masks.shape[1] - 1
         pixels = F.pixel_unshuffle(masks[:, 1:].flatten(0, 1)[:, None], self.side)
         pixels = pixels.reshape(views, objects, *pixels.shape[1:]).transpose(0, 1)
         own, shares = with_union(pixels), pixels.mean(2, keepdim=True)
-        return torch.cat([own, own.mean(2, keepdim=True), rivals(shares)], 2), shares
+        return torch.cat([own, own.mean(2, keepdim=True), rivals(shares)], 2)
 
     def values(self, shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """(V, h*w, P, VALUE + 1): of each object its values, and its share of the location.
@@ -271,7 +273,7 @@ class Reader(nn.Module):
         """
         rest = extra(state.memory_valid.shape[1])
         background = state.memory_valid.shape[1] + rest
-        objects = state.previous.shape[0] - 1
+        objects = state.recent_masks.shape[1] - 1
 
         def sets(name):
             x = getattr(state, f"reference_{name}")
@@ -303,7 +305,15 @@ def _seen(state: State, features: Features, values: torch.Tensor, found: torch.T
         recent_keys=torch.cat([state.recent_keys[1:], features.near[:1]]),
         recent_values=torch.cat([state.recent_values[1:], values[None]]),
         recent_valid=torch.cat([state.recent_valid[1:], torch.ones_like(state.recent_valid[:1])]),
-        previous=found, frames=state.frames + 1)
+        recent_shared=torch.cat([state.recent_shared[1:], features.shared[:1]]),
+        recent_masks=torch.cat([state.recent_masks[1:], found[None]]), frames=state.frames + 1)
+
+
+def _every_location(state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a long-term memory frame: (s, G) locations, and 1 where there is one, else 0."""
+    (h, w), shape = state.recent_keys.shape[1:3], state.memory_valid.shape[1:]
+    row = torch.arange(shape[0] * shape[1], device=state.recent_keys.device)
+    return row.clamp(max=h * w - 1).reshape(shape), (row < h * w).float().reshape(shape)
 
 
 def _rows(labels: torch.Tensor, state: State, objects: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,49 +363,20 @@ def filled(chosen: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]
     return index[:, :rows], torch.arange(rows, device=chosen.device) < used
 
 
-def widened(state: State, masks: torch.Tensor) -> State:
-    """With as many objects as (V, N+1, ., .) masks have, of which no frame so far holds the new.
-
-    The short-term values are left to `start`, which knows what an absent object's would be.
-    """
-    before = state.previous.shape[0] - 1
-    new = masks.shape[1] - 1 - before
-    rows = new * extra(state.memory_valid.shape[1])
-
+def widened(state: State, new: int) -> State:
+    """With so many more objects, which no frame so far holds; but for values (see `revalued`)."""
     def longer(x, axis, count):
         size = list(x.shape)
         size[axis] = count
         return torch.cat([x, x.new_zeros(size)], axis)
 
     found = {name: longer(getattr(state, name), 1, new)
-             for name in ("reference_labels", "memory_labels", "linear")}
-    found |= {name: longer(getattr(state, name), 0, new)
-              for name in ("previous", "reference_tokens", "memory_tokens", "tokens")}
-    for name in ("reference", "memory"):
-        found[f"{name}_values"] = _wider(getattr(state, f"{name}_values"),
-                                         getattr(state, f"{name}_absent"), before, masks)
-    for name in ("keys", "valid", "absent", "values"):
-        name = f"reference_{name}"
-        found[name] = longer(found.get(name, getattr(state, name)), 1, rows)
+             for name in (*MASKS, "reference_labels", "memory_labels", "linear")}
+    found |= {name: longer(getattr(state, name), 0, new) for name in TOKENS}
+    rows = new * extra(state.memory_valid.shape[1])
+    found |= {name: longer(getattr(state, name), 1, rows)
+              for name in ("reference_keys", "reference_valid", "reference_rows")}
     return state._replace(**found)
-
-
-def _wider(values: torch.Tensor, absent: torch.Tensor, before: int,
-           masks: torch.Tensor) -> torch.Tensor:
-    """Values of more objects, of which those that are new are absent.
-
-    Args:
-        values: (..., M, VALUE + 1), the last ones those of the union, or of an only object.
-        absent: (..., VALUE + 1), or one frame's for all.
-        before: N so far.
-        masks: (V, N+1, ., .) of the new N.
-    """
-    new = masks.shape[1] - 1 - before
-    missing = absent.unsqueeze(-2).expand(*values.shape[:-2], new, VALUE + 1)
-    # The union stays what it was. It has one row, or none where there is one object: as many as
-    # the slice, so that no branch is needed.
-    union = values[..., -1:, :] + 0 * masks[0, 2:3, 0, :1]
-    return torch.cat([values[..., :before, :], missing, union], -2)
 
 
 def with_union(x: torch.Tensor) -> torch.Tensor:

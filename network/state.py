@@ -54,17 +54,22 @@ class State(NamedTuple):
     reference_keys: Array  # (F, m, G, KEY) unit vectors
     reference_valid: Array  # (F, m, G) 1, or 0 where a row holds nothing
     reference_values: Array  # (F, m, G, M, VALUE + 1), the last one the object's share
-    reference_absent: Array  # (F, m, G, VALUE + 1), those of an object that isn't in the frame
+    reference_rows: Array  # (F, m, G) int64, which location of which view is there
+    # of each view, of which values are made; again, once there are more objects or fewer
+    reference_shared: Array  # (R, ., h, w), of R views: the frames, and closer views of objects
+    reference_masks: Array  # (R, N+1, h*side, w*side) shares
     # of the long-term memory, a ring: frame t lies in slot t % T
     memory_keys: Array  # (T, s, G, KEY)
     memory_valid: Array  # (T, s, G)
     memory_values: Array  # (T, s, G, M, VALUE + 1)
-    memory_absent: Array  # (T, s, G, VALUE + 1)
+    memory_shared: Array  # (T, ., h, w)
+    memory_masks: Array  # (T, N+1, h*side, w*side) probabilities
     # of the short-term memory, oldest first
     recent_keys: Array  # (2, h, w, NEAR)
     recent_valid: Array  # (2,)
     recent_values: Array  # (2, h*w, M, VALUE + 1)
-    previous: Array  # (N+1, h*side, w*side) probabilities of the last frame
+    recent_shared: Array  # (2, ., h, w)
+    recent_masks: Array  # (2, N+1, h*side, w*side) probabilities
     # Sums over frames. Of the linear labels: features times features, and features times labels.
     # Of object tokens: features summed over masks. Of zero width where there are none.
     reference_squares: Array  # (C, C), summed over the reference frames
@@ -86,11 +91,18 @@ class State(NamedTuple):
     @property
     def objects(self) -> int:
         """N."""
-        return self.previous.shape[0] - 1
+        return self.recent_masks.shape[1] - 1
+
+    @property
+    def previous(self) -> Array:
+        """(N+1, h*side, w*side) probabilities of the last frame."""
+        return self.recent_masks[-1]
 
 
 KEYS = "reference_keys", "memory_keys", "recent_keys"  # in the precision of the network
-COUNTS = "frames", "memories"
+MASKS = "reference_masks", "memory_masks", "recent_masks"
+TOKENS = "reference_tokens", "memory_tokens", "tokens"
+INTEGERS = "reference_rows", "frames", "memories"
 
 
 class Widths(NamedTuple):
@@ -100,6 +112,7 @@ class Widths(NamedTuple):
     key: int
     near: int
     value: int
+    shared: int
     side: int  # pixels of `previous` on each side of a location
     tokens: int  # numbers of each object that object tokens are made of
 
@@ -118,14 +131,17 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
     rows = members + (objects + 1) * extra(members), groups
     slots = MEM_FRAMES, members, groups
     features, labels, tokens = widths.features, objects + 1, (objects + 1, widths.tokens)
+    shared, masks = (widths.shared, h, w), (labels, h * widths.side, w * widths.side)
     shapes = {
         "reference_keys": (0, *rows, widths.key), "reference_valid": (0, *rows),
-        "reference_values": (0, *rows, followed, value), "reference_absent": (0, *rows, value),
+        "reference_values": (0, *rows, followed, value), "reference_rows": (0, *rows),
+        "reference_shared": (0, *shared), "reference_masks": (0, *masks),
         "memory_keys": (*slots, widths.key), "memory_valid": slots,
-        "memory_values": (*slots, followed, value), "memory_absent": (*slots, value),
+        "memory_values": (*slots, followed, value), "memory_shared": (MEM_FRAMES, *shared),
+        "memory_masks": (MEM_FRAMES, *masks),
         "recent_keys": (SHORT_TERM, h, w, widths.near), "recent_valid": (SHORT_TERM,),
         "recent_values": (SHORT_TERM, h * w, followed, value),
-        "previous": (labels, h * widths.side, w * widths.side),
+        "recent_shared": (SHORT_TERM, *shared), "recent_masks": (SHORT_TERM, *masks),
         "reference_squares": (features, features), "reference_labels": (features, labels),
         "reference_tokens": tokens, "memory_tokens": tokens, "tokens": tokens,
         "memory_squares": (features, features), "memory_labels": (features, labels),
@@ -142,41 +158,24 @@ def extra(members: int) -> int:
     return max(1, members // 4)
 
 
-def without(state: State, channel: int, concatenate: Callable[[list, int], Array]) -> State:
+def without(state: State, channel: int) -> State:
     """The state without one object, of which everything is forgotten; those behind it move up.
 
     Its locations are in no set then: were they background, it could not be found when it is asked
-    for again. What the union of the others would have been is blended from their values.
+    for again. Values stay as they were: they are made again of what is left.
 
     Args:
         channel: of the object in `previous`, at least 1.
-        concatenate: arrays along an axis.
     """
-    kept = [i for i in range(state.objects) if i != channel - 1]
-    labels, members = [0, *(i + 1 for i in kept)], state.memory_valid.shape[1]
+    kept = [i for i in range(state.objects + 1) if i != channel]
+    members = state.memory_valid.shape[1]
     each = extra(members)
-    rows = [*range(members + each),
-            *(members + (i + 1) * each + row for i in kept for row in range(each))]
+    rows = [*range(members), *(members + i * each + row for i in kept for row in range(each))]
     found = {f"reference_{name}": getattr(state, f"reference_{name}")[:, rows]
-             for name in ("keys", "valid", "values", "absent")}
-    for name in ("reference_values", "memory_values", "recent_values"):
-        own = found.get(name, getattr(state, name))[..., kept, :]
-        found[name] = concatenate([own, _union(own, concatenate)], -2) if len(kept) > 1 else own
-    for name in ("reference_labels", "memory_labels", "linear"):  # linear in the labels, too
-        found[name] = getattr(state, name)[:, labels]
-    for name in ("reference_tokens", "memory_tokens", "tokens", "previous"):
-        found[name] = getattr(state, name)[labels]
+             for name in ("keys", "valid", "rows")}
+    # labels that are linear in features are linear in the labels, too
+    for name in (*MASKS, "reference_labels", "memory_labels", "linear"):
+        found[name] = getattr(state, name)[:, kept]
+    for name in TOKENS:
+        found[name] = getattr(state, name)[kept]
     return state._replace(**found)
-
-
-def _union(own: Array, concatenate: Callable[[list, int], Array]) -> Array:
-    """(..., N, VALUE + 1) values of several objects -> (..., 1, VALUE + 1), about their union's.
-
-    Which took the frame. Where one of them is, theirs are the object's, and elsewhere those of
-    objects that aren't there, so they are weighed by shares, and by what is missing from them.
-    """
-    share = own[..., -1:]
-    total, missing = share.sum(-2), (1 - share).sum(-2)
-    nowhere = ((1 - share) * own).sum(-2) / missing  # of several objects at least one is missing
-    values = (share * own).sum(-2) + (1 - total) * nowhere
-    return concatenate([values[..., :-1], total], -1)[..., None, :]

@@ -35,6 +35,11 @@ def reference(model: Any, image: Any, mask: np.ndarray,
         views.append(model.encode(image[:, :, view.rows, view.columns], grid))
         masks.append(shares_of(view.mask, pixels, object_ids))
         labels.append(view.labels)
+    # as many views whatever is in the mask: an object that isn't has empty ones
+    for _ in range(1 + len(CLOSER) * len(object_ids) - len(views)):
+        views.append(features)
+        masks.append(0 * masks[0])
+        labels.append(0 * labels[0] - 1)
     # nothing else is asked of the views
     parts = {name: model.concatenate([getattr(view, name) for view in views])
              for name in ("key", "shared")}

@@ -17,9 +17,10 @@ from network.reader import (
     rivals,
     with_union,
 )
-from network.state import COUNTS, MEM_FRAMES, blank, without
+from network.state import INTEGERS, MEM_FRAMES, blank, without
 
 H, W, C, SIDE = 5, 7, 20, 2
+ROWS = "reference_keys", "reference_values", "reference_rows"  # some of which hold nothing
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def labels(mask):
 
 def empty(reader, objects):
     return blank((H, W), objects, reader.widths, lambda name, shape: torch.zeros(
-        shape, dtype=torch.long if name in COUNTS else torch.float32))
+        shape, dtype=torch.long if name in INTEGERS else torch.float32))
 
 
 def refer(reader, state, seed, objects, closer=True):
@@ -267,7 +268,7 @@ def test_only_so_many_frames_are_kept(reader):
 def test_shapes_depend_on_numbers_only(reader):
     shapes = [tuple(x.shape) for x in followed(reader, 2, ())[0]]
     for seed, long in ((1, False), (2, True), (3, True)):
-        state, _ = refer(reader, empty(reader, 2), seed, 2, closer=seed > 1)
+        state, _ = refer(reader, empty(reader, 2), seed, 2)
         for i in range(seed):
             state = reader.remember(state, features(reader, i), masks(seed, 2), long)
         assert [tuple(x.shape) for x in state] == shapes
@@ -294,11 +295,10 @@ def test_an_object_that_comes_later_was_nowhere_before(reader):
                                    (i + 1) % 2 == 0)
     expected = reader.start(expected, seen, one_hot(mask, 2)[None], labels(mask)[None])
     for name, now, then in zip(wide._fields, wide, expected):
-        if name == "recent_values":  # where an absent object's is that of the newest frame
-            assert not now[0, :, 1, -1].any()
-            now, then = now[:, :, [0, 2]], then[:, :, [0, 2]]
-        elif name.startswith("reference") and now.dim() > 2:  # what isn't valid may be anything
+        if name in ROWS:  # what isn't valid may be anything
             now, then = (x[wide.reference_valid > 0] for x in (now, then))
+        elif name == "memory_values":
+            now, then = (x[wide.memory_valid > 0] for x in (now, then))
         torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-4)
     evidence, scores = reader.read(wide, features(reader, 9))
     assert len(evidence) == 3 and len(scores) == 3
@@ -393,7 +393,7 @@ def test_the_union_decides_what_is_foreground(objects):
 
 @pytest.mark.parametrize("objects, channel", [(2, 1), (3, 2), (3, 3)])
 def test_of_a_removed_object_nothing_is_left(reader, objects, channel):
-    """As if it had never been asked for, but for the values of others, whose rival it was."""
+    """As if it had never been asked for, but for sums in which each object weighs alike."""
     kept = [i for i in range(objects + 1) if i != channel]
     fewer = torch.tensor([kept.index(i) if i in kept else -1 for i in range(objects + 1)])
     state, expected = empty(reader, objects), empty(reader, objects - 1)
@@ -405,38 +405,20 @@ def test_of_a_removed_object_nothing_is_left(reader, objects, channel):
     for i in (1, 2):
         state = reader.remember(state, features(reader, i), masks(i, objects), i == 2)
         expected = reader.remember(expected, features(reader, i), masks(i, objects)[kept], i == 2)
-    found = without(state, channel, torch.cat)
+    found = reader.revalued(without(state, channel))
     for name, now, then in zip(found._fields, found, expected):
         assert now.shape == then.shape, name
-        if name in ("memory_values", "recent_values", "reference_values"):
-            shares, wanted = (x[..., -1] for x in (now, then))
-            if name == "reference_values":
-                shares, wanted = (x[expected.reference_valid > 0] for x in (shares, wanted))
-            torch.testing.assert_close(shares, wanted)
-        elif not name.endswith(("squares", "labels", "linear", "absent")):  # it weighed there
-            if name == "reference_keys":
-                now, then = (x[expected.reference_valid > 0] for x in (now, then))
-            torch.testing.assert_close(now, then)
+        if name in ROWS:
+            now, then = (x[expected.reference_valid > 0] for x in (now, then))
+        elif name.startswith("memory") and name != "memory_masks" and now.dim() > 2:
+            now, then = (x[expected.memories - 1] for x in (now, then))  # the only one there is
+        if not name.endswith(("squares", "labels", "linear")):
+            torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.linear, state.linear[:, kept])
     with torch.no_grad():
         evidence, scores = reader.read(found, features(reader, 9))
         torch.testing.assert_close(scores, reader.read(expected, features(reader, 9))[1])
     assert len(evidence) == objects - 1 + (objects > 2)
-
-
-def test_the_union_of_those_that_are_left_is_about_what_it_would_have_been(reader):
-    """Exactly where the others' values say nothing of it: here values of shares alone."""
-    state, expected = empty(reader, 3), empty(reader, 2)
-    with torch.no_grad():
-        for p in (reader.own.weight, reader.layers[2].weight, reader.layers[5].weight):
-            p.zero_()  # all the same but for the share
-    mask = ids(0, 3)
-    seen = features(reader, 0)
-    state = reader.start(state, seen, one_hot(mask, 3)[None], labels(mask)[None])
-    lacking = torch.tensor([0, 1, -1, 2])[labels(mask)]
-    expected = reader.start(expected, seen, one_hot(mask, 3)[None, [0, 1, 3]], lacking[None])
-    found = without(state, 2, torch.cat)
-    torch.testing.assert_close(found.recent_values, expected.recent_values, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),

@@ -377,6 +377,17 @@ def test_the_state_of_a_video_is_tensors_alone(shipped):
     assert all(shape == shapes[0] for shape in shapes)
 
 
+def test_shapes_do_not_depend_on_what_later_masks_hold(shipped):
+    image, mask = frame(0, (1, 2), scale=2)
+    shapes = []
+    for later in (mask, np.where(mask == 1, 1, 0), 0 * mask):
+        tracker = Tracker(shipped)
+        tracker.step(image, mask)
+        tracker.step(image, later.astype(np.uint8))
+        shapes.append([tuple(x.shape) for x in tracker.memory])
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
 def test_a_step_changes_nothing_in_a_state(shipped):
     tracker = Tracker(shipped)
     frames = list(clip((1, 2), later=5))
