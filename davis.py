@@ -90,11 +90,11 @@ class Sequence(Clip):
 
     def mask(self, index: int) -> np.ndarray:
         """Return the mask of a labelled frame, (H, W) uint8: 0 background, else the object's id."""
-        return self.coding.read(self.masks[index])
+        return self.mask_encoding.read(self.masks[index])
 
     def truth(self, index: int) -> np.ndarray:
         """Return the mask with `VOID` where pixels are not labelled, which are not scored."""
-        return self.coding.read(self.masks[index], keep_void=True)
+        return self.mask_encoding.read(self.masks[index], keep_void=True)
 
     def mask_name(self, index: int) -> str:
         """Return the file name of a frame's predicted mask: the frame's name with .png."""
@@ -161,11 +161,11 @@ class Sequence(Clip):
         return sorted(i for i, first in self.first_frames.items() if first < frame)
 
     @cached_property
-    def coding(self) -> MaskEncoding:
+    def mask_encoding(self) -> MaskEncoding:
         """How mask values map to objects, decided once for all masks of the sequence."""
         return MaskEncoding.detect([self.masks[i] for i in self.labelled], self.single_object)
 
-    def coding_in(self, results: Path) -> MaskEncoding:
+    def result_encoding(self, results: Path) -> MaskEncoding:
         """Return how values of the predicted masks in `results`/NAME map to objects."""
         return MaskEncoding.detect(
             [results / self.name / self.mask_name(frame) for frame in self.scored],
@@ -308,7 +308,7 @@ def for_training(sequences: list[Sequence]) -> list[Sequence]:
         if sequence not in fit:
             log.warning("not trained on: %s has only one mask", sequence.name)
         else:
-            _ = sequence.coding
+            _ = sequence.mask_encoding
     if sequences and not fit:
         raise ValueError("nothing to train on: each sequence has only one mask, expected masks of "
                          "at least two frames")

@@ -254,9 +254,9 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
     """
     scores: Scores = {}
     ids: dict[str, tuple[set[int], set[int]]] = {}
-    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.coding,
+    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.mask_encoding,
                sequence.masks[frame], sequence.scored_objects(frame))
-              for sequence in sequences for coding in [sequence.coding_in(results)]
+              for sequence in sequences for coding in [sequence.result_encoding(results)]
               for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
         results_of_frames = pool.map(_score_file, frames, chunksize=CHUNK)

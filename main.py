@@ -31,16 +31,20 @@ log = logging.getLogger("videomatch")
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
           "fatal": logging.CRITICAL}
-# in the words of PyTorch, of oneDNN and of Python's threads
-OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive",
-                 "could not create a memory", "can't start new thread")
-# in those of PyTorch's loader and of the system
-SHARED_MEMORY = ("DataLoader worker", "shared memory", "/dev/shm", "Shared memory")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: without the program's name; defaults to `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0; 2 for errors in flags or files, which are printed in one line; 130 for
+        Ctrl+C. Bugs raise.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a code page may lack what a file's name has
+        if isinstance(stream, io.TextIOWrapper):  # a code page may lack a character
             stream.reconfigure(errors="replace")
     try:
         args = options.parse(argv)
@@ -48,54 +52,33 @@ def main(argv: list[str] | None = None) -> int:
         distributed.start()
         if distributed.rank():
             logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
-        select_device(args.cuda_device)  # what isn't there is told before anything is read
+        select_device(args.cuda_device)  # fail before any data is read
         {"train": run_train, "eval": run_eval, "segment": segment.run,
          "export": export.run}[args.mode](args)
         distributed.end()
-    except BrokenPipeError:  # nobody reads what is printed; every file was written before
+    except BrokenPipeError:
+        # Whoever read the output has closed the pipe, as `| head` does. All files are written, and
+        # Python must not fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        log.debug("where the error came from:", exc_info=True)
-        message = explained(error)
+        log.debug("traceback of the error:", exc_info=True)
+        message = errors.explained(error)
         if message is None:
             raise
         print(f"main.py: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on (a training with --resume)", file=sys.stderr)
+        print("interrupted; run the same command to resume (training: add --resume)",
+              file=sys.stderr)
         return 130
     return 0
 
 
-def explained(error: Exception) -> str | None:
-    """One line for what a user can mend; None for an error of ours."""
-    if is_out_of_memory(error):
-        return ("out of memory, which a smaller --size or --input_image_shape, and "
-                "--upsample_factor need less of, in training a smaller --batch_size too")
-    if isinstance(error, OSError | ValueError):
-        return errors.explained(error)
-    text = errors.last_line(error)
-    if any(words in str(error) for words in SHARED_MEMORY):
-        return (f"too little shared memory for the processes that read ({text}): --workers 0, or "
-                "for Docker --shm-size 1g")
-    if isinstance(error, NotImplementedError):
-        return (f"the device lacks an operation ({text}): -c cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1 "
-                "in the environment")
-    return None
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the error, or one that it came from, says so."""
-    return error is not None and (
-        isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-        or any(words in str(error) for words in OUT_OF_MEMORY)
-        or is_out_of_memory(error.__cause__))
-
-
 def run_train(args: argparse.Namespace) -> None:
+    """`-m train`: train the network, or with --prompts the prompt decoder only."""
     static_images = [image for folder in args.stills for image in find_static_images(folder)]
-    with_videos = args.dataset or args.demo or not args.stills
-    sequences = for_training(setup.load_dataset(args).sequences) if with_videos else []
+    use_videos = args.dataset or args.demo or not args.stills
+    sequences = for_training(setup.load_dataset(args).sequences) if use_videos else []
     training, held_out = (hold_out(sequences, args.validation_size, args.seed) if sequences
                           else ([], []))
     if args.prompts:
@@ -103,38 +86,48 @@ def run_train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = setup.build_model(args)
     model.precision = precision.of(args.precision, model.device, model.method, training=True)
-    frames = sum(len(source.labelled) for source in (*training, *static_images))
-    each = args.batch_size * distributed.count()
-    iterations = args.epochs * (-(-frames // each) if args.iters == -1 else args.iters)
-    log.info("%d sequences and %d static images to train on, held out: %s", len(training),
-             len(static_images), ", ".join(s.name for s in held_out) or "none")
+    clips_per_step = args.batch_size * distributed.count()
+    steps_per_epoch = -(-count_frames(training, static_images) // clips_per_step)
+    iterations = args.epochs * (steps_per_epoch if args.iters == -1 else args.iters)
+    log.info("%d sequences and %d static images to train on; held out: %s", len(training),
+             len(static_images), names_of(held_out))
     train.train(model, training, held_out, setup.training_options(args, model, iterations),
                 static_images)
 
 
 def run_train_prompts(args: argparse.Namespace, training: list, held_out: list,
                       static_images: list) -> None:
-    static_images, apart = train_prompts.split_static_images(static_images, args.validation_size,
-                                                             args.seed)
+    """`-m train --prompts`. Static images are held out too, as there may be no sequence."""
+    static_images, held_out_images = train_prompts.split_static_images(
+        static_images, args.validation_size, args.seed)
     torch.manual_seed(args.seed)
     model = setup.build_model(args)
-    frames = sum(len(source.labelled) for source in (*training, *static_images))
-    iterations = args.epochs * (frames if args.iters == -1 else args.iters)
-    log.info("%d sequences and %d static images to train on, held out: %s, and %d static images",
-             len(training), len(static_images),
-             ", ".join(sequence.name for sequence in held_out) or "none", len(apart))
-    train_prompts.train_prompts(model, training, static_images, [*held_out, *apart],
+    steps_per_epoch = count_frames(training, static_images)
+    iterations = args.epochs * (steps_per_epoch if args.iters == -1 else args.iters)
+    log.info("%d sequences and %d static images to train on; held out: %s, and %d static images",
+             len(training), len(static_images), names_of(held_out), len(held_out_images))
+    train_prompts.train_prompts(model, training, static_images, [*held_out, *held_out_images],
                                 setup.training_options(args, model, iterations))
 
 
+def count_frames(sequences: list, static_images: list) -> int:
+    """Number of labelled frames, each of which an epoch shows once."""
+    return sum(len(source.labelled) for source in (*sequences, *static_images))
+
+
+def names_of(sequences: list) -> str:
+    return ", ".join(sequence.name for sequence in sequences) or "none"
+
+
 def run_eval(args: argparse.Namespace) -> None:
+    """`-m eval`. The demo also writes videos, and always starts over."""
     sequences = setup.load_dataset(args).sequences
     model = setup.load_for_inference(args)
-    source = "demo" if args.demo else str((args.dataset or setup.DAVIS).resolve())
+    data = "demo" if args.demo else str((args.dataset or setup.DAVIS).resolve())
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=args.results_dir or (Path("results/demo") if args.demo else None),
         set_name=setup.split_name(args), videos=args.visualize or args.demo,
-        metadata=setup.run_metadata(args, model, {"data": source}),
+        metadata=setup.run_metadata(args, model, {"data": data}),
         overwrite=args.overwrite or args.demo, **setup.pipeline_options(args)))
 
 

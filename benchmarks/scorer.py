@@ -62,7 +62,7 @@ def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequen
         (folder / sequence.name).mkdir(parents=True)
     for i in sequence.labelled:
         images.write_mask(truth / sequence.name / sequence.mask_name(i), sequence.mask(i))
-    coding = sequence.coding_in(results)
+    coding = sequence.result_encoding(results)
     for i in sequence.scored:
         name = sequence.mask_name(i)
         images.write_mask(masks / sequence.name / name,

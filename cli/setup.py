@@ -1,4 +1,4 @@
-"""Build what the flags describe: device, model, data set, options of training and pipeline."""
+"""Build device, model, data set and options from the flags."""
 
 import argparse
 import logging
@@ -20,21 +20,23 @@ from videomatch import SHIPPED, VideoMatch
 
 log = logging.getLogger("videomatch")
 
-DAVIS = Path("DAVIS")  # where `davis.py --download DAVIS` in the README puts it
+DAVIS = Path("DAVIS")  # default of --dataset: where the README's download command puts it
 
 
 def select_device(name: str | None) -> torch.device:
-    """The device that --cuda_device names, or the best there is.
+    """The device of --cuda_device; by default a CUDA device, else MPS, else the CPU.
+
+    Each process of a job gets a CUDA device of its own, by its local rank.
 
     Raises:
-        ValueError: there is no such device on this machine.
+        ValueError: this machine has no such device.
     """
     if name is None:
         if torch.cuda.is_available():
             rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if rank >= count:
-                raise ValueError(f"--nproc_per_node: process {rank} finds no CUDA device of its "
-                                 f"own, this machine has {count}: expected at most as many "
+                raise ValueError(f"--nproc_per_node: no CUDA device left for process {rank}, "
+                                 f"this machine has {count}: expected at most as many "
                                  "processes, or -c cpu")
             return torch.device("cuda", rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -53,7 +55,11 @@ def select_device(name: str | None) -> torch.device:
 
 
 def build_model(args: argparse.Namespace) -> VideoMatch:
-    """The model that the flags describe: from a checkpoint, or new on ImageNet weights."""
+    """Load the model from a checkpoint, or build a new one on ImageNet weights.
+
+    Without -o, training starts from ImageNet weights and the other modes use the shipped
+    checkpoint of the encoder.
+    """
     name = args.encoder or "mobilenet"
     path = args.model_load
     if path is None and args.mode != "train" and args.encoder_weights is None:
@@ -64,17 +70,19 @@ def build_model(args: argparse.Namespace) -> VideoMatch:
     if args.encoder_weights == "none":
         log.warning("encoder %s starts from random weights (--encoder_weights none)", name)
     else:
-        with distributed.first_alone():  # which may download them
+        with distributed.first_alone():  # it may download the weights
             encoder.load_imagenet(args.encoder_weights)
+    # Only training can make use of an untrained memory and decoder.
     refined, spec = args.method in (None, "memory") and args.mode == "train", encoder.spec
     return configure(VideoMatch(encoder, spec.factor, spec.top_k, refined=refined, zoom=spec.zoom),
                      args)
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
+    """Load a checkpoint; raises a ValueError if --encoder or --encoder_weights contradict it."""
     if args.encoder_weights is not None:
-        raise ValueError(f"--encoder_weights contradicts the checkpoint {path}, which brings "
-                         "its own weights: leave one of them out")
+        raise ValueError(f"--encoder_weights contradicts the checkpoint {path}, which has its "
+                         "own weights: leave one of them out")
     model = VideoMatch.load(path)
     if args.encoder not in (None, model.encoder.name):
         raise ValueError(f"--encoder {args.encoder} contradicts the checkpoint {path}, whose "
@@ -86,7 +94,7 @@ def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
 
 
 def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
-    """Set what the flags name, move to the device, and say how the model matches."""
+    """Override the checkpoint's settings by flags, move the model to the device, and log both."""
     for name in ("upsample_factor", "top_k", "temperature", "dilation"):
         if getattr(args, name) is not None:
             setattr(model, name, getattr(args, name))
@@ -103,11 +111,19 @@ def configure(model: VideoMatch, args: argparse.Namespace) -> VideoMatch:
 
 def run_metadata(args: argparse.Namespace, model: VideoMatch,
                  data: dict[str, str]) -> dict[str, str]:
-    """What the results depend on: flags that aren't the default, data, weights, versions."""
-    given = options.changed(args, "metadata")
-    return {"flags": " ".join(f"--{name} {value}" for name, value in given.items()) or "default",
+    """Run metadata: everything that changes the masks.
+
+    Results with other metadata are not resumed. So a change of the code that changes masks has to
+    show here: by the version, or by a line like "frames".
+
+    Args:
+        data: entries about the data, such as {"data": PATH}.
+    """
+    flags = options.changed(args, "metadata")
+    return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
             **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
-            "frames": f"enlarged {images.ENLARGED} times at most",  # states of others don't fit
+            # the working size of small frames: saved states of another size can't be resumed
+            "frames": f"enlarged {images.ENLARGED} times at most",
             "arithmetic": f"{model.precision} on {model.device.type}",
             "versions": f"videomatch {version.__version__}, torch {torch.__version__}, "
                         f"Python {platform.python_version()}",
@@ -115,17 +131,17 @@ def run_metadata(args: argparse.Namespace, model: VideoMatch,
 
 
 def load_for_inference(args: argparse.Namespace) -> VideoMatch:
-    """A model that won't be trained."""
+    """Build the model for inference: BatchNorm folded into convolutions, precision selected."""
     torch.manual_seed(args.seed)
     model = build_model(args)
-    model.facts["digest"] = model.digest()
+    model.facts["digest"] = model.digest()  # before folding, which changes the weights
     model.encoder.fold_batchnorm()
     model.precision = precision.of(args.precision, model.device, model.method)
     return model
 
 
 def pipeline_options(args: argparse.Namespace) -> dict:
-    """Arguments of `pipeline.Options`, which `evaluate.Options` shares."""
+    """Keyword arguments of `pipeline.Options`, and of `evaluate.Options`, which extends it."""
     return {"size": args.size, "input_shape": args.input_image_shape,
             "segmentation_shape": args.segmentation_shape, "threshold": args.fg_thresh,
             "remove_outliers": not args.leave_outliers}
@@ -133,6 +149,11 @@ def pipeline_options(args: argparse.Namespace) -> dict:
 
 def training_options(args: argparse.Namespace, model: VideoMatch,
                      iterations: int) -> train.Options:
+    """Options of both kinds of training.
+
+    Args:
+        iterations: total number of optimizer steps.
+    """
     return train.Options(
         save=args.model_save or Path(f"runs/vm_{model.encoder.name}.pth"),
         shape=tuple(args.input_image_shape or options.TRAINING_SHAPE), iterations=iterations,
@@ -144,6 +165,7 @@ def training_options(args: argparse.Namespace, model: VideoMatch,
 
 
 def load_dataset(args: argparse.Namespace) -> Davis:
+    """The sequences of --dataset or of the demo, which is drawn if it is missing."""
     with distributed.first_alone():
         root = demo.make() if args.demo else args.dataset or DAVIS
     year = args.year or ("2017" if args.demo else None)
@@ -151,4 +173,5 @@ def load_dataset(args: argparse.Namespace) -> Davis:
 
 
 def split_name(args: argparse.Namespace) -> str:
+    """The data set's split: --set, by default the one for the mode."""
     return args.set or ("val" if args.mode == "eval" else "train")

@@ -131,7 +131,7 @@ def _section(sequence: Sequence, runs: list[Run]) -> str:
     # Reversed: in a short sequence one frame may be several of these, and "worst" matters most.
     labels_of_frames = {sequence.scored[int(index)]: label
                         for label, index in reversed(chosen.items())}
-    codings = [sequence.coding_in(run.results) for run in runs]
+    codings = [sequence.result_encoding(run.results) for run in runs]
     figures = "".join(_figure(sequence, run, coding, frame, label, len(runs) > 1)
                       for frame, label in sorted(labels_of_frames.items())
                       for run, coding in zip(runs, codings))

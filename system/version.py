@@ -1,4 +1,4 @@
-"""The version of this toolkit, which run metadata record."""
+"""The toolkit's version and Git commit, for run metadata."""
 
 import subprocess
 from functools import cache
@@ -9,10 +9,10 @@ __version__ = "1.0.0"
 
 @cache
 def commit() -> str | None:
-    """The Git commit of the toolkit's own folder, "-dirty" if a tracked file differs from it.
+    """The Git commit of this checkout, followed by "-dirty" if a tracked file was changed.
 
-    None where the folder is not a Git checkout or Git is missing. The folder is named explicitly:
-    Git would otherwise take a checkout that merely contains it.
+    None if the toolkit's folder is not a Git checkout, or Git is missing or takes over 10 s. The
+    folder is passed explicitly, as Git would otherwise use a checkout that contains it.
     """
     root = Path(__file__).resolve().parents[1]
     try:

@@ -15,6 +15,7 @@ from conftest import ROOT
 import main
 from cli import options, setup
 from media import images
+from system import errors
 from videomatch import VideoMatch
 
 
@@ -153,15 +154,15 @@ def in_a_thread(bug):
     broken, in_a_thread, in_a_process,
     lambda bug: list(torch.utils.data.DataLoader(Broken(bug), num_workers=1))])
 def test_errors_of_the_toolkit_are_one_line_and_bugs_keep_their_traceback(run):
-    line = main.explained(raised(lambda: run(False)))
+    line = errors.explained(raised(lambda: run(False)))
     assert line.startswith("mask.png: ") and "frame.jpg" in line and "\n" not in line
-    assert main.explained(raised(lambda: run(True))) is None
+    assert errors.explained(raised(lambda: run(True))) is None
 
 
 def test_errors_of_libraries_that_nothing_caught_are_bugs():
     for bug in (lambda: int("x"), lambda: torch.optim.SGD([], lr=1),
                 lambda: json.loads("{"), lambda: np.zeros((2, 3)).reshape(4)):
-        assert main.explained(raised(bug)) is None
+        assert errors.explained(raised(bug)) is None
 
 
 def test_a_bug_ends_with_its_traceback(tmp_path, monkeypatch):
