@@ -193,7 +193,7 @@ class Tracker:
         previous = resize_mask(self.previous, shape)
         # first, as outlier removal would give to the background what is another object's
         if model.method == "memory":
-            keep_identities(after, previous, self.object_ids, self.threshold)
+            keep_identities(after, previous, self.object_ids, self.shares, self.threshold)
         if self.outlier_removal:
             remove_outliers(after, previous, self.object_ids, self.shares, model.dilation)
         return features, before, after, scores

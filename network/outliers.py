@@ -8,9 +8,17 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
-NEAR = 8  # pixels: an object that was no nearer to a connected component is no part of it
+# How far an object may be from a connected component that it is a part of, as a share of its own
+# size (the root of its reference area). Something narrow in front of an object hides a strip of it,
+# and what comes out on the other side may touch another object: the two parts of a body are then
+# as far apart as what hides it is wide. A fixed 8 pixels gave such a part to the other object for
+# good; a larger share protects less against look-alikes (docs/log/2026-11-28-identities.md).
+REACH = 0.5
+NEAR = 8  # pixels, the least reach: even a small object moves, and masks are not exact
 TINY = np.float32(1e-12)  # a probability
-REACH = 0.25  # of a single object's size (the root of its area): likewise, where that is further
+# The same for a single object, whose components out of reach are background; of its previous size.
+# Less than REACH, as most of them are twins; 0.25 is what real videos were checked with.
+REACH_ALONE = 0.25
 VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
 
 
@@ -46,11 +54,12 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
 
 
 def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
-                    threshold: float = 0.5) -> None:
+                    shares: Mapping[int, float], threshold: float = 0.5) -> None:
     """Restrict each connected component of the foreground to objects that were near, in place.
 
-    A body is one thing: of several look-alikes it is one that was there in the frame before, at
-    most `NEAR` pixels away. A component that no object was near to may be any of them.
+    A connected component consists of objects that were within reach of it in the frame before:
+    a look-alike further away has no part of it. An object that vanished may re-appear as a part
+    of any component, next to what hid it, too; a component that no object was near to may be any.
 
     Of a single object, components that it was not near to are taken for background, unless
     there are no others: a twin elsewhere is not taken along, but what was hidden is found again.
@@ -58,7 +67,8 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     Args:
         probabilities: (N+1, H, W), channel 0 the background, which stays as it is if N > 1.
         previous: (H, W) uint8 mask of the frame before.
-        object_ids: in the order of the channels.
+        object_ids: the objects of channels 1 to N.
+        shares: of each object the share of a reference frame that it covers, in [0, 1].
         threshold: see `decide`.
     """
     foreground = probabilities[0] < 1 - threshold
@@ -66,7 +76,7 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     if len(object_ids) == 1:
         before = previous == object_ids[0]
         if count > 2 and before.any():
-            reach = max(NEAR, REACH * np.sqrt(np.count_nonzero(before)))
+            reach = max(NEAR, REACH_ALONE * np.sqrt(np.count_nonzero(before)))
             near = np.zeros(count, bool)
             near[parts[extrude(before, reach)]] = True
             if near[1:].any():
@@ -75,10 +85,15 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
                 probabilities[0, far] += probabilities[1, far]
                 probabilities[1, far] = 0
         return
-    allowed = np.zeros((len(object_ids), count), bool)
-    for mine, object_id in zip(allowed, object_ids):
-        mine[parts[extrude(previous == object_id, NEAR)]] = True
-    allowed[:, ~allowed.any(0)] = True
+    near = np.zeros((len(object_ids), count), bool)
+    vanished = np.zeros((len(object_ids), 1), bool)
+    for channel, object_id in enumerate(object_ids):
+        before, share = previous == object_id, shares[object_id]
+        vanished[channel] = before.mean() <= VANISHED * share
+        if not vanished[channel]:
+            reach = max(NEAR, REACH * np.sqrt(share * previous.size))
+            near[channel, parts[extrude(before, reach)]] = True
+    allowed = near | vanished | ~near.any(0)
     allowed[:, 0] = True  # the background
     limited = (~allowed.all(0))[parts]  # pixels
     if not limited.any():
