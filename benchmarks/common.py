@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, peak memory, and their command lines."""
+"""Shared by the benchmarks: timing, peak memory, command lines."""
 
 import argparse
 import ctypes
@@ -14,7 +14,7 @@ from davis import SETS, YEARS
 
 # Frames of a clip before the measured ones: by then the memory of past frames is full, so every
 # later frame costs the same.
-WARM = 20
+WARM_UP = 20
 
 
 def seconds(run: Callable, device: torch.device) -> float:
@@ -50,6 +50,7 @@ def peak_memory(run: Callable, device: torch.device) -> float | None:
 
 
 def _status(field: str) -> int:
+    """A value of /proc/self/status, in bytes."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
 
@@ -92,6 +93,7 @@ def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace],
 
 
 def add_clip(parser: argparse.ArgumentParser, rows: tuple[int, ...]) -> None:
+    """The flags of benchmarks on clips; `rows` are the default frame heights."""
     parser.add_argument("--rows", type=int, nargs="+", metavar="H", default=rows,
                         help=f"frame heights (default: {' '.join(map(str, rows))})")
     parser.add_argument("--frames", type=int, default=12, metavar="N",

@@ -55,7 +55,12 @@ def rates(device: torch.device) -> tuple[float, float]:
 
 
 def inputs(name: str, shape: tuple[int, int], device: torch.device):
-    """Features of two frames of the demo data, the mask of the first, seconds of the encoder."""
+    """Features of two frames of the demo data, the mask of the first, and the encoder's seconds.
+
+    Args:
+        name: the encoder's.
+        shape: (H, W) of the frames.
+    """
     torch.manual_seed(0)
     encoder = Encoder(name).eval().to(device)
     frames = list(demo.draw(demo.SCENES["val"]["stroll"], frames=3))
@@ -89,9 +94,9 @@ def measure(name: str, factor: float, frames, repeats: int, device, floor_rates)
         row[which] = {"seconds": statistics.median(times[which]), "least": min(times[which]),
                       "most": max(times[which]), "peak_bytes": memory[which]}
     operations, copied = floor_rates
-    cells = query[0].numel()
+    locations = query[0].numel()
     moved = 4 * (2 * query.numel() + 2 * grid.shape[0] * grid.shape[1])
-    floor = max(2 * cells * cells * len(query) / operations, moved / copied)
+    floor = max(2 * locations * locations * len(query) / operations, moved / copied)
     row["times_the_floor"] = row["toolkit"]["seconds"] / floor
     if "dense" in runs:
         row["times_faster"] = row["dense"]["seconds"] / row["toolkit"]["seconds"]
@@ -99,8 +104,9 @@ def measure(name: str, factor: float, frames, repeats: int, device, floor_rates)
     return row
 
 
-def line(row: dict) -> str:
-    def cell(which: str) -> str:
+def format_row(row: dict) -> str:
+    """A line of the printed table."""
+    def column(which: str) -> str:
         if which not in row:
             return f"{'too large':>32}"
         run = row[which]
@@ -109,7 +115,7 @@ def line(row: dict) -> str:
 
     faster = f"{row['times_faster']:6.1f}" if "dense" in row else f"{'-':>6}"
     return (f"{row['encoder']:9} {row['upsample_factor']:4g} {row['encoder_seconds']:8.3f} "
-            f"{cell('dense'):>32} {cell('toolkit'):>32} {faster} {row['times_the_floor']:6.1f}")
+            f"{column('dense'):>32} {column('toolkit'):>32} {faster} {row['times_the_floor']:6.1f}")
 
 
 def measure_all(args: argparse.Namespace) -> dict:
@@ -118,14 +124,14 @@ def measure_all(args: argparse.Namespace) -> dict:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, {device} ({where}), {torch.get_num_threads()} threads, "
           f"{floor_rates[0] / 1e9:.0f} GFLOP/s, copies at {floor_rates[1] / 1e9:.1f} GB/s")
-    print(f"{'encoder':9} {'-uf':>4} {'features':>8} {'dense: s a frame, peak MB':>32} "
-          f"{'toolkit: s a frame, peak MB':>32} {'faster':>6} {'floor':>6}")
+    print(f"{'encoder':9} {'-uf':>4} {'features':>8} {'dense: s/frame, peak MB':>32} "
+          f"{'toolkit: s/frame, peak MB':>32} {'faster':>6} {'floor':>6}")
     rows = []
     for name in args.encoder:
         frames = inputs(name, tuple(args.shape), device)
         for factor in args.upsample_factor:
             rows.append(measure(name, factor, frames, args.repeats, device, floor_rates))
-            print(line(rows[-1]), flush=True)
+            print(format_row(rows[-1]), flush=True)
     return {"torch": torch.__version__, "device": str(device),
             "threads": torch.get_num_threads(), "rows": rows}
 

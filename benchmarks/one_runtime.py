@@ -1,6 +1,6 @@
 """Track one clip with one runtime and print the figures as JSON; see `benchmarks.runtimes`.
 
-    python -m benchmarks.one_runtime RUNTIME CLIP MASK WEIGHTS THREADS WARM START
+    python -m benchmarks.one_runtime RUNTIME CLIP MASK WEIGHTS THREADS WARM_UP START
 
 Imports are inside functions so that the onnxruntime process never loads PyTorch.
 """
@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 
-def _peak() -> int | None:
+def _peak_memory() -> int | None:
+    """Peak memory of this process in bytes; None where the system does not report it."""
     try:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB",
                                     Path("/proc/self/status").read_text())[1])
@@ -22,7 +23,10 @@ def _peak() -> int | None:
 
 
 def _steps(runtime: str, weights: Path, threads: int):
-    """What follows a frame, (H, W, 3) uint8 RGB with its mask or None; and the precision."""
+    """A function that tracks the next frame, and the precision it computes in.
+
+    The function takes an (H, W, 3) uint8 RGB image and its reference mask, or None.
+    """
     from tracker import Tracker
     if runtime == "onnxruntime":
         import lite
@@ -45,8 +49,9 @@ def _steps(runtime: str, weights: Path, threads: int):
             str(model.precision).removeprefix("torch."))
 
 
-def main(runtime: str, clip: str, mask: str, weights: str, threads: str, warm: str,
+def main(runtime: str, clip: str, mask: str, weights: str, threads: str, warm_up: str,
          start: str) -> None:
+    """Track the clip; arguments are those of the command line, `start` in seconds since 1970."""
     from masks.read import read_mask
     from media.video import open_clip
     step, precision = _steps(runtime, Path(weights), int(threads))
@@ -57,8 +62,8 @@ def main(runtime: str, clip: str, mask: str, weights: str, threads: str, warm: s
         times.append(time.perf_counter() - before)
         if number == 1:
             first = time.time() - float(start)
-    print(json.dumps({"seconds": statistics.median(times[int(warm) + 1:]), "first": first,
-                      "peak_bytes": _peak(), "precision": precision}))
+    print(json.dumps({"seconds": statistics.median(times[int(warm_up) + 1:]), "first": first,
+                      "peak_bytes": _peak_memory(), "precision": precision}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CLICKS = 8  # per object; users rarely give more before they draw the mask by ha
 REPORTED = (1, 3, 8)  # numbers of clicks after which J is printed
 
 
-def measured(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
+def measure_prompts(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
     """Print and return J of each object, the mean J, and seconds per prompt."""
     rows = train_prompts.evaluate_prompts(model, sequences, CLICKS)
     head = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
@@ -59,8 +59,8 @@ def prompt_seconds(model: VideoMatch, repeats: int) -> float:
 
 def measure(args: argparse.Namespace) -> dict:
     model = VideoMatch.load(args.model_load).eval().to(select_device(args.cuda_device))
-    return measured(model, Davis(args.dataset, args.year, args.set).sequences,
-                            args.repeats)
+    return measure_prompts(model, Davis(args.dataset, args.year, args.set).sequences,
+                           args.repeats)
 
 
 def main() -> int:

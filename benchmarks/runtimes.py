@@ -22,7 +22,7 @@ import torch
 
 import export
 from benchmarks import common
-from benchmarks.common import WARM
+from benchmarks.common import WARM_UP
 from datasets import demo
 from media import images
 from videomatch import SHIPPED, VideoMatch
@@ -30,38 +30,40 @@ from videomatch import SHIPPED, VideoMatch
 RUNTIMES = ("pytorch", "pytorch fp32", "onnxruntime")
 
 
-def measured(runtime: str, clip: Path, mask: Path, weights: Path, threads: int,
-             warm: int = WARM) -> dict:
-    """A clip followed in another process.
+def measure_runtime(runtime: str, clip: Path, mask: Path, weights: Path, threads: int,
+                    warm_up: int = WARM_UP) -> dict:
+    """Track a clip in a new process and measure it.
 
     Args:
-        runtime: one of `RUNTIMES`; "pytorch" computes as precisely as the command line does.
-        clip: a folder of frames, `mask` that of the first.
+        runtime: one of `RUNTIMES`; "pytorch" uses the precision that the command line would.
+        clip: a folder of frames.
+        mask: the reference mask, of the first frame.
         weights: a checkpoint, or for onnxruntime an export.
+        warm_up: number of frames before the measured ones.
 
     Returns:
-        "seconds" a frame behind the first `warm`, without reading it, the median; "first", seconds
-        from the start of the process to the first mask that it found; "peak_bytes" of the process,
-        None where the system can't tell; "precision".
+        "seconds": median per frame, without reading the image. "first": seconds from the start of
+        the process to the first predicted mask. "peak_bytes": of the process, None where the
+        system does not report it. "precision".
 
     Raises:
         OSError: the process failed.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.one_runtime", runtime, str(clip.resolve()),
-         str(mask.resolve()), str(weights.resolve()), str(threads), str(warm),
+         str(mask.resolve()), str(weights.resolve()), str(threads), str(warm_up),
          str(time.time())],
         env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"{runtime}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise OSError(f"{runtime}: {(process.stderr.strip() or 'failed').splitlines()[-1]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def table(rows: list[dict]) -> None:
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs; seconds a frame (median, range over the "
+def print_table(rows: list[dict]) -> None:
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs; seconds per frame (median, range over the "
           "repeats), seconds to the first mask, peak memory of the process")
-    print(f"{'rows':>5} {'threads':>7} {'runtime':13} {'a frame':>8} {'range':>16} {'first':>6} "
+    print(f"{'rows':>5} {'threads':>7} {'runtime':13} {'frame':>8} {'range':>16} {'first':>6} "
           f"{'MB':>6}  precision")
     for row in rows:
         peak = row["peak_bytes"]
@@ -70,8 +72,12 @@ def table(rows: list[dict]) -> None:
               f"{'?' if peak is None else round(peak / 2**20):>6}  {row['precision']}")
 
 
-def drawn(folder: Path, rows: list[int], frames: int) -> dict[int, tuple[Path, Path]]:
-    """Clips of the demo data: by rows, a folder of frames and the mask of the first."""
+def draw_clips(folder: Path, rows: list[int], frames: int) -> dict[int, tuple[Path, Path]]:
+    """Draw a clip of the demo data at several heights.
+
+    Returns:
+        For each of `rows` a folder of frames and the mask file of the first frame.
+    """
     pictures, clips = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames)), {}
     for height in rows:
         shape = height, round(height * demo.SHAPE[1] / demo.SHAPE[0])
@@ -82,22 +88,23 @@ def drawn(folder: Path, rows: list[int], frames: int) -> dict[int, tuple[Path, P
     return clips
 
 
-def in_turn(clips: dict[int, tuple[Path, Path]], checkpoint: Path, export: Path, threads,
-            repeats: int) -> list[dict]:
-    """Every runtime in turn, as often as `repeats` says, so that what else runs hits them alike.
+def measure_in_turn(clips: dict[int, tuple[Path, Path]], checkpoint: Path, export: Path, threads,
+                    repeats: int) -> list[dict]:
+    """Measure the runtimes in turn, `repeats` times, so that other load affects all of them.
 
     Args:
-        clips: by rows, a folder of frames and the mask of the first.
+        clips: from `draw_clips`.
+        threads: numbers of threads.
     """
     rows = []
     for height, (clip, mask) in clips.items():
         for count in threads:
-            found = {runtime: [] for runtime in RUNTIMES}
+            all_runs = {runtime: [] for runtime in RUNTIMES}
             for _ in range(repeats):
-                for runtime, runs in found.items():
+                for runtime, runs in all_runs.items():
                     weights = export if runtime == "onnxruntime" else checkpoint
-                    runs.append(measured(runtime, clip, mask, weights, count))
-            for runtime, runs in found.items():
+                    runs.append(measure_runtime(runtime, clip, mask, weights, count))
+            for runtime, runs in all_runs.items():
                 times = [run["seconds"] for run in runs]
                 rows.append({"rows": height, "threads": count, "runtime": runtime,
                              "seconds": statistics.median(times), "least": min(times),
@@ -113,18 +120,18 @@ def measure_all(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export.export(model, folder / "export")
-        clips = drawn(folder, args.rows, args.frames + WARM + 1)
-        found = in_turn(clips, SHIPPED["mobilenet"], folder / "export", args.threads,
-                        args.repeats)
-    table(found)
-    return {"torch": torch.__version__, "machine": platform.machine(), "rows": found}
+        clips = draw_clips(folder, args.rows, args.frames + WARM_UP + 1)
+        rows = measure_in_turn(clips, SHIPPED["mobilenet"], folder / "export", args.threads,
+                               args.repeats)
+    print_table(rows)
+    return {"torch": torch.__version__, "machine": platform.machine(), "rows": rows}
 
 
 def main() -> int:
     parser = common.parser("Benchmark of PyTorch against onnxruntime.")
     common.add_clip(parser, (360, 480))
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2), metavar="N",
-                        help="threads of each runtime (default: 1 2)")
+                        help="numbers of threads of each runtime (default: 1 2)")
     return common.run(parser, measure_all)
 
 

@@ -24,11 +24,11 @@ from davis import Davis, Sequence
 from media import images
 
 
-def scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
-    """Frames a second of `evaluate.score_folder` and of vos-benchmark, which read equal files.
+def measure_scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
+    """Time `evaluate.score_folder` and vos-benchmark on the same files.
 
     Returns:
-        For each its median with the least and the most, and the largest difference between
+        For each, frames per second: median, least and most; and the largest difference between
         their J and F of an object, in [0, 1].
     """
     from vos_benchmark.benchmark import benchmark
@@ -39,7 +39,8 @@ def scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
         runs = {"toolkit": lambda: evaluate.table(evaluate.score_folder(masks, copies, workers)),
                 "vos-benchmark": lambda: benchmark([truth], [masks], num_processes=workers,
                                                    verbose=False)[3][0]}
-        found = {which: run() for which, run in runs.items()}  # and the files are in memory now
+        # this also reads all files, so that later runs find them in the page cache
+        scores = {which: run() for which, run in runs.items()}
         times = {which: [] for which in runs}
         for _ in range(repeats):
             for which, run in runs.items():
@@ -52,12 +53,21 @@ def scorers(results: Path, sequences: list[Sequence], repeats: int) -> dict:
                       "most": max(rate)}
     row["times_faster"] = (row["toolkit"]["frames_per_second"]
                            / row["vos-benchmark"]["frames_per_second"])
-    row["largest_difference"] = max(_differences(found["toolkit"], found["vos-benchmark"]))
+    row["largest_difference"] = max(_differences(scores["toolkit"], scores["vos-benchmark"]))
     return row
 
 
 def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequence:
-    """The sequence with its truth, and what was found, written as ids, which both sides read."""
+    """Rewrite a sequence's ground truth and predicted masks as plain id PNGs.
+
+    This toolkit reads other encodings too, vos-benchmark does not.
+
+    Args:
+        truth, masks: folders to write to.
+
+    Returns:
+        The sequence with its ground truth in `truth`.
+    """
     for folder in (truth, masks):
         (folder / sequence.name).mkdir(parents=True)
     for i in sequence.labelled:
@@ -73,6 +83,7 @@ def _copy(sequence: Sequence, results: Path, truth: Path, masks: Path) -> Sequen
 
 
 def _differences(table: evaluate.Table, others: dict) -> Iterator[float]:
+    """Absolute differences of mean J and F, of every object; vos-benchmark's are in percent."""
     for name, (j, f) in others.items():
         for i in j:
             row = table[name if len(j) == 1 else f"{name}_{i}"]
@@ -85,11 +96,11 @@ def measure(args: argparse.Namespace) -> dict:
     if not sequences:
         raise FileNotFoundError(f"{args.results}: no masks of {args.set} sequences, expected "
                                 "SEQUENCE/FRAME.png")
-    row = scorers(args.results, sequences, args.repeats)
+    row = measure_scorers(args.results, sequences, args.repeats)
     print(f"{len(sequences)} sequences, {row['frames']} frames, {row['processes']} processes, "
           f"median of {args.repeats} [range]")
     for which in ("toolkit", "vos-benchmark"):
-        print("{:13} {frames_per_second:7.1f} [{least:.1f}, {most:.1f}] frames a second".format(
+        print("{:13} {frames_per_second:7.1f} [{least:.1f}, {most:.1f}] frames per second".format(
             which, **row[which]))
     print(f"{row['times_faster']:.2f} times faster, largest difference of a J or F "
           f"{row['largest_difference']:.1e}")

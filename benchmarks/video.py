@@ -20,7 +20,7 @@ import torch
 
 import preprocess
 from benchmarks import common
-from benchmarks.common import WARM, peak_memory, seconds
+from benchmarks.common import WARM_UP, peak_memory, seconds
 from cli.setup import select_device
 from datasets import demo
 from media import images
@@ -29,14 +29,18 @@ from tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 
-class Parts:
-    """Seconds of the calls of some functions, which are wrapped for as long as this lives."""
+class PartTimer:
+    """Adds up the seconds spent in parts of the pipeline, by wrapping their functions.
+
+    Attributes:
+        taken: seconds of each part; the caller clears it for each frame.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.taken = device, {}
 
-    def of(self, part: str, owner, name: str) -> None:
-        """Count the seconds of `owner.name` for a part of the road."""
+    def wrap(self, part: str, owner, name: str) -> None:
+        """Replace the method `owner.name` by one that adds its time to a part."""
         run = getattr(owner, name)
 
         def timed(*arguments, **keywords):
@@ -56,38 +60,38 @@ def measure_clip(model: VideoMatch, rows: int, objects: int, frames: int) -> dic
     """
     model, device = copy.deepcopy(model), model.device
     shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
-    drawn = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames + WARM + 1))
-    mask = _strips(images.resize_mask(drawn[0][1], shape), objects)
-    parts, lines = Parts(device), []
+    pictures = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames + WARM_UP + 1))
+    mask = _strips(images.resize_mask(pictures[0][1], shape), objects)
+    timer, lines = PartTimer(device), []
     for part, owner, name in (("encoder", model, "encode"), ("matching", model.reader, "read"),
                               ("decoder", model.decoder, "forward"),
-                              ("keeping", model.reader, "remember")):
-        parts.of(part, owner, name)
+                              ("memory", model.reader, "remember")):
+        timer.wrap(part, owner, name)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{i:05d}.jpg") for i in range(len(drawn))]
-        for path, (image, _) in zip(paths, drawn):
+        paths = [Path(folder, f"{i:05d}.jpg") for i in range(len(pictures))]
+        for path, (image, _) in zip(paths, pictures):
             images.write_image(path, cv2.resize(image, shape[::-1]))
 
-        def clip():
+        def track():
             tracker = Tracker(model)
             for i, path in enumerate(paths):
-                parts.taken, start = {}, time.perf_counter()
+                timer.taken, start = {}, time.perf_counter()
                 image = preprocess.to_tensor(images.read_image(path), device=device)
                 read = time.perf_counter() - start
                 tracker.step(image, mask if i == 0 else None)
                 whole = time.perf_counter() - start
-                rest = whole - read - sum(parts.taken.values())
-                lines.append({"reading": read, **parts.taken, "deciding": rest, "frame": whole})
+                rest = whole - read - sum(timer.taken.values())
+                lines.append({"reading": read, **timer.taken, "deciding": rest, "frame": whole})
 
-        peak = peak_memory(clip, device)
-    found = {part: statistics.median(line[part] for line in lines[WARM + 1:])
-             for part in lines[-1]}
-    return {"rows": rows, "objects": objects, **found, "peak_bytes": peak,
-            "times_the_encoder": found["frame"] / found["encoder"]}
+        peak = peak_memory(track, device)
+    medians = {part: statistics.median(line[part] for line in lines[WARM_UP + 1:])
+               for part in lines[-1]}
+    return {"rows": rows, "objects": objects, **medians, "peak_bytes": peak,
+            "times_the_encoder": medians["frame"] / medians["encoder"]}
 
 
 def _strips(mask: np.ndarray, count: int) -> np.ndarray:
-    """(H, W) with one object -> the same pixels, as many objects side by side."""
+    """Divide the object of an (H, W) mask into `count` vertical strips, each an object."""
     columns = np.flatnonzero(mask.any(0))
     bounds = np.linspace(columns[0], columns[-1] + 1, count + 1)[1:-1]
     strips = 1 + np.digitize(np.arange(mask.shape[1]), bounds)
@@ -99,12 +103,12 @@ def measure(args: argparse.Namespace) -> dict:
     model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
     model.encoder.fold_batchnorm()
     model.precision = precision.of(None, device, model.method)
-    names = ("reading", "encoder", "matching", "decoder", "keeping", "deciding", "frame")
+    names = ("reading", "encoder", "matching", "decoder", "memory", "deciding", "frame")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
-          f"{model.precision}; seconds a frame, median of {args.frames}")
+          f"{model.precision}; seconds per frame, median of {args.frames}")
     print(f"{'rows':>5} {'objects':>8} " + " ".join(f"{name:>9}" for name in names)
           + f" {'peak MB':>8} {'encoders':>8}")
-    found = []
+    results = []
     for rows in args.rows:
         for objects in (1, 5):
             row = measure_clip(model, rows, objects, args.frames)
@@ -112,9 +116,9 @@ def measure(args: argparse.Namespace) -> dict:
             print(f"{rows:5} {objects:8} " + " ".join(f"{row[name]:9.4f}" for name in names)
                   + f" {'?' if peak is None else round(peak / 2**20):>8}"
                   + f" {row['times_the_encoder']:8.2f}", flush=True)
-            found.append(row)
+            results.append(row)
     return {"torch": torch.__version__, "device": str(device), "precision": str(model.precision),
-            "threads": torch.get_num_threads(), "rows": found}
+            "threads": torch.get_num_threads(), "rows": results}
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ def test_both_scorers_agree(year, davis_2017, tmp_path, monkeypatch, capsys):
     row = json.loads((tmp_path / "b.json").read_text())
     assert row["frames"] == 4 and row["times_faster"] > 0
     assert row["largest_difference"] < 1e-9
-    assert "frames a second" in capsys.readouterr().out
+    assert "frames per second" in capsys.readouterr().out
 
 
 def test_memory_is_that_of_the_call():
@@ -45,13 +45,13 @@ def test_memory_is_that_of_the_call():
     peak = common.peak_memory(lambda: held.append(torch.ones(1 << 24).sum().item()),
                              torch.device("cpu"))
     if peak is None:
-        pytest.skip("this system doesn't tell its peak memory")
+        pytest.skip("this system doesn't report peak memory")
     assert 60 << 20 < peak < 90 << 20
 
 
-def test_each_runtime_follows_a_clip_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtimes, "WARM", 1)
-    monkeypatch.setattr(runtimes.measured, "__defaults__", (1,))
+def test_each_runtime_tracks_a_clip_in_its_own_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtimes, "WARM_UP", 1)
+    monkeypatch.setattr(runtimes.measure_runtime, "__defaults__", (1,))
     monkeypatch.setattr("sys.argv", ["runtimes", "--rows", "64", "--threads", "1",
                                      "--frames", "2", "--repeats", "1",
                                      "--json", str(tmp_path / "b.json")])
@@ -65,4 +65,4 @@ def test_each_runtime_follows_a_clip_in_a_process_of_its_own(tmp_path, monkeypat
 
 def test_a_runtime_that_fails_is_named(tmp_path):
     with pytest.raises(OSError, match="onnxruntime: .*expected an export"):
-        runtimes.measured("onnxruntime", tmp_path, tmp_path / "a.png", tmp_path, 1)
+        runtimes.measure_runtime("onnxruntime", tmp_path, tmp_path / "a.png", tmp_path, 1)
