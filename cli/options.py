@@ -96,10 +96,10 @@ def _mode(argv: list[str] | None) -> tuple[str | None, bool]:
     first.add_argument("--mode", "-m")
     first.add_argument("--help", "-h", action="store_true")
     try:
-        found = first.parse_known_args(argv)[0]
+        parsed = first.parse_known_args(argv)[0]
     except argparse.ArgumentError:  # -m without a value: the whole parser reports it
         return None, False
-    return found.mode if found.mode in MODES else None, found.help
+    return parsed.mode if parsed.mode in MODES else None, parsed.help
 
 
 def _groups_of(mode: str | None) -> list[Group]:
@@ -107,7 +107,7 @@ def _groups_of(mode: str | None) -> list[Group]:
 
 
 def _explained(text: str, mode: str) -> str:
-    """Why a word of the command line was not understood."""
+    """Why an argument of the command line was not recognized."""
     name = text.partition("=")[0]
     for action in build_parser(None)._actions:
         if name in action.option_strings:

@@ -1,4 +1,4 @@
-"""Clips that are segmented again: after a kill, for another cut-out, with other flags."""
+"""Running `-m segment` again: after a kill, for another cut-out, with other flags; locks."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def alpha(path):
 def clip(tmp_path):
     """The arguments that segment a clip from masks of two frames, the later with one object more.
 
-    With the shipped model, so with memory of recent and past frames.
+    With the shipped model, so with short-term and long-term memory.
     """
     for i in range(16):
         image, mask = draw_frame(i % 11, (1, 2))
@@ -60,7 +60,7 @@ def clip(tmp_path):
 @pytest.mark.parametrize("last, kept, cutout", [(3, [6, 5, 4], "blur"),
                                                 (7, range(7), "transparent"),
                                                 (12, range(12), "blur")])
-def test_a_killed_clip_goes_on_in_either_direction(last, kept, cutout, clip, tmp_path, capsys):
+def test_a_killed_run_resumes_in_either_direction(last, kept, cutout, clip, tmp_path, capsys):
     more = ["--cutout", cutout]
     killed = tmp_path / "killed"
     kill_when((killed / "masks" / f"{last:05d}.png").is_file, clip("killed", *more),
@@ -99,10 +99,10 @@ def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypa
                                                            >= 128).tolist()
         elif not path.name.endswith(".json"):
             assert drawn[path] == data
-    for how in ("transparent", "#00ff00"):  # are there
+    for how in ("transparent", "#00ff00"):  # both exist
         assert main.main(clip("out", "--cutout", how)) == 0
         assert "finished before" in capsys.readouterr().out
-    assert main.main(clip("out", "--cutout", "blur")) == 0  # is there no longer
+    assert main.main(clip("out", "--cutout", "blur")) == 0  # was replaced
     assert (out / "cutout.mp4").read_bytes() != green
     monkeypatch.setattr(Tracker, "step", step)
     (out / "masks" / "00003.png").unlink()
@@ -112,7 +112,7 @@ def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypa
         for path, data in before.items()}
 
 
-def test_clips_of_something_else_are_not_mixed(clip, tmp_path, capsys):
+def test_results_of_other_flags_or_data_are_refused(clip, tmp_path, capsys):
     assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
     before = content(tmp_path / "out")
     shutil.copytree(tmp_path / "clip", tmp_path / "other")
@@ -152,7 +152,7 @@ def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path)
     np.testing.assert_array_equal(read_mask(edited), read_mask(tmp_path / "12.png"))
 
 
-def test_what_is_refused_at_once_leaves_no_manifest(clip, tmp_path, capsys):
+def test_a_refused_mask_leaves_no_manifest(clip, tmp_path, capsys):
     images.write_mask(tmp_path / "small.png", np.ones((9, 8), np.uint8))
     for wrong in ("7:small.png", "99:7.png"):
         assert main.main(clip("out", masks=[wrong])) == 2
@@ -170,7 +170,16 @@ def test_a_broken_state_is_named(clip, tmp_path, capsys):
     assert main.main(clip("out", "--overwrite")) == 0 and not state.exists()
 
 
-def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
+def test_a_damaged_manifest_is_refused_and_overwritten_on_request(clip, tmp_path, capsys):
+    assert main.main(clip("out", "--cutout", "blur")) == 0
+    (tmp_path / "out" / "manifest.json").write_text("[]")
+    assert main.main(clip("out")) == 2
+    assert "manifest.json: not a manifest" in capsys.readouterr().err
+    assert main.main(clip("out", "--overwrite")) == 0 and main.main(clip("whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_ctrl_c_after_the_last_frame_is_raised():
     class Kept(pipeline.Sink):
         frames: list = []
 
@@ -193,7 +202,7 @@ def test_ctrl_c_behind_the_last_frame_is_not_forgotten():
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_second_run_leaves_the_first_ones_files_alone(clip, tmp_path, capsys):
-    """Whatever it would do there, while the first one is in the middle of the clip."""
+    """With the same or other flags, while the first one is in the middle of the clip."""
     out = tmp_path / "out"
     with paused_run(tmp_path, clip("out", "--cutout", "blur")) as first:
         before = content(out)
@@ -211,7 +220,7 @@ def test_a_second_run_leaves_the_first_ones_files_alone(clip, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_killed_run_locks_nobody_out_and_leaves_no_unfinished_file(clip, tmp_path):
+def test_a_killed_run_leaves_no_lock_and_no_unfinished_file(clip, tmp_path):
     out = tmp_path / "out"
 
     def writes_the_overlay():
@@ -223,7 +232,7 @@ def test_a_killed_run_locks_nobody_out_and_leaves_no_unfinished_file(clip, tmp_p
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+def test_a_folder_is_locked_by_one_run_at_a_time(tmp_path):
     """The lock file outlives each run: two runs must never lock different files of that name."""
     unfinished = tmp_path / ".overlay.part-123.mp4"
     tmp_path.chmod(0o770)  # of a group, all of whom may hold it
@@ -242,7 +251,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     assert not list(tmp_path.glob("*.holder"))
 
 
-def test_a_name_is_held_apart_from_its_neighbours(tmp_path):
+def test_a_lock_on_a_name_covers_only_its_files(tmp_path):
     names = (".vm.part-1.pth", ".other.part-1.pth", ".part.pth")
     with held(tmp_path, "other"):
         for name in names:
