@@ -72,6 +72,7 @@ def _read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None,
             if shape_of is None:
                 like, shape_of = path, mask.shape
             images.check_same_shape(like, shape_of, path, mask.shape)
+            # half the frame alone may be a close-up; the border is rarely covered by objects
             if (mask > 0).mean() > 0.5 and (border(mask) > 0).mean() > 0.9:
                 log.warning("%s: objects cover the border of the frame; if object and background "
                             "are swapped, invert the mask", path)

@@ -146,8 +146,8 @@ class Tab:
         self.click(css)
         self.wait(f"clip.run?.number > {before} && !busy()")
 
-    def segment(self, way="both"):
-        self.run(f"[data-way={way}]")
+    def segment(self, direction="both"):
+        self.run(f"[data-direction={direction}]")
 
     def close(self):
         self.driver.quit()
@@ -189,11 +189,11 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
     page.click("[data-tool=brush]")
     page.draw((20, 80), (60, 80))
     page.click("[data-tool=point]")
-    mended = server.masks("given")[6] > 0
-    assert mended[80, 40]
+    corrected = server.masks("given")[6] > 0
+    assert corrected[80, 40]
     page.draw((40, 80), alt=True)
-    mended = server.masks("given")[6] > 0
-    assert not mended[80, 40] and overlap(mended, truth(6) > 0) > 0.6, "a click mends"
+    corrected = server.masks("given")[6] > 0
+    assert not corrected[80, 40] and overlap(corrected, truth(6) > 0) > 0.6, "a click corrects"
     assert "Segment again from frame 6" in page.find("#from").text
     page.segment()
     again = server.masks()
@@ -216,7 +216,7 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
 def test_an_object_that_left_is_ended(server, tab):
     page = tab()
     page.draw((16, 12), (56, 44))
-    page.segment("forwards")
+    page.segment("forward")
     pressed = "at('{}').getAttribute('aria-pressed') === 'true'"
     page.go(7)
     assert page.seen().any() and not page.ask(pressed.format("gone"))
@@ -253,7 +253,7 @@ def test_a_reload_a_second_tab_and_undo(server, tab):
     assert (other.seen() == page.seen()).all()
     other.draw((60, 60), (61, 61), answered="!at('trouble').hidden")
     assert "the box is too small" in other.find("#trouble").text
-    page.click("[data-way=forwards]")
+    page.click("[data-direction=forward]")
     page.wait("frames.size > 2")
     page.driver.refresh()
     page.wait("clip.count > 0 && frames.size > 2")
@@ -269,8 +269,8 @@ def test_a_reload_a_second_tab_and_undo(server, tab):
 def test_a_kill_loses_nothing(server, tab):
     page = tab()
     page.draw((8, 6), (66, 52))
-    page.click("[data-way=both]")
-    page.wait("[...frames.values()].filter(entry => entry.sure).length > 3")
+    page.click("[data-direction=both]")
+    page.wait("[...frames.values()].filter(entry => entry.confidence).length > 3")
     server.end(signal.SIGKILL)
     page.wait("at('status').textContent.includes('Is main.py still running')")
     given, found = server.masks("given"), server.masks()
@@ -280,7 +280,7 @@ def test_a_kill_loses_nothing(server, tab):
     last = max(found)
     page.go(last)
     assert (page.seen() == (found[last] > 0)).all()
-    page.segment("forwards")
+    page.segment("forward")
     assert set(server.masks()) == set(range(1, 12))
     server.end()
     assert server.process.returncode == 0
@@ -301,9 +301,9 @@ def test_frames_are_shown_and_found_by_the_numbers_of_their_files(server, tab):
         assert page.ask("at('from').textContent") == f"Segment from frame {number}"
     page.driver.execute_script(
         "clip.objects = [{id: 1, name: 'dog', hidden: false, absent: [], gone: []}];"
-        "frames.set(3, {given: false, version: 1, sure: {1: null}}); "
-        "clip.unsure = [{object_id: 1, first: 3, last: 5, confidence: null}]; go(3)")
-    assert page.find("#unsure .stretch").text == "Frames 20–22 · dog · not visible"
+        "frames.set(3, {user_mask: false, version: 1, confidence: {1: null}}); "
+        "clip.review = [{object_id: 1, first: 3, last: 5, confidence: null}]; go(3)")
+    assert page.find("#review .stretch").text == "Frames 20–22 · dog · not visible"
     assert page.ask("at('where').textContent").endswith("predicted, not visible")
 
 
@@ -313,7 +313,7 @@ def test_the_page_on_a_phone(server, tab):
         "width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
     page.open(server.address)
     assert page.ask("document.documentElement.scrollWidth <= innerWidth")
-    for css in ("[data-tool=not]", "[data-way=both]", "#timeline", "#undo"):
+    for css in ("[data-tool=not]", "[data-direction=both]", "#timeline", "#undo"):
         box = page.find(css).rect
         assert box["x"] >= 0 and box["x"] + box["width"] <= page.ask("innerWidth")
         assert box["height"] >= 36
@@ -604,15 +604,15 @@ def test_an_object_that_left_the_frame_is_not_visible(tmp_path, tab):
     try:
         page = tab(server.address)
         page.driver.execute_script("""
-            const sure = value => ({ given: false, version: 9, sure: { 1: value } });
+            const sure = value => ({ user_mask: false, version: 9, confidence: { 1: value } });
             frames.set(1, sure(.9)); frames.set(2, sure(null)); frames.set(3, sure(null));
             Object.assign(clip, {
               objects: [{ id: 1, name: "cat", absent: [], gone: [] }],
-              unsure: [{ object_id: 1, first: 2, last: 3, confidence: null },
+              review: [{ object_id: 1, first: 2, last: 3, confidence: null },
                        { object_id: 1, first: 1, last: 1, confidence: .9 }] });
             go(2);""")
         assert "not visible" in page.find("#where").text
-        rows = [row.text for row in page.driver.find_elements("css selector", "#unsure .stretch")]
+        rows = [row.text for row in page.driver.find_elements("css selector", "#review .stretch")]
         assert rows == ["Frames 2–3 · cat · not visible", "Frame 1 · cat · 90 %"]
         assert "0 %" not in page.find("#where").text
     finally:

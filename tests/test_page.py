@@ -17,7 +17,7 @@ import main
 from media import images
 from webapp import server
 from webapp import session as sessions
-from webapp.server import MOST_JSON, MOST_MASK
+from webapp.server import MAX_JSON, MAX_MASK
 
 FRAMES, SHAPE = 12, (96, 160)
 
@@ -162,7 +162,7 @@ def test_the_browser_is_started_with_a_code_for_once(client, monkeypatch, capsys
 def test_the_address_to_listen_on(host, listens, shown, client, monkeypatch, capsys):
     out, _, browser, name = served(client, monkeypatch, capsys, host)
     assert listens in (None, name[0]) and (shown or "") in out.split()[0]
-    assert ("nothing is encrypted" in out) == (host == "0.0.0.0")
+    assert ("not encrypted" in out) == (host == "0.0.0.0")
     token = out.split()[0].split("token=")[1]
     elsewhere = {"X-Token": token, "Host": "192.0.2.7:8123"}
     assert browser.get("/state/0", headers=elsewhere).status_code == (
@@ -188,18 +188,18 @@ def test_an_address_that_cannot_be_had_is_named(client):
     ("/mask/0", png(draw_frame(0)[0].repeat(2, 0).repeat(2, 1)), 400, "expected a mask"),
     ("/mask/0", png(np.ones(SHAPE, np.uint8))[:60], 400, "this file"),
     ("/mask/99", png(np.ones(SHAPE, np.uint8)), 400, "no frame 99"),
-    ("/mask/0", bytes(MOST_MASK + 1), 413, "bytes at most"),
+    ("/mask/0", bytes(MAX_MASK + 1), 413, "bytes at most"),
     ("/mask/0", bytes(100_000_000), 413, "bytes at most")])
 def test_what_is_no_mask_of_the_frame_is_refused(path, content, status, message, client):
     answer = client.put(path, content=content)
     assert answer.status_code == status and message in answer.json()["error"]
     assert "BytesIO" not in answer.text
-    assert not client.session.work.given
+    assert not client.session.store.user_frames
 
 
 def test_a_body_without_a_length_is_bounded_too(client):
     def endless():
-        for _ in range(MOST_MASK // 2**16 + 2):
+        for _ in range(MAX_MASK // 2**16 + 2):
             yield bytes(2**16)
     assert client.put("/mask/0", content=endless()).status_code == 413
 
@@ -213,11 +213,11 @@ def test_a_body_without_a_length_is_bounded_too(client):
     ("point", {"points": [[400, 2]], "frame": 0, "object": 1}, "outside"),
     ("point", {"points": [[1, True]], "frame": 0, "object": 1}, "points"),
     ("stroke", {"points": [[1, 2]], "frame": 0, "object": 1, "radius": 1e9}, "radius"),
-    ("segment", {"frame": 0, "way": "sideways"}, "way: expected one of"),
-    ("segment", {"frame": 3, "way": "both"}, "frame 3 has no mask"),
-    ("segment", {"frame": "../3", "way": "both"}, "frame: expected"),
-    ("change", {"object": 1, "name": "x" * 61}, "name"),
-    ("change", {"object": 1, "name": "a\nb"}, "name"),
+    ("segment", {"frame": 0, "direction": "sideways"}, "direction: expected one of"),
+    ("segment", {"frame": 3, "direction": "both"}, "frame 3 has no mask"),
+    ("segment", {"frame": "../3", "direction": "both"}, "frame: expected"),
+    ("rename", {"object": 1, "name": "x" * 61}, "name"),
+    ("rename", {"object": 1, "name": "a\nb"}, "name"),
     ("absent", {"frame": 0, "object": 1, "on": "yes"}, "on: expected true or false"),
     ("gone", {"frame": 12, "object": 1}, "no frame 12"),
     ("gone", {"frame": 0, "object": 9}, "no object 9"),
@@ -233,7 +233,7 @@ def test_fields_are_checked(action, fields, message, client):
 def test_odd_bodies_and_actions(client):
     for content in (b"[]", b"{", b"\xff", b"[" * 10_000):
         assert client.post("/do/box", content=content).status_code == 400
-    assert client.post("/do/box", content=b" " * (MOST_JSON + 1)).status_code == 413
+    assert client.post("/do/box", content=b" " * (MAX_JSON + 1)).status_code == 413
     assert do(client, "__class__").status_code == 404
     assert client.get("/frame/12").status_code == 400
     assert client.get("/frame/../../etc/passwd").status_code == 404

@@ -1,4 +1,4 @@
-"""A session on one clip: what is given, found, mended and exported, by what a browser sends."""
+"""A session on one clip: edits, propagation and export, through the requests of a browser."""
 
 import json
 import shlex
@@ -22,14 +22,14 @@ from media.video import open_clip
 from webapp import annotations, propagation, server
 from webapp import session as sessions
 from webapp.server import ACTIONS, Fields, application
-from webapp.store import Found
+from webapp.store import Prediction
 
 FRAMES, SHAPE = 12, (96, 160)
 
 
 def finished(session):
     session.thread.join(60)
-    assert session.run["ended"], "still under way"
+    assert session.run["ended"], "still running"
     return session.run
 
 
@@ -59,8 +59,8 @@ def test_a_box_a_click_a_stroke_and_back(client):
 def test_objects_come_and_go(client):
     mask = truth(0, (1, 2))
     assert client.put("/mask/0", content=png(mask)).status_code == 200
-    assert [thing["id"] for thing in state(client)["objects"]] == [1, 2]
-    do(client, "change", object=2, name="the blue one")
+    assert [obj["id"] for obj in state(client)["objects"]] == [1, 2]
+    do(client, "rename", object=2, name="the blue one")
     assert state(client)["objects"][1] == {"id": 2, "name": "the blue one", "absent": [],
                                             "gone": []}
     do(client, "delete", object=1)
@@ -73,7 +73,7 @@ def test_objects_come_and_go(client):
 def test_the_news_are_what_changed(client):
     client.put("/mask/0", content=png(truth(0)))
     first = state(client)
-    assert list(first["frames"]) == ["0"] and first["frames"]["0"]["given"]
+    assert list(first["frames"]) == ["0"] and first["frames"]["0"]["user_mask"]
     client.put("/mask/5", content=png(truth(5)))
     assert list(state(client, first["version"])["frames"]) == ["5"]
 
@@ -82,13 +82,13 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
         clip, client, tmp_path, monkeypatch):
     session = client.session
     client.put("/mask/3", content=png(truth(3)))
-    do(client, "segment", frame=3, way="both")
+    do(client, "segment", frame=3, direction="both")
     assert finished(session)["ended"] == "done"
     assert session.run["done"] == session.run["total"] == FRAMES - 1
-    mended = shown(client, 7)
-    mended[:20] = 0
-    client.put("/mask/7", content=png(mended))
-    do(client, "segment", frame=7, way="forwards")
+    corrected = shown(client, 7)
+    corrected[:20] = 0
+    client.put("/mask/7", content=png(corrected))
+    do(client, "segment", frame=7, direction="forward")
     finished(session)
     do(client, "export", cutout="transparent")
     run = finished(session)
@@ -116,14 +116,14 @@ def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monk
 
     def serve(session, *_):
         opened.append(session.state())
-        session.edits.rename_object(1, "dog")
+        session.editor.rename_object(1, "dog")
 
     monkeypatch.setattr(server, "serve", serve)
     arguments = ["-m", "segment", "--video", str(clip), "--mask", f"2:{tmp_path / 'm.json'}",
                  "--page", "-c", "cpu", "-j", str(tmp_path / "out")]
     assert main.main(arguments) == 0
     assert [(one["id"], one["name"]) for one in opened[0]["objects"]] == [(1, "cat")]
-    assert opened[0]["frames"][2]["given"]
+    assert opened[0]["frames"][2]["user_mask"]
     assert main.main(arguments) == 0  # which takes no name back that was changed since
     assert opened[1]["objects"][0]["name"] == "dog"
 
@@ -138,10 +138,10 @@ def test_frames_have_their_files_numbers(begin, clip, tmp_path):
     assert "numbers" not in session.state(session.version)
     with pytest.raises(ValueError, match="frame 20 has no mask"):
         session.segment_from(3, "both")
-    session.edits.give(3, truth(3))
-    session.segment_from(3, "forwards")
+    session.editor.set_mask(3, truth(3))
+    session.segment_from(3, "forward")
     finished(session)
-    session.edits.rename_object(1, "the square")
+    session.editor.rename_object(1, "the square")
     ACTIONS["export"](session, Fields(b'{"coco": true, "yolo": true}'))
     run, out = finished(session), tmp_path / "out"
     assert run["ended"] == "done", run
@@ -191,12 +191,12 @@ def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit
     assert (out / "masks" / "by hand.png").is_file() and (out / "cutout.mov").is_file()
 
 
-def test_what_concerns_a_mask_is_said_as_a_pass_begins(client):
+def test_a_warning_about_the_mask_is_shown_when_propagation_starts(client):
     mask = truth(0)
     mask[90:92, 5:7] = 2
     client.put("/mask/0", content=png(mask))
-    do(client, "segment", frame=0, way="forwards")
-    assert "object 2: smaller than" in finished(client.session)["concern"]
+    do(client, "segment", frame=0, direction="forward")
+    assert "object 2: smaller than" in finished(client.session)["warning"]
 
 
 def _words(command):
@@ -205,24 +205,24 @@ def _words(command):
     return words[2:]
 
 
-def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_given(client, monkeypatch):
+def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_user_mask(client, monkeypatch):
     session = client.session
     for frame in (0, 10):
         client.put(f"/mask/{frame}", content=png(truth(frame)))
-    do(client, "segment", frame=0, way="forwards")
+    do(client, "segment", frame=0, direction="forward")
     finished(session)
-    do(client, "segment", frame=10, way="both")
+    do(client, "segment", frame=10, direction="both")
     finished(session)
-    assert [session.work.found[i].origin for i in range(1, 10)] == 4 * [0] + 5 * [10]
+    assert [session.store.predictions[i].origin for i in range(1, 10)] == 4 * [0] + 5 * [10]
     before = {frame: shown(client, frame) for frame in range(FRAMES)}
     seen = []
     step = propagation.pipeline.segment_frame
     monkeypatch.setattr(propagation.pipeline, "segment_frame", lambda tracker, index, *rest, **more:
                         seen.append(index) or step(tracker, index, *rest, **more))
     client.put("/mask/4", content=png(truth(4)))
-    do(client, "segment", frame=4, way="both")
+    do(client, "segment", frame=4, direction="both")
     assert finished(session)["ended"] == "done"
-    changed = [i for i in range(1, 10) if i != 4 and session.work.found[i].origin == 4]
+    changed = [i for i in range(1, 10) if i != 4 and session.store.predictions[i].origin == 4]
     assert changed == [2, 3, 5, 6, 7]
     assert 10 not in seen and 11 not in seen
     for frame in (0, 1, 8, 9, 10, 11):
@@ -232,20 +232,21 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_given(client, 
 def test_a_pass_from_a_kept_state_gives_the_same_masks_as_one_from_the_first_frame(begin, tmp_path):
     whole, parts = begin(tmp_path / "whole"), begin(tmp_path / "parts")
     for one in (whole, parts):
-        one.edits.give(0, truth(0))
-    whole.segment_from(0, "forwards")
+        one.editor.set_mask(0, truth(0))
+    whole.segment_from(0, "forward")
     finished(whole)
-    parts.segment_from(0, "forwards")
-    while not parts.work.found:
+    parts.segment_from(0, "forward")
+    while not parts.store.predictions:
         time.sleep(0.01)
     parts.stop()
     assert finished(parts)["ended"] == "stopped"
-    last = max(parts.work.found)
+    last = max(parts.store.predictions)
     assert last < FRAMES - 1
     parts.close()
     later = begin(tmp_path / "parts")  # as after a kill
-    assert set(later.work.found) == set(range(1, last + 1)) and later.work.given == {0}
-    later.segment_from(last, "forwards")
+    assert set(later.store.predictions) == set(range(1, last + 1))
+    assert later.store.user_frames == {0}
+    later.segment_from(last, "forward")
     finished(later)
     for step in range(FRAMES):
         np.testing.assert_array_equal(later.mask(step), whole.mask(step))
@@ -253,8 +254,8 @@ def test_a_pass_from_a_kept_state_gives_the_same_masks_as_one_from_the_first_fra
 
 def test_only_one_thing_at_a_time(client):
     client.put("/mask/0", content=png(truth(0)))
-    do(client, "segment", frame=0, way="both")
-    assert "under way" in do(client, "export").json()["error"]
+    do(client, "segment", frame=0, direction="both")
+    assert "running" in do(client, "export").json()["error"]
     do(client, "stop")
     finished(client.session)
 
@@ -262,7 +263,7 @@ def test_only_one_thing_at_a_time(client):
 def test_a_mask_may_say_that_nothing_is_there(client):
     client.put("/mask/0", content=png(truth(0)))
     client.put("/mask/4", content=png(0 * truth(0)))
-    do(client, "segment", frame=4, way="forwards")
+    do(client, "segment", frame=4, direction="forward")
     assert finished(client.session)["ended"] == "done"
     assert not shown(client, 4).any() and overlap(shown(client, 5) > 0, truth(5) > 0) > 0.6
 
@@ -281,12 +282,12 @@ def pair(begin, tmp_path, tmp_path_factory):
         Image.fromarray(draw_frame(step, (1, 2))[0].repeat(2, 0).repeat(2, 1)).save(
             folder / f"{step:05d}.png")
     session = begin(tmp_path / "pair", folder)
-    session.edits.give(0, two(0))
+    session.editor.set_mask(0, two(0))
     return session
 
 
-def go(session, start, way="forwards"):
-    session.segment_from(start, way)
+def go(session, start, direction="forward"):
+    session.segment_from(start, direction)
     assert finished(session)["ended"] == "done", session.run
 
 
@@ -297,29 +298,29 @@ def ids(session, *frames):
 def test_an_object_that_is_wiped_out_is_not_in_this_frame(pair):
     go(pair, 0)
     assert ids(pair, 5, 6, 7) == [{1, 2}] * 3
-    pair.edits.stroke(6, 2, [(0, 64), (159, 64)], 24, True)
-    assert pair.work.presence.absent == {6: {2}} and ids(pair, 5, 6, 7) == [{1, 2}, {1}, {1, 2}]
+    pair.editor.paint(6, 2, [(0, 64), (159, 64)], 24, True)
+    assert pair.store.presence.absent == {6: {2}} and ids(pair, 5, 6, 7) == [{1, 2}, {1}, {1, 2}]
     go(pair, 6)
     assert ids(pair, 6) == [{1}], "a pass leaves it out, too"
     assert overlap(pair.mask(9) == 1, two(9) == 1) > 0.6
-    pair.edits.stroke(6, 2, [(60, 60), (80, 60)], 5, False)
-    assert not pair.work.presence.absent and ids(pair, 6) == [{1, 2}]
+    pair.editor.paint(6, 2, [(60, 60), (80, 60)], 5, False)
+    assert not pair.store.presence.absent and ids(pair, 6) == [{1, 2}]
     for _ in range(2):
-        pair.edits.undo()
-    assert not pair.work.presence.absent and pair.work.given == {0}
+        pair.editor.undo()
+    assert not pair.store.presence.absent and pair.store.user_frames == {0}
 
 
 def test_an_object_is_gone_from_a_frame_on_until_a_mask_shows_it(pair, tmp_path):
     go(pair, 0)
-    pair.edits.give(9, two(9))
-    pair.edits.mark(4, 2, "gone")
-    assert 4 not in pair.work.given and 4 in pair.work.pending
+    pair.editor.set_mask(9, two(9))
+    pair.editor.mark(4, 2, "gone")
+    assert 4 not in pair.store.user_frames and 4 in pair.store.pending
     assert ids(pair, 3, 4, 5, 8, 9, 10) == [{1, 2}, {1}, {1}, {1}, {1, 2}, {1, 2}]
     assert pair.state()["objects"][1]["gone"] == [(4, 9)]
     assert {one.object_id for one in pair.measures() if 4 <= one.frame < 9} == {1}
     go(pair, 4)
     assert ids(pair, 4, 5, 8) == [{1}] * 3
-    assert {row[1] for row in pair.work.found[6].measures} == {1}, "it is not looked for"
+    assert {row[1] for row in pair.store.predictions[6].measures} == {1}, "it is not looked for"
     go(pair, 9, "both")  # backwards, too
     assert ids(pair, 3, 4, 8, 9, 10) == [{1, 2}, {1}, {1}, {1, 2}, {1, 2}]
     expected = [pair.mask(frame) for frame in range(FRAMES)]
@@ -330,8 +331,8 @@ def test_an_object_is_gone_from_a_frame_on_until_a_mask_shows_it(pair, tmp_path)
     for step in (*range(6), 9):
         again = read_mask(tmp_path / "pair_again" / "masks" / f"{step:05d}.png")
         np.testing.assert_array_equal(np.unique(again), np.unique(expected[step]))
-    pair.edits.undo()
-    assert not pair.work.presence.gone and ids(pair, 4) == [{1}], "until it is segmented again"
+    pair.editor.undo()
+    assert not pair.store.presence.gone and ids(pair, 4) == [{1}], "until it is segmented again"
     go(pair, 3)
     assert ids(pair, 4, 5) == [{1, 2}] * 2
 
@@ -342,44 +343,44 @@ def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_p
     everywhere = state(client)["everywhere"]
     assert do(client, "gone", frame=0, object=2).status_code == 200
     assert state(client)["everywhere"] > everywhere, "masks of other frames are others now"
-    assert ids(pair, 0) == [{1}] and pair.work.presence.gone == {0: {2}}
+    assert ids(pair, 0) == [{1}] and pair.store.presence.gone == {0: {2}}
     do(client, "absent", frame=7, object=1)
     assert do(client, "absent", frame=7, object=9).status_code == 400
     assert do(client, "gone", frame=99, object=1).status_code == 400
     pair.close()
     again = begin(tmp_path / "pair", pair.clip.path)
-    assert again.work.presence == pair.work.presence
-    assert again.work.presence.absent == {7: {1}} and 7 in again.work.pending
-    again.edits.mark(7, 1, "absent", False)
-    assert not again.work.presence.absent and 7 not in again.work.pending
+    assert again.store.presence == pair.store.presence
+    assert again.store.presence.absent == {7: {1}} and 7 in again.store.pending
+    again.editor.mark(7, 1, "absent", False)
+    assert not again.store.presence.absent and 7 not in again.store.pending
 
 
 def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(propagation.States, "EVERY", 1)
+    monkeypatch.setattr(propagation.StateCache, "INTERVAL", 1)
     one, fresh = begin(tmp_path / "one"), begin(tmp_path / "fresh")
     bad = np.roll(truth(0), 40, 0)
-    one.edits.give(0, bad)
-    one.edits.give(5, truth(5))
+    one.editor.set_mask(0, bad)
+    one.editor.set_mask(5, truth(5))
     go(one, 0)
     go(one, 5)
-    one.edits.give(0, truth(0))  # states behind frame 5 hold the bad one as a reference, too
-    one.edits.give(9, truth(9))
+    one.editor.set_mask(0, truth(0))  # states behind frame 5 hold the bad one as a reference, too
+    one.editor.set_mask(9, truth(9))
     for frame in (0, 5, 9):
-        fresh.edits.give(frame, truth(frame))
+        fresh.editor.set_mask(frame, truth(frame))
     for session in (one, fresh):
         go(session, 9)
     for frame in (10, 11):
         np.testing.assert_array_equal(one.mask(frame), fresh.mask(frame))
-    assert one.states.nearest(8, True, one.work.keys()) is None
-    one.edits.undo()
-    one.edits.undo()  # with the bad mask back, they are what they were made of
-    assert one.states.nearest(8, True, one.work.keys())[0] == 8
+    assert one.states.nearest(8, True, one.store.input_keys()) is None
+    one.editor.undo()
+    one.editor.undo()  # with the bad mask back, they are what they were made of
+    assert one.states.nearest(8, True, one.store.input_keys())[0] == 8
 
 
 def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     whole, one = begin(tmp_path / "whole"), begin(tmp_path / "one")
     for session in (whole, one):
-        session.edits.give(0, truth(0))
+        session.editor.set_mask(0, truth(0))
     go(whole, 0)
     step = propagation.pipeline.segment_frame
 
@@ -390,9 +391,9 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
         return seen
 
     monkeypatch.setattr(propagation.pipeline, "segment_frame", failing)
-    one.segment_from(0, "forwards")
+    one.segment_from(0, "forward")
     assert finished(one)["error"] == "no room"
-    assert {frame for _, frame in one.states.kept} == {5}, "the last one that is whole"
+    assert {frame for _, frame in one.states.saved_states} == {5}, "the last one that is whole"
     monkeypatch.setattr(propagation.pipeline, "segment_frame", step)
     go(one, 6)
     for frame in range(FRAMES):
@@ -404,38 +405,38 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
 def test_news_cost_no_look_at_all_frames(begin):
     class Untouched(dict):
         def refused(self, *_):
-            raise AssertionError("all frames were gone through")
+            raise AssertionError("iterated over all frames")
         __iter__ = items = values = keys = refused
 
     session = begin()
-    session.edits.give(0, truth(0))
+    session.editor.set_mask(0, truth(0))
     for frame in range(1, FRAMES):
-        found = Found(0, [(frame, 1, True, .9, .1, .1, 1., .9, .4 if frame == 6 else .9)])
-        session.work.find(frame, truth(frame), found)
-        session._note(frame, found)
-        session.edits.change(frame)
+        found = Prediction(0, [(frame, 1, True, .9, .1, .1, 1., .9, .4 if frame == 6 else .9)])
+        session.store.save_prediction(frame, truth(frame), found)
+        session._note_confidences(frame, found)
+        session.editor.change(frame)
     version = session.version
-    session.work.found = Untouched(session.work.found)
-    session.edits.give(8, truth(8))
+    session.store.predictions = Untouched(session.store.predictions)
+    session.editor.set_mask(8, truth(8))
     news = session.state(version)
     assert list(news["frames"]) == [8]
-    assert [(one["first"], one["last"]) for one in news["unsure"]] == [(6, 6)]
-    session.edits.mark(6, 1, "absent")
-    assert not session.state(version)["unsure"], "that it isn't there was said by the person"
+    assert [(one["first"], one["last"]) for one in news["review"]] == [(6, 6)]
+    session.editor.mark(6, 1, "absent")
+    assert not session.state(version)["review"], "the user marked it as absent"
 
 
 def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
     session = begin()
     noise = np.random.default_rng(0).integers(0, 2, SHAPE, np.uint8)
-    session.edits.give(0, noise)
-    monkeypatch.setattr(annotations, "UNDONE", 40_000)
+    session.editor.set_mask(0, noise)
+    monkeypatch.setattr(annotations, "UNDO_BYTES", 40_000)
     for i in range(60):
-        session.edits.stroke(0, 1, [(i, i)], 1, False)
-    kept = [size for size, _ in session.edits.past]
+        session.editor.paint(0, 1, [(i, i)], 1, False)
+    kept = [size for size, _ in session.editor.undo_stack]
     assert sum(kept) <= 40_000 and 1 < len(kept) < 60
     before = session.mask(0)
-    session.edits.stroke(0, 1, [(80, 50)], 20, True)
-    session.edits.undo()
+    session.editor.paint(0, 1, [(80, 50)], 20, True)
+    session.editor.undo()
     np.testing.assert_array_equal(session.mask(0), before)
 
 
@@ -445,17 +446,17 @@ def test_pictures_from_any_thread_decode_a_clip_once(tmp_path, monkeypatch):
     read = clip._read
     monkeypatch.setattr(clip, "_read", lambda start: (
         decoded.append(1) or image for image in read(start)))
-    pictures = sessions.Pictures(clip)
+    pictures = sessions.FrameReader(clip)
     assert [number_of(pictures(frame)) for frame in range(48)] == list(range(48))
     assert len(decoded) == 48, "playing goes on from where it is"
-    monkeypatch.setattr(sessions, "CACHED", 3 * pictures(0).nbytes)
-    pictures = sessions.Pictures(clip)
+    monkeypatch.setattr(sessions, "CACHE_BYTES", 3 * pictures(0).nbytes)
+    pictures = sessions.FrameReader(clip)
     with ThreadPoolExecutor(8) as pool:
         frames = [*range(40, 0, -3), *range(48)]
         assert [number_of(image) for image in pool.map(pictures, frames)] == frames
-    assert len(pictures.kept) <= 3 and pictures(48) is None
+    assert len(pictures.cache) <= 3 and pictures(48) is None
     pictures.frames, pictures.next = iter([]), 20  # as after an error, while it was decoding
-    pictures.kept.clear()
+    pictures.cache.clear()
     assert pictures(20) is None and number_of(pictures(20)) == 20
 
 
@@ -477,23 +478,23 @@ def test_a_clip_that_ends_early(client):
     session = client.session
     session.count += 3
     client.put("/mask/8", content=png(truth(8)))
-    do(client, "segment", frame=8, way="forwards")
+    do(client, "segment", frame=8, direction="forward")
     finished(session)
     assert state(client)["count"] == FRAMES
 
 
 def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
     session = begin()
-    session.edits.give(2, truth(2))
-    session.edits.rename_object(1, "square")
-    session.segment_from(2, "backwards")
+    session.editor.set_mask(2, truth(2))
+    session.editor.rename_object(1, "square")
+    session.segment_from(2, "backward")
     finished(session)
     session.close()
     log = tmp_path / "out" / "page" / "found.jsonl"
     log.write_text(log.read_text() + '{"frame": 5, "or')
     again = begin()
-    assert again.work.given == {2} and set(again.work.found) == {0, 1}
-    assert again.work.objects[0].name == "square" and not again.work.pending
+    assert again.store.user_frames == {2} and set(again.store.predictions) == {0, 1}
+    assert again.store.objects[0].name == "square" and not again.store.pending
     np.testing.assert_array_equal(again.mask(2), truth(2))
 
 
@@ -512,19 +513,19 @@ def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin
     frames = tmp_path / "frames"
     shutil.copytree(clip, frames)
     first = begin(source=frames, data=clip_fingerprint(open_clip(frames)))
-    first.edits.give(3, truth(3))
+    first.editor.set_mask(3, truth(3))
     first.close()
     (frames / ".DS_Store").write_bytes(b"Finder")
     images.write_mask(frames / "mask_00003.png", truth(3))  # as --box makes
-    assert begin(source=frames, data=clip_fingerprint(open_clip(frames))).work.given == {3}
+    assert begin(source=frames, data=clip_fingerprint(open_clip(frames))).store.user_frames == {3}
 
 
-@pytest.mark.parametrize("start, forwards, given, origins, end", [
+@pytest.mark.parametrize("start, forward, user_frames, origins, end", [
     (3, True, {3}, {}, 12), (3, False, {3}, {}, -1),
     (3, True, {3, 9}, {}, 9), (3, False, {0, 3}, {}, 0),
     (2, True, {2, 10}, {i: 10 for i in range(3, 10)}, 7),
     (2, True, {2, 10}, {i: 0 for i in range(3, 10)}, 10),
     (8, False, {0, 8}, {i: 0 for i in range(1, 8)}, 3)])
-def test_where_a_pass_ends(start, forwards, given, origins, end):
-    found = {frame: Found(origin, []) for frame, origin in origins.items()}
-    assert propagation.end_of_pass(start, forwards, given, found, 12) == end
+def test_where_propagation_ends(start, forward, user_frames, origins, end):
+    found = {frame: Prediction(origin, []) for frame, origin in origins.items()}
+    assert propagation.propagation_end(start, forward, user_frames, found, 12) == end

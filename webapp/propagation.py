@@ -1,7 +1,7 @@
-"""Propagates masks through parts of a clip, starting from user masks and from saved tracker states.
+"""Propagates masks through parts of a clip, from user masks and from saved tracker states.
 
-A pass starts at a frame and goes forward or backward. The session decides which passes to run and
-what to do with the masks.
+Propagation starts at a frame and goes forward or backward. The session decides where it starts and
+what happens to the masks.
 """
 
 import itertools
@@ -20,46 +20,49 @@ from media.clip import Clip
 from tracker import Tracker
 from tracking import pipeline
 from tracking.confidence import measure_objects
-from webapp.store import Found, Work
+from webapp.store import MaskStore, Prediction
 
 log = logging.getLogger(__name__)
 
 
-def end_of_pass(start: int, forwards: bool, given: set[int], found: dict[int, Found],
-                count: int, gone: Collection[int] = ()) -> int:
-    """The first frame that a pass from `start` leaves unchanged.
+def propagation_end(start: int, forward: bool, user_frames: set[int],
+                    predictions: dict[int, Prediction], count: int,
+                    gone: Collection[int] = ()) -> int:
+    """The first frame that propagation from `start` leaves unchanged.
 
     That is the next frame with a user mask. If frames before it were already predicted from that
-    mask, it is the first of these that is nearer to that mask than to `start`. A backward pass also
-    stops at a frame from which on an object is `gone`, because its tracker has removed the object.
+    mask, it is the first of these that is nearer to that mask than to `start`. Backward propagation
+    also stops at a frame from which on an object is `gone`, because its tracker has removed the
+    object.
     """
-    way = 1 if forwards else -1
-    others = [frame for frame in given if (frame - start) * way > 0]
-    if not forwards:
+    step = 1 if forward else -1
+    others = [frame for frame in user_frames if (frame - start) * step > 0]
+    if not forward:
         others += [frame - 1 for frame in gone if frame < start]
     if not others:
-        return count if forwards else -1
+        return count if forward else -1
     other = min(others, key=lambda frame: abs(frame - start))
-    for frame in range(start + way, other, way):
-        entry = found.get(frame)
-        if entry and entry.origin == other and abs(frame - other) < abs(frame - start):
+    for frame in range(start + step, other, step):
+        prediction = predictions.get(frame)
+        if (prediction and prediction.origin == other
+                and abs(frame - other) < abs(frame - start)):
             return frame
     return other
 
 
 @dataclass
-class Made:
-    """What a saved tracker state was made from, to tell whether it is still valid.
+class Provenance:
+    """What a saved tracker state was computed from, to tell whether it is still valid.
 
     Args:
         origin: first frame of the consecutive frames that the tracker has seen up to now.
-        said: the `Work.key` of the user input of each frame that the tracker has used.
+        inputs: the `MaskStore.input_key` of each frame with user input that the tracker has seen.
     """
 
     origin: int
-    said: dict[int, tuple]
+    inputs: dict[int, tuple]
 
-    def holds(self, frame: int, said: dict[int, tuple]) -> bool:
+    def is_valid(self, frame: int, inputs: dict[int, tuple]) -> bool:
         """Whether a tracker at `frame` agrees with the current user input.
 
         It doesn't if a user mask in its memory was corrected or removed, or if a frame that it
@@ -67,202 +70,223 @@ class Made:
         lacks them, but holds nothing wrong.
         """
         first, last = sorted((self.origin, frame))
-        return all(said.get(other) == key for other, key in self.said.items()) and not any(
-            first <= other <= last and other not in self.said for other in said)
+        unchanged = all(inputs.get(other) == key for other, key in self.inputs.items())
+        return unchanged and not any(
+            first <= other <= last and other not in self.inputs for other in inputs)
 
 
 @dataclass
-class Kept:
-    """A tracker, or the file it was saved to, and what it was made from."""
-
-    tracker: Tracker | Path
-    made: Made | None = None
-    tensors: dict[int, int] = field(default_factory=dict)  # address and bytes; copies share them
-
-
-class States:
-    """Copies of the tracker at some frames, so that a later pass can start near its first frame.
+class SavedState:
+    """A tracker, or the file it was saved to, and its provenance (None until the file is loaded).
 
     Args:
-        folder: where the last few are saved as well, to resume after a kill.
-        make: returns a new tracker.
-        facts: run metadata; states that were saved under other metadata are ignored.
+        tensors: bytes of its tensors by address. Copies of a tracker share tensors, which must be
+            counted once.
     """
 
-    EVERY = 5  # frames from one that is kept to the next
-    # at 480p a state takes some 6 MB that no other holds; fewer of them mean that a correction
-    # starts farther away
-    MEMORY = 512 * 2**20  # bytes
-    MOST_ON_DISK = 6  # of 30 MB at 480p
-    SECONDS = 20.0  # from one that is kept on disk to the next
-    REACH = 60  # frames that are done again at most, to come from a state to where one is wanted
+    tracker: Tracker | Path
+    provenance: Provenance | None = None
+    tensors: dict[int, int] = field(default_factory=dict)
 
-    def __init__(self, folder: Path, make: Callable[[], Tracker], facts: dict[str, str]):
+
+class StateCache:
+    """Copies of the tracker at some frames, so that later propagation can start near its start.
+
+    Args:
+        folder: where the latest are saved as well, to resume after the process was killed.
+        make: returns a new tracker.
+        metadata: run metadata; states saved under other metadata are ignored.
+    """
+
+    # Frames between saved states. After a correction at most that many frames are repeated; a
+    # smaller interval fills MEMORY sooner, so that old frames lose their states.
+    INTERVAL = 5
+    # Bytes of states in memory. At 480p a state has some 6 MB that no other state shares. With less
+    # memory, a correction starts farther away.
+    MEMORY = 512 * 2**20
+    MAX_FILES = 6  # of 30 MB each at 480p
+    FILE_INTERVAL = 20.0  # seconds between saved files, as in `pipeline.SAVE_INTERVAL`
+    # Frames between a saved state and the wanted frame, at most. They are segmented again, which
+    # takes seconds; beyond that it starts from the user masks alone.
+    MAX_DISTANCE = 60
+
+    def __init__(self, folder: Path, make: Callable[[], Tracker], metadata: dict[str, str]):
         self.folder, self.make = folder, make
-        self.maker = f"{zlib.crc32(repr(sorted(facts.items())).encode()):08x}"
-        self.kept: dict[tuple[bool, int], Kept] = {}
-        self.saved = time.monotonic()
-        for path in sorted(folder.glob(f"{self.maker}_*_*.pth")):
-            way, frame = path.stem.split("_")[1:]
-            self.kept[way == "forwards", int(frame)] = Kept(path)
+        self.fingerprint = f"{zlib.crc32(repr(sorted(metadata.items())).encode()):08x}"
+        self.saved_states: dict[tuple[bool, int], SavedState] = {}
+        self.file_saved = time.monotonic()
+        for path in sorted(folder.glob(f"{self.fingerprint}_*_*.pth")):
+            direction, frame = path.stem.split("_")[1:]
+            self.saved_states[direction == "forwards", int(frame)] = SavedState(path)
 
-    def keep(self, tracker: Tracker, frame: int, forwards: bool, made: Made,
+    def save(self, tracker: Tracker, frame: int, forward: bool, provenance: Provenance,
              last: bool = False) -> None:
-        """Keep a copy of a tracker that has just seen `frame`, if one is due or `last` is set."""
-        if not last and frame % self.EVERY:
+        """Save a copy of a tracker that has just seen `frame`, if one is due or `last` is set."""
+        if not last and frame % self.INTERVAL:
             return
-        self.kept.pop((forwards, frame), None)
-        made, state = Made(made.origin, dict(made.said)), tracker.state()
-        self.kept[forwards, frame] = Kept(tracker.copy(), made, _tensors(state))
-        if last or time.monotonic() - self.saved > self.SECONDS:
-            self.saved = time.monotonic()
-            save(self._path(forwards, frame), {"state": state, "origin": made.origin,
-                                               "said": made.said})
+        self.saved_states.pop((forward, frame), None)
+        provenance, state = Provenance(provenance.origin, dict(provenance.inputs)), tracker.state()
+        self.saved_states[forward, frame] = SavedState(tracker.copy(), provenance,
+                                                       _tensor_sizes(state))
+        if last or time.monotonic() - self.file_saved > self.FILE_INTERVAL:
+            self.file_saved = time.monotonic()
+            save(self._path(forward, frame), {"state": state, "origin": provenance.origin,
+                                              "said": provenance.inputs})
             for path in sorted(self.folder.glob("*.pth"),
-                               key=lambda path: path.stat().st_mtime)[:-self.MOST_ON_DISK]:
+                               key=lambda path: path.stat().st_mtime)[:-self.MAX_FILES]:
                 path.unlink()
-        # the newest stay
+        # the latest stay: corrections are usually made near them
         tensors: dict[int, int] = {}
-        for key, one in reversed(list(self.kept.items())):
+        for key, one in reversed(list(self.saved_states.items())):
             tensors |= one.tensors
-            if sum(tensors.values()) > self.MEMORY and key != (forwards, frame):
-                del self.kept[key]
+            if sum(tensors.values()) > self.MEMORY and key != (forward, frame):
+                del self.saved_states[key]
 
-    def nearest(self, frame: int, forwards: bool,
-                said: dict[int, tuple]) -> tuple[int, Tracker, Made] | None:
-        """A copy of the nearest valid state on the way to `frame`, at most REACH frames before it.
+    def nearest(self, frame: int, forward: bool,
+                inputs: dict[int, tuple]) -> tuple[int, Tracker, Provenance] | None:
+        """The frame and a copy of the nearest valid state from which `frame` can be reached.
 
         Args:
-            said: the current user input by frame, as from `Work.keys`.
+            inputs: the current user input by frame, see `MaskStore.input_keys`.
+
+        Returns:
+            None if no valid state is within `MAX_DISTANCE`.
         """
-        way = 1 if forwards else -1
-        near = [(abs(frame - other), other) for kept, other in self.kept
-                if kept == forwards and 0 <= (frame - other) * way <= self.REACH]
+        step = 1 if forward else -1
+        near = [(abs(frame - other), other) for direction, other in self.saved_states
+                if direction == forward and 0 <= (frame - other) * step <= self.MAX_DISTANCE]
         for _, other in sorted(near):
-            one = self._loaded(forwards, other)
-            if one and one[1].holds(other, said):
-                return other, one[0].copy(), Made(one[1].origin, dict(one[1].said))
+            one = self._load(forward, other)
+            if one and one[1].is_valid(other, inputs):
+                return other, one[0].copy(), Provenance(one[1].origin, dict(one[1].inputs))
         return None
 
     def clear(self) -> None:
-        for forwards, frame in list(self.kept):
-            self._forget(forwards, frame)
+        """Delete all states, also their files."""
+        for forward, frame in list(self.saved_states):
+            self._delete(forward, frame)
 
-    def _path(self, forwards: bool, frame: int) -> Path:
-        way = "forwards" if forwards else "backwards"
-        return self.folder / f"{self.maker}_{way}_{frame:05d}.pth"
+    def _path(self, forward: bool, frame: int) -> Path:
+        direction = "forwards" if forward else "backwards"
+        return self.folder / f"{self.fingerprint}_{direction}_{frame:05d}.pth"
 
-    def _forget(self, forwards: bool, frame: int) -> None:
-        del self.kept[forwards, frame]
-        self._path(forwards, frame).unlink(missing_ok=True)
+    def _delete(self, forward: bool, frame: int) -> None:
+        del self.saved_states[forward, frame]
+        self._path(forward, frame).unlink(missing_ok=True)
 
-    def _loaded(self, forwards: bool, frame: int) -> tuple[Tracker, Made] | None:
-        """The state, loaded from disk if need be; None if it can't be loaded."""
-        kept = self.kept[forwards, frame]
-        if isinstance(kept.tracker, Tracker) and kept.made:
-            return kept.tracker, kept.made
+    def _load(self, forward: bool, frame: int) -> tuple[Tracker, Provenance] | None:
+        """A state from memory or disk; None if its file can't be loaded."""
+        saved = self.saved_states[forward, frame]
+        if isinstance(saved.tracker, Tracker) and saved.provenance:
+            return saved.tracker, saved.provenance
         tracker = self.make()
         try:
-            content = torch.load(kept.tracker, map_location=tracker.model.device,
+            content = torch.load(saved.tracker, map_location=tracker.model.device,
                                  weights_only=True)
             tracker.load_state(content["state"])
-            made = Made(content["origin"], content["said"])
+            provenance = Provenance(content["origin"], content["said"])
         except Exception as error:
-            log.warning("%s: can't resume from this state (%s)", kept.tracker, error)
-            self._forget(forwards, frame)
+            log.warning("%s: can't resume from this state (%s)", saved.tracker, error)
+            self._delete(forward, frame)
             return None
-        self.kept[forwards, frame] = Kept(tracker, made, _tensors(content["state"]))
-        return tracker, made
+        self.saved_states[forward, frame] = SavedState(tracker, provenance,
+                                                       _tensor_sizes(content["state"]))
+        return tracker, provenance
 
 
-def _tensors(value) -> dict[int, int]:
+def _tensor_sizes(value) -> dict[int, int]:
     """Address and size in bytes of each tensor's memory in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
-            found |= _tensors(item)
-    return found
+            sizes |= _tensor_sizes(item)
+    return sizes
 
 
 @dataclass
-class Passes:
-    """How passes over a clip are made.
+class Propagator:
+    """Propagates masks through a clip.
 
     Args:
-        clip, options: as for `segment.track`.
-        image: a frame's (H, W, 3) uint8 RGB, by its number.
-        work: the masks that are known.
+        clip, options: see `pipeline.track`.
+        image: maps a frame index to the (H, W, 3) uint8 RGB image.
+        store: the user masks.
+        states: saved tracker states to start from.
     """
 
     clip: Clip
     options: pipeline.Options
     image: Callable[[int], np.ndarray]
-    work: Work
-    states: States
+    store: MaskStore
+    states: StateCache
 
-    def run(self, start: int, forwards: bool) -> Generator[tuple[int, np.ndarray, Found]]:
-        """Yield each frame after `start`, in the direction of the pass, with its predicted mask."""
-        tracker, made = self.tracker_at(start, forwards)
-        way, frame, before = 1 if forwards else -1, start, {}
-        frames = self.clip.frames(start + 1) if forwards else self.clip.backwards(start)
+    def run(self, start: int, forward: bool) -> Generator[tuple[int, np.ndarray, Prediction]]:
+        """Yield frame, (H, W) mask and `Prediction` of each frame after `start` in a direction."""
+        tracker, provenance = self.tracker_at(start, forward)
+        step, frame, areas = 1 if forward else -1, start, {}
+        frames = self.clip.frames(start + 1) if forward else self.clip.backwards(start)
         try:
-            for number, image in zip(itertools.count(start + way, way), frames):
-                self._note(made, number)
-                frame = start  # where following fails, the tracker is at no frame: it isn't kept
-                seen = self._follow(tracker, number, image, None)
+            for number, image in zip(itertools.count(start + step, step), frames):
+                self._record_input(provenance, number)
+                frame = start  # if this fails, the tracker is between frames and must not be saved
+                result = self._segment(tracker, number, image, None)
                 frame = number
-                measures = measure_objects(frame, seen.step, before)
-                before = {one.object_id: one.area for one in measures}
-                yield frame, seen.mask, Found(start, [astuple(one) for one in measures])
-                self.states.keep(tracker, frame, forwards, made)
+                measures = measure_objects(frame, result.step, areas)
+                areas = {one.object_id: one.area for one in measures}
+                yield frame, result.mask, Prediction(start, [astuple(one) for one in measures])
+                self.states.save(tracker, frame, forward, provenance)
         finally:
             if frame != start:
-                self.states.keep(tracker, frame, forwards, made, last=True)
+                self.states.save(tracker, frame, forward, provenance, last=True)
 
-    def tracker_at(self, start: int, forwards: bool) -> tuple[Tracker, Made]:
-        """A tracker that has just seen `start`, and what it was made from.
+    def tracker_at(self, start: int, forward: bool) -> tuple[Tracker, Provenance]:
+        """A tracker that has just seen `start`, and its provenance.
 
         It starts from the nearest valid state. Without one, earlier user masks are its reference
         masks, as they are on the command line.
 
         Raises:
-            ValueError: none of these masks holds an object.
+            ValueError: these masks contain no object.
         """
-        work, way = self.work, 1 if forwards else -1
-        near = self.states.nearest(start, forwards, work.keys())
+        store, step = self.store, 1 if forward else -1
+        near = self.states.nearest(start, forward, store.input_keys())
         if near:
-            other, tracker, made = near
-            frames = list(range(other + way, start + way, way))
-            known = work.given.intersection(frames)
+            other, tracker, provenance = near
+            frames = list(range(other + step, start + step, step))
+            mask_frames = store.user_frames.intersection(frames)
         else:
             tracker = self.states.make()
-            frames = [frame for frame in sorted(work.given) if frame < start]
-            if start in work.given or work.mask(start).any():
+            frames = [frame for frame in sorted(store.user_frames) if frame < start]
+            if start in store.user_frames or store.mask(start).any():
                 frames.append(start)
-            known = set(frames)
-            while frames and not work.mask(frames[0]).any():
+            mask_frames = set(frames)
+            while frames and not store.mask(frames[0]).any():
                 frames = frames[1:]
             if not frames:
-                raise ValueError(f"frame {self.clip.number(start)}: its mask holds no object to "
-                                 "look for")
-            made = Made(start, {frame: key for frame, key in work.keys().items() if frame <= start})
+                raise ValueError(f"frame {self.clip.number(start)}: its mask contains no object to "
+                                 "segment")
+            provenance = Provenance(start, {
+                frame: key for frame, key in store.input_keys().items() if frame <= start})
         for frame in frames:
-            self._note(made, frame)
-            mask = work.mask(frame) if frame in known else None
-            self._follow(tracker, frame, self.image(frame), mask)
-        return tracker, made
+            self._record_input(provenance, frame)
+            mask = store.mask(frame) if frame in mask_frames else None
+            self._segment(tracker, frame, self.image(frame), mask)
+        return tracker, provenance
 
-    def _note(self, made: Made, frame: int) -> None:
-        """Record the user input of a frame. Call it before reading the input: if that changes in
-        between, the state counts as outdated, not as valid."""
-        if key := self.work.key(frame):
-            made.said[frame] = key
+    def _record_input(self, provenance: Provenance, frame: int) -> None:
+        """Record the user input of a frame.
 
-    def _follow(self, tracker: Tracker, frame: int, image: np.ndarray,
-                mask: np.ndarray | None) -> pipeline.Frame:
+        Call it before reading the input: if that changes in between, the state counts as outdated,
+        not as valid.
+        """
+        if key := self.store.input_key(frame):
+            provenance.inputs[frame] = key
+
+    def _segment(self, tracker: Tracker, frame: int, image: np.ndarray,
+                 mask: np.ndarray | None) -> pipeline.Frame:
         network_image = pipeline.resize_for_network(image, self.options)
         return pipeline.segment_frame(tracker, frame, image, network_image, mask, self.options,
-                                      presence=self.work.presence)
+                                      presence=self.store.presence)

@@ -1,9 +1,7 @@
-"""The page: a session on one clip, served to a browser.
+"""The web server of a session: checks requests and turns them into calls of the session.
 
-It turns requests into calls of a session and checks who asks and what is sent. It knows neither
-the network nor what a session does; no path ever comes from a browser. The page itself is
-`page.html`, which asks for nothing but what is served here, by relative addresses, so that it also
-works behind a proxy that puts a prefix in front of the path.
+The page, `page.html`, requests only what is served here, by relative addresses, so that it also
+works behind a proxy that puts a prefix in front of the path. No file path comes from a browser.
 """
 
 import asyncio
@@ -39,31 +37,33 @@ from media.drawing import PALETTE
 
 HTML = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # with any port: a tunnel may have another
-MOST_JSON, MOST_MASK = 2**18, 2**24  # bytes of a body
-THUMBNAIL = 144  # pixels wide
-WAIT = 15.0  # seconds that a browser waits for news at most
-LOOK = 0.05  # seconds from one look for news to the next
-# Frames are kept for a day by a browser. Their addresses hold the key of one run of the server,
-# because another run may serve another clip on the same port.
-KEPT = {"Cache-Control": "private, max-age=86400, immutable"}
-NEVER = {"Cache-Control": "no-store"}
+MAX_JSON, MAX_MASK = 2**18, 2**24  # bytes of a request body: long strokes fit, and masks of 4K
+THUMBNAIL_WIDTH = 144  # pixels
+# Seconds that a request for changes waits at most. Proxies often close requests after 30 or 60.
+MAX_WAIT = 15.0
+POLL_INTERVAL = 0.05  # seconds between checks for changes: below what users notice
+# Browsers cache frames for a day. Their addresses contain the key of one run of the server, because
+# another run may serve another clip on the same port.
+CACHED = {"Cache-Control": "private, max-age=86400, immutable"}
+NOT_CACHED = {"Cache-Control": "no-store"}
 
 
 class Guard:
-    """ASGI middleware that answers only the page itself, in a browser that had the token.
+    """ASGI middleware that rejects requests without the token, and requests from other sites.
 
-    The token is in the address that is opened first. It is exchanged for a cookie, so that it
-    doesn't have to stay there. The cookie names no path: by default a browser sends it to
-    addresses below the one that set it, whatever prefix a proxy puts in front.
+    The token is in the address that is opened first. It is exchanged for a cookie, so that the
+    address bar needn't show it. The cookie has no path: by default a browser sends it to addresses
+    below the one that set it, with any prefix that a proxy puts in front.
 
     Args:
         token: accepted in the address of the page, and from scripts as the header X-Token.
-        codes: like the token in the address of the page, but each is accepted once.
-        key: of this run of the server; a tab that an earlier run served is told to reload.
-        hosts: names under which the page is opened; "*" stands for any IP address. Others are
-            refused, since a foreign page may have its own name point to this machine (DNS
-            rebinding), which it can't do with an address.
-        policy: the Content-Security-Policy of every answer.
+        codes: accepted like the token in the address of the page, but once each.
+        key: identifies this run of the server; a tab of an earlier run gets an error that asks to
+            reload it.
+        hosts: names under which the page may be opened; "*" stands for any IP address. Others are
+            rejected, because another site could have its own name resolve to this machine (DNS
+            rebinding); it can't do that with an IP address.
+        policy: the Content-Security-Policy of every response.
         ending: whether the server is shutting down.
     """
 
@@ -71,7 +71,7 @@ class Guard:
                  policy: str, ending: Callable[[], bool]):
         self.app, self.token, self.codes, self.key = app, token, list(codes), key
         self.hosts, self.policy, self.ending = [name.lower() for name in hosts], policy, ending
-        # Cookies don't differ by port, so that each run needs a name of its own.
+        # Browsers share cookies between ports, so each run needs its own cookie name.
         self.cookie_name, self.cookie = f"videomatch-{key}", secrets.token_urlsafe(24)
 
     async def __call__(self, scope, receive, send):
@@ -85,26 +85,26 @@ class Guard:
             else:
                 await response(scope, receive, send)
         except asyncio.CancelledError:
-            if not self.ending():  # else nobody waits for the answer any more
+            if not self.ending():  # on shutdown, cancelled requests are expected
                 raise
 
     def _refusal(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
-        if not self._is_known(host):
+        if not self._is_known_host(host):
             name = re.sub(r":\d+$", "", host)
             return JSONResponse({"error": f"this page isn't served under the name {name}: add it "
                                           "to --page_host, after the address"}, 421)
-        if self._is_foreign(request, host):
-            return JSONResponse({"error": "not asked by the page itself"}, 403)
+        if self._is_cross_site(request, host):
+            return JSONResponse({"error": "the request comes from another site"}, 403)
         if not self._is_allowed(request):
             return JSONResponse({"error": "the token is missing, wrong, or used up: open the "
                                           "address that main.py printed"}, 403)
         if request.query_params.get("session", self.key) != self.key:
             return JSONResponse({"error": "main.py was started again: reload the page"}, 409,
-                                headers=NEVER)
+                                headers=NOT_CACHED)
         return None
 
-    def _is_known(self, host: str) -> bool:
+    def _is_known_host(self, host: str) -> bool:
         name = re.sub(r":\d+$", "", host).lower()
         if name in self.hosts:
             return True
@@ -112,8 +112,8 @@ class Guard:
             return "*" in self.hosts and bool(ipaddress.ip_address(name.strip("[]")))
         return False
 
-    def _is_foreign(self, request: Request, host: str) -> bool:
-        """Whether another site's page asks, which the browser says in one header or another."""
+    def _is_cross_site(self, request: Request, host: str) -> bool:
+        """Whether the request comes from another site, by Sec-Fetch-Site or Origin."""
         site, mode = (request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode"))
         if site in ("cross-site", "same-site"):
             return mode != "navigate"  # a link to the page may be anywhere
@@ -125,24 +125,24 @@ class Guard:
             name = address.hostname or ""
         except ValueError:
             return True
-        # A proxy may have put its own name in the header Host.
+        # A proxy may have replaced the header Host by its own name.
         forwarded = request.headers.get("x-forwarded-host", "").replace(" ", "").split(",")
         known = (name in self.hosts and name not in LOOPBACK
                  and name != re.sub(r":\d+$", "", host).lower())
         return not address.netloc or not known and address.netloc not in (host, *forwarded)
 
     def _is_allowed(self, request: Request) -> bool:
-        if (_same(request.headers.get("x-token"), self.token)
-                or _same(request.cookies.get(self.cookie_name), self.cookie)):
+        if (_equal(request.headers.get("x-token"), self.token)
+                or _equal(request.cookies.get(self.cookie_name), self.cookie)):
             return True
-        given = request.query_params.get("token")
+        token = request.query_params.get("token")
         if request.method != "GET" or request.url.path != "/":
             return False
         for code in self.codes:
-            if _same(given, code):
+            if _equal(token, code):
                 self.codes.remove(code)
                 return True
-        return _same(given, self.token)
+        return _equal(token, self.token)
 
     def _with_headers(self, request: Request, send):
         headers = [(b"content-security-policy", self.policy.encode()),
@@ -159,16 +159,16 @@ class Guard:
         return sending
 
 
-def _same(given: str | None, expected: str) -> bool:
-    """Compare in constant time, so that the time of an answer doesn't help to guess."""
-    return given is not None and secrets.compare_digest(given.encode(), expected.encode())
+def _equal(value: str | None, expected: str) -> bool:
+    """Compare in constant time, so that response times don't help to guess the token."""
+    return value is not None and secrets.compare_digest(value.encode(), expected.encode())
 
 
 class Fields:
-    """What a browser sent, each field checked before it is used.
+    """The JSON object of a request, with checks of each field.
 
     Raises:
-        ValueError: a field is missing, or not what is expected.
+        ValueError: it is not a JSON object; by methods, a field is missing or invalid.
     """
 
     def __init__(self, body: bytes):
@@ -182,11 +182,11 @@ class Fields:
     def whole(self, name: str, low: int = 0, high: int = 2**31) -> int:
         return self._whole(name, self.values.get(name), low, high)
 
-    def points(self, name: str, least: int = 1, most: int = 10_000) -> list[tuple[int, int]]:
-        """Pairs of whole numbers."""
+    def points(self, name: str, low: int = 1, limit: int = 10_000) -> list[tuple[int, int]]:
+        """A list of `low` to `limit` points, x and y in pixels; may lie outside the frame."""
         value = self.values.get(name)
-        if not isinstance(value, list) or not least <= len(value) <= most:
-            raise ValueError(f"{name}: expected {least} to {most} points")
+        if not isinstance(value, list) or not low <= len(value) <= limit:
+            raise ValueError(f"{name}: expected {low} to {limit} points")
         if not all(isinstance(point, list) and len(point) == 2 for point in value):
             raise ValueError(f"{name}: expected points as [x, y]")
         return [(self._whole(name, x, -2**15, 2**15), self._whole(name, y, -2**15, 2**15))
@@ -198,11 +198,11 @@ class Fields:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}")
         return value
 
-    def text(self, name: str, most: int = 60) -> str | None:
+    def text(self, name: str, limit: int = 60) -> str | None:
         value = self.values.get(name)
         if not (value is None or isinstance(value, str) and value.isprintable()
-                and len(value) <= most):
-            raise ValueError(f"{name}: expected a text of at most {most} characters")
+                and len(value) <= limit):
+            raise ValueError(f"{name}: expected a text of at most {limit} characters")
         return value
 
     def flag(self, name: str) -> bool | None:
@@ -225,8 +225,8 @@ def _box(session, fields: Fields) -> None:
     top, bottom = sorted((min(max(y, 0), height), min(max(v, 0), height)))
     if right - left < 2 or bottom - top < 2:
         raise ValueError("the box is too small: drag from one corner to the other")
-    session.edits.show(fields.whole("frame"), fields.whole("object", 1, 254),
-                       box=(left, top, right - left, bottom - top))
+    session.editor.add_prompt(fields.whole("frame"), fields.whole("object", 1, 254),
+                              box=(left, top, right - left, bottom - top))
 
 
 def _point(session, fields: Fields) -> None:
@@ -234,19 +234,19 @@ def _point(session, fields: Fields) -> None:
     height, width = session.shape
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError("the point lies outside of the frame")
-    session.edits.show(fields.whole("frame"), fields.whole("object", 1, 254), point=(x, y),
-                       wanted=not fields.flag("not"))
+    session.editor.add_prompt(fields.whole("frame"), fields.whole("object", 1, 254), point=(x, y),
+                              positive=not fields.flag("not"))
 
 
 def _stroke(session, fields: Fields) -> None:
-    session.edits.stroke(fields.whole("frame"), fields.whole("object", 1, 254),
+    session.editor.paint(fields.whole("frame"), fields.whole("object", 1, 254),
                          fields.points("points"), fields.whole("radius", 1, 500),
                          bool(fields.flag("erase")))
 
 
 def _mark(session, fields: Fields, word: str) -> None:
     on = fields.flag("on")
-    session.edits.mark(fields.whole("frame"), fields.whole("object", 1, 254), word,
+    session.editor.mark(fields.whole("frame"), fields.whole("object", 1, 254), word,
                        True if on is None else on)
 
 
@@ -257,21 +257,21 @@ def _cutout(fields: Fields) -> str | None:
     return value
 
 
-# what a page may ask for, by the name at the end of the address
+# functions of the session that the page may call, by the last part of the address
 ACTIONS = {
     "box": _box,
     "point": _point,
     "stroke": _stroke,
     "absent": lambda session, fields: _mark(session, fields, "absent"),
     "gone": lambda session, fields: _mark(session, fields, "gone"),
-    "forget": lambda session, fields: session.edits.forget(fields.whole("frame")),
-    "undo": lambda session, fields: {"frame": session.edits.undo()},
-    "add": lambda session, fields: {"object": session.edits.add_object()},
-    "change": lambda session, fields: session.edits.rename_object(
+    "remove_mask": lambda session, fields: session.editor.remove_mask(fields.whole("frame")),
+    "undo": lambda session, fields: {"frame": session.editor.undo()},
+    "add": lambda session, fields: {"object": session.editor.add_object()},
+    "rename": lambda session, fields: session.editor.rename_object(
         fields.whole("object", 1, 254), fields.text("name") or ""),
-    "delete": lambda session, fields: session.edits.delete_object(fields.whole("object", 1, 254)),
+    "delete": lambda session, fields: session.editor.delete_object(fields.whole("object", 1, 254)),
     "segment": lambda session, fields: session.segment_from(
-        fields.whole("frame"), fields.choice("way", ("forwards", "backwards", "both"))),
+        fields.whole("frame"), fields.choice("direction", ("forward", "backward", "both"))),
     "stop": lambda session, fields: session.stop(),
     "export": lambda session, fields: session.export(
         _cutout(fields), fields.choice("format", ("png", "mov", "webm", None)) or "png",
@@ -279,16 +279,16 @@ ACTIONS = {
 }
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """All of it, unless there is more than `most`, of which nothing is kept."""
+async def _body(request: Request, limit: int) -> bytes:
+    """Read a request's body; reject one of more than `limit` bytes without storing it."""
     declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared) > most:
-        raise HTTPException(413, f"expected {most} bytes at most")
+    if not declared.isdecimal() or int(declared) > limit:
+        raise HTTPException(413, f"expected {limit} bytes at most")
     content = bytearray()
     async for part in request.stream():
         content += part
-        if len(content) > most:
-            raise HTTPException(413, f"expected {most} bytes at most")
+        if len(content) > limit:
+            raise HTTPException(413, f"expected {limit} bytes at most")
     return bytes(content)
 
 
@@ -301,12 +301,17 @@ def _jpeg(image: np.ndarray, quality: int = 92) -> bytes:
 
 
 def _read_mask(content: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """A mask that a browser sent; raises a ValueError that says what is wrong with it."""
+    """Decode an uploaded mask file to (H, W) uint8.
+
+    Raises:
+        ValueError: it is no mask of this size; the message is for the page.
+    """
     try:
-        image = Image.open(io.BytesIO(content))  # its header, before anything is unpacked
+        # reads only the header: an image of another size is rejected before it is decompressed
+        image = Image.open(io.BytesIO(content))
         size, kind = image.size, str(image.format).lower()
     except Exception:
-        raise ValueError("this is not an image file that holds a mask") from None
+        raise ValueError("this is not an image file") from None
     images.check_same_shape("the clip", shape, "this file", size[::-1])
     try:
         with TemporaryDirectory() as folder:
@@ -323,7 +328,7 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
     """The ASGI application of a session.
 
     Args:
-        session: has shape, version, image, mask, state, edits, and what `ACTIONS` calls.
+        session: a `Session`.
         token, codes, hosts, ending: see `Guard`.
     """
     key = secrets.token_hex(8)
@@ -331,48 +336,48 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
     html = html.replace("<body>", f'<body data-session="{key}" data-palette="{_palette()}">')
 
     async def page(request: Request) -> Response:
-        return HTMLResponse(html, headers=NEVER)
+        return HTMLResponse(html, headers=NOT_CACHED)
 
     async def state(request: Request) -> Response:
-        since, end = int(request.path_params["since"]), asyncio.get_running_loop().time() + WAIT
+        since, end = int(request.path_params["since"]), asyncio.get_running_loop().time() + MAX_WAIT
         while session.version == since and asyncio.get_running_loop().time() < end:
             if ending() or await request.is_disconnected():
                 break
-            await asyncio.sleep(LOOK)
-        return JSONResponse(await run_in_threadpool(session.state, since), headers=NEVER)
+            await asyncio.sleep(POLL_INTERVAL)
+        return JSONResponse(await run_in_threadpool(session.state, since), headers=NOT_CACHED)
 
     def frame(request: Request) -> Response:
         return _picture(request, _jpeg(session.image(request.path_params["frame"])))
 
     def thumbnail(request: Request) -> Response:
         image = session.thumbnail(request.path_params["frame"])
-        size = THUMBNAIL, max(1, round(THUMBNAIL * image.shape[0] / image.shape[1]))
+        size = THUMBNAIL_WIDTH, max(1, round(THUMBNAIL_WIDTH * image.shape[0] / image.shape[1]))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         return _picture(request, _jpeg(small, 80))
 
     def mask(request: Request) -> Response:
-        found = session.mask(request.path_params["frame"])
-        if found is None:
-            found = np.zeros(session.shape, np.uint8)
-        return Response(_png(found), media_type="image/png", headers=NEVER)
+        values = session.mask(request.path_params["frame"])
+        if values is None:
+            values = np.zeros(session.shape, np.uint8)
+        return Response(_png(values), media_type="image/png", headers=NOT_CACHED)
 
-    async def bring(request: Request) -> Response:
-        content = await _body(request, MOST_MASK)
-        found = await run_in_threadpool(_read_mask, content, session.shape)
-        await run_in_threadpool(session.edits.give, request.path_params["frame"], found)
+    async def upload_mask(request: Request) -> Response:
+        content = await _body(request, MAX_MASK)
+        values = await run_in_threadpool(_read_mask, content, session.shape)
+        await run_in_threadpool(session.editor.set_mask, request.path_params["frame"], values)
         return JSONResponse({})
 
     async def act(request: Request) -> Response:
         action = ACTIONS.get(request.path_params["action"])
         if action is None:
             raise HTTPException(404, "no such action")
-        fields = Fields(await _body(request, MOST_JSON))
+        fields = Fields(await _body(request, MAX_JSON))
         return JSONResponse(await run_in_threadpool(action, session, fields) or {})
 
     app = Starlette(routes=[
         Route("/", page), Route("/state/{since:int}", state),
         Route("/frame/{frame:int}", frame), Route("/thumbnail/{frame:int}", thumbnail),
-        Route("/mask/{frame:int}", mask), Route("/mask/{frame:int}", bring, methods=["PUT"]),
+        Route("/mask/{frame:int}", mask), Route("/mask/{frame:int}", upload_mask, methods=["PUT"]),
         Route("/do/{action:str}", act, methods=["POST"]),
     ], exception_handlers={HTTPException: _refuse, ValueError: _refuse, OSError: _refuse})
     app.add_middleware(Guard, token=token, codes=codes, key=key, hosts=hosts,
@@ -381,15 +386,15 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
 
 
 def _picture(request: Request, content: bytes) -> Response:
-    """A frame, which a browser may keep only if its address says which run it is of."""
-    headers = KEPT if "session" in request.query_params else NEVER
+    """A JPEG response; cached only if its address contains the key of the server's run."""
+    headers = CACHED if "session" in request.query_params else NOT_CACHED
     return Response(content, media_type="image/jpeg", headers=headers)
 
 
 def _refuse(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 400)
     return JSONResponse({"error": getattr(error, "detail", str(error))}, status,
-                        headers=NEVER | ({"Connection": "close"} if status == 413 else {}))
+                        headers=NOT_CACHED | ({"Connection": "close"} if status == 413 else {}))
 
 
 def _palette() -> str:
@@ -398,13 +403,13 @@ def _palette() -> str:
 
 
 def _policy(html: str) -> str:
-    """The Content-Security-Policy that lets this page's own script and style run, nothing else."""
-    found = {}
+    """The Content-Security-Policy that allows only this page's own script and style."""
+    hashes = {}
     for kind in ("script", "style"):
         text, = re.findall(f"<{kind}>(.*?)</{kind}>", html, re.DOTALL)
-        found[kind] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return (f"default-src 'none'; script-src 'sha256-{found['script']}'; "
-            f"style-src 'sha256-{found['style']}'; img-src 'self' data: blob:; "
+        hashes[kind] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
+            f"style-src 'sha256-{hashes['style']}'; img-src 'self' data: blob:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
@@ -422,7 +427,7 @@ def serve(session, port: int = 0, browse: bool = True,
     """
     import uvicorn
     token, code = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
-    with _listening(hosts[0], port) as listening:
+    with _listen(hosts[0], port) as listening:
         address, port = listening.getsockname()[:2]
         reachable = ipaddress.ip_address(address)
         names = [*LOOPBACK, *hosts[1:]]
@@ -430,23 +435,23 @@ def serve(session, port: int = 0, browse: bool = True,
             names += ["*", socket.gethostname()]
         here = "127.0.0.1" if reachable.is_unspecified else str(reachable)
         root = f"http://{f'[{here}]' if ':' in here else here}:{port}/"
-        print(f"{root}?token={token}\nopen it in a browser; Ctrl+C ends, and the same command "
-              "continues", flush=True)
+        print(f"{root}?token={token}\nopen it in a browser; Ctrl+C ends the session, and the "
+              "same command resumes it", flush=True)
         if not reachable.is_loopback:
             print("other machines can open it too, by this machine's name or address and with the "
-                  "token; nothing is encrypted on the way", flush=True)
+                  "token; the connection is not encrypted", flush=True)
         server = uvicorn.Server(uvicorn.Config(
             application(session, token, None, [code], names, lambda: server.should_exit),
             log_level="warning", timeout_graceful_shutdown=3, server_header=False))
-        if browse:  # with a code for once, as other users can see a browser's command line
+        if browse:  # with a one-time code: other users can see a browser's command line
             with suppress(webbrowser.Error):
                 webbrowser.open(f"{root}?token={code}")
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that a quick browser waits instead of being refused."""
+def _listen(host: str, port: int) -> socket.socket:
+    """Open a listening socket, so that a browser that is faster than the server can connect."""
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:

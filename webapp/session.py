@@ -1,8 +1,7 @@
-"""The working session on one clip: what a person gives, what is found from it, what is under way.
+"""The session behind the web page: frames, edits, propagation and export of one clip.
 
-Passes of a tracker start at a frame and run one way, in a thread of their own, as far as the next
-frame that a person gave; a mended frame is done by the same pass, which starts from a state kept
-near it. Who asks, and how it is shown, is not known here.
+Propagation runs in a background thread, from a frame to the next user mask. After a correction it
+starts again from a tracker state that was saved near the corrected frame.
 """
 
 import logging
@@ -26,20 +25,21 @@ from tracking import confidence, pipeline
 from tracking.confidence import NOT_VISIBLE, Measures, stretches_to_review
 from tracking.presence import Presence
 from videomatch import VideoMatch
-from webapp.annotations import Edits
-from webapp.propagation import Passes, States, end_of_pass
-from webapp.store import Found, Work
+from webapp.annotations import Editor
+from webapp.propagation import Propagator, StateCache, propagation_end
+from webapp.store import MaskStore, Prediction
 
 log = logging.getLogger(__name__)
 
-WAYS = {"forwards": (True,), "backwards": (False,), "both": (True, False)}
-CACHED = 128 * 2**20  # bytes of decoded frames, those looked at and those of thumbnails each
-# seconds from one search for stretches to review to the next while masks are found: each goes
-# through the whole clip, milliseconds for an hour
-REVIEW = 1.0
+DIRECTIONS = {"forward": (True,), "backward": (False,), "both": (True, False)}
+# Decoded frames in memory, of the two readers each: 20 frames of 1080p, to step back and forth.
+CACHE_BYTES = 128 * 2**20
+# Seconds between searches for stretches to review during propagation. Each goes through the whole
+# clip, which takes milliseconds for an hour of video; a frame of 480p takes about 0.1 s.
+REVIEW_INTERVAL = 1.0
 
 
-class Pictures:
+class FrameReader:
     """Random access to the frames of a clip, from any thread.
 
     The decoder continues from its position if that is nearer to the wanted frame than the last key
@@ -48,23 +48,23 @@ class Pictures:
 
     def __init__(self, clip: Clip):
         self.clip, self.lock = clip, threading.Lock()
-        self.kept: dict[int, np.ndarray] = {}  # in the order of their last use
+        self.cache: dict[int, np.ndarray] = {}  # ordered by last use
         self.frames: Iterator[np.ndarray] = iter(())
-        self.next: int | None = None  # the frame that `frames` gives next
+        self.next: int | None = None  # index of the next frame in `frames`
 
     def __call__(self, frame: int) -> np.ndarray | None:
-        """(H, W, 3) uint8 RGB; None where the clip ends before it."""
+        """Return a frame as (H, W, 3) uint8 RGB; None if the clip ends before it."""
         with self.lock:
-            if frame in self.kept:
-                self.kept[frame] = image = self.kept.pop(frame)
+            if frame in self.cache:
+                self.cache[frame] = image = self.cache.pop(frame)
                 return image
             if self.next is None or not self.clip.start_of(frame) <= self.next <= frame:
                 self.frames, self.next = self.clip.frames(frame), frame
             first, self.next = self.next, None  # start again after an error or the clip's end
             for number, image in enumerate(self.frames, first):
-                self.kept[number] = image
-                while len(self.kept) > 1 and len(self.kept) * image.nbytes > CACHED:
-                    del self.kept[next(iter(self.kept))]
+                self.cache[number] = image
+                while len(self.cache) > 1 and len(self.cache) * image.nbytes > CACHE_BYTES:
+                    del self.cache[next(iter(self.cache))]
                 if number == frame:
                     self.next = number + 1
                     return image
@@ -72,179 +72,191 @@ class Pictures:
 
 
 class Session:
-    """One clip that a person works on. Every method may be called from any thread.
+    """A working session on one clip. Every method may be called from any thread.
 
     Args:
-        model, clip, options: as for `segment.track`.
-        folder: of the results; what the session keeps lies in `page/` in it.
-        prompt: (H, W, 3) uint8 RGB and `Prompts` of one object -> (H, W) bool, its mask.
-        facts: what the results depend on, for the manifest.
-        command: of the command line that repeats it, all but masks, cut-out, annotations and
-            folder.
-        formats: of annotations that the command line asked for; the page has them chosen.
+        model, clip, options: see `pipeline.track`.
+        folder: results folder; the session's own files are in `page/` in it.
+        prompter: maps an (H, W, 3) uint8 RGB image and the `Prompts` of one object to its (H, W)
+            bool mask.
+        metadata: run metadata, what the results depend on.
+        command: words of the command line that repeats the session, without flags for masks,
+            cut-out, annotations and folder.
+        formats: annotation formats to preselect on the page.
 
     Raises:
         ValueError: the folder holds a session on another clip.
     """
 
     def __init__(self, model: VideoMatch, clip: Clip, folder: Path, options: pipeline.Options,
-                 prompt: Callable[[np.ndarray, Prompts], np.ndarray], facts: dict[str, str],
+                 prompter: Callable[[np.ndarray, Prompts], np.ndarray], metadata: dict[str, str],
                  command: list[str], formats: Sequence[str] = ()):
         model.eval()
         self.clip, self.folder, self.formats = clip, folder, list(formats)
-        self.facts, self.command = facts, command
+        self.metadata, self.command = metadata, command
         self.count = clip.count or sum(1 for _ in clip.frames())
         # separate decoders, so that scrubbing doesn't wait for thumbnails
-        self._pictures, self._thumbnails = Pictures(clip), Pictures(clip)
+        self._reader, self._thumbnail_reader = FrameReader(clip), FrameReader(clip)
+        # frame numbers, where they differ from the indices
         self.numbers = None if clip.numbers in (None, [*range(self.count)]) else [*clip.numbers]
-        self.work = Work(folder / "page", Path(facts["data"]).name, self.image(0).shape[:2])
-        height, width = self.shape = self.work.shape
-        self.cell = pipeline.location_size(model, (height, width), options)
-        self.states = States(folder / "page" / "states", lambda: Tracker(
-            model, options.threshold, options.remove_outliers), facts)
-        self.passes = Passes(clip, options, self.image, self.work, self.states)
-        self.edits = Edits(self.work, self.image, prompt, self.states.clear)
-        self.lock = self.edits.lock
-        self._sureness: dict[int, np.ndarray] = {}  # by object, of each frame
-        for frame, found in self.work.found.items():
-            self._note(frame, found)
+        self.store = MaskStore(folder / "page", Path(metadata["data"]).name,
+                               self.image(0).shape[:2])
+        height, width = self.shape = self.store.shape
+        self.location_size = pipeline.location_size(model, (height, width), options)
+        self.states = StateCache(folder / "page" / "states", lambda: Tracker(
+            model, options.threshold, options.remove_outliers), metadata)
+        self.propagator = Propagator(clip, options, self.image, self.store, self.states)
+        self.editor = Editor(self.store, self.image, prompter, self.states.clear)
+        self.lock = self.editor.lock
+        self._confidences: dict[int, np.ndarray] = {}  # by object id, (frames,)
+        for frame, prediction in self.store.predictions.items():
+            self._note_confidences(frame, prediction)
         self._review: tuple[int, float, list[dict]] = (0, 0.0, [])  # version, time, stretches
         self.thread: threading.Thread | None = None
-        self.run: dict | None = None  # what is under way, or how the last one ended
+        self.run: dict | None = None  # the current job, or the last one and how it ended
         self.stopping = threading.Event()
 
     def image(self, frame: int) -> np.ndarray:
-        """(H, W, 3) uint8 RGB.
+        """Return a frame as (H, W, 3) uint8 RGB.
 
         Raises:
             ValueError: there is no such frame.
         """
-        return self._image(self._pictures, frame)
+        return self._image(self._reader, frame)
 
     def thumbnail(self, frame: int) -> np.ndarray:
-        """The same, for the timeline."""
-        return self._image(self._thumbnails, frame)
+        """Like `image`, but with a decoder of its own, for the timeline."""
+        return self._image(self._thumbnail_reader, frame)
 
-    def _image(self, pictures: Pictures, frame: int) -> np.ndarray:
+    def _image(self, reader: FrameReader, frame: int) -> np.ndarray:
         if not 0 <= frame < self.count:
             raise ValueError(f"there is no frame {frame}, the clip has {self.count}")
-        image = pictures(frame)
+        image = reader(frame)
         if image is None:
-            self._ends(self.clip.count)
+            self._shorten(self.clip.count)
             raise ValueError(f"there is no frame {frame}, the clip ends before it")
         return image
 
-    def _ends(self, count: int) -> None:
+    def _shorten(self, count: int) -> None:
         """Correct the number of frames when the clip turns out to be shorter."""
         with self.lock:
             if count < self.count:
                 log.warning("the clip ends after %d frames, though it declares %d", count,
                             self.count)
                 self.count = count
-                self.edits.change()
+                self.editor.change()
 
     def mask(self, frame: int) -> np.ndarray | None:
-        """(H, W) uint8 object ids: what a person gave, else what was found."""
+        """The (H, W) uint8 user mask of a frame, else the predicted mask, else None."""
         with self.lock:
-            return self.work.mask(frame)
+            return self.store.mask(frame)
 
     @property
     def version(self) -> int:
-        """One more with every change."""
-        return self.edits.version
+        """Increases with every change, see `Editor`."""
+        return self.editor.version
 
     def state(self, since: int = 0) -> dict:
-        """All that a page shows but the pictures; of frames only what changed after `since`.
+        """Everything the page shows except images and masks, as JSON.
 
-        Frames are indices; `numbers` are those that a person reads and types, null where they are
-        the indices. They and `formats`, which never change, are sent once.
+        Of the frames it contains those that changed after version `since`. Frames are indices;
+        `numbers` maps them to the frame numbers that users see (null where they are the same).
+        `numbers` and `formats` never change and are sent only with `since` 0.
         """
         with self.lock:
-            work, presence = self.work, self.work.presence
-            frames = {frame: {"given": frame in work.given, "version": version,
-                              "sure": _sure(work.found.get(frame))}
-                      for frame, version in self.edits.since(since).items()}
-            objects = [vars(thing) | {
+            store, presence = self.store, self.store.presence
+            frames = {frame: {"user_mask": frame in store.user_frames, "version": version,
+                              "confidence": _object_confidences(store.predictions.get(frame))}
+                      for frame, version in self.editor.changes_since(since).items()}
+            objects = [vars(obj) | {
                 "absent": sorted(frame for frame, ids in presence.absent.items()
-                                 if thing.id in ids),
-                "gone": presence.intervals(thing.id)} for thing in work.objects]
-            return {"version": self.edits.version, "everywhere": self.edits.everywhere,
+                                 if obj.id in ids),
+                "gone": presence.intervals(obj.id)} for obj in store.objects]
+            return {"version": self.editor.version, "everywhere": self.editor.everywhere,
                     "count": self.count, "fps": self.clip.fps,
-                    "height": work.shape[0], "width": work.shape[1], "frames": frames,
+                    "height": store.shape[0], "width": store.shape[1], "frames": frames,
                     "objects": objects,
-                    "pending": sorted(work.pending), "undo": len(self.edits.past), "run": self.run,
-                    "unsure": self._to_review(),
+                    "pending": sorted(store.pending), "undo": len(self.editor.undo_stack),
+                    "run": self.run, "review": self._to_review(),
                     **({} if since else {"numbers": self.numbers, "formats": self.formats})}
 
-    def _note(self, frame: int, found: Found) -> None:
-        """Store the confidence of a new mask in `_sureness`, which `_to_review` reads."""
-        for values in self._sureness.values():
-            values[frame:frame + 1] = np.nan  # also of objects that are no longer looked for
-        for object_id, value in _sure(found).items():
-            if object_id not in self._sureness:
-                self._sureness[object_id] = np.full(self.count, np.nan)
-            values = self._sureness[object_id]
+    def _note_confidences(self, frame: int, prediction: Prediction) -> None:
+        """Store the confidences of a new mask in `_confidences`, which `_to_review` reads.
+
+        A running array costs far less than going through all predictions at every change.
+        """
+        for values in self._confidences.values():
+            values[frame:frame + 1] = np.nan  # also of objects that are no longer tracked
+        for object_id, value in _object_confidences(prediction).items():
+            if object_id not in self._confidences:
+                self._confidences[object_id] = np.full(self.count, np.nan)
+            values = self._confidences[object_id]
             values[frame:frame + 1] = NOT_VISIBLE if value is None else value
 
     def _to_review(self) -> list[dict]:
-        """The stretches to review first; during a run at most `REVIEW` seconds out of date."""
-        version, looked, found = self._review
+        """The stretches to review; during a job up to `REVIEW_INTERVAL` seconds out of date."""
+        version, updated, stretches = self._review
         now = time.monotonic()
         running = self.run and not self.run["ended"]
-        if version == self.edits.version or running and now - looked < REVIEW:
-            return found
-        known, presence = {}, self.work.presence
-        for thing in self.work.objects:
-            if thing.id in self._sureness:
-                known[thing.id] = values = self._sureness[thing.id].copy()
-                said = {*self.work.given, *(frame for frame, ids in presence.absent.items()
-                                            if thing.id in ids)}
-                values[[frame for frame in said if frame < len(values)]] = np.nan
-                for first, stop in presence.intervals(thing.id):
+        if version == self.editor.version or running and now - updated < REVIEW_INTERVAL:
+            return stretches
+        confidences, presence = {}, self.store.presence
+        for obj in self.store.objects:
+            if obj.id in self._confidences:
+                confidences[obj.id] = values = self._confidences[obj.id].copy()
+                # what the user decided needs no review
+                decided = {*self.store.user_frames, *(frame for frame, ids in
+                                                      presence.absent.items() if obj.id in ids)}
+                values[[frame for frame in decided if frame < len(values)]] = np.nan
+                for first, stop in presence.intervals(obj.id):
                     values[first:stop] = np.nan
-        found = [vars(stretch) for stretch in stretches_to_review(known)]
-        self._review = self.edits.version, now, found
-        return found
+        stretches = [vars(stretch) for stretch in stretches_to_review(confidences)]
+        self._review = self.editor.version, now, stretches
+        return stretches
 
     def measures(self) -> list[Measures]:
-        """Of every mask that was found, and not replaced by a given one, of objects still there."""
-        known = {thing.id for thing in self.work.objects}
-        absent = self.work.presence.absent
-        gone = {i: self.work.presence.intervals(i) for i in known}
-        rows = (Measures.of_row(row) for frame, found in sorted(self.work.found.items())
-                if frame not in self.work.given for row in found.measures)
-        return [one for one in rows if one.object_id in known
+        """Measures of all predictions in use, of objects that weren't deleted, absent or gone."""
+        object_ids = {obj.id for obj in self.store.objects}
+        absent = self.store.presence.absent
+        gone = {i: self.store.presence.intervals(i) for i in object_ids}
+        rows = (Measures.of_row(row) for frame, prediction
+                in sorted(self.store.predictions.items())
+                if frame not in self.store.user_frames for row in prediction.measures)
+        return [one for one in rows if one.object_id in object_ids
                 and one.object_id not in absent.get(one.frame, ()) and not any(
             first <= one.frame and (stop is None or one.frame < stop)
             for first, stop in gone[one.object_id])]
 
-    def segment_from(self, start: int, way: str) -> None:
-        """Find the masks behind a frame, `way` "forwards", "backwards" or "both", in a thread.
+    def segment_from(self, start: int, direction: str) -> None:
+        """Propagate the mask of a frame in a background thread.
+
+        Args:
+            direction: "forward", "backward" or "both".
 
         Raises:
-            ValueError: the frame has no mask, or something is under way.
+            ValueError: the frame has no mask, or another job is running.
         """
         with self.lock:
-            if self.work.mask(start) is None:
+            if self.store.mask(start) is None:
                 raise ValueError(f"frame {self.clip.number(start)} has no mask to start from: "
                                  "draw one first")
-            ends = [(forwards, self._end(start, forwards)) for forwards in WAYS[way]]
+            ends = [(forward, self._end(start, forward)) for forward in DIRECTIONS[direction]]
             total = sum(abs(end - start) - 1 for _, end in ends)
-            self._start({"kind": "segment", "frame": start, "way": way, "total": total,
-                         "concern": mask_warning(self.work.mask(start), self.cell)},
-                        lambda: self._segment(start, [forwards for forwards, _ in ends]))
+            self._start({"kind": "segment", "frame": start, "direction": direction, "total": total,
+                         "warning": mask_warning(self.store.mask(start), self.location_size)},
+                        lambda: self._segment(start, [forward for forward, _ in ends]))
 
     def stop(self) -> None:
-        """End what is under way after the frame that it is at; what was found stays."""
+        """Stop the current job after the current frame; masks predicted so far stay."""
         self.stopping.set()
 
     def export(self, cutout: str | None = None, form: str = "png",
                formats: Sequence[str] = ()) -> None:
-        """Write masks, overlay and cut-out as the command line does, and that command line.
+        """Write the outputs of the command line in a background thread, and that command line.
 
         Args:
-            cutout, form: as for `sinks.cutout_name`.
-            formats: some of `annotations.FORMATS`, with the objects' names as categories.
+            cutout, form: see `writers.cutout_name`.
+            formats: from `annotations.FORMATS`; the objects' names become categories.
         """
         form = form if cutout == "transparent" else "png"
         with self.lock:
@@ -252,114 +264,116 @@ class Session:
                         lambda: self._export(cutout, form, list(formats)))
 
     def close(self) -> None:
-        """End what is under way, and wait for it."""
+        """Stop the current job, wait for it, and release the folder."""
         self.stop()
         if self.thread:
             self.thread.join()
-        self.work.close()
+        self.store.close()
 
-    def _end(self, start: int, forwards: bool) -> int:
-        return end_of_pass(start, forwards, self.work.given, self.work.found, self.count,
-                           self.work.presence.gone)
+    def _end(self, start: int, forward: bool) -> int:
+        return propagation_end(start, forward, self.store.user_frames, self.store.predictions,
+                               self.count, self.store.presence.gone)
 
     def _start(self, run: dict, job: Callable[[], None]) -> None:
         if self.run and not self.run["ended"]:
-            raise ValueError("something is under way already: stop it first")
+            raise ValueError("another job is running: stop it first")
         self.stopping.clear()
         number = self.run["number"] + 1 if self.run else 1
         self.run = {"number": number, "done": 0, "seconds": 0.0, "ended": "", "error": "", **run}
-        self.edits.change()
-        self.thread = threading.Thread(target=self._work, args=(job,), daemon=True)
+        self.editor.change()
+        self.thread = threading.Thread(target=self._run_job, args=(job,), daemon=True)
         self.thread.start()
 
-    def _work(self, job: Callable[[], None]) -> None:
+    def _run_job(self, job: Callable[[], None]) -> None:
         try:
             job()
             ended = {"ended": "stopped" if self.stopping.is_set() else "done"}
-        except Exception as error:  # whatever it is, the page shall say so and live on
+        except Exception as error:  # the page must show it and go on working
             log.warning("%s ended early: %s", self.run["kind"], error)
-            log.debug("where the error came from:", exc_info=True)
+            log.debug("traceback:", exc_info=True)
             ended = {"ended": "error", "error": str(error) or type(error).__name__}
         with self.lock:
             self.run = self.run | ended
-            self.edits.change()
+            self.editor.change()
 
     def _progress(self, began: float, *frames: int) -> None:
         self.run = self.run | {"done": self.run["done"] + 1,
                                "seconds": round(time.monotonic() - began, 3)}
-        self.edits.change(*frames)
+        self.editor.change(*frames)
 
-    def _segment(self, start: int, ways: list[bool]) -> None:
+    def _segment(self, start: int, directions: list[bool]) -> None:
         with self.lock:
-            self.work.spread(start)
-            self.edits.change(start)
+            self.store.mark_propagated(start)
+            self.editor.change(start)
         began = time.monotonic()
-        for forwards in ways:
-            self._pass(start, forwards, began)
+        for forward in directions:
+            self._propagate(start, forward, began)
 
-    def _pass(self, start: int, forwards: bool, began: float) -> None:
-        way, frame, end = 1 if forwards else -1, start, self._end(start, forwards)
-        if end == start + way or self.stopping.is_set():
+    def _propagate(self, start: int, forward: bool, began: float) -> None:
+        step, frame, end = 1 if forward else -1, start, self._end(start, forward)
+        if end == start + step or self.stopping.is_set():
             return
-        with closing(self.passes.run(start, forwards)) as masks:
-            for frame, mask, found in masks:
+        with closing(self.propagator.run(start, forward)) as masks:
+            for frame, mask, prediction in masks:
                 with self.lock:
-                    if frame in self.work.given:  # since the pass began
+                    if frame in self.store.user_frames:  # added while this runs
                         return
-                    self.work.find(frame, mask, found)
-                    self._note(frame, found)
+                    self.store.save_prediction(frame, mask, prediction)
+                    self._note_confidences(frame, prediction)
                     self._progress(began, frame)
-                if frame + way == end or self.stopping.is_set():
+                if frame + step == end or self.stopping.is_set():
                     return
-        if forwards:
-            self._ends(frame + 1)
+        if forward:
+            self._shorten(frame + 1)
 
     def _export(self, cutout: str | None, form: str, formats: list[str]) -> None:
         with files.hold(self.folder):
-            again = self._write_results(cutout, form, formats)
+            command = self._write_results(cutout, form, formats)
         with self.lock:
-            self.run = self.run | {"folder": str(self.folder), "command": again}
+            self.run = self.run | {"folder": str(self.folder), "command": command}
 
     def _write_results(self, cutout: str | None, form: str, formats: list[str]) -> str:
-        """Replace what an earlier export or run wrote; the command line that repeats it."""
-        made_before = read_metadata(self.folder) is not None
-        manifest = RunFolder(self.folder, {**self.facts, "masks": "of the page"}, made_before)
-        manifest.start([self.folder / "masks", self.folder / "cutout"])
-        given = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
-                 for frame in sorted(self.work.given)}
-        if made_before:  # else nothing there is of this toolkit, and must stay
+        """Write the outputs, replacing earlier ones; return the command line that repeats it."""
+        # without metadata, what is in the folder isn't ours and must stay
+        is_run_folder = read_metadata(self.folder) is not None
+        run_folder = RunFolder(self.folder, {**self.metadata, "masks": "of the page"},
+                               is_run_folder)
+        run_folder.start([self.folder / "masks", self.folder / "cutout"])
+        paths = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
+                 for frame in sorted(self.store.user_frames)}
+        if is_run_folder:
             writers.delete_outputs(self.folder, set())
-        for frame, path in given.items():
+        for frame, path in paths.items():
             images.write_mask(path, self.mask(frame))
-        names = {thing.id: thing.name for thing in self.work.objects}
+        names = {obj.id: obj.name for obj in self.store.objects}
         pipeline.drain(self._frames(), [
             *writers.clip_sinks(self.folder, self.clip, cutout, form, redraw=True),
             *annotations.clip_sinks(self.folder, self.clip, formats, names)])
         measures = self.measures()
         confidence.write(self.folder / "confidence.csv", measures, self.clip)
-        report.write_clip(self.folder / "report.html", self.work.clip, self.clip, measures,
-                          self.facts)
-        masks = [f"{self.clip.number(frame)}:{path}" for frame, path in given.items()]
+        report.write_clip(self.folder / "report.html", self.store.clip, self.clip, measures,
+                          self.metadata)
+        masks = [f"{self.clip.number(frame)}:{path}" for frame, path in paths.items()]
         masks += self._marks()
-        again = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form, formats),
-                            "-j", f"{self.folder}_again"])
-        files.write(self.folder / "command.txt", again + "\n")
-        return again
+        command = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form, formats),
+                              "-j", f"{self.folder}_again"])
+        files.write(self.folder / "command.txt", command + "\n")
+        return command
 
     def _marks(self) -> list[str]:
         """The --mask arguments for absent and gone objects that an earlier user mask contains."""
-        presence, known = self.work.presence, {thing.id for thing in self.work.objects}
-        found = []
+        presence, object_ids = self.store.presence, {obj.id for obj in self.store.objects}
+        arguments = []
         for word in ("absent", "gone"):
             for frame, ids in sorted(getattr(presence, word).items()):
                 earlier = set().union(*(
                     ids for at, ids in presence.in_user_mask.items() if at < frame))
-                if ids := ",".join(map(str, sorted(ids & earlier & known))):
-                    found.append(f"{self.clip.number(frame)}:{word}={ids}")
-        return found
+                if ids := ",".join(map(str, sorted(ids & earlier & object_ids))):
+                    arguments.append(f"{self.clip.number(frame)}:{word}={ids}")
+        return arguments
 
     def _frames(self) -> Iterator[pipeline.Frame]:
-        """The clip with the masks that are known; elsewhere they are empty."""
+        """Yield all frames of the clip for the sinks; a frame without a mask gets an empty one."""
         began = time.monotonic()
         for frame, image in enumerate(self.clip.frames()):
             if self.stopping.is_set():
@@ -372,12 +386,11 @@ class Session:
             yield pipeline.Frame(frame, image, None, True, None, mask)
 
 
-def _sure(found: Found | None) -> dict[int, float | None] | None:
-    """The confidence of each object of a predicted mask, None where it isn't visible; None
-    where no mask was predicted."""
-    if found is None:
+def _object_confidences(prediction: Prediction | None) -> dict[int, float | None] | None:
+    """Confidence of each object of a prediction, None where it isn't visible; None without one."""
+    if prediction is None:
         return None
-    rows = (Measures.of_row(row) for row in found.measures)
+    rows = (Measures.of_row(row) for row in prediction.measures)
     return {one.object_id: one.confidence for one in rows}
 
 
@@ -388,49 +401,56 @@ def _flags_of(cutout: str | None, form: str, formats: list[str]) -> list[str]:
 
 
 def check_page(port: int | None) -> None:
-    """Raise a ValueError where no page can be opened.
+    """Check that the page can be opened.
 
     Args:
-        port: None if nobody asked for a page, and it is only what is left.
+        port: None if --page wasn't passed and the page is opened for lack of a mask.
+
+    Raises:
+        ValueError: there is no browser to open, or a package is missing.
     """
     if port is None and not figures.has_browser():
-        raise ValueError("--mask, --box, --page: expected one of them, as there is no browser to "
-                         "open a page in")
+        raise ValueError("--mask, --box, --page: expected one of them, as there is no browser on "
+                         "this machine to draw a mask in")
     try:
         from webapp import server  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--page: expected the package {error.name}, pip install -r "
-                         "requirements.txt brings it") from error
+        raise ValueError(f"--page: expected the package {error.name}: pip install -r "
+                         "requirements.txt") from error
 
 
 def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence,
               port: int | None, hosts: list[str],
               names: Mapping[int, str] | None = None) -> None:
-    """Work on a session in a browser until Ctrl+C; `check_page` comes first.
+    """Serve a session in a browser until Ctrl+C. Call `check_page` before.
 
     Args:
-        masks: (H, W) uint8 of frames, given to begin with.
-        presence: objects that are not there, said to begin with.
-        port: None or 0 takes a free one.
-        hosts: as for `server.serve`.
-        names: of objects by their ids, where the masks' files tell them.
+        masks: (H, W) uint8 user masks to start with, by frame.
+        presence: objects that are absent or gone to start with.
+        port: None or 0 takes a free port.
+        hosts: see `server.serve`.
+        names: labels of objects by id, as found in annotation files.
     """
-    from webapp import server  # whose packages only this needs
+    from webapp import server  # here, because only the page needs its packages
     try:
         for frame, mask in masks.items():
-            session.edits.give(frame, mask, names)
+            session.editor.set_mask(frame, mask, names)
         for word in ("absent", "gone"):
             for frame, ids in getattr(presence, word).items():
                 for object_id in sorted(ids):
-                    session.edits.mark(frame, object_id, word)
+                    session.editor.mark(frame, object_id, word)
         server.serve(session, port or 0, figures.has_browser(), hosts)
     finally:
         session.close()
-    print(f"all that was given and found is in {session.work.folder}")
+    print(f"all masks of this session are in {session.store.folder}")
 
 
 def command_line(flags: dict[str, object]) -> list[str]:
-    """The words of `main.py -m segment` with these flags, values by name."""
+    """The words of a command line of `-m segment`.
+
+    Args:
+        flags: values by name; True stands for a flag without a value.
+    """
     words = ["python", "main.py", "-m", "segment"]
     for name, value in flags.items():
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]

@@ -1,13 +1,12 @@
-"""The folder of a session on one clip: masks that a person gave, masks that were found.
+"""Stores a session's masks and objects on disk.
 
-    given/00057.png   palette masks that a person drew, mended or brought
-    found/00058.png   palette masks that a tracker found
-    found.jsonl       of each found mask how sure it is, and which given frame it comes from
-    session.json      objects, where they are said not to be, and the changed frames that no pass
-                      has started from since
+    given/00057.png   user masks: drawn, corrected or uploaded, as palette images
+    found/00058.png   predicted masks
+    found.jsonl       for each predicted mask the confidence measures and the frame that propagation
+                      started from
+    session.json      objects, where they are absent or gone, and pending frames
 
-Each file is whole at every moment, so a kill loses nothing. It knows no network, and of the clip
-only the size of its frames.
+Each file is complete at every moment, so that a killed process loses nothing.
 """
 
 import json
@@ -23,53 +22,53 @@ from masks.read import read_mask
 from media import files, images
 from tracking.presence import Presence
 
-MOST_OBJECTS = 254  # 255 means "not labelled" in a mask
+MAX_OBJECTS = 254  # 255 means "not labelled" in a mask
 
 
 @dataclass
-class Object:
-    """Something to be cut out; `id` is its value in masks and is never used twice."""
+class TrackedObject:
+    """An object to segment; `id` is its value in masks and is never reused."""
 
     id: int
     name: str
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is known of a found mask beside the mask.
+class Prediction:
+    """What is stored about a predicted mask besides the mask.
 
     Args:
-        origin: the frame that the pass started from.
-        measures: rows of numbers that tell how sure it is, whose meaning isn't known here.
+        origin: the frame that propagation started from.
+        measures: rows of `tracking.confidence.Measures`, one per object.
     """
 
     origin: int
     measures: list[tuple]
 
 
-class Work:
-    """What lies in the folder, and how it is changed.
+class MaskStore:
+    """Reads and writes the folder of a session, which it locks.
 
     Args:
-        folder: made if it isn't there.
-        clip: its name; another one's masks are none of this one's.
+        folder: created if missing.
+        clip: the clip's name; the folder of another clip is refused.
         shape: (H, W) of the clip's frames.
 
     Attributes:
-        given: the frames whose mask a person gave.
-        found: what is known of those whose mask was found.
-        presence: which objects the person said are not in a frame, and which those masks show.
-        pending: frames that a person changed since a pass started from them.
+        user_frames: frames with a user mask.
+        predictions: by frame, for frames with a predicted mask.
+        presence: objects that the user marked as absent or gone, and those in each user mask.
+        pending: frames whose user input changed since propagation last started from them.
 
     Raises:
-        ValueError: somebody works there, the folder is of another clip, or a file of it can't be
-            understood.
+        ValueError: another process uses the folder, it belongs to another clip, or one of its files
+            is damaged.
     """
 
     def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
         self.folder, self.clip, self.shape = folder, clip, tuple(shape)
-        self._held = ExitStack()
-        self._held.enter_context(files.hold(folder))
+        self._lock = ExitStack()
+        self._lock.enter_context(files.hold(folder))
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         try:
@@ -80,37 +79,36 @@ class Work:
 
     def _read(self) -> None:
         folder = self.folder
-        self.given = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
-        self.found = self._read_found()
-        self.presence, self._sums = Presence(), {}
-        for frame in self.given:
+        self.user_frames = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
+        self.predictions = self._read_predictions()
+        self.presence, self._checksums = Presence(), {}
+        for frame in self.user_frames:
             mask = read_mask(self._path("given", frame))
             self.presence.in_user_mask[frame] = ids_in(mask)
-            self._sums[frame] = zlib.crc32(mask.tobytes())
+            self._checksums[frame] = zlib.crc32(mask.tobytes())
         self.objects, self.next_id, self.pending = self._read_session()
         self.save()
 
     def mask(self, frame: int) -> np.ndarray | None:
-        """(H, W) uint8 of the objects that weren't deleted: given, else found, else None.
+        """The (H, W) uint8 user mask of a frame, else the predicted mask, else None.
 
-        Objects that are marked as absent or gone are left out.
+        It lacks objects that were deleted or are marked as absent or gone.
         """
-        kind = "given" if frame in self.given else "found" if frame in self.found else None
-        if kind is None:
+        if frame not in self.user_frames and frame not in self.predictions:
             return None
+        kind = "given" if frame in self.user_frames else "found"
         mask = read_mask(self._path(kind, frame))
-        known = np.zeros(256, np.uint8)
+        visible_ids = np.zeros(256, np.uint8)
         missing = self.presence.missing(frame)
-        for thing in self.objects:
-            known[thing.id] = 0 if thing.id in missing else thing.id
-        # the only object may have any number, but a file with 255 alone reads as 1
-        return known[mask]
+        for obj in self.objects:
+            visible_ids[obj.id] = 0 if obj.id in missing else obj.id
+        return visible_ids[mask]
 
-    def raw(self, frame: int) -> np.ndarray | None:
+    def user_mask(self, frame: int) -> np.ndarray | None:
         """The user mask of a frame, including objects that were deleted since."""
-        return read_mask(self._path("given", frame)) if frame in self.given else None
+        return read_mask(self._path("given", frame)) if frame in self.user_frames else None
 
-    def give(self, frame: int, mask: np.ndarray | None, absent: Set[int] = frozenset(),
+    def set_input(self, frame: int, mask: np.ndarray | None, absent: Set[int] = frozenset(),
              gone: Set[int] = frozenset()) -> None:
         """Replace the user input of a frame.
 
@@ -119,74 +117,75 @@ class Work:
             absent, gone: ids, as in `Presence`.
         """
         # replaced rather than modified, because propagation reads them without the lock
-        absent_at, gone_at, shown = (dict(marks) for marks in (
+        absent_at, gone_at, in_user_mask = (dict(marks) for marks in (
             self.presence.absent, self.presence.gone, self.presence.in_user_mask))
-        for kept, ids in ((absent_at, absent), (gone_at, gone)):
-            kept.pop(frame, None)
+        for marks, ids in ((absent_at, absent), (gone_at, gone)):
+            marks.pop(frame, None)
             if ids:
-                kept[frame] = set(ids)
-        shown.pop(frame, None)
+                marks[frame] = set(ids)
+        in_user_mask.pop(frame, None)
         if mask is None:
-            self.given = self.given - {frame}
+            self.user_frames = self.user_frames - {frame}
             self._path("given", frame).unlink(missing_ok=True)
         else:
             images.write_mask(self._path("given", frame), mask)
-            shown[frame], self._sums[frame] = ids_in(mask), zlib.crc32(mask.tobytes())
-            self.given = self.given | {frame}
-        self.presence = Presence(absent_at, gone_at, shown)
-        (self.pending.add if self.key(frame) else self.pending.discard)(frame)
+            in_user_mask[frame] = ids_in(mask)
+            self._checksums[frame] = zlib.crc32(mask.tobytes())
+            self.user_frames = self.user_frames | {frame}
+        self.presence = Presence(absent_at, gone_at, in_user_mask)
+        (self.pending.add if self.input_key(frame) else self.pending.discard)(frame)
         self.save()
 
-    def said(self) -> set[int]:
+    def input_frames(self) -> set[int]:
         """The frames with user input: a mask, or an object marked as absent or gone."""
-        return {*self.given, *self.presence.absent, *self.presence.gone}
+        return {*self.user_frames, *self.presence.absent, *self.presence.gone}
 
-    def key(self, frame: int) -> tuple | None:
+    def input_key(self, frame: int) -> tuple | None:
         """A value that changes whenever the user input of a frame does; None without input."""
-        presence, given = self.presence, frame in self.given
-        if not (given or frame in presence.absent or frame in presence.gone):
+        presence, has_mask = self.presence, frame in self.user_frames
+        if not (has_mask or frame in presence.absent or frame in presence.gone):
             return None
-        return (self._sums[frame] if given else -1, *sorted(presence.missing(frame)))
+        return (self._checksums[frame] if has_mask else -1, *sorted(presence.missing(frame)))
 
-    def keys(self) -> dict[int, tuple]:
-        """The key of every frame with user input."""
-        return {frame: key for frame in self.said() if (key := self.key(frame))}
+    def input_keys(self) -> dict[int, tuple]:
+        """The `input_key` of every frame with user input."""
+        return {frame: key for frame in self.input_frames() if (key := self.input_key(frame))}
 
-    def find(self, frame: int, mask: np.ndarray, found: Found) -> None:
-        """Keep a mask that a tracker found."""
+    def save_prediction(self, frame: int, mask: np.ndarray, prediction: Prediction) -> None:
+        """Write a predicted mask, replacing an earlier one."""
         images.write_mask(self._path("found", frame), mask)
-        line = json.dumps({"frame": frame, "origin": found.origin,
-                           "measures": found.measures})
+        line = json.dumps({"frame": frame, "origin": prediction.origin,
+                           "measures": prediction.measures})
         with open(self.folder / "found.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
-        self.found[frame] = found
+        self.predictions[frame] = prediction
 
-    def spread(self, frame: int) -> None:
-        """A pass started from a given frame, so nothing of it is pending."""
+    def mark_propagated(self, frame: int) -> None:
+        """Propagation started from a frame, so it is no longer pending."""
         self.pending.discard(frame)
         self.save()
 
-    def add_object(self, name: str = "") -> Object:
-        """A new object.
+    def add_object(self, name: str = "") -> TrackedObject:
+        """Add an object and return it.
 
         Raises:
-            ValueError: a mask has no number left for it.
+            ValueError: all ids are taken.
         """
-        if self.next_id > MOST_OBJECTS:
-            raise ValueError(f"a mask holds {MOST_OBJECTS} objects at most")
-        thing = Object(self.next_id, name or f"object {self.next_id}")
-        self.objects, self.next_id = [*self.objects, thing], self.next_id + 1
+        if self.next_id > MAX_OBJECTS:
+            raise ValueError(f"expected at most {MAX_OBJECTS} objects")
+        obj = TrackedObject(self.next_id, name or f"object {self.next_id}")
+        self.objects, self.next_id = [*self.objects, obj], self.next_id + 1
         self.save()
-        return thing
+        return obj
 
     def close(self) -> None:
-        """Let others work in the folder."""
-        self._held.close()
+        """Release the lock of the folder."""
+        self._lock.close()
 
     def save(self) -> None:
         files.write(self.folder / "session.json", json.dumps({
             "clip": self.clip, "shape": self.shape,
-            "objects": [asdict(thing) for thing in self.objects], "next_id": self.next_id,
+            "objects": [asdict(obj) for obj in self.objects], "next_id": self.next_id,
             "pending": sorted(self.pending),
             "absent": _listed(self.presence.absent), "gone": _listed(self.presence.gone)},
             indent=1))
@@ -194,45 +193,49 @@ class Work:
     def _path(self, kind: str, frame: int) -> Path:
         return self.folder / kind / f"{frame:05d}.png"
 
-    def _read_session(self) -> tuple[list[Object], int, set[int]]:
+    def _read_session(self) -> tuple[list[TrackedObject], int, set[int]]:
         path = self.folder / "session.json"
         if not path.is_file():
             return [], 1, set()
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            of = kept["clip"], tuple(kept["shape"])
+            content = json.loads(path.read_text(encoding="utf-8"))
+            clip, shape = content["clip"], tuple(content["shape"])
             for name in ("absent", "gone"):  # which earlier versions did not write
                 getattr(self.presence, name).update(
-                    (int(frame), set(ids)) for frame, ids in kept.get(name, {}).items())
-            found = ([Object(thing["id"], thing["name"]) for thing in kept["objects"]],
-                     int(kept["next_id"]), set(kept["pending"]) & self.said())
+                    (int(frame), set(ids)) for frame, ids in content.get(name, {}).items())
+            session = ([TrackedObject(obj["id"], obj["name"]) for obj in content["objects"]],
+                       int(content["next_id"]), set(content["pending"]) & self.input_frames())
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not that of a session ({error})") from error
-        if of != (self.clip, self.shape):
-            raise ValueError(f"{self.folder}: a session on {of[0]} with frames of "
-                             f"{of[1][1]}x{of[1][0]} pixels, expected one on {self.clip} or a "
-                             "folder of its own (--results_dir)")
-        return found
+            raise ValueError(f"{path}: not the file of a session ({error})") from error
+        if (clip, shape) != (self.clip, self.shape):
+            raise ValueError(f"{self.folder}: a session on {clip} with frames of "
+                             f"{shape[1]}x{shape[0]} pixels, expected one on {self.clip}: name "
+                             "another folder (--results_dir)")
+        return session
 
-    def _read_found(self) -> dict[int, Found]:
-        """The last line of a frame counts; a kill may have cut the last line of all."""
-        path, found = self.folder / "found.jsonl", {}
+    def _read_predictions(self) -> dict[int, Prediction]:
+        """Read found.jsonl, then rewrite it with one line per frame.
+
+        A frame's last line counts. The last line of the file may be cut off, if the process was
+        killed.
+        """
+        path, predictions = self.folder / "found.jsonl", {}
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                kept = json.loads(line)
-                frame, origin = int(kept["frame"]), int(kept["origin"])
-                measures = [tuple(row) for row in kept["measures"]]
+                entry = json.loads(line)
+                frame, origin = int(entry["frame"]), int(entry["origin"])
+                measures = [tuple(row) for row in entry["measures"]]
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines):
                     break
-                raise ValueError(f"{path}, line {number}: not of a found mask") from error
+                raise ValueError(f"{path}, line {number}: not that of a predicted mask") from error
             if self._path("found", frame).is_file():
-                found[frame] = Found(origin, measures)
-        files.write(path, "".join(json.dumps({"frame": frame, "origin": entry.origin,
-                                              "measures": entry.measures}) + "\n"
-                                  for frame, entry in found.items()))
-        return found
+                predictions[frame] = Prediction(origin, measures)
+        files.write(path, "".join(json.dumps({"frame": frame, "origin": one.origin,
+                                              "measures": one.measures}) + "\n"
+                                  for frame, one in predictions.items()))
+        return predictions
 
 
 def ids_in(mask: np.ndarray) -> set[int]:
