@@ -26,7 +26,7 @@ from davis import SETS, YEARS, Davis, Sequence
 from masks.encoding import VOID, MaskEncoding
 from media import drawing, images
 from media.background import progress
-from media.files import hold, keep_apart, whole
+from media.files import atomic_path, check_no_overlap, lock_folder
 from outputs import report, writers
 from outputs.run_folder import RunFolder, fingerprint
 from system import distributed, errors
@@ -72,14 +72,14 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
     """
     model.eval()
     if options.results:
-        keep_apart([options.results / s.name for s in sequences],
-                   {path.parent for s in sequences
-                    for path in (s.images[0], s.masks[s.labelled[0]])})
+        check_no_overlap([options.results / s.name for s in sequences],
+                         {path.parent for s in sequences
+                          for path in (s.images[0], s.masks[s.labelled[0]])})
     with ExitStack() as locks:
         # Rank 0 first: it locks the folder, and with `overwrite` deletes what the others would see.
         with distributed.first_alone():
             if options.results and distributed.rank() == 0:
-                locks.enter_context(hold(options.results))
+                locks.enter_context(lock_folder(options.results))
             folder = RunFolder(options.results, options.metadata,
                                options.overwrite and distributed.rank() == 0)
         todo = [s for s in sequences if not _is_finished(folder, s, options.videos)]
@@ -353,7 +353,7 @@ def write_tables(table: Table, results: Path, set_name: str) -> None:
 
 
 def _write_csv(path: Path, table: Table, key: str | None) -> None:
-    with whole(path) as unfinished, unfinished.open("w", newline="") as file:
+    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(([key] if key else []) + list(metrics.MEASURES))
         for name, row in table.items():
@@ -406,7 +406,7 @@ def compare(folders: list[Path], sequences: list[Sequence], set_name: str,
     with ExitStack() as locks:
         for folder in {folder.resolve(): folder for folder in folders}.values():
             try:
-                locks.enter_context(hold(folder))
+                locks.enter_context(lock_folder(folder))
             except OSError as error:
                 write_errors.append(error)
         runs = [report.Run(name, folder, score_folder(folder, sequences))

@@ -41,7 +41,7 @@ CLOSE_8_BITS = 0.04
 
 def run(args: argparse.Namespace) -> None:
     model = setup.load_for_inference(args).cpu().eval()
-    with files.hold(args.export_dir, instead="another folder (--export_dir)"):
+    with files.lock_folder(args.export_dir, instead="another folder (--export_dir)"):
         export(model, args.export_dir, args.eight_bit)
     size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
     print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")

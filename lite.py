@@ -21,7 +21,7 @@ import numpy as np
 from masks.read import read_masks
 from media import drawing, files, images
 from media.background import progress
-from media.files import hold, keep_apart
+from media.files import check_no_overlap, lock_folder
 from media.video import open_clip
 from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
@@ -176,14 +176,15 @@ def segment(args: argparse.Namespace) -> None:
             raise ValueError(f"--point, --not_point: expected pairs of numbers, X Y, got {values}")
     given = [args.mask] if args.mask else []
     clip = open_clip(args.clip, given)
-    keep_apart([args.results_dir / name for name in ("masks", "overlay.mp4")], [args.clip, *given])
+    check_no_overlap([args.results_dir / name for name in ("masks", "overlay.mp4")],
+                     [args.clip, *given])
     model = load(args.model_load, args.threads)
     if args.mask:
         first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
     else:
         first = predict_masks(model, next(clip.frames()), group_by_object(
             args.box, args.point, args.not_point))
-    with hold(args.results_dir):
+    with lock_folder(args.results_dir):
         replaces = made_here(args.results_dir)
         if not args.mask:
             path = args.results_dir / f"mask_{clip.frame_name(0)}.png"

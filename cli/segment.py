@@ -14,7 +14,7 @@ from masks.read import read_masks, warn_about
 from media import images
 from media.background import progress
 from media.clip import Clip
-from media.files import hold, keep_apart
+from media.files import check_no_overlap, lock_folder
 from media.video import open_clip
 from outputs import annotations, report, writers
 from outputs.annotations import FORMATS
@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> None:
     clip = open_clip(args.video, [name for _, name in map(parse_mask_argument, args.mask)])
     data = clip_fingerprint(clip)
     results = args.results_dir or default_folder(args.video.resolve().stem, data)
-    keep_apart([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4",
-                                         "cutout.mov", "cutout.webm")], [args.video])
+    check_no_overlap([results / name for name in ("masks", "overlay.mp4", "cutout", "cutout.mp4",
+                                                  "cutout.mov", "cutout.webm")], [args.video])
     if args.page is not None or not (args.mask or args.box or args.point):
         return show_page(args, clip, results, data)
-    with hold(results):
+    with lock_folder(results):
         segment_clip(args, clip, results, data)
 
 
@@ -167,7 +167,7 @@ def show_page(args: argparse.Namespace, clip: Clip, results: Path, data: str) ->
     model = setup.load_for_inference(args)
     names: dict[int, str] = {}
     # The page locks its own folder. Only a mask made from a prompt is written into `results` now.
-    with hold(results) if args.box or args.point else nullcontext():
+    with lock_folder(results) if args.box or args.point else nullcontext():
         masks = load_user_masks(args, clip, results, model, names)
     session.open_page(session.Session(
         model, clip, results, pipeline.Options(**setup.pipeline_options(args)),

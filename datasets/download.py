@@ -53,7 +53,7 @@ def download(folder: Path, year: str) -> None:
     archive = ARCHIVES[year]
     if (folder / "JPEGImages").exists():
         raise FileExistsError(f"{folder}: already holds a data set, expected another folder")
-    with files.hold(folder, instead="another folder (--download)"):
+    with files.lock_folder(folder, instead="another folder (--download)"):
         path = folder / PurePosixPath(archive.url).name
         fetch(archive.url, path)
         try:

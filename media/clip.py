@@ -48,7 +48,7 @@ class Clip:
         end = start
         while end > 0:
             first = self._restart(end)
-            with frame_stack.Spool() as stack:
+            with frame_stack.FrameStack() as stack:
                 for image in self.frames(first, end):
                     stack.push(image)
                 while (image := stack.pop()) is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from media.files import whole
+from media.files import atomic_path
 
 Panel = tuple[str, np.ndarray]  # a title and an (H, W, 3) or (H, W) picture
 
@@ -55,7 +55,7 @@ def curves(path: str | Path, history: list[dict]) -> None:
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         figure.savefig(beside, dpi=100)
 
 
@@ -69,7 +69,7 @@ def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: 
         _pyplot().show()
         _pyplot().close(figure)
     else:
-        with whole(path) as beside:
+        with atomic_path(path) as beside:
             figure.savefig(beside, dpi=100)
         print(f"saved {path}")
 

@@ -11,12 +11,12 @@ from contextlib import suppress
 import cv2
 import numpy as np
 
-# Bytes of frames held in memory: 40 frames of 1080p, more than most distances between key frames,
-# and little beside the network. Frames beyond it cost a PNG written and read.
+# Bytes of frames held in memory: 40 frames of 1080p, and little next to what the network takes.
+# Further frames cost a PNG that is written and read.
 MEMORY = 256 * 2**20
 
 
-class Spool:
+class FrameStack:
     """A stack of (H, W, 3) uint8 images; use as a context manager.
 
     Raises:
@@ -24,21 +24,22 @@ class Spool:
     """
 
     def __init__(self):
-        self._held: deque[np.ndarray] = deque()
+        self._in_memory: deque[np.ndarray] = deque()
         self._bytes = 0
-        self._sizes: list[int] = []  # of the images in the file, which are the oldest
+        self._sizes: list[int] = []  # bytes of each image in the file, which holds the oldest
         self._file = None
 
     def push(self, image: np.ndarray) -> None:
-        self._held.append(image)
+        """Add an image of the clip's size."""
+        self._in_memory.append(image)
         self._bytes += image.nbytes
-        while self._bytes > MEMORY and len(self._held) > 1:
-            self._put_away(self._held.popleft())
+        while self._bytes > MEMORY and len(self._in_memory) > 1:
+            self._write_oldest(self._in_memory.popleft())
 
     def pop(self) -> np.ndarray | None:
         """Remove and return the image pushed last; None if the stack is empty."""
-        if self._held:
-            image = self._held.pop()
+        if self._in_memory:
+            image = self._in_memory.pop()
             self._bytes -= image.nbytes
             return image
         if not self._sizes:
@@ -49,17 +50,18 @@ class Spool:
         self._file.truncate()
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
-    def _put_away(self, image: np.ndarray) -> None:
+    def _write_oldest(self, image: np.ndarray) -> None:
+        """Append an image to the temporary file."""
         self._bytes -= image.nbytes
-        # OpenCV takes RGB for BGR here and when it decodes, so the channels keep their order
+        # OpenCV swaps RGB and BGR here and when it decodes, so the channels end in the same order
         data = cv2.imencode(".png", image)[1].tobytes()
         try:
             self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
             self._file.write(data)
             self._file.flush()
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}, frames are put aside there (TMPDIR "
-                          "names another place)", tempfile.gettempdir()) from error
+            raise OSError(error.errno, f"{error.strerror}, temporary frames are written there (set "
+                          "TMPDIR to another folder)", tempfile.gettempdir()) from error
         self._sizes.append(len(data))
 
     def __enter__(self):
@@ -67,5 +69,5 @@ class Spool:
 
     def __exit__(self, *_):
         if self._file:
-            with suppress(OSError):  # of a full disk, reported when it was written to
+            with suppress(OSError):  # a full disk was reported when writing
                 self._file.close()

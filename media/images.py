@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from media.drawing import PALETTE
-from media.files import whole
+from media.files import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 RGB in the format of the path's suffix."""
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         Image.fromarray(image).save(beside, quality=90)
 
 
@@ -65,7 +65,7 @@ def write_mask(path: str | Path, mask: np.ndarray) -> None:
     """Write a (H, W) uint8 mask as PNG with the DAVIS palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     image.putpalette(PALETTE.tobytes())  # turns a grey image into a palette image
-    with whole(path) as beside:
+    with atomic_path(path) as beside:
         image.save(beside, format="PNG")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from media import sound
-from media.files import whole
+from media.files import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class VideoWriter:
         self._last = -1  # in units
         self._cut = 0  # units that were taken out of the clip's times
         with ExitStack() as files:
-            beside = files.enter_context(whole(path))
+            beside = files.enter_context(atomic_path(path))
             beside.touch()  # av.open creates it only at the first frame
             # the index in front lets a browser play the file before all of it is loaded
             options = {"movflags": "+faststart"} if self.path.suffix != ".webm" else {}

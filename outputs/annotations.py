@@ -101,7 +101,7 @@ class CocoSink(Sink):
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                with files.whole(self.path) as unfinished, \
+                with files.atomic_path(self.path) as unfinished, \
                         unfinished.open("w", encoding="utf-8") as file:
                     file.writelines(self._parts())
         finally:
@@ -160,7 +160,7 @@ class YoloSink(Sink):
             self.lines.close()
 
     def _write_tracks(self, path: Path) -> None:
-        with files.whole(path) as unfinished, \
+        with files.atomic_path(path) as unfinished, \
                 unfinished.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["frame", "file", "line", "track_id"])

@@ -27,8 +27,9 @@ NOT_COMPARED = {"commit"}
 class RunFolder:
     """The run metadata and the finished videos of a results folder.
 
-    The constructor reads and deletes files there, so lock the folder (`files.hold`) first. The lock
-    is separate because `-m segment --box` writes its mask before the metadata are complete.
+    The constructor reads and deletes files there, so lock the folder (`files.lock_folder`) first.
+    The lock is separate because `-m segment --box` writes its mask before the metadata are
+    complete.
 
     Args:
         path: the folder; None keeps the entries in memory only.

@@ -122,9 +122,10 @@ def paused_run(folder: Path, arguments):
 
 @contextmanager
 def held(folder: Path, stem: str = ""):
-    """Another process holds a folder, as `media.files.hold` does it."""
-    code = ("import pathlib, sys; sys.path.insert(0, sys.argv[1]); from media.files import hold\n"
-            "with hold(pathlib.Path(sys.argv[2]), sys.argv[3]): print(flush=True); input()")
+    """Another process holds a folder, as `media.files.lock_folder` does it."""
+    code = ("import pathlib, sys; sys.path.insert(0, sys.argv[1])\n"
+            "from media.files import lock_folder\n"
+            "with lock_folder(pathlib.Path(sys.argv[2]), sys.argv[3]): print(flush=True); input()")
     process = subprocess.Popen([sys.executable, "-c", code, ROOT, folder, stem],
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -314,7 +314,8 @@ def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
     assert names([tmp_path / "a", tmp_path / "x" / ".." / "a"]) == ["a (1)", "a (2)"]
 
 
-@pytest.mark.parametrize("refuses", ["hold", "whole"])  # a read-only folder, a full disk
+# a read-only folder, a full disk
+@pytest.mark.parametrize("refuses", ["lock_folder", "atomic_path"])
 def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, monkeypatch, capsys,
                                                          caplog):
     masks = davis_2016 / "Annotations" / "480p"
@@ -323,9 +324,9 @@ def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, mo
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     for module in (evaluate, evaluate.report.files):
-        monkeypatch.setattr(module, "whole", refuse)
-    if refuses == "hold":
-        monkeypatch.setattr(evaluate, "hold", refuse)
+        monkeypatch.setattr(module, "atomic_path", refuse)
+    if refuses == "lock_folder":
+        monkeypatch.setattr(evaluate, "lock_folder", refuse)
     evaluate.compare([masks], Davis(davis_2016, set="train").sequences, "train")
     assert capsys.readouterr().out.splitlines()[-1].startswith("all ")
     assert "not all tables and reports could be written" in caplog.text

@@ -240,13 +240,13 @@ def test_a_folder_is_locked_by_one_run_at_a_time(tmp_path):
         assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o660
         number = (tmp_path / ".lock").stat().st_ino
         with pytest.raises(ValueError, match=rf"{tmp_path}: another .*process {first.pid} on "), \
-                files.hold(tmp_path):
+                files.lock_folder(tmp_path):
             pass
-        with files.hold(tmp_path / "inner"), files.hold(tmp_path, "vm"):
+        with files.lock_folder(tmp_path / "inner"), files.lock_folder(tmp_path, "vm"):
             pass  # what others hold in it is theirs
         unfinished.touch()
     assert unfinished.exists()
-    with files.hold(tmp_path):
+    with files.lock_folder(tmp_path):
         assert (tmp_path / ".lock").stat().st_ino == number and not unfinished.exists()
     assert not list(tmp_path.glob("*.holder"))
 
@@ -256,17 +256,17 @@ def test_a_lock_on_a_name_covers_only_its_files(tmp_path):
     with held(tmp_path, "other"):
         for name in names:
             (tmp_path / name).touch()
-        with files.hold(tmp_path, "vm"):
+        with files.lock_folder(tmp_path, "vm"):
             assert [(tmp_path / name).exists() for name in names] == [False, True, True]
-        with files.hold(tmp_path):
+        with files.lock_folder(tmp_path):
             assert (tmp_path / ".other.part-1.pth").exists()
-        with pytest.raises(ValueError, match=r"other: another run.*or name another file"), \
-                files.hold(tmp_path, "other", "another file"):
+        with pytest.raises(ValueError, match=r"other: another run.*another file"), \
+                files.lock_folder(tmp_path, "other", "another file"):
             pass
 
 
 def test_files_written_by_two_processes_at_once_are_whole(tmp_path):
-    with files.whole(tmp_path / "a.txt") as first:
+    with files.atomic_path(tmp_path / "a.txt") as first:
         first.write_text("first")
         code = ("import sys; sys.path.insert(0, sys.argv[1]); from media import files\n"
                 "files.write(sys.argv[2], 'second')")

@@ -106,7 +106,7 @@ def test_opening_reads_packets_and_a_late_frame_costs_its_key_frames_distance(
         decoded.append(1) or frame for frame in real(self, *rest)))
     clip = video.open_clip(gops)
     assert clip.count == 40 and clip.time(39) - clip.time(0) == pytest.approx(39 / 25)
-    assert len(decoded) == video.CHECKED
+    assert len(decoded) == video.CHECKED_FRAMES
     decoded.clear()
     assert number_of(next(clip.frames(37))) == 37
     assert len(decoded) <= 8
@@ -403,11 +403,12 @@ def test_frames_of_another_size_are_brought_to_the_first(tmp_path, caplog):
 
 def test_frames_that_are_turned_midway_keep_the_first_ones_size(gops, monkeypatch, caplog):
     quarter = np.array([[0, 1], [-1, 0]]) * 65536
-    monkeypatch.setattr(video, "_matrix", lambda frame: quarter if frame.pts > 20 * 512 else None)
+    monkeypatch.setattr(video, "_display_matrix",
+                        lambda frame: quarter if frame.pts > 20 * 512 else None)
     frames = list(video.open_clip(gops).frames())
     assert {frame.shape for frame in frames} == {(*SHAPE, 3)} and len(frames) == 40
     (line,) = caplog.messages
-    assert "gops.mp4: frames are turned" in line
+    assert line.startswith(f"{gops}: ") and "90 degrees" in line
 
 
 def test_sound_alone_is_no_clip(tmp_path):
@@ -418,7 +419,7 @@ def test_sound_alone_is_no_clip(tmp_path):
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(OSError, match="song.m4a: expected a video.*without moving pictures"):
+    with pytest.raises(OSError, match="song.m4a: expected a video.*without video"):
         video.open_clip(tmp_path / "song.m4a")
 
 

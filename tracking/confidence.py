@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from media.clip import Clip
-from media.files import whole
+from media.files import atomic_path
 from tracker import Step
 from tracking.pipeline import Frame, Sink
 
@@ -139,7 +139,7 @@ def write(path: Path, measures: list[Measures], clip: Clip) -> None:
     Frames are written as their numbers in the clip. `present` is 0 or 1; where it is 0, all
     measures but the area are empty.
     """
-    with whole(path) as partial, partial.open("w", newline="") as file:
+    with atomic_path(path) as partial, partial.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([field.name for field in fields(Measures)])
         for one in measures:

@@ -98,7 +98,7 @@ class Report:
         """
         if distributed.rank() == 0:
             save = self.options.save
-            self._lock.enter_context(files.hold(save.parent, save.stem,
+            self._lock.enter_context(files.lock_folder(save.parent, save.stem,
                                                 "another file (--model_save)"))
         done = self.resume() if self.options.resume else None
         if done is None:

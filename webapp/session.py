@@ -327,7 +327,7 @@ class Session:
             self._shorten(frame + 1)
 
     def _export(self, cutout: str | None, form: str, formats: list[str]) -> None:
-        with files.hold(self.folder):
+        with files.lock_folder(self.folder):
             command = self._write_results(cutout, form, formats)
         with self.lock:
             self.run = self.run | {"folder": str(self.folder), "command": command}

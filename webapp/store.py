@@ -68,7 +68,7 @@ class MaskStore:
     def __init__(self, folder: Path, clip: str, shape: tuple[int, int]):
         self.folder, self.clip, self.shape = folder, clip, tuple(shape)
         self._lock = ExitStack()
-        self._lock.enter_context(files.hold(folder))
+        self._lock.enter_context(files.lock_folder(folder))
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         try:
