@@ -129,7 +129,7 @@ def _shorten(values: Iterable[int]) -> str:
 
 
 def _read_user_mask(path: Path, assigned: dict, frame_name: str | None,
-              names: dict[int, str] | None) -> tuple[np.ndarray, bool]:
+                    names: dict[int, str] | None) -> tuple[np.ndarray, bool]:
     """Read a mask file; also return whether its only object is white (255) on black."""
     if Path(path).suffix.lower() == ".json":
         return annotation_files.read(Path(path), frame_name, assigned, names), False
@@ -158,7 +158,7 @@ def _join(frame: int, parts: list[tuple[Path, np.ndarray]]) -> np.ndarray:
             assignments.append(f"{Path(path).name} {new}")
         overlap = np.count_nonzero((joined > 0) & (mask > 0))
         if overlap:
-            log.warning("%s: overlaps the other masks of frame %d in %d pixels, which it gets",
+            log.warning("%s: overlaps the other masks of frame %d in %d pixels, which go to it",
                         path, frame, overlap)
         joined = result
     log.info("frame %d: objects %s", frame, ", ".join(assignments))
@@ -166,7 +166,7 @@ def _join(frame: int, parts: list[tuple[Path, np.ndarray]]) -> np.ndarray:
 
 
 def is_empty(path: str | Path) -> bool:
-    """Whether a mask file is entirely black or 0; raises OSError as `read_mask` does."""
+    """Whether a mask file is entirely black, 0 or transparent; raises OSError as `read_mask`."""
     image = images.open_image(path, "a mask")
     if is_transparent(image):
         return False
