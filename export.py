@@ -26,7 +26,7 @@ from network import graphs
 from network.evidence import BOX, CLICKS, MASK
 from network.lite import NEXT
 from network.state import Features, State
-from tracker import Tracker
+from tracking.tracker import Tracker
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)

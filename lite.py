@@ -27,8 +27,8 @@ from media.writer import VideoWriter
 from network.lite import LiteVideoMatch
 from network.outliers import decide
 from system import errors, version
-from tracker import Tracker, resized
 from tracking.prompting import group_by_object, predict_masks
+from tracking.tracker import Tracker, resized
 
 PROGRAM = "lite.py"  # in manifest.json, which main.py writes too
 DESCRIPTION = "videomatch.json"

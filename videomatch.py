@@ -23,6 +23,7 @@ from masks.read import read_masks
 from masks.validation import check_normalized, id_mask
 from media import drawing, figures, images
 from media.prompts import Prompts
+from network import precision
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
@@ -34,9 +35,32 @@ from network.sets import Sets
 from network.state import INTEGERS, KEYS, Features, State, blank, without
 from network.views import labels_of, reference
 from system import errors
+from tracking.tracker import Tracker
 
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
+
+
+def load_tracker(checkpoint: str | Path = SHIPPED["mobilenet"],
+                 device: str | torch.device = "cpu", **settings) -> Tracker:
+    """Load a checkpoint for inference and return a tracker for one video.
+
+        tracker = load_tracker()
+        tracker.step(first_frame, first_mask)
+        mask = tracker.step(next_frame).mask
+
+    Args:
+        checkpoint: file written by training; defaults to the one in models/.
+        device: "cpu", "cuda", "cuda:1" or "mps".
+        settings: of `Tracker`, such as `size` and `threshold`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `VideoMatch.load`.
+    """
+    model = VideoMatch.load(checkpoint).eval().to(device)
+    model.encoder.fold_batchnorm()
+    model.precision = precision.of(None, model.device, model.method)
+    return Tracker(model, **settings)
 
 
 class VideoMatch(Checkpointed):
@@ -317,6 +341,10 @@ class VideoMatch(Checkpointed):
         labels = torch.where(best > self.confidence, labels + 1, -1)
         labels[(before[0] < 0.5) & (after[0] > self.confidence)] = 0
         return sets.update(grid, labels)
+
+    def normalized(self, image: np.ndarray) -> torch.Tensor:
+        """(H, W, 3) uint8 RGB -> (3, H, W) float32 on the device, ImageNet-normalised."""
+        return preprocess.to_tensor(image, device=self.device)
 
     def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
         """(H, W, 3) uint8 RGB -> (H/2, W/2) float32, above 0 on the object that is shown in it."""

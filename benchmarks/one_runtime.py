@@ -27,7 +27,7 @@ def _steps(runtime: str, weights: Path, threads: int):
 
     The function takes an (H, W, 3) uint8 RGB image and its reference mask, or None.
     """
-    from tracker import Tracker
+    from tracking.tracker import Tracker
     if runtime == "onnxruntime":
         import lite
         network = lite.load(weights, threads)

@@ -25,7 +25,7 @@ from cli.setup import select_device
 from datasets import demo
 from media import images
 from network import precision
-from tracker import Tracker
+from tracking.tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 

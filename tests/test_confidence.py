@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from media.clip import Clip
-from tracker import Step
 from tracking.confidence import (
     ConfidenceSink,
     Measures,
@@ -17,6 +16,7 @@ from tracking.confidence import (
     write,
 )
 from tracking.pipeline import Frame
+from tracking.tracker import Step
 
 
 def step(probability, ids=(1,)):
@@ -34,17 +34,6 @@ def test_measures_have_known_values():
     assert one.probability == pytest.approx(0.9) and one.doubt == pytest.approx(4 / 20)
     assert one.area == 0.2 and one.change == pytest.approx(0.2 / 0.25)
     assert one.confidence == pytest.approx(0.9 * 0.8 * 0.8 ** 0.5, abs=1e-5)
-
-
-def test_similarity_is_the_mean_score_over_the_mask():
-    mask = np.zeros((8, 12), np.uint8)
-    mask[:4, :4], mask[4:, 8:], mask[:2, 4:8] = 1, 1, 2  # of six cells of 4x4 two, and half of one
-    scores = torch.zeros(4, 2, 3)
-    scores[1] = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.5]])
-    scores[2] = torch.tensor([[0.0, 0.8, 0.0], [0.0, 0.0, 0.0]])
-    known = Step(mask, torch.zeros(4, 8, 12), (1, 2, 3), scores)
-    assert known.similarity() == pytest.approx({1: 0.7, 2: 0.8, 3: 0.0})
-    assert Step(mask, torch.zeros(4, 8, 12), (1, 2, 3)).similarity() == {1: 1, 2: 1, 3: 1}
 
 
 class Numbered(Clip):

@@ -91,7 +91,7 @@ def folder(tmp_path, monkeypatch, exported):
     # the checkpoint in models/ may be older than the part that is shown objects
     monkeypatch.setattr(prompting, "predict_masks", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
-    monkeypatch.setattr(runtimes, "measured", lambda *_: {
+    monkeypatch.setattr(runtimes, "measure_runtime", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})
     monkeypatch.setattr(page, "serve", lambda *_: None)
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))

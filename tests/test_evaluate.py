@@ -20,7 +20,7 @@ import evaluate
 import metrics
 from davis import Davis, Sequence
 from media import background, images
-from tracker import Tracker
+from tracking.tracker import Tracker
 
 PALETTE_START = [0, 0, 0, 128, 0, 0, 0, 128, 0]
 

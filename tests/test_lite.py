@@ -25,8 +25,8 @@ from media.prompts import Prompts
 from network import views
 from network.decoder import antialiased, pooling
 from system import version
-from tracker import Tracker
 from tracking import prompting
+from tracking.tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 # what requirements.txt has and requirements-lite.txt has not

@@ -13,7 +13,7 @@ from network.decoder import Decoder
 from network.losses import cross_entropy, dice, grouping
 from network.object_tokens import ObjectTokens
 from network.reader import with_union
-from tracker import Tracker
+from tracking.tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
 H, W, C, E = 6, 9, 20, 12

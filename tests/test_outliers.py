@@ -16,7 +16,7 @@ from network.outliers import (
     keep_identities,
     remove_outliers,
 )
-from tracker import Tracker
+from tracking.tracker import Tracker
 
 
 @pytest.mark.parametrize("distance", [0, 1, 5, 12.5])

@@ -29,8 +29,8 @@ from media import files, images
 from media.video import open_clip
 from outputs.run_folder import RunFolder, read_metadata
 from system import version
-from tracker import Tracker
 from tracking import pipeline
+from tracking.tracker import Tracker
 
 
 def alpha(path):

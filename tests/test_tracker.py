@@ -12,7 +12,7 @@ from conftest import SHAPE, draw_frame
 
 import preprocess
 from network.encoder import Encoder
-from tracker import Tracker
+from tracking.tracker import Tracker
 from videomatch import METHODS, SHIPPED, VideoMatch
 
 

@@ -16,8 +16,8 @@ from masks.read import read_mask
 from media import images
 from media.prompts import Prompts
 from network.encoder import Encoder
-from tracker import Tracker
 from tracking import prompting
+from tracking.tracker import Tracker
 from training import prompt_training as train_prompts
 from training.static_images import find_static_images
 from videomatch import VideoMatch

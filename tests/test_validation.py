@@ -9,8 +9,8 @@ import metrics
 import preprocess
 from masks.validation import binary_mask, id_mask
 from media.prompts import Prompts
-from tracker import Tracker
 from tracking import prompting
+from tracking.tracker import Tracker
 
 IMAGE, MASK = draw_frame(0, (1, 2))
 ONE = MASK == 1

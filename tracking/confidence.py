@@ -13,8 +13,8 @@ import numpy as np
 
 from media.clip import Clip
 from media.files import atomic_path
-from tracker import Step
 from tracking.pipeline import Frame, Sink
+from tracking.tracker import Step
 
 # A pixel is in doubt if its probability lies between these. A wider range also counts the soft edge
 # that every object has; a narrower one misses places where two objects compete.

@@ -24,8 +24,8 @@ from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
 from network.outliers import decide
-from tracker import Step, Tracker, resized
 from tracking.presence import Presence
+from tracking.tracker import Step, Tracker, resized
 from videomatch import VideoMatch
 
 # Seconds between saved tracker states. A killed run repeats at most that much work; a shorter

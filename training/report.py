@@ -16,7 +16,7 @@ from davis import Sequence
 from masks.encoding import VOID
 from media import figures, files
 from system import distributed, version
-from tracker import Tracker
+from tracking.tracker import Tracker
 from training.options import Options
 from training.static_images import StaticImage
 from videomatch import VideoMatch

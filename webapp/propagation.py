@@ -17,9 +17,9 @@ import torch
 
 from checkpoint import save
 from media.clip import Clip
-from tracker import Tracker
 from tracking import pipeline
 from tracking.confidence import measure_objects
+from tracking.tracker import Tracker
 from webapp.store import MaskStore, Prediction
 
 log = logging.getLogger(__name__)

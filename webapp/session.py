@@ -20,10 +20,10 @@ from media.clip import Clip
 from media.prompts import Prompts
 from outputs import annotations, report, writers
 from outputs.run_folder import RunFolder, read_metadata
-from tracker import Tracker
 from tracking import confidence, pipeline
 from tracking.confidence import NOT_VISIBLE, Measures, stretches_to_review
 from tracking.presence import Presence
+from tracking.tracker import Tracker
 from videomatch import VideoMatch
 from webapp.annotations import Editor
 from webapp.propagation import Propagator, StateCache, propagation_end

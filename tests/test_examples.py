@@ -1,0 +1,92 @@
+"""The examples run on the demo data and predict its masks; each stays short."""
+
+import importlib.util
+import itertools
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, overlap
+from PIL import Image
+
+from datasets import demo
+from masks.read import read_mask
+from media import images
+from videomatch import load_tracker
+
+FILES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Four frames and masks of a demo clip with one object."""
+    return list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), 4))
+
+
+def box_of(mask):
+    rows, columns = mask.nonzero()
+    return (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_an_example_has_less_than_40_lines(path):
+    assert len(path.read_text().splitlines()) < 40
+
+
+def test_a_clip_is_tracked(clip, tmp_path, capsys):
+    for i, (image, _) in enumerate(clip):
+        images.write_image(tmp_path / "clip" / f"{i:05d}.png", image)
+    images.write_mask(tmp_path / "first.png", clip[0][1])
+    example("track_clip").main(str(tmp_path / "clip"), str(tmp_path / "first.png"),
+                               str(tmp_path / "out"))
+    for i, (_, truth) in enumerate(clip):
+        assert overlap(read_mask(tmp_path / "out" / f"{i:05d}.png") > 0, truth > 0) > 0.95
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_an_image_is_segmented_from_a_box(clip, tmp_path):
+    image, truth = clip[0]
+    images.write_image(tmp_path / "image.png", image)
+    example("prompt_image").main(str(tmp_path / "image.png"), *map(str, box_of(truth)),
+                                 str(tmp_path / "mask.png"))
+    assert overlap(read_mask(tmp_path / "mask.png") > 0, truth > 0) > 0.8
+
+
+def test_a_camera_is_followed(clip, monkeypatch):
+    frames, windows = [image[..., ::-1] for image, _ in clip], []
+
+    class Camera:
+        def __init__(self, source):
+            assert source == 0
+
+        def read(self):
+            return (True, frames.pop(0)) if frames else (False, None)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    monkeypatch.setattr(cv2, "selectROI", lambda *_: box_of(clip[0][1]))
+    monkeypatch.setattr(cv2, "waitKey", lambda _: -1)
+    monkeypatch.setattr(cv2, "imshow", lambda _, frame: windows.append(frame))
+    example("camera").main()
+    assert len(windows) == len(clip) - 1
+    changed = [np.abs(window.astype(int) - image[..., ::-1]).sum(-1) > 20
+               for window, (image, _) in zip(windows, clip[1:])]
+    for tinted, (_, truth) in zip(changed, clip[1:]):
+        assert overlap(tinted, truth > 0) > 0.7
+
+
+def test_opencv_and_pillow_images_are_tracked_alike(clip):
+    masks = []
+    for convert in (lambda image: image, lambda image: image[..., ::-1].copy()[..., ::-1],
+                    Image.fromarray):
+        tracker = load_tracker(size=240)
+        tracker.step(convert(clip[0][0]), clip[0][1])
+        masks.append(tracker.step(convert(clip[3][0])).mask)
+    assert masks[0].shape == clip[0][1].shape and overlap(masks[0] > 0, clip[3][1] > 0) > 0.9
+    assert all(np.array_equal(mask, masks[0]) for mask in masks[1:])
