@@ -20,8 +20,8 @@ from metrics import jaccard
 from tracking import prompting
 from training.simulated_user import bounding_box
 
-# For each object; the shipped checkpoint has 0.982 to 0.990. An object that is lost in one of the 22
-# scored frames costs 0.045.
+# For each object; the shipped checkpoint has 0.982 to 0.990. An object that is lost in one of the
+# 22 scored frames costs 0.045.
 DEMO_JF = 0.98
 # Rounding on another processor changes a few pixels of a mask (docs/reliability.md), which is far
 # less than this. A better network fails too: its numbers belong in the docs.
