@@ -25,8 +25,8 @@ HEADS = 4  # attention heads, of WIDTH / HEADS = 16 channels each
 LAYERS = 2  # each refines the coarse masks, under which the next one attends
 READOUT = 32  # channels that the memory readout is projected to, which bounds the cost per object
 PLACES = 6  # channels of the position relative to an object, see `_relative_position`
-# Frequencies of the position encoding: wavelengths 2, 1, 1/2 and 1/4 of the frame's longer side. The
-# longest is unambiguous over the whole frame; more would resolve finer positions.
+# Frequencies of the position encoding: wavelengths 2, 1, 1/2 and 1/4 of the frame's longer side.
+# The longest is unambiguous over the whole frame; more would resolve finer positions.
 WAVES = 4
 EXTENT = 9  # channels of an object's position and size, see `_extent`
 
@@ -136,7 +136,7 @@ class ObjectTokens(nn.Module):
     def sums(self, unit: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Return the object memory of a frame: features pooled over each mask.
 
-        Each token has learned weights of its own, so that it can pool over another part of the object.
+        Each token has learned weights of its own and can pool over another part of the object.
 
         Args:
             unit: (n, C) features of the frame's n locations, of unit length.
