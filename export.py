@@ -116,21 +116,21 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
                             labels)
     features = Features(None, *(frame[name] for name in graphs.SEEN))
     state = model.remember(state, features, masks[0], long=True)
-    known = state._asdict()
+    fields = state._asdict()
     parts = {"encode": (encode, {"image": image[:1]}, [*graphs.SEEN, *names]),
-             "step": (graphs.Graph(model, model.step), known | frame, ["logits", "scores"])}
+             "step": (graphs.Graph(model, model.step), fields | frame, ["logits", "scores"])}
     for name, long in (("remember", False), ("remember_long", True)):
         after = model.remember(state, features, masks[0], long)
         changed = tuple(field for field, new, old in zip(State._fields, after, state)
                         if new is not old)
         function = partial(model.remember, long=long)
         parts[name] = (graphs.Graph(model, function, ("probabilities",), changed),
-                       known | {part: frame[part] for part in graphs.SEEN}
+                       fields | {part: frame[part] for part in graphs.SEEN}
                        | {"probabilities": masks[0]}, [NEXT + field for field in changed])
     parts["start"] = (graphs.Graph(model, model.start, ("masks", "labels"), State._fields),
-                      known | {part: views[part] for part in graphs.SEEN}
+                      fields | {part: views[part] for part in graphs.SEEN}
                       | {"masks": masks, "labels": labels}, [NEXT + x for x in State._fields])
-    parts["revalue"] = (graphs.Revalue(model.reader), known,
+    parts["revalue"] = (graphs.Revalue(model.reader), fields,
                         [NEXT + field for field in graphs.Revalue.changed])
     if model.prompts is not None:
         clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),

@@ -13,7 +13,9 @@ import importlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ FORMAT = 3  # of an export; increased when graphs change such that another lite.
 DEFAULT = Path("models/lite")
 
 
-def package(name: str):
+def package(name: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
@@ -98,7 +100,8 @@ def _run(session, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip((x.name for x in session.get_outputs()), outputs))
 
 
-def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
+def masks(clip, first: np.ndarray, model: LiteVideoMatch,
+          size: int = 480) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
 
     Args:
@@ -179,10 +182,10 @@ def segment(args: argparse.Namespace) -> None:
     for values in (*args.point, *args.not_point):
         if len(values) % 2:
             raise ValueError(f"--point, --not_point: expected pairs of numbers, X Y, got {values}")
-    given = [args.mask] if args.mask else []
-    clip = open_clip(args.clip, given)
+    mask_files = [args.mask] if args.mask else []
+    clip = open_clip(args.clip, mask_files)
     check_no_overlap([args.results_dir / name for name in ("masks", "overlay.mp4")],
-                     [args.clip, *given])
+                     [args.clip, *mask_files])
     model = load(args.model_load, args.threads)
     if args.mask:
         first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
@@ -196,14 +199,14 @@ def segment(args: argparse.Namespace) -> None:
             images.write_mask(path, first)
             print(f"predicted mask of the first frame: {path}")
         count = 0
-        with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:
+        with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as overlay:
             frames = masks(clip, first, model, args.size)
             for image, mask in progress(frames, desc="frames", total=clip.count or None):
                 if count == 0:  # not earlier: an invalid mask must not delete results
                     begin(args.results_dir, clip.path, replaces)
                 images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png",
                                   mask)
-                film.write(drawing.overlay(image, mask), clip.time(count))
+                overlay.write(drawing.overlay(image, mask), clip.time(count))
                 count += 1
     print(f"{count} frames: masks, overlay.mp4 in {args.results_dir}")
 

@@ -48,32 +48,32 @@ class Decoder(nn.Module):
     the finer ones.
 
     Args:
-        evidence: channels of an object's memory readout.
+        readout: channels of an object's memory readout.
         channels: channels of the features, finest level first; at most as many as `WIDTHS`.
         finer: number of levels finer than the memory readout.
         stem: channels of one more level at twice the resolution, which sharpens edges and thin
             parts; 0 if there is none.
     """
 
-    def __init__(self, evidence: int, channels: tuple[int, ...], finer: int, stem: int = 0):
+    def __init__(self, readout: int, channels: tuple[int, ...], finer: int, stem: int = 0):
         super().__init__()
         self.finer = finer
         widths = (*WIDTHS[:len(channels)], SURVEY)
         self.detail = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels[:finer])
         shared = (*(2 * c for c in channels[:finer]), *channels[finer:], channels[-1])
-        own = [PREVIOUS] * finer + [evidence] * (len(widths) - finer)
+        own = [PREVIOUS] * finer + [readout] * (len(widths) - finer)
         below = (*widths[1:], 0)
         self.blocks = nn.ModuleList(Block(s, o + b, w)
                                     for s, o, b, w in zip(shared, own, below, widths))
         self.score = nn.Conv2d(widths[0], 1, 3, padding=1)
         self.edges = Edges(stem, widths[0]) if stem else None
 
-    def forward(self, evidence: torch.Tensor, previous: torch.Tensor,
+    def forward(self, readout: torch.Tensor, previous: torch.Tensor,
                 levels: list[torch.Tensor]) -> torch.Tensor:
         """Predict the logits of a frame's N objects.
 
         Args:
-            evidence: (N, E, h, w) memory readout.
+            readout: (N, E, h, w) memory readout.
             previous: (N, PREVIOUS, H, W) previous prediction, at the finest level of `channels`.
             levels: (1, C, ., .) features, finest first; the stem, if any, before all others.
 
@@ -81,14 +81,14 @@ class Decoder(nn.Module):
             (N, H, W), or (N, 2H, 2W) with a stem.
         """
         if torch.onnx.is_in_onnx_export():  # a trace of the loop would fix N
-            return self.decode(evidence, previous, self.shared(list(levels)))
-        evidence, previous, *levels = (
+            return self.decode(readout, previous, self.shared(list(levels)))
+        readout, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
-            for x in (evidence, previous, *levels))
+            for x in (readout, previous, *levels))
         shared = self.shared(levels)
         # one object at a time: five at once exceed the caches and take longer. `split` keeps NHWC
         return torch.cat([self.decode(*own, shared)
-                          for own in zip(evidence.split(1), previous.split(1))])
+                          for own in zip(readout.split(1), previous.split(1))])
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Compute the part of the decoder that is common to all objects, an input of `decode`."""
@@ -98,13 +98,13 @@ class Decoder(nn.Module):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
         return fine + [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
-    def decode(self, evidence: torch.Tensor, previous: torch.Tensor,
+    def decode(self, readout: torch.Tensor, previous: torch.Tensor,
                shared: list[torch.Tensor]) -> torch.Tensor:
         """Like `forward`, for all objects at once."""
         x = None
         fine, shared = (None, shared) if self.edges is None else (shared[0], shared[1:])
         for i in reversed(range(len(shared))):
-            own = [resized(previous if i < self.finer else evidence, shared[i])]
+            own = [resized(previous if i < self.finer else readout, shared[i])]
             if x is not None:
                 own.append(resized(x, shared[i]))
             x = self.blocks[i](shared[i], torch.cat(own, 1))

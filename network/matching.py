@@ -171,19 +171,19 @@ def soft_match(query: Grid, reference: Reference, k: int) -> torch.Tensor:
         return _differentiable(query, reference, top_k(query, reference, k))
     scores = torch.full((len(reference.sizes), *query.shape), LOWEST_COSINE,
                         device=query.features.device)
-    for positions, found in _search(query, reference, k):
-        for score, (values, _) in zip(scores.flatten(1), found):
+    for positions, matches in _search(query, reference, k):
+        for score, (values, _) in zip(scores.flatten(1), matches):
             if values.shape[1]:
                 score[positions] = values.mean(1)
     return scores
 
 
-def _differentiable(query: Grid, reference: Reference, found) -> torch.Tensor:
+def _differentiable(query: Grid, reference: Reference, matches) -> torch.Tensor:
     """`soft_match` with gradients: a mean of similarities is the similarity to the mean feature."""
     features, others = query.enlarged(), torch.cat([g.enlarged() for g in reference.grids])
     scores = [(features * F.embedding_bag(positions, others, mode="mean")).sum(1)
               if positions.shape[1] else features.new_full((len(features),), LOWEST_COSINE)
-              for _, positions in found]
+              for _, positions in matches]
     return torch.stack(scores).view(-1, *query.shape)
 
 
@@ -198,8 +198,8 @@ def top_k(query: Grid, reference: Reference, k: int) -> list[tuple[torch.Tensor,
     best = [(torch.empty(count, min(k, size), device=device),
              torch.empty(count, min(k, size), dtype=torch.long, device=device))
             for size in reference.sizes]
-    for positions, found in _search(query, reference, k):
-        for whole, part in zip(best, found):
+    for positions, matches in _search(query, reference, k):
+        for whole, part in zip(best, matches):
             for tensor, values in zip(whole, part):
                 tensor[positions] = values
     return best
@@ -229,17 +229,17 @@ def _largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if columns % size:
         rest = torch.arange(groups * size, columns, device=values.device)
         places = torch.cat([places, rest.expand(len(places), -1)], dim=1)
-    found, where = values.gather(1, places).topk(k, dim=1, sorted=False)
-    return found, places.gather(1, where)
+    largest, where = values.gather(1, places).topk(k, dim=1, sorted=False)
+    return largest, places.gather(1, where)
 
 
 def _search_large(query: Grid, reference: Reference, k: int):
     """`_search` by products of enlarged features, for GPUs, and for grids without enlargement."""
-    features, found = query.enlarged(), []
+    features, matches = query.enlarged(), []
     for others, members in zip(reference.features.split(reference.sizes), reference.members):
         values, rows = _products(features, others, min(k, len(others)))
-        found.append((values, members[rows]))
-    yield torch.arange(len(features), device=features.device), found
+        matches.append((values, members[rows]))
+    yield torch.arange(len(features), device=features.device), matches
 
 
 def _products(query: torch.Tensor, reference: torch.Tensor, k: int):
@@ -330,13 +330,13 @@ def _search_row(corners: torch.Tensor, weights: torch.Tensor, half: torch.Tensor
     bounds = _sparse(corners, weights, len(maxima)) @ maxima  # (n, blocks)
     blocks = half.view(-1, BLOCK)  # row by row of E
     starts = corners * maxima.shape[1]  # (n, 4)
-    found = []
+    matches = []
     for bound, size, members in zip(bounds.split(reference.blocks, dim=1), reference.sizes,
                                     reference.members):
         values, places = _search_blocks(bound, blocks, starts, weights, min(k, size))
-        found.append((values, members[places]))
+        matches.append((values, members[places]))
         starts = starts + bound.shape[1]
-    return found
+    return matches
 
 
 def _search_blocks(bound: torch.Tensor, blocks: torch.Tensor, starts: torch.Tensor,

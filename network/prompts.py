@@ -108,25 +108,25 @@ class PromptDecoder(nn.Module):
     def forward(self, seen: Seen, prompts: Prompts) -> torch.Tensor:
         """(H/2, W/2) logits of the object; `prompts` are in pixels of the image of `seen`."""
         size, device = tuple(seen.image.shape[-2:]), seen.image.device
-        known = torch.from_numpy(evidence(prompts, size, tuple(seen.levels[0].shape[-2:])))
+        inputs = torch.from_numpy(evidence(prompts, size, tuple(seen.levels[0].shape[-2:])))
         clicks = [torch.from_numpy(clicked(points, size, tuple(unit.shape[-2:]))).to(device)
                   for unit in seen.alike for points in (prompts.points, prompts.not_points)]
-        return self.answer(seen, known[None].to(device), clicks)
+        return self.answer(seen, inputs[None].to(device), clicks)
 
-    def answer(self, seen: Seen, known: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
+    def answer(self, seen: Seen, inputs: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
         """The same from tensors only, as an export needs it.
 
         Args:
-            known: (1, BOX + CLICKS + MASK, h, w) maps of the prompts at the finest level, see
+            inputs: (1, BOX + CLICKS + MASK, h, w) maps of the prompts at the finest level, see
                 `evidence`.
             clicks: four sets of flat indices, see `clicked`: positive and negative points at the
                 coarse level, then at the finest one.
         """
-        known = self._evidence(seen, known, clicks)
+        inputs = self._inputs(seen, inputs, clicks)
         levels = [*seen.levels, halved(seen.levels[-1])]
         x = None
         for i in reversed(range(len(levels))):
-            own = [known] if x is None else [known, x]
+            own = [inputs] if x is None else [inputs, x]
             own = torch.cat([resized(part, levels[i]) for part in own], 1)
             x = self.blocks[i](self.blocks[i].project_shared(levels[i]), own)
             if i == len(levels) - 3:  # coarse enough for attention, which is quadratic
@@ -136,13 +136,13 @@ class PromptDecoder(nn.Module):
         return self.score(F.relu(self.fine(F.relu(torch.cat([fine, x], 1)))))[0, 0]
 
     @staticmethod
-    def _evidence(seen: Seen, known: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
+    def _inputs(seen: Seen, inputs: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
         """Maps of prompts and of similarities, (1, EVIDENCE, h, w) at the finest level."""
         coarse, fine = seen.alike
         maps = [likeness(unit, points)
                 for unit, points in zip((coarse, coarse, fine, fine), clicks)]
-        maps += similarities(coarse, *sets(known))
-        return torch.cat([known, *(resized(x, known) for x in maps)], 1)
+        maps += similarities(coarse, *sets(inputs))
+        return torch.cat([inputs, *(resized(x, inputs) for x in maps)], 1)
 
 
 @torch.no_grad()
@@ -159,18 +159,18 @@ def looked(encoder: nn.Module, decoder: PromptDecoder | None, image: torch.Tenso
     return decoder(decoder.look(image, *encoder.pyramid(image)), prompts)
 
 
-def sets(known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sets(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Foreground and background sets for soft matching, by the previous mask or else by the box.
 
     Args:
-        known: (1, BOX + CLICKS + MASK, h, w) maps of the prompts, see `evidence`.
+        inputs: (1, BOX + CLICKS + MASK, h, w) maps of the prompts, see `evidence`.
 
     Returns:
         Two (1, 1, h, w) float32: the fraction of each location in the set; 0 everywhere if there
         is neither a mask nor a box.
     """
-    box, depth = known[:, :1], known[:, 2:4].amin(1, keepdim=True)
-    masked, mask = known[:, BOX + CLICKS:].split(1, 1)
+    box, depth = inputs[:, :1], inputs[:, 2:4].amin(1, keepdim=True)
+    masked, mask = inputs[:, BOX + CLICKS:].split(1, 1)
     return (torch.where(masked > 0, mask, box * (depth > INNER)),
             torch.where(masked > 0, 1 - mask, box * (depth < OUTER)))
 
