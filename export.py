@@ -32,8 +32,7 @@ from videomatch import VideoMatch
 log = logging.getLogger(__name__)
 
 OPSET = 18  # version of the ONNX operators; newer ones need a newer onnxruntime
-# (h, w) of the traced frame: small, to trace quickly, and not square, to reveal swapped axes
-TRACED_SHAPE = 6, 10
+TRACED_SHAPE = 6, 10  # (h, w) of the traced frame: small, to trace quickly; other sizes work, too
 # Largest difference allowed between the probabilities of the export and of PyTorch, on noise
 TOLERANCE = 0.01
 # Mean difference allowed with 8-bit weights; not the largest one, as single pixels of noise change
@@ -43,6 +42,7 @@ TOLERANCE_8_BITS = 0.04
 
 
 def run(args: argparse.Namespace) -> None:
+    """Export the checkpoint that the flags name."""
     model = setup.load_for_inference(args).cpu().eval()
     with files.lock_folder(args.export_dir, instead="another folder (--export_dir)"):
         export(model, args.export_dir, args.eight_bit)

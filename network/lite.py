@@ -86,6 +86,7 @@ class LiteVideoMatch:
 
     def refer(self, state: State | None, image: np.ndarray, mask: np.ndarray,
               object_ids: Sequence[int]) -> State:
+        """Add a reference frame with its (H, W) mask; `state` is None for the first one."""
         features, masks, labels = reference(self, image, mask, object_ids)
         if state is None:
             state = blank(features.near.shape[1:3], len(object_ids), self.widths, _zeros)
@@ -93,6 +94,7 @@ class LiteVideoMatch:
 
     def predict(self, state: State, features: Features,
                 shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities (N+1, H, W) of a frame at size `shape`, and the scores of the step."""
         outputs = self.run("step", **state._asdict(), **_named(features))
         logits = np.stack([cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
                            for channel in outputs["logits"]])
@@ -101,6 +103,7 @@ class LiteVideoMatch:
 
     def remember(self, state: State, features: Features, probabilities: np.ndarray,
                  long: bool) -> State:
+        """Add a frame with its probabilities to short-term or also to `long`-term memory."""
         return self._changed("remember_long" if long else "remember", state, features,
                              probabilities=probabilities)
 
@@ -109,11 +112,13 @@ class LiteVideoMatch:
         return _next(state, self.run(graph, **state._asdict(), **_named(features), **more))
 
     def without(self, state: State, channel: int) -> State:
+        """The state after removing the object of a channel."""
         state = without(state, channel)
         return _next(state, self.run("revalue", **state._asdict()))
 
     @staticmethod
     def saved(state: State) -> dict[str, np.ndarray]:
+        """Serialize a state to arrays, for `restored`."""
         return state._asdict()
 
     @staticmethod

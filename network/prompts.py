@@ -22,10 +22,10 @@ SURVEY = 96  # channels of one more level, of half the coarsest features' resolu
 # finest level of features
 STEM, FINE = 8, 16
 ALIKE = 6  # similarity maps: of positive and negative clicks at two levels, and of two sets
-K = 5  # top-k of soft matching; fewer than the paper's 20, as a small box has few locations
+K = 5  # top-k of soft matching (the paper: 20); sets of at most K locations, of small boxes, give 0
 # Depth in a box, in box sides (see `evidence`): deeper locations are its foreground set, those
-# beyond OUTER the background set. The border in between is in neither, as a box contains
-# background at its sides and may be drawn a little too small.
+# beyond OUTER the background set. Those in between are in neither set: a narrower border puts the
+# wrong side into a set where the box is inexact, a wider one empties the sets of small boxes.
 INNER, OUTER = 0.2, -0.05
 NEVER = -2.0  # similarity of padding, below every cosine
 LOOKS, HEADS, WIDEN = 2, 4, 2  # attention layers, heads of each, expansion of its hidden layer
