@@ -111,7 +111,7 @@ class ObjectTokens(nn.Module):
         readout: channels of the memory readout, `reader.EVIDENCE`.
     """
 
-    kept = TOKENS * (WIDTH + 1)  # numbers per object in the object memory
+    memory_size = TOKENS * (WIDTH + 1)  # numbers per object in the object memory
 
     def __init__(self, channels: int, readout: int):
         super().__init__()

@@ -81,11 +81,11 @@ class Reader(nn.Module):
     @property
     def widths(self) -> Widths:
         """Numbers of channels, which determine the shapes of the state."""
-        tokens = 0 if self.tokens is None else self.tokens.kept
+        tokens = 0 if self.tokens is None else self.tokens.memory_size
         return Widths(self.key.in_features, KEY, NEAR, VALUE, WIDTH, self.side, tokens)
 
     def comparing(self) -> list[nn.Parameter]:
-        """Parameters that determine similarities; train.py gives them their own learning rate."""
+        """Return the parameters that determine similarities; training gives them their own rate."""
         return [self.key.weight, self.near.weight, self.log_temperatures, self.log_ridge]
 
     @torch.no_grad()

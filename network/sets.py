@@ -34,7 +34,7 @@ class Sets:
 
     @cached_property
     def reference(self) -> Reference:
-        """All features to match with. Cached, since building it costs more than a lookup."""
+        """All features to match with. Cached, since most frames are matched with the same sets."""
         grids, labels = zip(*self.given, *self.later)
         return Reference(list(grids), labels, self.sets)
 
@@ -82,8 +82,8 @@ class Sets:
         return {"sets": self.sets, "given": given, "later": later}
 
     @classmethod
-    def from_plain(cls, kept: dict) -> Self:
+    def from_plain(cls, plain: dict) -> Self:
         """Convert the output of `plain` back; KeyError, TypeError or ValueError if malformed."""
         given, later = (tuple((Grid(features, factor), labels) for features, factor, labels in
-                              kept[name]) for name in ("given", "later"))
-        return cls(kept["sets"], given, later)
+                              plain[name]) for name in ("given", "later"))
+        return cls(plain["sets"], given, later)
