@@ -34,7 +34,7 @@ class Sets:
 
     @cached_property
     def reference(self) -> Reference:
-        """All features to match with. Cached, since most frames are matched with the same sets."""
+        """All features to match with. Cached: with `--method matching` the sets rarely change."""
         grids, labels = zip(*self.given, *self.later)
         return Reference(list(grids), labels, self.sets)
 
