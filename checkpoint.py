@@ -1,4 +1,4 @@
-"""A network kept in a file that needs no flags to be loaded; which network, it does not know."""
+"""Save and load networks as self-describing checkpoints, which need no flags to be loaded."""
 
 import hashlib
 import io
@@ -12,10 +12,10 @@ from media import files
 
 
 class Checkpointed(nn.Module):
-    """A network that can be built again from its configuration.
+    """Base class of networks that a checkpoint can rebuild from its configuration.
 
     Attributes:
-        facts: numbers and texts kept beside the weights, such as `held_out_iou`.
+        facts: metadata saved with the weights, such as `held_out_iou`; numbers and strings.
     """
 
     def __init__(self):
@@ -23,32 +23,33 @@ class Checkpointed(nn.Module):
         self.facts: dict = {}
 
     def configuration(self) -> dict:
-        """What it takes, beside the weights, to build the network again."""
+        """The arguments, besides the weights, that rebuild the network: plain values only."""
         raise NotImplementedError
 
     @classmethod
     def configured(cls, config: dict) -> Self:
-        """A network of a `configuration`; raises a ValueError where that can't be."""
+        """Build a network from its `configuration`; raises a ValueError if that is invalid."""
         raise NotImplementedError
 
     def save(self, path: str | Path, **facts) -> None:
-        """Write weights, configuration and facts."""
+        """Write weights, configuration and metadata to a checkpoint."""
         save(path, {"config": self.configuration(), "facts": facts, "model": self.state_dict()})
 
     def digest(self) -> str:
-        """SHA-256 of weights and configuration, in hexadecimal: equal for equal networks only."""
-        found = hashlib.sha256(repr(self.configuration()).encode())
+        """Hexadecimal SHA-256 of weights and configuration, which identifies the network."""
+        digest = hashlib.sha256(repr(self.configuration()).encode())
         for name, tensor in self.state_dict().items():
-            found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Build what `save` wrote, on the CPU.
+        """Load a checkpoint that `save` wrote, on the CPU.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a checkpoint of this toolkit, or one that it can't read any more.
+            FileNotFoundError: there is no such file.
+            ValueError: not a checkpoint, one of an incompatible version, or one whose weights are
+                not finite (a training that diverged).
         """
         path = Path(path)
         if not path.is_file():
@@ -59,9 +60,9 @@ class Checkpointed(nn.Module):
             model = cls.configured(checkpoint["config"])
             try:
                 model.load_state_dict(checkpoint["model"])
-            except RuntimeError as error:  # names or sizes, which may be hundreds
-                raise ValueError("of another version, whose weights are others: train again, or "
-                                 "take the one in models/") from error
+            except RuntimeError as error:  # its message lists every parameter, hundreds of lines
+                raise ValueError("of another version, whose weights differ: train again, or "
+                                 "use the one in models/") from error
             model.facts = dict(checkpoint["facts"])
             for name, tensor in model.state_dict().items():
                 if not tensor.isfinite().all():
@@ -74,11 +75,11 @@ class Checkpointed(nn.Module):
 
 
 def save(path: str | Path, content: dict) -> None:
-    """Write what `torch.save` writes, whole or not at all, even after a power cut.
+    """`torch.save`, but atomic and durable: after a power cut the file is the old or the new one.
 
     Raises:
-        OSError: as `files.write`.
+        OSError: see `files.write`.
     """
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError
+    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError, not an OSError
     torch.save(content, buffer)
     files.write(path, buffer.getvalue(), durable=True)

@@ -1,7 +1,7 @@
-"""A checkpoint as graphs that onnxruntime runs without PyTorch: `-m export`; `lite.py` tracks.
+"""Export a checkpoint to ONNX graphs, which `lite.py` runs without PyTorch: `-m export`.
 
-A folder of graphs (`network.graphs`) and one JSON, which tells what a checkpoint's configuration
-tells, and of each graph the digest. It knows flags, and nothing of videos.
+Writes a folder of graphs (see `network.graphs`) and a JSON file with the checkpoint's configuration
+and the digest of each graph.
 """
 
 import argparse
@@ -31,15 +31,18 @@ from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
-OPSET = 18
-CELLS = 6, 10  # of the frame that is traced; sizes may vary afterwards
-CLOSE = 0.01  # by so much probabilities of the export and of PyTorch may differ, on noise
-# With weights of 8 bits, in the mean: single pixels of noise change by 0.2. The shipped checkpoint
-# gives 0.017, weights of 4 bits 0.2, and one scale for all channels of a layer 0.09.
-CLOSE_8_BITS = 0.04
+OPSET = 18  # version of the ONNX operators; newer ones need a newer onnxruntime
+TRACED_SHAPE = 6, 10  # (h, w) of the traced frame: small, to trace quickly; other sizes work, too
+# Largest difference allowed between the probabilities of the export and of PyTorch, on noise
+TOLERANCE = 0.01
+# Mean difference allowed with 8-bit weights; not the largest one, as single pixels of noise change
+# by 0.2. The shipped checkpoint has 0.017, weights of 4 bits have 0.2, and one scale for all
+# channels of a layer 0.09.
+TOLERANCE_8_BITS = 0.04
 
 
 def run(args: argparse.Namespace) -> None:
+    """Export the checkpoint that the flags name."""
     model = setup.load_for_inference(args).cpu().eval()
     with files.lock_folder(args.export_dir, instead="another folder (--export_dir)"):
         export(model, args.export_dir, args.eight_bit)
@@ -49,28 +52,28 @@ def run(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
-    """Write graphs and JSON, checked, and run once.
+    """Export a model, and check that the export computes what PyTorch does.
 
     Args:
         model: with folded BatchNorm, on the CPU.
-        small: weights of 8 bits.
+        folder: to write the graphs and the JSON file to.
+        small: store weights in 8 bits.
 
     Raises:
-        ValueError: the model isn't of method "memory", a package is missing, or what was written
-            doesn't compute the same.
-        OSError: nothing can be written there.
+        ValueError: the model is not of method "memory", a package is missing, or results of the
+            export differ from PyTorch's.
+        OSError: the folder is not writable.
     """
     onnx = lite.package("onnx")
     if model.method != "memory":
-        raise ValueError("-m export: expected a checkpoint that was trained for --method memory, "
+        raise ValueError("-m export: expected a checkpoint trained for --method memory, "
                          "and no other --method")
     if model.zoom < 1:
-        raise ValueError(f"-m export: expected a model that sees frames enlarged, not {model.zoom} "
-                         "as large")
+        raise ValueError(f"-m export: expected a model with a zoom of at least 1, got {model.zoom}")
     precision, model.precision = model.precision, torch.float32
     written = {}
     for name, (graph, inputs, outputs) in _graphs(model).items():
-        content = _traced(graph, inputs, outputs)
+        content = _trace(graph, inputs, outputs)
         if small:
             content = eight_bit.rounded(content)
         onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
@@ -84,22 +87,22 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
                     "dilation": model.dilation, "widths": model.reader.widths,
                     "edges": model.edges, "shown": model.prompts is not None},
         "graphs": written}, indent=1))
-    most, mean = _apart(model, lite.load(folder))
+    most, mean = _differences(model, lite.load(folder))
     model.precision = precision
-    log.info("probabilities of the export and of PyTorch differ by %.1e at most, %.1e in the mean",
+    log.info("probabilities of the export and PyTorch differ by at most %.1e, on average %.1e",
              most, mean)
-    if small and not mean < CLOSE_8_BITS:
+    if small and not mean < TOLERANCE_8_BITS:
         raise ValueError("-m export --eight_bit: the export's probabilities differ from PyTorch's "
-                         f"by {mean:.2g} in the mean, expected less than {CLOSE_8_BITS}: these "
+                         f"by {mean:.2g} on average, expected less than {TOLERANCE_8_BITS}: these "
                          "weights can't be rounded to 8 bits, export without --eight_bit")
-    if not small and not most < CLOSE:
+    if not small and not most < TOLERANCE:
         raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {most}, "
-                         f"expected less than {CLOSE}")
+                         f"expected less than {TOLERANCE}")
 
 
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], list[str]]]:
-    """Of each graph the module, inputs to trace it with, and what its outputs are called."""
-    (h, w), spec = CELLS, model.encoder.spec
+    """Each graph's module, example inputs to trace it with, and names of its outputs."""
+    (h, w), spec = TRACED_SHAPE, model.encoder.spec
     encode = graphs.Encode(model.encoder, model.reader, model.edges)
     image = torch.rand(2, 3, h * spec.stride, w * spec.stride)
     names = [f"level{i}" for i in range(len(spec.levels) + model.edges)]
@@ -108,26 +111,26 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     masks = torch.rand(2, 3, h * model.side, w * model.side).softmax(1)
     labels = torch.randint(-1, 3, (2, h, w))
     state = None
-    for _ in range(2):  # of two reference frames, so that nothing is taken for one
+    for _ in range(2):  # two reference frames: with one the tracer would fix their number
         state = model.start(state, Features(None, *(views[name] for name in graphs.SEEN)), masks,
                             labels)
     features = Features(None, *(frame[name] for name in graphs.SEEN))
     state = model.remember(state, features, masks[0], long=True)
-    known = state._asdict()
+    fields = state._asdict()
     parts = {"encode": (encode, {"image": image[:1]}, [*graphs.SEEN, *names]),
-             "step": (graphs.Graph(model, model.step), known | frame, ["logits", "scores"])}
+             "step": (graphs.Graph(model, model.step), fields | frame, ["logits", "scores"])}
     for name, long in (("remember", False), ("remember_long", True)):
         after = model.remember(state, features, masks[0], long)
         changed = tuple(field for field, new, old in zip(State._fields, after, state)
                         if new is not old)
         function = partial(model.remember, long=long)
         parts[name] = (graphs.Graph(model, function, ("probabilities",), changed),
-                       known | {part: frame[part] for part in graphs.SEEN}
+                       fields | {part: frame[part] for part in graphs.SEEN}
                        | {"probabilities": masks[0]}, [NEXT + field for field in changed])
     parts["start"] = (graphs.Graph(model, model.start, ("masks", "labels"), State._fields),
-                      known | {part: views[part] for part in graphs.SEEN}
+                      fields | {part: views[part] for part in graphs.SEEN}
                       | {"masks": masks, "labels": labels}, [NEXT + x for x in State._fields])
-    parts["revalue"] = (graphs.Revalue(model.reader), known,
+    parts["revalue"] = (graphs.Revalue(model.reader), fields,
                         [NEXT + field for field in graphs.Revalue.changed])
     if model.prompts is not None:
         clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),
@@ -140,12 +143,13 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     return parts
 
 
-def _traced(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> bytes:
+def _trace(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> bytes:
+    """Trace a graph to a serialized ONNX model whose sizes vary as `graphs.AXES` says."""
     axes = {name: {axis: f"{letter}{name}" if name.startswith("level") else letter for axis, letter
                    in enumerate(graphs.AXES.get(name, "..hw")) if letter != "."}
             for name in inputs}
     content = io.BytesIO()
-    with warnings.catch_warnings():  # of sizes that are constants in the trace, as they are
+    with warnings.catch_warnings():  # about sizes that the trace makes constant, as intended
         warnings.simplefilter("ignore")
         torch.onnx.export(graph.eval(), tuple(inputs.values()), content, dynamo=False,
                           opset_version=OPSET, input_names=list(inputs), output_names=outputs,
@@ -153,10 +157,10 @@ def _traced(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str
     return content.getvalue()
 
 
-def _apart(model: VideoMatch, export) -> tuple[float, float]:
-    """The largest and the mean difference of probabilities.
+def _differences(model: VideoMatch, export) -> tuple[float, float]:
+    """The largest and the mean absolute difference of probabilities, export against PyTorch.
 
-    Both follow noise, and are shown an object; of these two the larger one counts.
+    Both track two objects through noise, and segment a prompted one; the larger value counts.
     """
     random = torch.Generator().manual_seed(0)
     frames = torch.rand(3, 3, 90, 150, generator=random)
@@ -164,13 +168,13 @@ def _apart(model: VideoMatch, export) -> tuple[float, float]:
     mask[20:60, 20:60], mask[30:70, 90:130] = 1, 2
     one, other = Tracker(model), Tracker(export)
     for i, frame in enumerate(frames):
-        found = [tracker.step(image, None if i else mask.numpy()).probabilities
-                 for tracker, image in ((one, frame), (other, frame.numpy()))]
-    apart = [(found[0] - torch.from_numpy(found[1])).abs()]
+        pair = [tracker.step(image, None if i else mask.numpy()).probabilities
+                for tracker, image in ((one, frame), (other, frame.numpy()))]
+    differences = [(pair[0] - torch.from_numpy(pair[1])).abs()]
     if model.prompts is not None:
         picture = (255 * frames[0, :, :64, :96].permute(1, 2, 0)).byte().numpy()
-        shown = Prompts([(20, 10, 40, 30)], [(30, 20)], [(80, 50)], mask.numpy()[:64, :96] > 0)
-        found = [torch.from_numpy(network.look(picture, shown)).sigmoid()
-                 for network in (model, export)]
-        apart.append((found[0] - found[1]).abs())
-    return max(one.max().item() for one in apart), max(one.mean().item() for one in apart)
+        prompts = Prompts([(20, 10, 40, 30)], [(30, 20)], [(80, 50)], mask.numpy()[:64, :96] > 0)
+        pair = [torch.from_numpy(network.look(picture, prompts)).sigmoid()
+                for network in (model, export)]
+        differences.append((pair[0] - pair[1]).abs())
+    return max(x.max().item() for x in differences), max(x.mean().item() for x in differences)

@@ -1,10 +1,10 @@
-"""A clip's masks without PyTorch, by an export of a checkpoint (`main.py -m export`).
+"""Segment a clip without PyTorch, with a checkpoint that `main.py -m export` exported.
 
     python lite.py CLIP.mp4 FIRST.png -j OUT
     python lite.py CLIP.mp4 --box X Y W H -j OUT
 
-It takes what requirements-lite.txt names. Masks are those of `main.py -m segment` at --precision
-fp32, forwards from the first frame.
+Needs only requirements-lite.txt. Masks are those of `main.py -m segment --precision fp32`,
+propagated forward from the first frame.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import importlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,17 +32,17 @@ from system import errors, version
 from tracking.prompting import group_by_object, predict_masks
 from tracking.tracker import Tracker, resized
 
-PROGRAM = "lite.py"  # in manifest.json, which main.py writes too
+PROGRAM = "lite.py"  # in manifest.json, to distinguish a run of this script from one of main.py
 DESCRIPTION = "videomatch.json"
-FORMAT = 3  # changes when another lite.py is needed
+FORMAT = 3  # of an export; increased when graphs change such that another lite.py must run them
 DEFAULT = Path("models/lite")
 
 
-def package(name: str):
-    """A package that not everybody needs.
+def package(name: str) -> ModuleType:
+    """Import an optional package.
 
     Raises:
-        ValueError: it isn't there.
+        ValueError: it is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -49,15 +51,15 @@ def package(name: str):
 
 
 def load(folder: Path, threads: int = 0) -> LiteVideoMatch:
-    """The network of an export.
+    """Load the network of an export.
 
     Args:
-        threads: of onnxruntime; 0 takes all cores.
+        threads: number of threads of onnxruntime; 0 uses all cores.
 
     Raises:
-        OSError: no such folder, or a file of it is missing.
-        ValueError: not an export, one of another version, or a file of it is damaged; or
-            onnxruntime is missing.
+        OSError: the folder or one of its files does not exist.
+        ValueError: not an export, one of another version, or one with a damaged file; or
+            onnxruntime is not installed.
     """
     onnxruntime = package("onnxruntime")
     path = folder / DESCRIPTION
@@ -66,45 +68,49 @@ def load(folder: Path, threads: int = 0) -> LiteVideoMatch:
                                 f"-m export --export_dir {folder})")
     sessions: dict[str, Any] = {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["format"] != FORMAT:
-            raise ValueError(f"of format {kept['format']}, expected {FORMAT}: export again")
-        graphs = dict(kept["graphs"])
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise ValueError(f"format {description['format']}, expected {FORMAT}: export again")
+        graphs = dict(description["graphs"])
         model = LiteVideoMatch(lambda name, **inputs: _run(sessions[name], inputs),
-                               **kept["network"])
+                               **description["network"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an export that can be used ({error})") from error
+        raise ValueError(f"{path}: not an export that this version reads ({error})") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    # each graph has threads of its own: those that wait must leave the cores to the others'
+    # Each graph has its own threads, and only one graph runs at a time: waiting threads that spin
+    # would take the cores from it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, digest in graphs.items():
         path = folder / f"{name}.onnx"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file, but {DESCRIPTION} beside it names it")
+            raise FileNotFoundError(f"{path}: no such file, but {DESCRIPTION} lists it")
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"{path}: damaged, or of another export than {DESCRIPTION} beside it")
+            raise ValueError(f"{path}: damaged, or of another export than {DESCRIPTION}")
         sessions[name] = onnxruntime.InferenceSession(content, options,
                                                       providers=["CPUExecutionProvider"])
     return model
 
 
 def _run(session, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A graph's outputs by their names; it takes those of the inputs that it uses."""
+    """Run a graph on those of the inputs that it uses; returns its outputs by name."""
+    # the tracer drops inputs that have no effect, and onnxruntime rejects unknown ones
     outputs = session.run(None, {x.name: inputs[x.name] for x in session.get_inputs()})
     return dict(zip((x.name for x in session.get_outputs()), outputs))
 
 
-def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
-    """Each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
+def masks(clip, first: np.ndarray, model: LiteVideoMatch,
+          size: int = 480) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
 
     Args:
-        first: (H, W) uint8 object ids of the first frame.
-        size: short side of frames for the network, see `images.working_shape`; 0: their own.
+        first: (H, W) uint8 object ids in the first frame.
+        size: short side of the frames that the network sees, see `images.working_shape`; 0 keeps
+            the original size.
 
     Raises:
-        ValueError: the mask is of another size than the frames, or holds no object.
+        ValueError: the mask differs in size from the frames, or contains no object.
     """
     tracker = Tracker(model)
     first = clip.fit(first)
@@ -122,25 +128,26 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch, size: int = 480):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Cut objects out of a clip, given their mask in its first frame, or a box "
-                    "around each, by an export of a checkpoint; PyTorch isn't needed.")
+        description="Segment objects in a clip, given their mask or boxes in its first frame, with "
+                    "an exported checkpoint and without PyTorch.")
     add = parser.add_argument
     add("clip", type=Path, help="a video, an animation or a folder of frames")
-    add("mask", type=Path, nargs="?", help="mask of the first frame; each value is an object")
+    add("mask", type=Path, nargs="?", help="mask of the first frame; each value is one object")
     add("--box", type=int, nargs=4, metavar=("X", "Y", "W", "H"), action="append", default=[],
-        help="no mask at hand: the object is in this box; once for each object")
+        help="instead of a mask, a box around the object; repeat for each object")
     add("--point", type=int, nargs="+", metavar="X Y", action="append", default=[],
-        help="no mask at hand: these pixels are on the object; once for each object")
+        help="instead of a mask, pixels on the object; repeat for each object")
     add("--not_point", type=int, nargs="+", metavar="X Y", action="append", default=[],
-        help="these pixels are not on it; once for each object")
+        help="pixels that are not on the object; repeat for each object")
     add("--results_dir", "-j", type=Path, metavar="DIR", required=True,
-        help="masks/ and overlay.mp4 go there, in place of those of an earlier run of this script")
+        help="output folder for masks/ and overlay.mp4; replaces those of an earlier run")
     add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
-        help="the export (default: models/lite)")
+        help="folder of the export (default: models/lite)")
     add("--size", type=int, default=480, metavar="PIXELS",
-        help="short side of frames for the network, smaller ones enlarged up to twice; 0: the "
-             "frame's own (default: 480)")
-    add("--threads", type=int, default=0, metavar="N", help="of onnxruntime; 0: all cores")
+        help="short side of frames for the network, smaller ones are enlarged up to twice; 0 "
+             "keeps the original size (default: 480)")
+    add("--threads", type=int, default=0, metavar="N",
+        help="threads of onnxruntime; 0 uses all cores (default)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -158,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explained(error: Exception) -> str | None:
-    """One line for what a user can mend; None for an error of ours."""
-    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as onnxruntime says
-        return "out of memory, which a smaller --size needs less of"
+    """One-line message for user errors; None for internal errors."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # onnxruntime's
+        return "out of memory: use a smaller --size"
     return errors.explained(error)
 
 
 def segment(args: argparse.Namespace) -> None:
+    """Check the flags, segment the clip, and write masks and an overlay video."""
     if args.size and args.size < 16:
         raise ValueError(f"--size: expected 0 or at least 16, got {args.size}")
     if args.threads < 0:
@@ -174,10 +182,10 @@ def segment(args: argparse.Namespace) -> None:
     for values in (*args.point, *args.not_point):
         if len(values) % 2:
             raise ValueError(f"--point, --not_point: expected pairs of numbers, X Y, got {values}")
-    given = [args.mask] if args.mask else []
-    clip = open_clip(args.clip, given)
+    mask_files = [args.mask] if args.mask else []
+    clip = open_clip(args.clip, mask_files)
     check_no_overlap([args.results_dir / name for name in ("masks", "overlay.mp4")],
-                     [args.clip, *given])
+                     [args.clip, *mask_files])
     model = load(args.model_load, args.threads)
     if args.mask:
         first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
@@ -189,25 +197,25 @@ def segment(args: argparse.Namespace) -> None:
         if not args.mask:
             path = args.results_dir / f"mask_{clip.frame_name(0)}.png"
             images.write_mask(path, first)
-            print(f"the mask that this run starts from: {path}")
+            print(f"predicted mask of the first frame: {path}")
         count = 0
-        with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as film:
+        with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as overlay:
             frames = masks(clip, first, model, args.size)
             for image, mask in progress(frames, desc="frames", total=clip.count or None):
-                if count == 0:  # not before: a mask that is refused costs no earlier results
+                if count == 0:  # not earlier: an invalid mask must not delete results
                     begin(args.results_dir, clip.path, replaces)
                 images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png",
                                   mask)
-                film.write(drawing.overlay(image, mask), clip.time(count))
+                overlay.write(drawing.overlay(image, mask), clip.time(count))
                 count += 1
     print(f"{count} frames: masks, overlay.mp4 in {args.results_dir}")
 
 
 def made_here(results: Path) -> bool:
-    """Whether an earlier run of this script made what lies in a results folder.
+    """Whether a results folder contains results of an earlier run of this script.
 
     Raises:
-        ValueError: `main.py` made it, and goes by what it knows of its files.
+        ValueError: it contains results of `main.py`, whose run metadata would become wrong.
     """
     path = results / "manifest.json"
     if not path.is_file():
@@ -223,7 +231,7 @@ def made_here(results: Path) -> bool:
 
 
 def begin(results: Path, clip: Path, replaces: bool) -> None:
-    """Write what makes the results; delete an earlier clip's, which might have more frames."""
+    """Delete results of an earlier run, whose clip may have more frames; write run metadata."""
     if replaces:
         for old in (*(results / "masks").glob("*.png"), results / "overlay.mp4"):
             old.unlink(missing_ok=True)

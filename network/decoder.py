@@ -1,23 +1,27 @@
-"""Learned refinement: from what a memory says, and the frame's finer features, to a mask."""
+"""Decoder: refines an object's memory readout with the frame's finer features to a mask."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-WIDTHS = (16, 32, 96, 128)  # channels of the decoder, finest level first
-SURVEY = 64  # channels of one level more, half as fine as the coarsest features
-EDGES = 8  # channels at stride 2. All objects share the convolution that costs most
-GROUPS = 8  # of GroupNorm, since a batch is too small for BatchNorm
-PREVIOUS = 2  # channels of what was found in the frame before: the object, the best other one
+# Channels, finest level first. Each finer level has four times the locations, so that fine levels
+# must be narrow
+WIDTHS = (16, 32, 96, 128)
+SURVEY = 64  # channels of one more level, of half the coarsest features' resolution: context
+# Channels at stride 2, where one costs most; the largest convolution there is computed once for all
+# objects
+EDGES = 8
+GROUPS = 8  # of GroupNorm, as batches are too small for BatchNorm
+PREVIOUS = 2  # channels of the previous prediction: the object, and the most likely other object
 
 
 class Block(nn.Module):
-    """Two convolutions over what is known of a frame and of its objects.
+    """Residual block of two convolutions on inputs of the frame and of an object.
 
     Args:
-        shared: channels that all objects of a frame have in common; projected once.
+        shared: channels common to all objects of a frame, projected once per frame.
         own: channels of each object.
-        width: channels of the result.
+        width: output channels.
     """
 
     def __init__(self, shared: int, own: int, width: int):
@@ -28,79 +32,79 @@ class Block(nn.Module):
             nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
 
     def project_shared(self, shared: torch.Tensor) -> torch.Tensor:
-        """(1, S, h, w) -> (1, width, h, w), what `forward` takes."""
+        """Project a frame's channels for `forward`: (1, S, h, w) -> (1, width, h, w)."""
         return F.conv2d(shared, self.project.weight[:, :shared.shape[1]], self.project.bias)
 
     def forward(self, projected: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """(1, width, h, w) and (1, E, h, w) of one object -> (1, width, h, w)."""
+        """(1, width, h, w) of the frame, (N, E, h, w) of N objects -> (N, width, h, w)."""
         x = projected + F.conv2d(own, self.project.weight[:, -own.shape[1]:])
         return x + self.layers(x)
 
 
 class Decoder(nn.Module):
-    """From the coarsest features to the finest.
+    """Predict logits from coarse to fine.
 
-    What the memory says enters at the levels that are no finer than it, what was found in the
-    frame before at those that are finer.
+    The memory readout enters at its own level and the coarser ones, the previous prediction at
+    the finer ones.
 
     Args:
-        evidence: channels of what is known of an object at a cell.
-        channels: of the features, finest first; as many levels as `WIDTHS` has, or fewer.
-        finer: how many of the levels are finer than the evidence.
-        stem: channels of the features of one more level, twice as fine, which sharpens edges and
-            thin parts; 0: there is none.
+        readout: channels of an object's memory readout.
+        channels: channels of the features, finest level first; at most as many as `WIDTHS`.
+        finer: number of levels finer than the memory readout.
+        stem: channels of one more level at twice the resolution, which sharpens edges and thin
+            parts; 0 if there is none.
     """
 
-    def __init__(self, evidence: int, channels: tuple[int, ...], finer: int, stem: int = 0):
+    def __init__(self, readout: int, channels: tuple[int, ...], finer: int, stem: int = 0):
         super().__init__()
         self.finer = finer
         widths = (*WIDTHS[:len(channels)], SURVEY)
         self.detail = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels[:finer])
         shared = (*(2 * c for c in channels[:finer]), *channels[finer:], channels[-1])
-        own = [PREVIOUS] * finer + [evidence] * (len(widths) - finer)
+        own = [PREVIOUS] * finer + [readout] * (len(widths) - finer)
         below = (*widths[1:], 0)
         self.blocks = nn.ModuleList(Block(s, o + b, w)
                                     for s, o, b, w in zip(shared, own, below, widths))
         self.score = nn.Conv2d(widths[0], 1, 3, padding=1)
         self.edges = Edges(stem, widths[0]) if stem else None
 
-    def forward(self, evidence: torch.Tensor, previous: torch.Tensor,
+    def forward(self, readout: torch.Tensor, previous: torch.Tensor,
                 levels: list[torch.Tensor]) -> torch.Tensor:
-        """Logits of N objects of a frame, at the finest level.
+        """Predict the logits of a frame's N objects.
 
         Args:
-            evidence: (N, E, h, w).
-            previous: (N, PREVIOUS, H, W), at the finest level but the stem.
-            levels: (1, C, ., .) features, finest first, those of the stem before all others.
+            readout: (N, E, h, w) memory readout.
+            previous: (N, PREVIOUS, H, W) previous prediction, at the finest level of `channels`.
+            levels: (1, C, ., .) features, finest first; the stem, if any, before all others.
 
         Returns:
-            (N, H, W).
+            (N, H, W), or (N, 2H, 2W) with a stem.
         """
-        if torch.onnx.is_in_onnx_export():  # of any number of objects
-            return self.decode(evidence, previous, self.shared(list(levels)))
-        evidence, previous, *levels = (
+        if torch.onnx.is_in_onnx_export():  # a trace of the loop would fix N
+            return self.decode(readout, previous, self.shared(list(levels)))
+        readout, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
-            for x in (evidence, previous, *levels))
+            for x in (readout, previous, *levels))
         shared = self.shared(levels)
-        # one by one: five at once take longer, since caches are small. `split` keeps them NHWC
+        # one object at a time: five at once exceed the caches and take longer. `split` keeps NHWC
         return torch.cat([self.decode(*own, shared)
-                          for own in zip(evidence.split(1), previous.split(1))])
+                          for own in zip(readout.split(1), previous.split(1))])
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What all objects of a frame have in common, for `decode`."""
+        """Compute the part of the decoder that is common to all objects, an input of `decode`."""
         fine = [] if self.edges is None else [self.edges.stem(levels[0])]
         levels = [*levels[len(fine):], halved(levels[-1])]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
         return fine + [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
-    def decode(self, evidence: torch.Tensor, previous: torch.Tensor,
+    def decode(self, readout: torch.Tensor, previous: torch.Tensor,
                shared: list[torch.Tensor]) -> torch.Tensor:
-        """As `forward`, of all objects at once."""
+        """Like `forward`, for all objects at once."""
         x = None
         fine, shared = (None, shared) if self.edges is None else (shared[0], shared[1:])
         for i in reversed(range(len(shared))):
-            own = [resized(previous if i < self.finer else evidence, shared[i])]
+            own = [resized(previous if i < self.finer else readout, shared[i])]
             if x is not None:
                 own.append(resized(x, shared[i]))
             x = self.blocks[i](shared[i], torch.cat(own, 1))
@@ -110,11 +114,11 @@ class Decoder(nn.Module):
 
 
 class Edges(nn.Module):
-    """Logits at twice the resolution: enlarged, and corrected by features that know edges.
+    """Upsample logits to twice the resolution and correct them by features of that resolution.
 
     Args:
         stem: channels of these features.
-        width: channels at the level below.
+        width: channels of the decoder's finest level.
     """
 
     def __init__(self, stem: int, width: int):
@@ -122,37 +126,39 @@ class Edges(nn.Module):
         self.stem = nn.Conv2d(stem, EDGES, 3, padding=1)
         self.own = nn.Conv2d(width + 1, EDGES, 1)
         self.score = nn.Conv2d(EDGES, 1, 3, padding=1)
-        nn.init.zeros_(self.score.weight)  # begins as enlargement only
+        nn.init.zeros_(self.score.weight)  # no effect until trained
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: torch.Tensor, logits: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-        """(N, 1, 2H, 2W).
+        """Upsampled and corrected logits, (N, 1, 2H, 2W).
 
         Args:
-            x, logits: (N, C, H, W) features of each object, (N, 1, H, W).
-            fine: (1, EDGES, 2H, 2W), what `stem` makes.
+            x: (N, C, H, W) features of each object.
+            logits: (N, 1, H, W).
+            fine: (1, EDGES, 2H, 2W), the output of `stem`.
         """
-        # logits are clipped, as only those near 0 are at an edge
+        # clamped to +-6 and scaled to +-2: only logits near 0 are at an edge, and large ones would
+        # dominate the features
         own = resized(self.own(torch.cat([x, logits.clamp(-6, 6) / 3], 1)), fine)
         return resized(logits, fine) + self.score(F.relu(own + fine))
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> half the size, rounded up.
+    """Average-pool (B, C, h, w) to half the size, rounded up.
 
-    With `count_include_pad` onnxruntime before 1.29 divides what lies at an odd side's end by all
-    four pixels, of which two are beyond it; PyTorch, without padding, gives the same either way.
+    With `count_include_pad` onnxruntime before 1.29 divides the last window of an odd side by four
+    although two of its pixels are outside; in PyTorch the argument has no effect without padding.
     """
     return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(..., h, w) -> (..., H, W) as `like`: interpolated, or averaged where that is smaller."""
+    """Resize (..., h, w) to the size of `like`: bilinear, or average pooling if that is smaller."""
     size = like.shape[-2:]
     if x.shape[-2:] == size:
         return x
     if x.shape[-2] > size[0]:
-        if torch.onnx.is_in_onnx_export():  # which pools to sizes that are constant only
+        if torch.onnx.is_in_onnx_export():  # ONNX pools to constant sizes only
             rows, columns = (pooling(a, b) for a, b in zip(x.shape[-2:], size))
             return rows @ x @ columns.T
         return F.adaptive_avg_pool2d(x, size)
@@ -160,17 +166,17 @@ def resized(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def pooling(before: int, after: int) -> torch.Tensor:
-    """(after, before) float32: adaptive average pooling along one side, as a matrix."""
+    """Matrix of adaptive average pooling along one side, (after, before) float32."""
     number = torch.arange(after)[:, None]
     first = number * before // after
-    end = ((number + 1) * before + after - 1) // after  # rounded up, of no negative number
+    end = ((number + 1) * before + after - 1) // after  # rounds up
     place = torch.arange(before)
     inside = ((place >= first) & (place < end)).float()
     return inside / inside.sum(1, keepdim=True)
 
 
 def antialiased(before: int, after: int) -> torch.Tensor:
-    """(after, before) float32: bilinear resizing along one side, antialiased, as a matrix."""
+    """Matrix of antialiased bilinear resizing along one side, (after, before) float32."""
     scale = (torch.ones(1) * before / after).clamp(min=1)
     middle = (torch.arange(after)[:, None] + 0.5) * before / after
     weights = (1 - (torch.arange(before) + 0.5 - middle).abs() / scale).clamp(min=0)

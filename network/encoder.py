@@ -1,8 +1,8 @@
-"""Truncated ImageNet backbones.
+"""Encoder: ImageNet backbones, truncated at the layer whose features are matched.
 
-VideoMatch compares features from the middle of a network, where they still know where they are.
-The narrow layers of MobileNetV2 say little alone, so a deeper one, which knows what is there, is
-joined to it. The layers around serve the refinement of masks.
+Matching uses middle layers, which still resolve position. The narrow middle layers of MobileNetV2
+discriminate poorly on their own, so a deeper, more semantic one is concatenated. Other layers
+serve the refinement of masks.
 """
 
 import copy
@@ -40,16 +40,18 @@ def _mobilenet_v2():
 
 @dataclass(frozen=True)
 class Backbone:
+    """What the encoder needs of a torchvision architecture, and its defaults for matching."""
+
     build: Callable[[], nn.Sequential]
-    layer: str  # whose features are matched, in the words of the architecture
-    levels: dict[int, int]  # index and channels of each layer that is looked at, finest first
-    matched: tuple[int, ...]  # those whose features are matched, joined at the first one's stride
-    stride: int  # pixels per feature cell
-    frozen: int  # so many layers at the start keep their ImageNet weights in training
-    prefix: str  # of the kept parameters in torchvision's state dict
+    layer: str  # that is matched, in the terms of the architecture, for messages
+    levels: dict[int, int]  # index and channels of each layer returned, finest first
+    matched: tuple[int, ...]  # matched layers, concatenated at the stride of the first
+    stride: int  # pixels per location of the matched features
+    frozen: int  # number of leading layers that are not trained; they respond to edges and colours
+    prefix: str  # of these parameters in torchvision's state dict
     imagenet: models.WeightsEnum
-    # what new models match with: of stride 16 small objects have few cells, so enlarge more and
-    # average less
+    # Defaults of new models. At stride 16 small objects have few locations, so features (factor)
+    # and frames (zoom) are enlarged more and fewer similarities are averaged
     factor: float = 1.0
     top_k: int = 20
     zoom: float = 1.0
@@ -57,17 +59,17 @@ class Backbone:
 
     @property
     def finest(self) -> int:
-        """Channels of the first of the matched layers."""
+        """Number of channels of the first matched layer."""
         return self.levels[self.matched[0]]
 
     @property
     def channels(self) -> int:
-        """Of all matched layers."""
+        """Number of channels of all matched layers together."""
         return sum(self.levels[layer] for layer in self.matched)
 
     @property
     def finer(self) -> int:
-        """How many levels are finer than what is matched, each half as fine as the one before."""
+        """Number of levels finer than the matched one; each level halves the resolution."""
         return list(self.levels).index(self.matched[0])
 
 
@@ -84,23 +86,23 @@ BACKBONES = {
 
 
 class Layers(nn.Sequential):
-    """Layers after each other, of which several give their output."""
+    """A sequence of layers that returns the outputs of several of them."""
 
     def __init__(self, layers: nn.Sequential):
         super().__init__(OrderedDict(layers.named_children()))
 
     def forward(self, x: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
-        """The output of the `wanted` layers, by index; what lies behind the last doesn't run."""
-        found = {}
+        """The outputs of the `wanted` layers, by index; layers after the last of them don't run."""
+        outputs = {}
         for i, layer in enumerate(islice(self, max(wanted) + 1)):
             x = layer(x)
             if i in wanted:
-                found[i] = x
-        return found
+                outputs[i] = x
+        return outputs
 
 
 def _norms(layers: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
-    """Every convolution before a BatchNorm: the parent's name, the parent, its children's names."""
+    """Yield each convolution with a BatchNorm: parent's name, parent, names of the two in it."""
     for parent, module in layers.named_modules():
         children = list(module.named_children())
         for (name, layer), (next_name, norm) in zip(children, children[1:]):
@@ -109,7 +111,7 @@ def _norms(layers: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
 
 
 def _fold(layers: nn.Module) -> nn.Module:
-    """Put every BatchNorm into the convolution before it."""
+    """Fold every BatchNorm into the convolution before it, in place."""
     for _, module, conv, norm in list(_norms(layers)):
         setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv).eval(),
                                                 getattr(module, norm).eval()))
@@ -118,7 +120,7 @@ def _fold(layers: nn.Module) -> nn.Module:
 
 
 def _folded(layers: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that `_fold` would leave, differentiable in those of convolution and norm."""
+    """The parameters that `_fold` computes, differentiable in those of convolution and norm."""
     parameters = dict(layers.named_parameters())
     for parent, module, name, next_name in _norms(layers):
         conv, norm = getattr(module, name), getattr(module, next_name)
@@ -130,15 +132,14 @@ def _folded(layers: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Encoder(nn.Module):
-    """Image to feature grid.
+    """Compute the feature maps of an image.
+
+    Parameters are random until `load_imagenet` or a checkpoint sets them. BatchNorm always uses
+    its stored statistics, in training too: with one or two frames per batch they would drift. The
+    first layers are frozen, which makes a training step cheaper.
 
     Args:
         name: a key of `BACKBONES`.
-
-    The parameters start random; `load_imagenet` or a checkpoint fills them. BatchNorm layers
-    always use their stored statistics, in training too: with a batch of one or two frames
-    the running statistics would drift. The first layers, which see edges and colours, are not
-    trained: a step takes less time.
     """
 
     def __init__(self, name: str):
@@ -151,25 +152,27 @@ class Encoder(nn.Module):
         self.backbone = Layers(self.spec.build()).to(memory_format=torch.channels_last)
         for layer in islice(self.backbone, self.spec.frozen):
             layer.requires_grad_(False)
-        # to train: the same layers without BatchNorm or values; in a tuple it's no submodule
+        # Training runs these layers without BatchNorm, on parameters that `_folded` computes, for
+        # speed. Without storage ("meta"); in a tuple, so that they are no submodule
         self._folded = (_fold(copy.deepcopy(self.backbone)).to("meta"),)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) ImageNet-normalised float32 -> (B, C, h, w), about H and W / stride."""
+        """The matched features: (B, 3, H, W) float32 -> (B, C, h, w), h about H / stride."""
         return self._joined(self._run(image, self.spec.matched))
 
     def pyramid(self, image: torch.Tensor,
                 stem: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The same, and the features of all `levels` of the backbone, the finest first.
+        """The matched features, as by `forward`, and those of all `levels`, finest first.
 
         Args:
-            stem: those of stride 2 before them.
+            image: (B, 3, H, W) ImageNet-normalised float32.
+            stem: return the level of stride 2, too, before all others.
         """
         levels = self._run(image, [*([self.spec.stem[0]] if stem else []), *self.spec.levels])
         return self._joined(levels), list(levels.values())
 
     def _joined(self, levels: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The matched features of a frame: several layers weigh alike in a cosine similarity."""
+        """Concatenate the matched layers, normalised so that a cosine weights them equally."""
         first, *others = (levels[i] for i in self.spec.matched)
         if not others:
             return first
@@ -179,7 +182,7 @@ class Encoder(nn.Module):
                          1).to(first.dtype)
 
     def _run(self, image: torch.Tensor, wanted: Iterable[int]) -> dict[int, torch.Tensor]:
-        """The output of some layers, by their index; none behind the last of them runs."""
+        """The outputs of the `wanted` layers, by index."""
         image = image.contiguous(memory_format=torch.channels_last)
         if self.training and any(_norms(self.backbone)):
             return functional_call(self._folded[0], _folded(self.backbone), (image, wanted))
@@ -193,24 +196,24 @@ class Encoder(nn.Module):
         return self
 
     def fold_batchnorm(self):
-        """Fold every BatchNorm into its convolution: the same features, faster, for good.
+        """Fold every BatchNorm into its convolution: the same features in less time. Irreversible.
 
-        For use, not for training: the folded encoder has other parameters than a checkpoint.
+        For inference only: parameters of the folded encoder don't match those of a checkpoint.
         """
         _fold(self.backbone)
         return self
 
     def load_imagenet(self, source: str | Path | None = None):
-        """Fill the backbone with ImageNet weights.
+        """Load ImageNet weights into the backbone.
 
         Args:
             source: a file with a state dict in torchvision's layout (the classifier may be
-                missing); None downloads torchvision's own into the cache of `torch.hub`
-                (under `TORCH_HOME`) unless it is there already.
+                missing); None downloads torchvision's weights into the cache of `torch.hub`
+                (under `TORCH_HOME`) unless they are cached.
 
         Raises:
             OSError: the file can't be read, or the download failed.
-            ValueError: the file isn't a state dict of this backbone.
+            ValueError: the file is not a state dict of this backbone.
         """
         state = self._download() if source is None else self._read(Path(source))
         prefix = self.spec.prefix
@@ -246,5 +249,5 @@ class Encoder(nn.Module):
         except Exception as error:
             raise OSError(
                 f"could not get the ImageNet weights {url} ({error}): put the file at {cached}, "
-                "name one with --encoder_weights PATH, or take random weights with "
+                "pass one with --encoder_weights PATH, or start from random weights with "
                 "--encoder_weights none") from error

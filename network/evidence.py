@@ -1,6 +1,6 @@
-"""What a person showed of an object, as arrays for the cells of an image: numpy alone.
+"""Turn the prompts of an object (boxes, clicks, a mask) into input maps of the prompt decoder.
 
-It knows neither the image nor what looks at it.
+NumPy only, as `lite.py` computes the same maps without PyTorch.
 """
 
 import numpy as np
@@ -8,25 +8,31 @@ import numpy as np
 from media.prompts import Prompts
 from network.views import bilinear
 
-BOX, CLICKS, MASK = 4, 4, 2  # channels
-NEAR, FAR = 8.0, 64.0  # pixels within which a click counts, and beyond which it says little
+# Channels of each kind of prompt: weights depend on their number and order, see `evidence`
+BOX, CLICKS, MASK = 4, 4, 2
+# Widths in pixels of a click's two maps, a narrow Gaussian and a wide exponential: the first says
+# which small part was clicked, the second reaches the rest of the object. Part of what the decoder
+# was trained on: other values need new training.
+NEAR, FAR = 8.0, 64.0
 
 
 def evidence(prompts: Prompts, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """What prompts say of each cell, without a look at the image.
+    """Describe the prompts at each location; independent of the image's content.
 
     Args:
-        size: (H, W) of the image that the prompts are in pixels of.
-        shape: (h, w) of the cells.
+        prompts: in pixels of the image.
+        size: (H, W) of the image.
+        shape: (h, w) of the feature map.
 
     Returns:
-        (BOX + CLICKS + MASK, h, w) float32: whether there is a box, whether the cell is in one,
-        its depth in that along x and along y (0 at the sides, 0.5 in the middle, below 0 outside,
-        as shares of its sides, at least -1); the nearest point's and not-point's nearness, close
-        by and from afar, in [0, 1]; whether there is a mask so far, its share of the cell.
+        (BOX + CLICKS + MASK, h, w) float32. Boxes: 1 if there is any, 1 inside of one, depth in
+        the box along x and along y (in box sides: 0 at the border, 0.5 in the middle, negative
+        outside, at least -1). Clicks, for positive and then for negative points: proximity to
+        the nearest one in [0, 1], narrow and wide. Mask: 1 if there is a previous mask, and the
+        fraction of the location that it covers.
     """
-    y, x = ((np.arange(cells, dtype=np.float32) + 0.5) * (side / cells)
-            for side, cells in zip(size, shape))
+    y, x = ((np.arange(locations, dtype=np.float32) + 0.5) * (side / locations)
+            for side, locations in zip(size, shape))
     maps = np.zeros((BOX + CLICKS + MASK, *shape), np.float32)
     if prompts.boxes:
         maps[0] = 1
@@ -37,13 +43,13 @@ def evidence(prompts: Prompts, size: tuple[int, int], shape: tuple[int, int]) ->
         maps[BOX + 2 * i] = np.exp(-0.5 * (distance / NEAR) ** 2)
         maps[BOX + 2 * i + 1] = np.exp(-distance / FAR)
     if prompts.mask is not None:
-        rows, columns = (bilinear(side, cells) for side, cells in zip(prompts.mask.shape, shape))
+        rows, columns = (bilinear(*sides) for sides in zip(prompts.mask.shape, shape))
         maps[-2], maps[-1] = 1, rows @ prompts.mask.astype(np.float32) @ columns.T
     return maps
 
 
 def _depths(boxes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(2, h, w) of each cell in the box that it is deepest in."""
+    """(2, h, w) depth along x and y of each location, in the box that it is deepest in."""
     depths = np.empty((len(boxes), 2, len(y), len(x)), np.float32)
     for depth, (left, top, width, height) in zip(depths, boxes):
         # a box of no width would divide by 0
@@ -54,7 +60,7 @@ def _depths(boxes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _distance(points, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(h, w) pixels from each cell's middle to the nearest point's; infinite where none is."""
+    """(h, w) distance in pixels from each location's centre to the nearest point; inf if none."""
     distance = np.full((len(y), len(x)), np.inf, np.float32)
     for u, v in points:
         distance = np.minimum(distance, np.hypot(x - (u + 0.5), (y - (v + 0.5))[:, None]))
@@ -62,9 +68,9 @@ def _distance(points, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def clicked(points, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """(p,) int64, which of (h, w) cells, counted row by row, each point of an image lies in.
+    """(p,) int64 flat indices of the locations, in a feature map (h, w), that contain the points.
 
-    Points beside an image of `size` count as its nearest pixels.
+    Points outside of the image, of `size` (H, W), are clamped to its border.
     """
     height, width = shape
     return np.array([min(max(int((y + 0.5) * height / size[0]), 0), height - 1) * width

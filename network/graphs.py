@@ -1,8 +1,8 @@
-"""The network's functions as graphs, which an export writes down: tensors in, tensors out.
+"""The network's functions as modules from tensors to tensors, which an export can trace.
 
-They are the functions that PyTorch runs, `VideoMatch.encode`, `start`, `step` and `remember`, with
-the fields of their records as inputs and outputs of their names. Sizes, numbers of objects and of
-reference frames may vary.
+They wrap the functions that PyTorch runs, `VideoMatch.encode`, `start`, `step` and `remember`; the
+fields of `State` and `Features` become inputs and outputs of the same names. Image sizes and the
+numbers of objects and of reference frames may vary.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from torch import nn
 from network.prompts import PromptDecoder, Seen
 from network.state import Features, State
 
-SEEN = ("unit", "key", "near", "shared")  # fields of `Features`; levels follow
-# Axes that may vary, by name: f reference frames, r their views, m members of their rows, s of a
-# long-term memory frame's, g groups, o objects and their union, n objects and background, h, w
-# locations, c all of them, y, x pixels of masks, v views of a frame. A dot: never varies.
+SEEN = ("unit", "key", "near", "shared")  # fields of `Features`, before its levels
+# Dynamic axes of each tensor, one letter per axis: f reference frames, r their views, m members of
+# their rows, s members of a long-term memory frame's rows, g groups, o objects and their union, n
+# objects and background, h, w locations, c all locations, y, x mask pixels, v views of a frame. A
+# dot is an axis of fixed size. An axis that is missing here would be frozen at the traced size.
 AXES = {
     "reference_keys": "fmg.", "reference_valid": "fmg", "reference_values": "fmgo.",
     "reference_rows": "fmg", "reference_shared": "r.hw", "reference_masks": "rnyx",
@@ -31,13 +32,14 @@ AXES = {
 
 
 class Graph(nn.Module):
-    """A function of the network, of tensors alone.
+    """A function of a network whose inputs and outputs are tensors.
 
     Args:
-        network: whose weights it has.
-        function: of a `State`, `Features` and more -> the next `State`, or tensors.
-        more: what its other inputs are called.
-        changed: the fields of the next state that it returns; no other is copied.
+        network: the module that holds the weights.
+        function: from a `State`, `Features` and further tensors to the next `State` or to tensors.
+        more: names of the further tensors.
+        changed: fields of the next state that are returned. Only those that change, as copying
+            the memory would cost time in every frame.
     """
 
     def __init__(self, network: nn.Module, function: Callable, more: tuple[str, ...] = (),
@@ -46,18 +48,18 @@ class Graph(nn.Module):
         self.network, self.function, self.more, self.changed = network, function, more, changed
 
     def forward(self, *inputs):
-        """The fields of the state, those of the features, levels and others -> what changes."""
+        """Fields of the state and of the features, levels, further tensors -> changed fields."""
         state, rest = State(*inputs[:len(State._fields)]), inputs[len(State._fields):]
         seen, rest = rest[:len(SEEN)], rest[len(SEEN):]
         levels, more = rest[:len(rest) - len(self.more)], rest[len(rest) - len(self.more):]
-        found = self.function(state, Features(None, *seen, levels=tuple(levels)), *more)
-        if not isinstance(found, State):
-            return found
-        return tuple(getattr(found, name) for name in self.changed)
+        result = self.function(state, Features(None, *seen, levels=tuple(levels)), *more)
+        if not isinstance(result, State):
+            return result
+        return tuple(getattr(result, name) for name in self.changed)
 
 
 class Revalue(nn.Module):
-    """What `Reader.revalued` does, after an object was removed from a state."""
+    """Recompute the values of a state after an object was removed, see `Reader.revalued`."""
 
     changed = "reference_values", "memory_values", "recent_values"
 
@@ -71,20 +73,20 @@ class Revalue(nn.Module):
 
 
 class Encode(nn.Module):
-    """A frame, of whole locations, to its features."""
+    """Encode a frame whose sides are multiples of the stride."""
 
     def __init__(self, encoder: nn.Module, reader: nn.Module, edges: bool):
         super().__init__()
         self.encoder, self.reader, self.edges = encoder, reader, edges
 
     def forward(self, image):
-        """(1, 3, H, W) normalised -> the fields `SEEN` of `Features`, and its levels."""
+        """(1, 3, H, W) normalised -> the fields `SEEN` of `Features`, and the levels."""
         features = self.reader.describe(*self.encoder.pyramid(image, self.edges))
         return *(getattr(features, name) for name in SEEN), *features.levels
 
 
 class Show(nn.Module):
-    """What a person showed of an object in a frame, to its logits."""
+    """Segment a prompted object in a frame."""
 
     def __init__(self, prompts: PromptDecoder, finer: int, edges: bool):
         super().__init__()
@@ -92,11 +94,11 @@ class Show(nn.Module):
 
     def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
                 *levels):
-        """(H/2, W/2).
+        """Logits, (H/2, W/2).
 
         Args:
-            image: (1, 3, H, W) normalised, sides of whole cells of the coarsest level.
-            unit, levels: of it, as `Encode` gives them.
+            image: (1, 3, H, W) normalised; sides are multiples of the coarsest level's stride.
+            unit, levels: the image's outputs of `Encode`.
             known, points, ...: see `PromptDecoder.answer`.
         """
         levels = levels[int(self.edges):]  # prompts don't use the level of stride 2

@@ -1,7 +1,6 @@
-"""`VideoMatch` without PyTorch, of method "memory": the graphs of an export, run one by one.
+"""`VideoMatch` of method "memory" without PyTorch: runs the graphs of an export.
 
-The graphs hold everything that is computed with weights (see `network.graphs`); who runs them is
-not known here.
+The graphs compute everything that involves weights (see `network.graphs`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,22 +14,22 @@ from network.evidence import clicked, evidence
 from network.state import INTEGERS, Features, State, Widths, blank, without
 from network.views import reference
 
-# a graph's name and its inputs by theirs -> its outputs by theirs
+# Runs a graph: its name, and its inputs by name -> its outputs by name
 Run = Callable[..., dict[str, np.ndarray]]
-NEXT = "next_"  # before the name of a field of the state that a graph returns
+NEXT = "next_"  # prefix of outputs that are fields of the next state; ONNX names must differ
 
 
 class LiteVideoMatch:
-    """The network of an export; see `VideoMatch`, whose methods of these names do the same.
+    """The network of an export, with the methods of `VideoMatch` that a tracker calls.
 
     Args:
-        run: runs the graphs.
-        stride: pixels of the network's image on each side of a location.
-        zoom: frames are enlarged by this before the encoder, at least 1.
-        dilation: of outlier removal, in pixels.
-        mean, std: of the colours of images that the encoder is used to, in [0, 1].
-        shown: it can be shown objects.
-        edges: the first level is of stride 2.
+        run: runs a graph.
+        stride: pixels per location, in the enlarged frame.
+        zoom: enlargement of frames before the encoder, at least 1.
+        dilation: extrusion of outlier removal, in pixels.
+        mean, std: of the RGB channels, to normalise images; for colours in [0, 1].
+        shown: there is a prompt decoder.
+        edges: the first level has stride 2.
         widths: see `Widths`.
     """
 
@@ -46,18 +45,18 @@ class LiteVideoMatch:
         self.side = self.widths.side
 
     def normalized(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (3, H, W) float32, as the network was trained on."""
+        """Normalise an image: (H, W, 3) uint8 RGB -> (3, H, W) float32."""
         return ((image.astype(np.float32) / 255 - self.mean) / self.std).transpose(2, 0, 1)
 
     def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (H/2, W/2) float32, above 0 on the object that is shown in it.
+        """Segment the prompted object: (H, W, 3) uint8 RGB -> (H/2, W/2) float32 logits.
 
         Raises:
-            ValueError: the checkpoint that was exported was not trained for it.
+            ValueError: the exported checkpoint has no prompt decoder.
         """
         if not self.shown:
-            raise ValueError("expected an export of a checkpoint that can be shown objects by "
-                             "boxes and clicks")
+            raise ValueError("this export has no prompt decoder, expected one of a checkpoint that "
+                             "takes boxes and clicks")
         size, image = image.shape[:2], np.ascontiguousarray(self.normalized(image)[None])
         features = self._encoded(image)
         shapes = features.near.shape[1:3], features.levels[int(self.edges)].shape[2:]
@@ -68,7 +67,11 @@ class LiteVideoMatch:
                         **dict(zip(names, clicks)), **_named(features))["logits"]
 
     def encode(self, image: np.ndarray, grid: tuple[int, int] | None = None) -> Features:
-        """(1, 3, H, W) float32, ImageNet-normalised -> its features, (h, w) of them."""
+        """Encode an image, (1, 3, H, W) float32, normalised.
+
+        Args:
+            grid: (h, w) of the features; defaults to the image's size * zoom / stride.
+        """
         grid = grid or [max(1, round(side * self.zoom / self.stride)) for side in image.shape[2:]]
         height, width = (side * self.stride for side in grid)
         large = cv2.resize(np.ascontiguousarray(image[0].transpose(1, 2, 0)), (width, height),
@@ -76,13 +79,14 @@ class LiteVideoMatch:
         return self._encoded(np.ascontiguousarray(large.transpose(2, 0, 1))[None])
 
     def _encoded(self, image: np.ndarray) -> Features:
-        found = self.run("encode", image=image)
-        levels = tuple(x for name, x in found.items() if name.startswith("level"))
+        outputs = self.run("encode", image=image)
+        levels = tuple(x for name, x in outputs.items() if name.startswith("level"))
         return Features(None, levels=levels, **{
-            name: x for name, x in found.items() if not name.startswith("level")})
+            name: x for name, x in outputs.items() if not name.startswith("level")})
 
     def refer(self, state: State | None, image: np.ndarray, mask: np.ndarray,
               object_ids: Sequence[int]) -> State:
+        """Add a reference frame with its (H, W) mask; `state` is None for the first one."""
         features, masks, labels = reference(self, image, mask, object_ids)
         if state is None:
             state = blank(features.near.shape[1:3], len(object_ids), self.widths, _zeros)
@@ -90,27 +94,31 @@ class LiteVideoMatch:
 
     def predict(self, state: State, features: Features,
                 shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        found = self.run("step", **state._asdict(), **_named(features))
+        """Probabilities (N+1, H, W) of a frame at size `shape`, and the scores of the step."""
+        outputs = self.run("step", **state._asdict(), **_named(features))
         logits = np.stack([cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
-                           for channel in found["logits"]])
+                           for channel in outputs["logits"]])
         odds = np.exp(logits - logits.max(0))
-        return odds / odds.sum(0), found["scores"]
+        return odds / odds.sum(0), outputs["scores"]
 
     def remember(self, state: State, features: Features, probabilities: np.ndarray,
                  long: bool) -> State:
+        """Add a frame with its probabilities to short-term or also to `long`-term memory."""
         return self._changed("remember_long" if long else "remember", state, features,
                              probabilities=probabilities)
 
     def _changed(self, graph: str, state: State, features: Features, **more) -> State:
-        """The state after a graph."""
+        """The state after running a graph on a frame."""
         return _next(state, self.run(graph, **state._asdict(), **_named(features), **more))
 
     def without(self, state: State, channel: int) -> State:
+        """The state after removing the object of a channel."""
         state = without(state, channel)
         return _next(state, self.run("revalue", **state._asdict()))
 
     @staticmethod
     def saved(state: State) -> dict[str, np.ndarray]:
+        """Serialize a state to arrays, for `restored`."""
         return state._asdict()
 
     @staticmethod
@@ -122,13 +130,13 @@ class LiteVideoMatch:
         return x
 
 
-def _next(state: State, found: dict[str, np.ndarray]) -> State:
-    """With the fields that a graph returned, which are those that change."""
-    return state._replace(**{name.removeprefix(NEXT): x for name, x in found.items()})
+def _next(state: State, outputs: dict[str, np.ndarray]) -> State:
+    """Update the fields of a state that a graph returned."""
+    return state._replace(**{name.removeprefix(NEXT): x for name, x in outputs.items()})
 
 
 def _named(features: Features) -> dict[str, np.ndarray]:
-    """The inputs of a graph that features are."""
+    """Features as inputs of a graph, by name."""
     named = {name: x for name, x in features._asdict().items()
              if name != "levels" and x is not None}
     return named | {f"level{i}": x for i, x in enumerate(features.levels)}

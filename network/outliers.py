@@ -1,6 +1,6 @@
-"""Outlier removal, and from probabilities to a mask (Hu, Huang, Schwing, 2018, section 3.3).
+"""Outlier removal and the final mask of a frame (Hu, Huang, Schwing, 2018, section 3.3).
 
-Arrays of numpy in, arrays out: it knows neither the network nor what it keeps of a video.
+NumPy and OpenCV only: `lite.py` uses the same functions without PyTorch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,26 +8,31 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
-# How far an object may be from a connected component that it is a part of, as a share of its own
-# size (the root of its reference area). Something narrow in front of an object hides a strip of it,
-# and what comes out on the other side may touch another object: the two parts of a body are then
-# as far apart as what hides it is wide. A fixed 8 pixels gave such a part to the other object for
-# good; a larger share protects less against look-alikes (docs/log/2026-11-28-identities.md).
+# Reach: how far an object's previous mask may be from a connected component that contains the
+# object, in units of the object's size (the square root of its reference area). A narrow occluder
+# splits an object, and the part that emerges on its other side may touch another object: the two
+# parts are then as far apart as the occluder is wide. With a fixed reach of 8 pixels such a part
+# went to the other object for good; a larger reach protects less against look-alikes
+# (docs/log/2026-11-28-identities.md).
 REACH = 0.5
-NEAR = 8  # pixels, the least reach: even a small object moves, and masks are not exact
-TINY = np.float32(1e-12)  # a probability
-# The same for a single object, whose components out of reach are background. More, because no other
-# object could take a part for its own: at 0.25 what comes out behind a tree is lost (demo hiding
-# 0.83, soccerball 0.899); without the rule twins are taken along (six single objects among
-# look-alikes, mean J 0.496 without it and 0.621 with it).
+MIN_REACH = 8  # pixels: even a small object moves between frames, and masks are not exact
+# The reach of a single object, whose components out of reach become background. Larger, because no
+# other object competes for a component: at 0.25 an object that emerges from behind a tree is lost
+# (demo hiding 0.83, soccerball 0.899); without the rule look-alikes are included (six single
+# objects among look-alikes, mean J 0.496 without it and 0.621 with it).
 REACH_ALONE = 1.0
-VANISHED = 0.01  # an object at most this share of its reference area no longer guides anything
+# An object whose previous mask covers at most this fraction of its reference area counts as
+# vanished: it may re-appear anywhere. At 0 a few stray pixels would pin the search to their place;
+# a larger value lifts the limits of objects that are merely far away.
+VANISHED = 0.01
+TINY = np.float32(1e-12)  # a probability that is negligible but not 0
 
 
 def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
-    """(H, W) bool -> (H, W) bool: the pixels within `distance` of the mask (a disk dilation).
+    """Extrude a mask: (H, W) bool -> (H, W) bool, all pixels within `distance` pixels of it.
 
-    By the distance transform, whose cost doesn't grow with the distance.
+    The same as dilation by a disk, but computed by a distance transform, whose cost doesn't grow
+    with the distance.
     """
     return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
                                  cv2.DIST_MASK_PRECISE) <= distance
@@ -35,16 +40,16 @@ def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
 
 def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
                     shares: Mapping[int, float], distance: float) -> None:
-    """Give an object's probability outside its extruded previous mask to the background, in place.
+    """Turn an object's probability outside its extruded previous mask into background, in place.
 
-    An object that vanished may re-appear anywhere.
+    The paper's outlier removal. An object that vanished may re-appear anywhere.
 
     Args:
         probabilities: (N+1, H, W), channel 0 the background.
-        previous: (H, W) uint8 mask of the frame before.
+        previous: (H, W) uint8 mask of the previous frame.
         object_ids: the objects of channels 1 to N.
-        shares: of each object the share of a reference frame that it covers, in [0, 1].
-        distance: pixels.
+        shares: reference area of each object as a fraction of the frame, in [0, 1].
+        distance: of the extrusion, in pixels.
     """
     for channel, object_id in enumerate(object_ids, start=1):
         before = previous == object_id
@@ -57,28 +62,28 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
 
 def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
                     shares: Mapping[int, float], threshold: float = 0.5) -> None:
-    """Restrict each connected component of the foreground to objects that were near, in place.
+    """Restrict each connected component of the foreground to objects within reach, in place.
 
-    A connected component consists of objects that were within reach of it in the frame before:
-    a look-alike further away has no part of it. An object that vanished may re-appear as a part
-    of any component, next to what hid it, too; a component that no object was near to may be any.
+    With several objects, a component can only contain those whose previous masks were within
+    reach of it, so a look-alike further away can't claim it. An object that vanished may re-appear
+    in any component, and a component that no object was near may belong to any.
 
-    Of a single object, components that it was not near to are taken for background, unless
-    there are no others: a twin elsewhere is not taken along, but what was hidden is found again.
+    With a single object, components out of its reach become background, which excludes
+    look-alikes, unless all are: then the object re-appears somewhere else.
 
     Args:
-        probabilities: (N+1, H, W), channel 0 the background, which stays as it is if N > 1.
-        previous: (H, W) uint8 mask of the frame before.
+        probabilities: (N+1, H, W), channel 0 the background, which is unchanged if N > 1.
+        previous: (H, W) uint8 mask of the previous frame.
         object_ids: the objects of channels 1 to N.
-        shares: of each object the share of a reference frame that it covers, in [0, 1].
-        threshold: see `decide`.
+        shares: reference area of each object as a fraction of the frame, in [0, 1].
+        threshold: of the foreground, see `decide`.
     """
     foreground = probabilities[0] < 1 - threshold
     count, parts = cv2.connectedComponents(foreground.astype(np.uint8))
     if len(object_ids) == 1:
         before = previous == object_ids[0]
         if count > 2 and before.any():
-            reach = max(NEAR, REACH_ALONE * np.sqrt(shares[object_ids[0]] * before.size))
+            reach = max(MIN_REACH, REACH_ALONE * np.sqrt(shares[object_ids[0]] * before.size))
             near = np.zeros(count, bool)
             near[parts[extrude(before, reach)]] = True
             if near[1:].any():
@@ -93,25 +98,30 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         before, share = previous == object_id, shares[object_id]
         vanished[channel] = before.mean() <= VANISHED * share
         if not vanished[channel]:
-            reach = max(NEAR, REACH * np.sqrt(share * previous.size))
+            reach = max(MIN_REACH, REACH * np.sqrt(share * previous.size))
             near[channel, parts[extrude(before, reach)]] = True
     allowed = near | vanished | ~near.any(0)
     allowed[:, 0] = True  # the background
     limited = (~allowed.all(0))[parts]  # pixels
     if not limited.any():
         return
-    # never 0 where it is allowed, since it may be all that is left
-    found = (probabilities[1:, limited] + TINY) * allowed[:, parts[limited]]
-    probabilities[1:, limited] = found * ((1 - probabilities[0, limited]) / found.sum(0))
+    # TINY, as all allowed objects may have probability 0: the foreground is then shared equally
+    kept = (probabilities[1:, limited] + TINY) * allowed[:, parts[limited]]
+    probabilities[1:, limited] = kept * ((1 - probabilities[0, limited]) / kept.sum(0))
 
 
 def decide(probabilities: np.ndarray, object_ids: Sequence[int],
            threshold: float = 0.5) -> np.ndarray:
-    """(N+1, H, W) probabilities -> (H, W) uint8 mask of object ids.
+    """Turn probabilities (N+1, H, W) into a mask, (H, W) uint8 object ids.
+
+    Foreground first: whether a pixel belongs to any object depends on their sum, so that two
+    objects that compete for a pixel don't lose it to the background.
 
     Args:
-        threshold: a pixel belongs to an object where the probability of all objects together is
-            above it, in [0, 1].
+        probabilities: (N+1, H, W), channel 0 the background.
+        object_ids: the objects of channels 1 to N.
+        threshold: a pixel is foreground where the objects' summed probability exceeds this value
+            in [0, 1]. Lower values grow all masks.
     """
     if not object_ids:
         return np.zeros(probabilities.shape[1:], np.uint8)

@@ -1,10 +1,9 @@
-"""From what a person shows of one object in a frame, and the frame's features, to its mask.
+"""Prompt decoder: segments one object of a frame from boxes, clicks and a previous mask.
 
-A second decoder on the features of the same encoder. What a person showed becomes evidence, as the
-matching's scores are for the first: where the boxes are, how near the clicks are, and how alike
-every cell is to those that were clicked, and to what lies inside and outside of the box or of the
-mask so far, which is soft matching (section 3.1) with these as sets. It knows neither files nor
-which part of a frame it sees.
+A second decoder on the features of the same encoder. Its input are maps of the prompts (position
+in the box, proximity to clicks; see `network.evidence`) and of similarities: of every location to
+the clicked ones, and, by soft matching (section 3.1), to the locations inside and outside of the
+box or of the previous mask.
 """
 
 from dataclasses import dataclass
@@ -18,23 +17,28 @@ from network.decoder import Block, halved, resized
 from network.evidence import BOX, CLICKS, MASK, clicked, evidence
 
 WIDTHS = (32, 64, 128, 128)  # channels, finest level first
-SURVEY = 96  # of one level more, half as fine as the coarsest features
-STEM, FINE = 8, 16  # channels at half the image's resolution, for what is thin
-ALIKE = 6  # channels of evidence, beside those of what is shown
-K = 5  # most alike cells of a set, whose mean counts
-INNER, OUTER = 0.2, -0.05  # depth in a box from which a cell counts as in it, and as beside it
-NEVER = -2.0  # below every cosine
-LOOKS, HEADS, WIDEN = 2, 4, 2  # layers of attention, their heads, and how wide they get inside
+SURVEY = 96  # channels of one more level, of half the coarsest features' resolution: context
+# Channels at stride 2, for thin parts. Few, as a channel costs four times as much there as at the
+# finest level of features
+STEM, FINE = 8, 16
+ALIKE = 6  # similarity maps: of positive and negative clicks at two levels, and of two sets
+K = 5  # top-k of soft matching (the paper: 20); sets of at most K locations, of small boxes, give 0
+# Depth in a box, in box sides (see `evidence`): deeper locations are its foreground set, those
+# beyond OUTER the background set. Those in between are in neither set: a narrower border puts the
+# wrong side into a set where the box is inexact, a wider one empties the sets of small boxes.
+INNER, OUTER = 0.2, -0.05
+NEVER = -2.0  # similarity of padding, below every cosine
+LOOKS, HEADS, WIDEN = 2, 4, 2  # attention layers, heads of each, expansion of its hidden layer
 EVIDENCE = BOX + CLICKS + MASK + ALIKE
 
 
 @dataclass
 class Seen:
-    """An image as the decoder sees it, whatever is shown of it.
+    """An image's inputs to the decoder, independent of prompts: computed once for many clicks.
 
     Args:
         image: (1, 3, H, W) ImageNet-normalised.
-        alike: (1, C, h, w) features of cells that are compared, of length 1, coarse and fine.
+        alike: two (1, C, h, w) L2-normalised features for similarities, coarse and fine.
         levels: (1, C, h, w) features, finest first.
     """
 
@@ -44,9 +48,10 @@ class Seen:
 
 
 class Attention(nn.Module):
-    """Every cell asks all others: what a box holds is one thing, however far apart its cells are.
+    """Global self-attention over all feature locations: a pre-norm transformer layer.
 
-    A layer of a transformer (Vaswani et al., 2017), normalised before each part.
+    (Vaswani et al., 2017.) Convolutions alone don't relate distant parts of a large object:
+    attention gained 0.03 J for boxes (docs/log/2026-11-25-keys-and-values.md).
     """
 
     def __init__(self, width: int):
@@ -58,20 +63,21 @@ class Attention(nn.Module):
                                     nn.Linear(WIDEN * width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, C, h, w) -> the same."""
-        shape, cells = x.shape, x.flatten(2).transpose(1, 2)  # (1, n, C)
-        parts = self.asked(self.before(cells)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(*parts)  # (1, HEADS, n, C / HEADS)
-        cells = cells + self.answer(found.transpose(1, 2).flatten(2))
-        cells = cells + self.layers(cells)
-        return cells.transpose(1, 2).reshape(shape)
+        """(1, C, h, w) -> (1, C, h, w)."""
+        shape, tokens = x.shape, x.flatten(2).transpose(1, 2)  # (1, n, C)
+        query, key, value = self.asked(self.before(tokens)).unflatten(
+            2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        readout = F.scaled_dot_product_attention(query, key, value)  # (1, HEADS, n, C / HEADS)
+        tokens = tokens + self.answer(readout.transpose(1, 2).flatten(2))
+        tokens = tokens + self.layers(tokens)
+        return tokens.transpose(1, 2).reshape(shape)
 
 
 class PromptDecoder(nn.Module):
-    """From prompts to a mask, on features that it leaves as they are.
+    """Predict an object's mask from prompts and the encoder's features.
 
     Args:
-        channels: of the features, finest first; as many levels as `WIDTHS` has, or fewer.
+        channels: channels of the features, finest level first; at most as many as `WIDTHS`.
     """
 
     def __init__(self, channels: tuple[int, ...]):
@@ -90,115 +96,121 @@ class PromptDecoder(nn.Module):
 
     @staticmethod
     def look(image: torch.Tensor, features: torch.Tensor, levels: list[torch.Tensor]) -> Seen:
-        """What doesn't depend on prompts.
+        """Prepare an image: everything that doesn't depend on prompts.
 
         Args:
             image: (1, 3, H, W) ImageNet-normalised.
-            features, levels: as `Encoder.pyramid` gives them.
+            features, levels: returned by `Encoder.pyramid`.
         """
         features, levels = features.float(), [level.float() for level in levels]
         return Seen(image, [F.normalize(x, dim=1) for x in (features, levels[0])], levels)
 
     def forward(self, seen: Seen, prompts: Prompts) -> torch.Tensor:
-        """(H/2, W/2) logits of the object; `prompts` are in pixels of the image seen."""
+        """(H/2, W/2) logits of the object; `prompts` are in pixels of the image of `seen`."""
         size, device = tuple(seen.image.shape[-2:]), seen.image.device
-        known = torch.from_numpy(evidence(prompts, size, tuple(seen.levels[0].shape[-2:])))
-        clicks = [torch.from_numpy(clicked(points, size, tuple(cells.shape[-2:]))).to(device)
-                  for cells in seen.alike for points in (prompts.points, prompts.not_points)]
-        return self.answer(seen, known[None].to(device), clicks)
+        inputs = torch.from_numpy(evidence(prompts, size, tuple(seen.levels[0].shape[-2:])))
+        clicks = [torch.from_numpy(clicked(points, size, tuple(unit.shape[-2:]))).to(device)
+                  for unit in seen.alike for points in (prompts.points, prompts.not_points)]
+        return self.answer(seen, inputs[None].to(device), clicks)
 
-    def answer(self, seen: Seen, known: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
-        """(H/2, W/2) logits of the object.
+    def answer(self, seen: Seen, inputs: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
+        """The same from tensors only, as an export needs it.
 
         Args:
-            known: (1, BOX + CLICKS + MASK, h, w), see `evidence`, at the finest level.
-            clicks: points and not-points as `clicked` gives them, among coarse cells and fine.
+            inputs: (1, BOX + CLICKS + MASK, h, w) maps of the prompts at the finest level, see
+                `evidence`.
+            clicks: four sets of flat indices, see `clicked`: positive and negative points at the
+                coarse level, then at the finest one.
         """
-        known = self._evidence(seen, known, clicks)
+        inputs = self._inputs(seen, inputs, clicks)
         levels = [*seen.levels, halved(seen.levels[-1])]
         x = None
         for i in reversed(range(len(levels))):
-            own = [known] if x is None else [known, x]
+            own = [inputs] if x is None else [inputs, x]
             own = torch.cat([resized(part, levels[i]) for part in own], 1)
             x = self.blocks[i](self.blocks[i].project_shared(levels[i]), own)
-            if i == len(levels) - 3:  # coarse enough for all cells to ask all
+            if i == len(levels) - 3:  # coarse enough for attention, which is quadratic
                 x = self.attention(x)
         fine = self.stem(seen.image)
         x = resized(self.narrow(F.relu(x)), fine)
         return self.score(F.relu(self.fine(F.relu(torch.cat([fine, x], 1)))))[0, 0]
 
     @staticmethod
-    def _evidence(seen: Seen, known: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
-        """(1, EVIDENCE, h, w) at the finest level."""
+    def _inputs(seen: Seen, inputs: torch.Tensor, clicks: list[torch.Tensor]) -> torch.Tensor:
+        """Maps of prompts and of similarities, (1, EVIDENCE, h, w) at the finest level."""
         coarse, fine = seen.alike
-        maps = [likeness(cells, points)
-                for cells, points in zip((coarse, coarse, fine, fine), clicks)]
-        maps += similarities(coarse, *sets(known))
-        return torch.cat([known, *(resized(x, known) for x in maps)], 1)
+        maps = [likeness(unit, points)
+                for unit, points in zip((coarse, coarse, fine, fine), clicks)]
+        maps += similarities(coarse, *sets(inputs))
+        return torch.cat([inputs, *(resized(x, inputs) for x in maps)], 1)
 
 
 @torch.no_grad()
 def looked(encoder: nn.Module, decoder: PromptDecoder | None, image: torch.Tensor,
            prompts: Prompts) -> torch.Tensor:
-    """(1, 3, H, W) normalised, and what is shown in it -> (H/2, W/2) logits of the object.
+    """Segment the prompted object: (1, 3, H, W) normalised image -> (H/2, W/2) logits.
 
     Raises:
-        ValueError: there is no decoder.
+        ValueError: `decoder` is None, as in a checkpoint without trained prompts.
     """
     if decoder is None:
-        raise ValueError("expected a checkpoint that can be shown objects by boxes and clicks: "
-                         "-m train --prompts -o CHECKPOINT makes one of this")
+        raise ValueError("this checkpoint has no prompt decoder, expected one that takes boxes and "
+                         "clicks: -m train --prompts -o CHECKPOINT adds it")
     return decoder(decoder.look(image, *encoder.pyramid(image)), prompts)
 
 
-def sets(known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shares of cells that are likely of the object, and likely not; both 0 if that is unknown.
-
-    As the mask so far has it, or the box where there is none.
+def sets(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Foreground and background sets for soft matching, by the previous mask or else by the box.
 
     Args:
-        known: (1, BOX + CLICKS + MASK, h, w), what `evidence` gives.
+        inputs: (1, BOX + CLICKS + MASK, h, w) maps of the prompts, see `evidence`.
 
     Returns:
-        Two (1, 1, h, w) float32.
+        Two (1, 1, h, w) float32: the fraction of each location in the set; 0 everywhere if there
+        is neither a mask nor a box.
     """
-    box, depth = known[:, :1], known[:, 2:4].amin(1, keepdim=True)
-    masked, mask = known[:, BOX + CLICKS:].split(1, 1)
+    box, depth = inputs[:, :1], inputs[:, 2:4].amin(1, keepdim=True)
+    masked, mask = inputs[:, BOX + CLICKS:].split(1, 1)
     return (torch.where(masked > 0, mask, box * (depth > INNER)),
             torch.where(masked > 0, 1 - mask, box * (depth < OUTER)))
 
 
-def similarities(cells: torch.Tensor, *sets: torch.Tensor) -> list[torch.Tensor]:
-    """The mean cosine of each cell with the K most alike of sets (section 3.1, equation 2).
+def similarities(unit: torch.Tensor, *sets: torch.Tensor) -> list[torch.Tensor]:
+    """Soft matching inside of one image: mean of the K best cosines (section 3.1, equation 2).
 
-    A cell doesn't count as alike to itself.
+    A location is not compared with itself, whose cosine of 1 says nothing.
 
     Args:
-        cells: (1, C, h, w) of length 1.
-        sets: (1, 1, ., .), above 0.5 where a cell is in it.
+        unit: (1, C, h, w) L2-normalised features.
+        sets: (1, 1, ., .) each, above 0.5 at the members of the set.
 
     Returns:
-        Of each set (1, 1, h, w), 0 where it has no more than K cells.
+        (1, 1, h, w) of each set; 0 for a set of at most K locations.
     """
-    flat = cells[0].flatten(1)
+    flat = unit[0].flatten(1)
     place, products = torch.arange(flat.shape[1], device=flat.device), flat.T @ flat
-    found = []
+    scores = []
     for share in sets:
-        chosen = resized(share, cells).flatten() > 0.5
+        chosen = resized(share, unit).flatten() > 0.5
         others = chosen & (place != place[:, None])  # (n, n)
-        # no branch, so that a trace holds for all sets: NEVER is in none of the K of a larger one
+        # no branch, so that a trace is valid for all sets: more than K members leave NEVER no place
         best = torch.where(others, products, NEVER).topk(K).values.mean(1)
         best = torch.where(chosen.sum() > K, best, 0.0)
-        found.append(best.reshape(1, 1, *cells.shape[-2:]))
-    return found
+        scores.append(best.reshape(1, 1, *unit.shape[-2:]))
+    return scores
 
 
-def likeness(cells: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """(1, C, h, w) of length 1 -> (1, 1, h, w) cosine with the most alike of the clicked cells.
+def likeness(unit: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Cosine of each location with the most similar one of the clicked locations.
 
-    0 where nothing was clicked. `points` are as `clicked` gives them.
+    Args:
+        unit: (1, C, h, w) L2-normalised features.
+        points: flat indices of the clicked locations, see `clicked`.
+
+    Returns:
+        (1, 1, h, w); 0 if there are no clicks.
     """
-    flat = cells[0].flatten(1)
+    flat = unit[0].flatten(1)
     scores = flat[:, points].T @ flat  # (points, n)
     best = torch.cat([scores, scores.new_full((1, flat.shape[1]), NEVER)]).amax(0)
-    return torch.where(best > NEVER, best, 0.0).reshape(1, 1, *cells.shape[-2:])
+    return torch.where(best > NEVER, best, 0.0).reshape(1, 1, *unit.shape[-2:])

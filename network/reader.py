@@ -1,11 +1,11 @@
-"""Memory read and write of `--method memory`: keys, values, and what is kept of which frame.
+"""Memory write and readout of `--method memory`.
 
-A frame's locations, those of the encoder's coarse feature map, are compared by keys of few
-channels; what was found at a location is kept as its values, which are read where keys are alike
-(Oh et al.: Video object segmentation using space-time memory networks, ICCV 2019). The module has
-weights only; what is known of a video is a `State`, which these functions map to the next one.
+Each location of the encoder's coarse feature map has a key of few channels, by which locations are
+compared, and one value per object, which is read where keys are similar (Oh et al.: Video object
+segmentation using space-time memory networks, ICCV 2019). The module holds weights only. The
+memory of a video is a `State`; the methods here take one and return the next.
 
-They branch on no value and, but for speed, on no shape, so that they are exported as they stand.
+Nothing branches on values, and on shapes only for speed, so that the same code is exported to ONNX.
 """
 
 import torch
@@ -16,29 +16,51 @@ from network.decoder import antialiased
 from network.search import LOWEST, nearest, windows
 from network.state import MASKS, TOKENS, Features, State, Widths, extra
 
-KEY, NEAR = 64, 32  # channels that are compared everywhere, and near a location
-VALUE = 24  # channels of an object's value, beside its share of the location
-WIDTH, GROUPS = 32, 8  # channels and groups of what makes values
-TEMPERATURE = 0.07  # at first, of the softmax that weighs values; it is learned
-RIDGE = 0.003  # at first, of the linear labels; it is learned
-K = 16  # locations that a location reads of all that are kept
-K_SET = 5  # locations of a set whose mean similarity is its score
-K_NEAR, RADIUS = 8, 6  # locations that are read of the last frames, so far away at most
-GIVEN = 0.6  # weight of reference frames in the linear labels, later ones have the rest
-LATER = 0.3  # weight of the newest frame among the later ones
-LEAST = 0.02  # share of a frame below which an object weighs less there
-STEPS = 50  # of conjugate gradients, where there is no direct solver (see `solved`)
-SCALARS = 15
-EVIDENCE = SCALARS + 2 * VALUE  # channels of the readout of an object at a location
+# KEY, NEAR, VALUE and WIDTH fix shapes of weights: another value needs a newly trained checkpoint.
+# Channels of global keys (compared with all memory frames) and of local keys (short-term memory
+# only). 64 instead of the 256 of the features took the product and the top-k from 107 to 41 ms per
+# frame in float32 (docs/log/2026-11-25-keys-and-values.md).
+KEY, NEAR = 64, 32
+# Channels of a value, besides the object's area share. Memory and readout time grow with VALUE
+# times the number of objects.
+VALUE = 24
+WIDTH, GROUPS = 32, 8  # hidden channels of the value network, and groups of its GroupNorm
+# Initial temperature of the softmax over similarities, learned from there. 0.07 is a common choice
+# in label propagation; lower comes closer to copying the most similar location.
+TEMPERATURE = 0.07
+# Initial strength of the ridge regression, learned from there. Relative to features whose squares
+# have trace 1; lower fits the memory frames more closely and generalises less.
+RIDGE = 0.003
+# Top-k memory locations read per query location. More smooth the readout and cost time in the
+# selection; `state.blank` provides at least this many groups.
+K = 16
+K_SET = 5  # K of the paper: the score of a set is the mean similarity of its 5 best locations
+# Top-k in the short-term memory, and radius of the window in locations of stride 16. A larger
+# radius follows faster motion, admits more look-alikes, and costs time with its square.
+K_NEAR, RADIUS = 8, 6
+# Weight of the reference frames in the ridge regression and the object memory. Long-term memory has
+# the rest: a higher weight drifts less, a lower one adapts more to changes of appearance.
+REFERENCE_WEIGHT = 0.6
+# Weight of the newest frame in the moving average over long-term memory frames.
+UPDATE_RATE = 0.3
+# In the ridge regression, background and objects have equal total weights. Those that cover less
+# than about this share of a frame have less: a few locations would otherwise decide the fit.
+LEAST = 0.02
+# Conjugate gradient steps in exported graphs, which have no direct solver. 40 reach the accuracy of
+# float32 (see `conjugate_gradients`); the rest is a margin.
+STEPS = 50
+SCALARS = 15  # channels of the memory readout other than values, see `_assemble`
+EVIDENCE = SCALARS + 2 * VALUE  # channels of the memory readout per object and location
 
 
 class Reader(nn.Module):
-    """Keys, values, and what is read.
+    """Computes keys and values, writes them to the memory and reads it.
 
     Args:
-        channels: of a location's features, all layers that are matched.
-        finest: the first of them, of the layer that knows best where things are.
-        side: masks are seen with so many pixels on each side of a location.
+        channels: feature channels of a location, all matched encoder layers concatenated.
+        finest: how many of them, at the start, are of the finest layer, which localises best; local
+            keys use these only.
+        side: mask pixels along each side of a location.
     """
 
     def __init__(self, channels: int, finest: int, side: int):
@@ -54,31 +76,38 @@ class Reader(nn.Module):
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1))
         self.value = nn.Conv2d(WIDTH, VALUE, 1)
-        self.tokens: nn.Module | None = None  # `ObjectTokens`
+        self.tokens: nn.Module | None = None  # `ObjectTokens`, in checkpoints that have them
 
     @property
     def widths(self) -> Widths:
-        tokens = 0 if self.tokens is None else self.tokens.kept
+        """Numbers of channels, which determine the shapes of the state."""
+        tokens = 0 if self.tokens is None else self.tokens.memory_size
         return Widths(self.key.in_features, KEY, NEAR, VALUE, WIDTH, self.side, tokens)
 
     def comparing(self) -> list[nn.Parameter]:
-        """What decides which locations are alike."""
+        """Return the parameters that determine similarities; training gives them their own rate."""
         return [self.key.weight, self.near.weight, self.log_temperatures, self.log_ridge]
 
     @torch.no_grad()
     def begin(self, features: torch.Tensor) -> None:
-        """Begin with keys that keep most of (n, C) features: their principal directions."""
+        """Initialise the keys with the principal directions of (n, C) features.
+
+        Untrained keys then match about as well as the features do.
+        """
         unit = F.normalize(features.double(), dim=1)
-        for layer, kept in ((self.key, unit), (self.near, unit[:, :self.finest])):
-            directions = torch.linalg.eigh(kept.T @ kept).eigenvectors
+        for layer, samples in ((self.key, unit), (self.near, unit[:, :self.finest])):
+            directions = torch.linalg.eigh(samples.T @ samples).eigenvectors
             layer.weight.copy_(directions[:, -len(layer.weight):].T)
 
     def describe(self, matched: torch.Tensor, levels=(),
                  precision: torch.dtype = torch.float32) -> Features:
-        """(B, C, h, w) features, and those of all levels -> what is kept and compared of them.
+        """Compute keys and the objects' shared part of values.
 
         Args:
-            precision: of the keys.
+            matched: (B, C, h, w) encoder features.
+            levels: feature maps for the decoder, passed through.
+            precision: data type of the keys. Half precision makes the search faster; everything
+                else is float32.
         """
         grid = matched.shape[2:]
         unit = F.normalize(matched.flatten(2).transpose(1, 2).float(), dim=2)
@@ -92,75 +121,84 @@ class Reader(nn.Module):
 
     def start(self, state: State, features: Features, masks: torch.Tensor,
               labels: torch.Tensor) -> State:
-        """Add a reference frame.
+        """Add a reference frame to the memory, permanently.
 
-        It may hold more objects than the state follows: earlier frames then count as lacking them.
+        It may have more objects than the state; earlier frames are then taken not to contain them.
 
         Args:
-            features: of the frame and, after it, of closer views of its objects.
-            masks: (V, N+1, h*side, w*side) what is where in each of these views, as shares.
-            labels: (V, h, w) integers, the set that each location belongs to: 0 background, 1 to
-                N; -1 none.
+            features: features of V views: the frame, then zoomed crops of its objects.
+            masks: (V, N+1, h*side, w*side) shares of background and objects in each view.
+            labels: (V, h, w) integers, the set of each location: 0 background, 1..N objects, -1
+                none.
         """
         new = masks.shape[1] - state.recent_masks.shape[1]
-        if torch.onnx.is_in_onnx_export() or new:  # without a branch, where it costs time only
+        # recomputing values without new objects changes nothing but costs time; an exported graph
+        # can't branch and does it always
+        if torch.onnx.is_in_onnx_export() or new:
             state = self.revalued(widened(state, new))
         values = self._values(features.shared, masks)
-        index, valid = _rows(labels.flatten(1), state, masks.shape[1] - 1)
-        views, cells = state.reference_shared.shape[0], features.key.shape[1]
+        index, valid = _reference_rows(labels.flatten(1), state, masks.shape[1] - 1)
+        views, locations = state.reference_shared.shape[0], features.key.shape[1]
         reference = {"keys": features.key.flatten(0, 1)[index][None], "valid": valid.float()[None],
                      "values": values.flatten(0, 1)[index][None],
-                     "rows": index[None] + views * cells, "shared": features.shared,
+                     "rows": index[None] + views * locations, "shared": features.shared,
                      "masks": masks}
         sums = {f"reference_{name}": getattr(state, f"reference_{name}") + new
                 for name, new in self._sums(features.unit[0], masks[0]).items()}
         state = state._replace(
             **sums, **{f"reference_{name}": torch.cat([getattr(state, f"reference_{name}"), new])
                        for name, new in reference.items()})
-        return self._fitted(_seen(state, features, values[0], masks[0]))
+        return self._fit(_add_short_term(state, features, values[0], masks[0]))
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,
                  long: bool) -> State:
-        """Add a frame to the short-term memory.
+        """Add a predicted frame to the short-term memory, in place of its oldest frame.
 
         Args:
-            probabilities: (N+1, H, W), of any size.
-            long: to the long-term memory as well, in place of its oldest frame.
+            probabilities: (N+1, H, W) background and objects, of any size.
+            long: also add it to the long-term memory, in place of its oldest frame.
         """
-        found = self.pixels(probabilities, state.grid)
-        values = self._values(features.shared, found[None])
-        state = _seen(state, features, values[0], found)
+        masks = self.pixels(probabilities, state.grid)
+        values = self._values(features.shared, masks[None])
+        state = _add_short_term(state, features, values[0], masks)
         if not long:
             return state
         slots = state.memory_valid.shape[0]
         index, valid = _every_location(state)
         new = {"keys": features.key[0][index], "values": values[0][index], "valid": valid,
-               "shared": features.shared[0], "masks": found}
-        slot = torch.arange(slots, device=found.device) == state.memories % slots
-        rate = LATER + (1 - LATER) * (state.memories == 0).float()
+               "shared": features.shared[0], "masks": masks}
+        slot = torch.arange(slots, device=masks.device) == state.memories % slots
+        rate = UPDATE_RATE + (1 - UPDATE_RATE) * (state.memories == 0).float()  # 1 at first
         sums = {}
-        for name, now in self._sums(features.unit[0], found).items():
+        for name, now in self._sums(features.unit[0], masks).items():
             old = getattr(state, f"memory_{name}")
             sums[f"memory_{name}"] = old + (now - old) * rate
-        return self._fitted(state._replace(
+        return self._fit(state._replace(
             memories=state.memories + 1, **sums,
             **{f"memory_{name}": torch.where(slot.reshape(-1, *[1] * x.dim()), x,
                                              getattr(state, f"memory_{name}"))
                for name, x in new.items()}))
 
-    def pixels(self, found: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(N+1, H, W) of any size -> as many pixels on each side of a location as values need."""
+    def pixels(self, masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Resize (N+1, H, W) masks of any size to (N+1, h*side, w*side), antialiased.
+
+        Args:
+            grid: size (h, w) of the feature map.
+        """
         size = tuple(self.side * side for side in grid)
-        if torch.onnx.is_in_onnx_export():  # which can't reduce without aliasing
-            rows, columns = (antialiased(a, b) for a, b in zip(found.shape[1:], size))
-            return rows @ found @ columns.T
-        if found.shape[1:] == size:
-            return found
-        return F.interpolate(found[None], size=size, mode="bilinear", align_corners=False,
+        if torch.onnx.is_in_onnx_export():  # the exporter doesn't support antialiased resizing
+            rows, columns = (antialiased(a, b) for a, b in zip(masks.shape[1:], size))
+            return rows @ masks @ columns.T
+        if masks.shape[1:] == size:
+            return masks
+        return F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False,
                              antialias=True)[0]
 
     def revalued(self, state: State) -> State:
-        """With values of all that is kept, made again after the set of objects changed."""
+        """Recompute all values in the memory, after objects were added or removed.
+
+        The values of every object depend on its rivals and, for the union, on all objects.
+        """
         views, slots = state.reference_shared.shape[0], state.memory_shared.shape[0]
         shared, masks = (torch.cat([getattr(state, f"{part}_{name}")
                                     for part in ("reference", "memory", "recent")])
@@ -172,11 +210,20 @@ class Reader(nn.Module):
                               recent_values=values[views + slots:])
 
     def _values(self, shared: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """(V, WIDTH, h, w) and (V, N+1, h*side, w*side) -> (V, h*w, M, VALUE + 1)."""
-        return self.values(shared, self._own(masks))
+        """Compute the (V, h*w, M, VALUE + 1) values of V views.
 
-    def _own(self, masks: torch.Tensor) -> torch.Tensor:
-        """(M, V, side * side + 2, h, w) what values are made of, beside the features."""
+        Args:
+            shared: (V, WIDTH, h, w) the part that depends on features.
+            masks: (V, N+1, h*side, w*side) shares of background and objects.
+        """
+        return self.values(shared, self._mask_channels(masks))
+
+    def _mask_channels(self, masks: torch.Tensor) -> torch.Tensor:
+        """Return the inputs of the value network that depend on masks, (M, V, side^2 + 2, h, w).
+
+        For each object (and the union): the mask pixels within a location, their mean, and the
+        mean of the strongest rival.
+        """
         views, objects = masks.shape[0], masks.shape[1] - 1
         pixels = F.pixel_unshuffle(masks[:, 1:].flatten(0, 1)[:, None], self.side)
         pixels = pixels.reshape(views, objects, *pixels.shape[1:]).transpose(0, 1)
@@ -184,51 +231,60 @@ class Reader(nn.Module):
         return torch.cat([own, own.mean(2, keepdim=True), rivals(shares)], 2)
 
     def values(self, shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """(V, h*w, P, VALUE + 1): of each object its values, and its share of the location.
+        """Compute each object's value and area share at each location.
 
         Args:
-            shared: (V, WIDTH, h, w), of the frame.
-            own: (P, V, side * side + 2, h, w), of each object, the share last but one.
+            shared: (V, WIDTH, h, w) the part that depends on features.
+            own: (P, V, side^2 + 2, h, w) the part that depends on the masks of P objects, as
+                `_mask_channels` returns it.
+
+        Returns:
+            (V, h*w, P, VALUE + 1), the last channel the object's area share in [0, 1].
         """
         objects, views = own.shape[:2]
         own = own.flatten(0, 1)
         if torch.onnx.is_in_onnx_export():
             parts = [(shared.repeat(objects, 1, 1, 1), own)]
-        else:  # one by one: five at once take longer, since caches are small
+        else:  # one at a time: five at once take longer, as they exceed the CPU's cache
             parts = [(shared[i % views][None], part) for i, part in enumerate(own.split(1))]
-        found = []
+        values = []
         for common, part in parts:
             x = common + self.own(2 * part - 1)
-            found.append(torch.cat([self.value(F.relu(x + self.layers(x))), part[:, -2:-1]], 1))
-        found = torch.cat(found).flatten(2).reshape(objects, views, VALUE + 1, -1)
-        return found.permute(1, 3, 0, 2).contiguous()
+            values.append(torch.cat([self.value(F.relu(x + self.layers(x))), part[:, -2:-1]], 1))
+        values = torch.cat(values).flatten(2).reshape(objects, views, VALUE + 1, -1)
+        return values.permute(1, 3, 0, 2).contiguous()
 
-    def _sums(self, unit: torch.Tensor, found: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is summed over frames, by name.
+    def _sums(self, unit: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute what one frame adds to the sums of the state.
 
-        squares, labels: (C, C) and (C, N+1), features times features, and times labels; objects
-            weigh alike.
-        tokens: (N+1, ...), of which object tokens are made, if there are some.
+        Args:
+            unit: (h*w, C) features of unit length.
+            masks: (N+1, h*side, w*side) shares of background and objects.
+
+        Returns:
+            squares: (C, C) features times features, weighted so that objects count equally,
+            labels: (C, N+1) features times area shares, with the same weights,
+            tokens: (N+1, ...) object memory, with object tokens only.
         """
-        shares = self.shares(found)
+        shares = self.shares(masks)
         labels = shares.T  # (h*w, N+1)
         weights = (labels / (labels.mean(0) + LEAST)).sum(1)
         weighted = unit * (weights / weights.sum())[:, None]
         sums = {"squares": unit.T @ weighted, "labels": weighted.T @ labels}
         return sums if self.tokens is None else sums | {"tokens": self.tokens.sums(unit, shares)}
 
-    def shares(self, found: torch.Tensor) -> torch.Tensor:
-        """(n, h*side, w*side) -> (n, h*w), the mean at each location."""
-        return F.avg_pool2d(found[None], self.side)[0].flatten(1)
+    def shares(self, masks: torch.Tensor) -> torch.Tensor:
+        """Average (n, h*side, w*side) masks over each location, to (n, h*w) area shares."""
+        return F.avg_pool2d(masks[None], self.side)[0].flatten(1)
 
-    def _fitted(self, state: State) -> State:
-        """With what the sums over frames are for.
+    def _fit(self, state: State) -> State:
+        """Fit the ridge regression labels to the sums, and average the object memory.
 
-        That is labels that are linear in the features, by ridge regression in closed form, and
-        object tokens.
+        The regression predicts a location's label from its features and is solved in closed form.
         """
         references = state.reference_keys.shape[0]
-        weight = 1 - (1 - GIVEN) * (state.memories > 0).float()
+        # the reference frames alone, until there is a long-term memory frame
+        weight = 1 - (1 - REFERENCE_WEIGHT) * (state.memories > 0).float()
 
         def mean(name):
             later = getattr(state, f"memory_{name}")
@@ -241,35 +297,38 @@ class Reader(nn.Module):
     # reading
 
     def read(self, state: State, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-        """The memory readout: what speaks for each object in a frame, and against it.
+        """Read the memory for one frame.
 
         Returns:
-            (M, EVIDENCE, h, w) of N objects and, where N > 1, their union (see `with_union`); and
-            (N+1, h, w) the mean similarity to the best locations of each set of the reference
-            frames (Hu, Huang, Schwing, section 3.1, by keys); 0 of an empty one.
+            (M, EVIDENCE, h, w) memory readout of N objects and, where N > 1, of their union (see
+            `with_union`); and (N+1, h, w) scores of soft matching with the reference sets (Hu,
+            Huang, Schwing, section 3.1, on keys instead of features), cosines, 0 for an empty set.
         """
-        everywhere, near = self.log_temperatures.exp()
-        scores, values, best, rows = self._far(state, features.key[0])
+        global_temperature, local_temperature = self.log_temperatures.exp()
+        scores, values, best, rows = self._global_candidates(state, features.key[0])
         best, chosen = best.topk(K, dim=1, sorted=False)
-        read = _weighed(values, best, rows.gather(1, chosen), everywhere)
+        distant = _weighted_sum(values, best, rows.gather(1, chosen), global_temperature)
         close = windows(features.near[0], state.recent_keys, state.recent_valid, K_NEAR, RADIUS)
-        recent = _weighed(state.recent_values.flatten(0, 1), *close, near)
+        recent = _weighted_sum(state.recent_values.flatten(0, 1), *close, local_temperature)
         before = self.shares(state.previous[1:])
         linear = (features.unit[0] @ state.linear).T
         parts = [scores, linear, before, best.amax(1), close[0].amax(1),
-                 *_by_object(read), *_by_object(recent)]
-        evidence = _evidence(*parts)
+                 *_by_object(distant), *_by_object(recent)]
+        evidence = _assemble(*parts)
         grid = features.near.shape[1:3]
         return (evidence.reshape(*evidence.shape[:2], *grid),
                 scores[:before.shape[0] + 1].reshape(-1, *grid))
 
-    def _far(self, state: State, key: torch.Tensor):
-        """Candidates among reference frames and long-term memory.
+    def _global_candidates(self, state: State, key: torch.Tensor):
+        """Search reference frames and long-term memory.
+
+        Sets are searched one by one, as soft matching needs the best locations of each. The top-k
+        of all of them is among these candidates.
 
         Returns:
-            (M+1, h*w) scores of the sets, and of all objects' sets together where there are
-            several; (rows, M, VALUE + 1) values; (h*w, n) similarities and (h*w, n) rows, among
-            which are the K best.
+            (M+1, h*w) scores of background, objects and, where N > 1, the union of the objects;
+            (rows, M, VALUE + 1) values of all rows; (h*w, n) similarities of n candidates per query
+            location, and (h*w, n) their indices into the rows.
         """
         rest = extra(state.memory_valid.shape[1])
         background = state.memory_valid.shape[1] + rest
@@ -283,133 +342,139 @@ class Reader(nn.Module):
 
         keys, valid = [*sets("keys"), state.memory_keys.unsqueeze(1)], [
             *sets("valid"), state.memory_valid.unsqueeze(1)]
-        found, start = [], 0
-        for part, there in zip(keys, valid):
-            best, rows = nearest(key, part, there, K)
-            found.append((best, rows + start))
-            frames, several, members, groups = there.shape  # of which a trace knows the product
-            start = start + frames * several * members * groups
-        (behind, _), (own, _), _ = found
-        scores = [best_mean(behind).T, best_mean(own).T]
-        if torch.onnx.is_in_onnx_export() or objects > 1:  # of the union; one object has none
+        candidates, start = [], 0
+        for part, part_valid in zip(keys, valid):
+            best, rows = nearest(key, part, part_valid, K)
+            candidates.append((best, rows + start))
+            # multiplied out so that an exported graph computes it instead of storing a constant
+            frames, count, members, groups = part_valid.shape
+            start = start + frames * count * members * groups
+        (background_best, _), (own, _), _ = candidates
+        scores = [best_mean(background_best).T, best_mean(own).T]
+        if torch.onnx.is_in_onnx_export() or objects > 1:  # a single object has no union
             scores.append(best_mean(own.flatten(1)[:, None]).T + 0 * scores[1][1:2])
         values = torch.cat([x.reshape(-1, *x.shape[-2:])
                             for x in (*sets("values"), state.memory_values)])
-        best, rows = (torch.cat([x.flatten(1) for x in parts], 1) for parts in zip(*found))
+        best, rows = (torch.cat([x.flatten(1) for x in parts], 1) for parts in zip(*candidates))
         return torch.cat(scores), values, best, rows
 
 
-def _seen(state: State, features: Features, values: torch.Tensor, found: torch.Tensor) -> State:
-    """With one more frame in the short-term memory."""
+def _add_short_term(state: State, features: Features, values: torch.Tensor,
+                    masks: torch.Tensor) -> State:
+    """Append a frame to the short-term memory and drop its oldest one."""
     return state._replace(
         recent_keys=torch.cat([state.recent_keys[1:], features.near[:1]]),
         recent_values=torch.cat([state.recent_values[1:], values[None]]),
         recent_valid=torch.cat([state.recent_valid[1:], torch.ones_like(state.recent_valid[:1])]),
         recent_shared=torch.cat([state.recent_shared[1:], features.shared[:1]]),
-        recent_masks=torch.cat([state.recent_masks[1:], found[None]]), frames=state.frames + 1)
+        recent_masks=torch.cat([state.recent_masks[1:], masks[None]]), frames=state.frames + 1)
 
 
 def _every_location(state: State) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of a long-term memory frame: (s, G) locations, and 1 where there is one, else 0."""
+    """Return the (s, G) locations in the rows of a memory frame, and 1, or 0 for an empty row."""
     (h, w), shape = state.recent_keys.shape[1:3], state.memory_valid.shape[1:]
     row = torch.arange(shape[0] * shape[1], device=state.recent_keys.device)
     return row.clamp(max=h * w - 1).reshape(shape), (row < h * w).float().reshape(shape)
 
 
-def _rows(labels: torch.Tensor, state: State, objects: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which locations of a reference frame's views go into which row.
+def _reference_rows(labels: torch.Tensor, state: State,
+                    objects: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Assign locations of a reference frame's views to the rows of the memory.
 
     Args:
-        labels: (V, h*w), the set of each location.
+        labels: (V, h*w) integers, the set of each location, -1 for none.
+        objects: number of objects N.
 
     Returns:
-        (m, G) locations, counted through the views, and (m, G) bool, whether there is one.
+        (m, G) indices of locations, counted through all views, and (m, G) bool, False for an empty
+        row.
     """
     rest, groups = extra(state.memory_valid.shape[1]), state.memory_valid.shape[2]
     sets = torch.arange(objects + 1, device=labels.device)[:, None, None]
     chosen = labels == sets  # (N+1, V, h*w)
     parts = [filled(chosen[:1], (state.memory_valid.shape[1] + rest) * groups),
              filled(chosen[1:], rest * groups)]
-    return tuple(torch.cat([x.reshape(-1, groups) for x in found]) for found in zip(*parts))
+    return tuple(torch.cat([x.reshape(-1, groups) for x in pair]) for pair in zip(*parts))
 
 
 def filled(chosen: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose locations for the rows of sets: the frame's own first, then those of closer views.
+    """Choose the locations of each set that go into its rows.
 
-    Of more than there is place for some are left out, evenly spread.
+    Those of the frame come first, then those of zoomed crops. Where there are more than rows, they
+    are subsampled evenly.
 
     Args:
-        chosen: (S, V, n) bool, the members of S sets in a frame and V - 1 views.
+        chosen: (S, V, n) bool, members of S sets in V views: the frame and V - 1 crops.
+        rows: number of rows per set.
 
     Returns:
-        (S, rows) locations, counted through frame and views, and (S, rows) bool, whether there
-        is one.
+        (S, rows) indices of locations, counted through all views, and (S, rows) bool, False for an
+        empty row.
     """
     sets, views, count = chosen.shape
     location = torch.arange(views * count, device=chosen.device)
     used, places = chosen.new_zeros(sets, 1, dtype=torch.long), []
     for part in (chosen[:, 0], chosen[:, 1:].flatten(1)):
         rank = part.long().cumsum(1)  # from 1
-        there = part.long().sum(1, keepdim=True)
-        kept = torch.minimum(there, rows - used)
-        # of `there` members `kept`: those where the place, rounded down, rises
-        place, before = (torch.div(x * kept, there.clamp(min=1), rounding_mode="floor")
+        total = part.long().sum(1, keepdim=True)
+        quota = torch.minimum(total, rows - used)
+        # take `quota` of `total` members: those at which rank * quota / total reaches an integer
+        place, before = (torch.div(x * quota, total.clamp(min=1), rounding_mode="floor")
                          for x in (rank, rank - 1))
         places.append(torch.where(part & (place > before), used + place - 1, rows))
-        used = used + kept
-    # one row more, for all that are left out
+        used = used + quota
+    # scatter needs a target for the locations left out: an extra row, cut off below
     index = torch.zeros(sets, rows + 1, dtype=torch.long, device=chosen.device)
     index = index.scatter(1, torch.cat(places, 1), location.expand(sets, -1))
     return index[:, :rows], torch.arange(rows, device=chosen.device) < used
 
 
 def widened(state: State, new: int) -> State:
-    """With so many more objects, which no frame so far holds; but for values (see `revalued`)."""
+    """Add `new` objects that no memory frame contains; recompute values with `Reader.revalued`."""
     def longer(x, axis, count):
         size = list(x.shape)
         size[axis] = count
         return torch.cat([x, x.new_zeros(size)], axis)
 
-    found = {name: longer(getattr(state, name), 1, new)
-             for name in (*MASKS, "reference_labels", "memory_labels", "linear")}
-    found |= {name: longer(getattr(state, name), 0, new) for name in TOKENS}
+    fields = {name: longer(getattr(state, name), 1, new)
+              for name in (*MASKS, "reference_labels", "memory_labels", "linear")}
+    fields |= {name: longer(getattr(state, name), 0, new) for name in TOKENS}
     rows = new * extra(state.memory_valid.shape[1])
-    found |= {name: longer(getattr(state, name), 1, rows)
-              for name in ("reference_keys", "reference_valid", "reference_rows")}
-    return state._replace(**found)
+    fields |= {name: longer(getattr(state, name), 1, rows)
+               for name in ("reference_keys", "reference_valid", "reference_rows")}
+    return state._replace(**fields)
 
 
 def with_union(x: torch.Tensor) -> torch.Tensor:
-    """(N, ...) masks or shares of objects -> (M, ...), followed by those of their union.
+    """Append the union of the objects to (N, ...) masks or shares, giving (M, ...).
 
     The union of several objects is decoded as one more object, so M = N + 1. A single object is
-    its own union, which would only cost time: M = N = 1. Both without a branch, for an export:
-    `x[1:2]` has a row only where there are several objects.
+    its own union, and decoding it twice would only cost time: M = N = 1. There is no branch, so
+    that both can be exported: `x[1:2]` has a row only where there are several objects.
     """
     return torch.cat([x, x.sum(0, keepdim=True) + 0 * x[1:2]])
 
 
 def rivals(x: torch.Tensor) -> torch.Tensor:
-    """(N, ...) of each object -> (M, ...) the largest of the others'; the union's, which has no
-    others, are 0."""
+    """Apply `best_other` to (N, ...) and append 0 for the union, which has no rivals: (M, ...)."""
     return torch.cat([best_other(x), 0 * x[1:2]])
 
 
 def foreground_first(logits: torch.Tensor, objects: int) -> torch.Tensor:
-    """(M, H, W) logits of N objects and their union -> (N, H, W) logits beside 0 for background.
+    """Combine (M, H, W) logits of N objects and their union to (N, H, W) logits of objects.
 
-    The union decides between foreground and background, the objects among themselves whose the
-    foreground is: where look-alikes compete and none is sure, it still isn't background.
-    p(i) = sigmoid(union) * softmax(objects)[i], written as logits.
+    The background's logit is 0. The union decides between foreground and background, the objects
+    compete for the foreground only. So where look-alikes compete and none is confident, the pixel
+    is still foreground. p(i) = sigmoid(union) * softmax(objects)[i], written as logits.
     """
     own, union = logits[:objects], logits[objects:]
-    # no union of a single object: the sum of no rows is 0
+    # a single object has no union: the sum over no rows is 0 and its logits stay as they are
     return own + (union - own.logsumexp(0, keepdim=True)).sum(0, keepdim=True)
 
 
 def best_other(x: torch.Tensor) -> torch.Tensor:
-    """(N, ...) of each object -> (N, ...) the largest of the others', 0 where there is none."""
-    if torch.onnx.is_in_onnx_export():  # of any number of objects
+    """Return the maximum over all other objects for each of N objects, (N, ...); 0 where N = 1."""
+    if torch.onnx.is_in_onnx_export():  # the graph must work for any N, including 1
         first, second = torch.cat([x, 0 * x[:1] - 1e9]).topk(2, dim=0).values
         other = torch.where(x >= first, second, first)
         return torch.where(other > -1e9, other, 0.0)
@@ -419,30 +484,45 @@ def best_other(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x >= first, second, first)
 
 
-def _weighed(values: torch.Tensor, similarity: torch.Tensor, rows: torch.Tensor,
-             temperature: torch.Tensor) -> torch.Tensor:
-    """(m, M, D) values -> (n, M * D), those of (n, K) rows, weighed by softmax of similarities."""
+def _weighted_sum(values: torch.Tensor, similarity: torch.Tensor, rows: torch.Tensor,
+                  temperature: torch.Tensor) -> torch.Tensor:
+    """Sum the values of the top-k rows, weighted by the softmax of their similarities.
+
+    Args:
+        values: (m, M, D) values.
+        similarity, rows: (n, K) the top-k of n query locations.
+
+    Returns:
+        (n, M * D).
+    """
     weights, values = (similarity / temperature).softmax(1), values.flatten(1)
-    if torch.onnx.is_in_onnx_export():  # which has no bags
+    if torch.onnx.is_in_onnx_export():  # ONNX lacks the embedding bag, which saves memory here
         return (weights[:, None] @ values[rows])[:, 0]
     return F.embedding_bag(rows, values, mode="sum", per_sample_weights=weights)
 
 
 def _by_object(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, M * (VALUE + 1)) -> (M, VALUE, n) values and (M, n) labels."""
+    """Split (n, M * (VALUE + 1)) readouts into (M, VALUE, n) values and (M, n) area shares."""
     values, labels = read.T.reshape(-1, VALUE + 1, read.shape[0]).split([VALUE, 1], 1)
     return values, labels[:, 0]
 
 
-def _evidence(scores, linear, before, far_similarity, close_similarity, far, far_label, close,
+def _assemble(scores, linear, before, far_similarity, close_similarity, far, far_label, close,
               close_label) -> torch.Tensor:
-    """(M, EVIDENCE, n) of N objects and maybe their union.
+    """Assemble the (M, EVIDENCE, n) memory readout of N objects and, where N > 1, their union.
 
-    Scores are (M+1, n), linear labels (N+1, n), those that were read (M, n), those of the frame
-    before (N, n), similarities (n,).
+    Args:
+        scores: (M+1, n) soft matching, of the background first.
+        linear: (N+1, n) ridge regression labels.
+        before: (N, n) area shares in the previous frame.
+        far_similarity, close_similarity: (n,) of the most similar global and local key.
+        far, close: (M, VALUE, n) values read globally and locally.
+        far_label, close_label: (M, n) area shares read with them.
     """
     objects, labels, count = scores[1:], with_union(linear[1:]), before.shape[0]
     other = rivals(linear[1:])
+    # differences of cosines are small next to labels in [0, 1], hence the 5; it is part of what the
+    # decoder was trained with
     scalars = [5 * (objects - scores[:1]), 5 * (objects - rivals(objects[:count])), objects,
                labels, labels - torch.maximum(other, linear[:1]), other,
                far_label, rivals(far_label[:count]), far_similarity.expand_as(objects),
@@ -452,16 +532,31 @@ def _evidence(scores, linear, before, far_similarity, close_similarity, far, far
 
 
 def best_mean(best: torch.Tensor) -> torch.Tensor:
-    """(n, S, K) similarities to sets -> (n, S) the mean of the `K_SET` best; 0 of an empty set."""
+    """Return the soft matching score of each set: the mean of its `K_SET` best similarities.
+
+    The mean is over fewer where a set has fewer members, and 0 for an empty set.
+
+    Args:
+        best: (n, S, K) similarities to S sets, `search.NOTHING` for empty rows.
+
+    Returns:
+        (n, S).
+    """
     best = best.topk(K_SET, dim=2).values
-    there = (best > LOWEST).float()
-    return (best * there).sum(2) / there.sum(2).clamp(min=1)
+    exists = (best > LOWEST).float()
+    return (best * exists).sum(2) / exists.sum(2).clamp(min=1)
 
 
 def solved(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """(n, n) symmetric, without negative eigenvalues, and (n, m) -> (n, m).
+    """Solve (matrix + ridge * I) @ x = right.
 
-    x with (matrix + ridge) @ x = right. ONNX has no solver, so there by conjugate gradients.
+    Args:
+        matrix: (n, n), symmetric and positive semidefinite.
+        right: (n, m).
+        ridge: scalar > 0.
+
+    Returns:
+        (n, m). ONNX has no linear solver, so an exported graph uses conjugate gradients.
     """
     if torch.onnx.is_in_onnx_export():
         return conjugate_gradients(matrix, right, ridge)
@@ -470,18 +565,18 @@ def solved(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor) -> to
 
 def conjugate_gradients(matrix: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor,
                         steps: int = STEPS) -> torch.Tensor:
-    """As `solved`, each of the m columns by itself.
+    """Solve like `solved`, iteratively, each of the m columns on its own.
 
-    The trace of the squares of unit features is 1, so the ridge keeps the condition number at a
-    few hundred at most, and 40 steps are as exact as float32 is.
+    The squares of unit features have trace 1, so the ridge keeps the condition number at a few
+    hundred at most, and 40 steps reach the accuracy of float32.
     """
-    x, rest = torch.zeros_like(right), right
-    direction, square = rest, rest.square().sum(0)
+    x, residual = torch.zeros_like(right), right
+    direction, square = residual, residual.square().sum(0)
     for _ in range(steps):
         product = matrix @ direction + ridge * direction
-        # a column that is solved has nothing left to divide by
+        # the residual of a solved column is 0, and so is the divisor
         length = square / (direction * product).sum(0).clamp(min=1e-30)
-        x, rest = x + length * direction, rest - length * product
-        before, square = square, rest.square().sum(0)
-        direction = rest + square / before.clamp(min=1e-30) * direction
+        x, residual = x + length * direction, residual - length * product
+        before, square = square, residual.square().sum(0)
+        direction = residual + square / before.clamp(min=1e-30) * direction
     return x

@@ -1,7 +1,4 @@
-"""The paper's sets of features: of reference frames, and confident ones of later frames.
-
-A record, of which nothing is changed in place, so that copying it is an assignment.
-"""
+"""Feature sets of `--method matching` and `paper`: reference frames and the online update."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,20 +8,23 @@ import torch
 
 from network.matching import Grid, Reference
 
-View = tuple[Grid, torch.Tensor]  # features, and the set of each position
+View = tuple[Grid, torch.Tensor]  # a frame's features and the (H, W) set index of each location
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The sets of features to match with, and their update online (Hu, Huang, Schwing, 2018).
+    """Background and foreground feature sets of one video (Hu, Huang, Schwing, section 3.1).
+
+    Immutable: methods return a new record that shares tensors with the old one, so a copy of a
+    tracker costs nothing.
 
     Args:
-        sets: how many there are.
-        given: of the reference frames, each a grid and (H, W) integers, the set of each position;
-            -1 is in none.
-        later: likewise of later frames.
-        frames: of at most this many later frames features are kept; those of the oldest leave
-            first, those of reference frames never.
+        sets: number of sets, 1 for the background plus one per object.
+        given: reference frames as pairs of a grid and (H, W) integer labels: the set of each
+            location, -1 for none.
+        later: frames added by the online update, in the same form, oldest first.
+        frames: maximum number of frames in `later`, >= 1; the oldest is dropped first. Each frame
+            adds to the time of matching. Reference frames are never dropped.
     """
 
     sets: int
@@ -34,37 +34,56 @@ class Sets:
 
     @cached_property
     def reference(self) -> Reference:
-        """What is matched with."""
+        """All features to match with. Cached: with `--method matching` the sets rarely change."""
         grids, labels = zip(*self.given, *self.later)
         return Reference(list(grids), labels, self.sets)
 
     def refer(self, grid: Grid, labels: torch.Tensor, sets: int) -> Self:
-        """With another reference frame; there may be more sets now than before."""
+        """Add a reference frame.
+
+        Args:
+            labels: (H, W) integers, the set of each location, -1 for none.
+            sets: new number of sets, at least the current one.
+        """
         return replace(self, sets=sets, given=(*self.given, (grid, labels)))
 
     def update(self, grid: Grid, labels: torch.Tensor) -> Self:
-        """With features of a later frame; `labels` as above, -1 for what nobody is sure of."""
+        """Add the confident features of a predicted frame (the paper's online update).
+
+        Args:
+            labels: (H, W) integers, the set of each location, -1 where the prediction is not
+                confident. A frame with no confident location at all is skipped: it would only
+                displace an older one.
+        """
         if not (labels >= 0).any():
             return self
         return replace(self, later=(*self.later, (grid, labels))[-self.frames:])
 
     def without(self, channel: int) -> Self:
-        """Without one object, whose features are in no set then; channels behind it move up."""
-        def fewer(views):
+        """Remove an object; the channels after it move up by one.
+
+        Its locations end up in no set: in the background set they would keep the object from being
+        segmented if it is added again.
+
+        Args:
+            channel: index of the object's set, >= 1.
+        """
+        def removed(views):
             return tuple((grid, torch.where(labels == channel, -1, labels - (labels > channel) * 1))
                          for grid, labels in views)
 
-        return replace(self, sets=self.sets - 1, given=fewer(self.given), later=fewer(self.later))
+        return replace(self, sets=self.sets - 1, given=removed(self.given),
+                       later=removed(self.later))
 
     def plain(self) -> dict:
-        """As numbers, lists and tensors, for `from_plain`: a file of them can run no code."""
+        """Convert to numbers, lists and tensors, which `torch.load(weights_only=True)` accepts."""
         given, later = ([(grid.features, grid.factor, labels) for grid, labels in views]
                         for views in (self.given, self.later))
         return {"sets": self.sets, "given": given, "later": later}
 
     @classmethod
-    def from_plain(cls, kept: dict) -> Self:
-        """The inverse of `plain`; raises a KeyError, TypeError or ValueError of anything else."""
+    def from_plain(cls, plain: dict) -> Self:
+        """Convert the output of `plain` back; KeyError, TypeError or ValueError if malformed."""
         given, later = (tuple((Grid(features, factor), labels) for features, factor, labels in
-                              kept[name]) for name in ("given", "later"))
-        return cls(kept["sets"], given, later)
+                              plain[name]) for name in ("given", "later"))
+        return cls(plain["sets"], given, later)

@@ -1,14 +1,15 @@
-"""The state of one video under `--method memory`: a record of arrays, and nothing else.
+"""The inference state of one video under `--method memory`: an immutable record of arrays.
 
-Because it holds nothing but arrays, copying it is an assignment, saving it is `torch.save`, and an
-exported graph takes it as inputs and returns it as outputs. Nothing in it is changed in place. The
-arrays are PyTorch's or numpy's; this module imports neither.
+Because it is arrays only, copying it is an assignment, saving it is `torch.save`, and an exported
+graph takes it as inputs and returns it as outputs. Arrays are never modified in place. They are
+PyTorch tensors or NumPy arrays; this module imports neither, so that lite runs without PyTorch.
 
 Shapes depend on the frame size, the number of objects and the number of reference frames, never on
-values. So sets that vary in size lie in a fixed number of rows, each valid or not, and rows are
-stored (members, groups): a search looks at the best member of each group only (see
-`search.nearest`). Consecutive locations go to different groups, because neighbours are alike and a
-group returns only one of its members; a set that has no more rows than groups is searched exactly.
+values. Foreground and background sets, which vary in size, therefore occupy a fixed number of rows
+with a validity flag each. Rows are stored as (members, groups), because the top-k search compares
+only the best member of each group (see `search.nearest`). Consecutive locations go to different
+groups: neighbours are similar, and a group returns only one of its members. A set with no more
+rows than groups is searched exactly.
 """
 
 from collections.abc import Callable
@@ -16,131 +17,147 @@ from typing import Any, NamedTuple
 
 Array = Any
 
-MEM_EVERY = 5  # frames from one long-term memory frame to the next; more follow faster changes
-MEM_FRAMES = 4  # long-term memory frames; each costs 1/6 of the search's time
-SHORT_TERM = 2  # last frames, which are read near each location only
-MEMBERS = 16  # of a group, at most; more search faster and miss more
-LEAST_GROUPS = 64  # so many where a frame has enough locations; below, K of them are too few
+# Frames between long-term memory frames. Lower it for fast changes of appearance: the memory then
+# reaches back less far, MEM_EVERY * MEM_FRAMES = 20 frames now.
+MEM_EVERY = 5
+# Long-term memory frames. With one reference frame and its zoomed crops, which count as another
+# frame, each takes 1/6 of the time of the search.
+MEM_FRAMES = 4
+# Last frames in the short-term memory. It is searched only in a window around each location, so it
+# costs little; each frame more adds as many candidates again.
+SHORT_TERM = 2
+# Members per group, at most: the top-k is taken among the groups' best members. Larger groups are
+# faster to search and miss more of the true top-k. At most `search.BITS`.
+MEMBERS = 16
+# Small frames get smaller groups, so that this many remain where a frame has enough locations: the
+# top-k (16) of fewer groups would take in locations that aren't similar.
+LEAST_GROUPS = 64
 
 
 class Features(NamedTuple):
-    """B frames as the network sees them, or closer views of one.
+    """Features of B frames, or of one frame and zoomed crops of it.
 
-    Under other methods than "memory" there is only `matched`.
+    Methods other than "memory" have `matched` only.
     """
 
-    matched: Array  # (B, C, h, w), as the encoder gives them
-    unit: Array | None = None  # (B, h*w, C), of length 1
-    key: Array | None = None  # (B, h*w, KEY) unit vectors
-    near: Array | None = None  # (B, h, w, NEAR) unit vectors
-    shared: Array | None = None  # (B, WIDTH, h, w), from which values are made
-    levels: tuple[Array, ...] = ()  # (B, C, ., .) of the backbone, finest first
+    matched: Array  # (B, C, h, w) encoder features
+    unit: Array | None = None  # (B, h*w, C) the same, normalised to unit length
+    key: Array | None = None  # (B, h*w, KEY) global keys, unit vectors
+    near: Array | None = None  # (B, h, w, NEAR) local keys, unit vectors
+    shared: Array | None = None  # (B, WIDTH, h, w) the part of the values that all objects share
+    levels: tuple[Array, ...] = ()  # (B, C, ., .) feature maps for the decoder, finest first
 
     def frame(self, i: int) -> "Features":
-        """The i-th alone."""
+        """Return the features of frame i, with B = 1."""
         parts = {name: x[i:i + 1] for name, x in self._asdict().items()
                  if name != "levels" and x is not None}
         return Features(**parts, levels=tuple(level[i:i + 1] for level in self.levels))
 
 
 class State(NamedTuple):
-    """What is known of a video. N objects are followed as M: where N > 1, their union is one more.
+    """Inference state of a video with N objects.
 
-    F reference frames, T long-term and 2 short-term memory frames; h, w locations of the feature
-    map, C channels of its features, VALUE of the values.
+    F reference frames, T long-term and 2 short-term memory frames; C feature channels; h, w
+    locations of the feature map. M channels are read: the N objects and, where N > 1, their union.
     """
 
-    # of the reference frames: (F, m, G) rows, the background's members first, then each object's
+    # Reference frames. (F, m, G) rows: the members of the background's set, then of each object's.
     reference_keys: Array  # (F, m, G, KEY) unit vectors
-    reference_valid: Array  # (F, m, G) 1, or 0 where a row holds nothing
-    reference_values: Array  # (F, m, G, M, VALUE + 1), the last one the object's share
-    reference_rows: Array  # (F, m, G) int64, which location of which view is there
-    # of each view, of which values are made; again, once there are more objects or fewer
-    reference_shared: Array  # (R, ., h, w), of R views: the frames, and closer views of objects
-    reference_masks: Array  # (R, N+1, h*side, w*side) shares
-    # of the long-term memory, a ring: frame t lies in slot t % T
+    reference_valid: Array  # (F, m, G) 1, or 0 for an empty row
+    reference_values: Array  # (F, m, G, M, VALUE + 1), the last channel is the object's area share
+    reference_rows: Array  # (F, m, G) int64, index of the row's location, counted through all views
+    # Inputs of the values of R views (frames and zoomed crops), stored because values depend on
+    # all objects: they are recomputed when an object is added or removed.
+    reference_shared: Array  # (R, ., h, w)
+    reference_masks: Array  # (R, N+1, h*side, w*side) shares of a pixel, in [0, 1]
+    # Long-term memory, a ring buffer: its t-th frame is in slot t % T.
     memory_keys: Array  # (T, s, G, KEY)
     memory_valid: Array  # (T, s, G)
     memory_values: Array  # (T, s, G, M, VALUE + 1)
     memory_shared: Array  # (T, ., h, w)
     memory_masks: Array  # (T, N+1, h*side, w*side) probabilities
-    # of the short-term memory, oldest first
+    # Short-term memory, oldest first.
     recent_keys: Array  # (2, h, w, NEAR)
     recent_valid: Array  # (2,)
     recent_values: Array  # (2, h*w, M, VALUE + 1)
     recent_shared: Array  # (2, ., h, w)
     recent_masks: Array  # (2, N+1, h*side, w*side) probabilities
-    # Sums over frames. Of the linear labels: features times features, and features times labels.
-    # Of object tokens: features summed over masks. Of zero width where there are none.
-    reference_squares: Array  # (C, C), summed over the reference frames
+    # Sums over frames: the normal equations of the ridge regression, features times features and
+    # features times labels; and the object memory, features summed over masks (zero width without
+    # object tokens).
+    reference_squares: Array  # (C, C), sum over the reference frames
     reference_labels: Array  # (C, N+1)
     reference_tokens: Array  # (N+1, TOKENS * (WIDTH + 1)), see `ObjectTokens.sums`
-    memory_squares: Array  # (C, C), averaged over long-term memory frames, the newest most
+    memory_squares: Array  # (C, C), moving average over long-term memory frames
     memory_labels: Array  # (C, N+1)
     memory_tokens: Array  # (N+1, ...)
-    linear: Array  # (C, N+1), which makes labels of features
-    tokens: Array  # (N+1, ...), of which object tokens are made
-    frames: Array  # () int64, how many were seen
-    memories: Array  # () int64, how many of them went into the long-term memory
+    linear: Array  # (C, N+1) weights of the ridge regression
+    tokens: Array  # (N+1, ...) object memory: weighted mean of the two sums above
+    frames: Array  # () int64, number of frames processed
+    memories: Array  # () int64, number of frames added to the long-term memory
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w)."""
+        """Size (h, w) of the feature map."""
         return tuple(self.recent_keys.shape[1:3])
 
     @property
     def objects(self) -> int:
-        """N."""
+        """Number of objects N."""
         return self.recent_masks.shape[1] - 1
 
     @property
     def previous(self) -> Array:
-        """(N+1, h*side, w*side) probabilities of the last frame."""
+        """(N+1, h*side, w*side) probabilities of the previous frame, or its reference mask."""
         return self.recent_masks[-1]
 
 
-KEYS = "reference_keys", "memory_keys", "recent_keys"  # in the precision of the network
+KEYS = "reference_keys", "memory_keys", "recent_keys"  # stored in the network's precision
+# fields with one entry per background and object: channel axis 1 of masks, axis 0 of token sums
 MASKS = "reference_masks", "memory_masks", "recent_masks"
 TOKENS = "reference_tokens", "memory_tokens", "tokens"
 INTEGERS = "reference_rows", "frames", "memories"
 
 
 class Widths(NamedTuple):
-    """Channels of a network's records."""
+    """Numbers of channels in the features and the state of a network."""
 
     features: int
     key: int
     near: int
     value: int
     shared: int
-    side: int  # pixels of `previous` on each side of a location
-    tokens: int  # numbers of each object that object tokens are made of
+    side: int  # mask pixels along each side of a location
+    tokens: int  # numbers per object in the object memory, 0 without object tokens
 
 
 def blank(grid: tuple[int, int], objects: int, widths: Widths,
           zeros: Callable[[str, tuple[int, ...]], Array]) -> State:
-    """The state of a video of which no frame was seen.
+    """Return the empty state of a video before its first frame.
 
     Args:
-        grid: (h, w).
-        zeros: a field's name and shape -> an array of zeros.
+        grid: size (h, w) of the feature map.
+        objects: number of objects N, >= 0.
+        widths: the network's numbers of channels.
+        zeros: called with a field's name and shape, returns an array of zeros.
     """
-    (h, w), followed, value = grid, objects + (objects > 1), widths.value + 1
+    (h, w), channels, value = grid, objects + (objects > 1), widths.value + 1
     members = min(MEMBERS, max(1, h * w // LEAST_GROUPS))
-    groups = max(MEMBERS, -(-h * w // members))  # as many as are read, at least
+    # at least as many groups as the top-k takes (`reader.K`, 16 as well)
+    groups = max(MEMBERS, -(-h * w // members))
     rows = members + (objects + 1) * extra(members), groups
     slots = MEM_FRAMES, members, groups
     features, labels, tokens = widths.features, objects + 1, (objects + 1, widths.tokens)
     shared, masks = (widths.shared, h, w), (labels, h * widths.side, w * widths.side)
     shapes = {
         "reference_keys": (0, *rows, widths.key), "reference_valid": (0, *rows),
-        "reference_values": (0, *rows, followed, value), "reference_rows": (0, *rows),
+        "reference_values": (0, *rows, channels, value), "reference_rows": (0, *rows),
         "reference_shared": (0, *shared), "reference_masks": (0, *masks),
         "memory_keys": (*slots, widths.key), "memory_valid": slots,
-        "memory_values": (*slots, followed, value), "memory_shared": (MEM_FRAMES, *shared),
+        "memory_values": (*slots, channels, value), "memory_shared": (MEM_FRAMES, *shared),
         "memory_masks": (MEM_FRAMES, *masks),
         "recent_keys": (SHORT_TERM, h, w, widths.near), "recent_valid": (SHORT_TERM,),
-        "recent_values": (SHORT_TERM, h * w, followed, value),
+        "recent_values": (SHORT_TERM, h * w, channels, value),
         "recent_shared": (SHORT_TERM, *shared), "recent_masks": (SHORT_TERM, *masks),
         "reference_squares": (features, features), "reference_labels": (features, labels),
         "reference_tokens": tokens, "memory_tokens": tokens, "tokens": tokens,
@@ -150,32 +167,37 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
 
 
 def extra(members: int) -> int:
-    """Members of each object's set in a reference frame, given those that a frame has.
+    """Return the members per group of each object's set in a reference frame.
 
-    A quarter of a frame: of a larger object every second or third location is kept, evenly spread.
-    The background's set has as many beyond a whole frame, for closer views.
+    A quarter of a frame's, which bounds time and memory with many objects. The locations of an
+    object that covers more than that are subsampled evenly. The background's set has this many in
+    addition to a whole frame's, for its part of the zoomed crops.
+
+    Args:
+        members: members per group of a whole frame.
     """
     return max(1, members // 4)
 
 
 def without(state: State, channel: int) -> State:
-    """The state without one object, of which everything is forgotten; those behind it move up.
+    """Remove an object from the state; the channels after it move up by one.
 
-    Its locations are in no set then: were they background, it could not be found when it is asked
-    for again. Values stay as they were: they are made again of what is left.
+    Its locations end up in no set: in the background set they would keep the object from being
+    segmented if it is added again. Values are left as they are; recompute them with
+    `Reader.revalued`.
 
     Args:
-        channel: of the object in `previous`, at least 1.
+        channel: index of the object in `previous`, >= 1.
     """
-    kept = [i for i in range(state.objects + 1) if i != channel]
+    remaining = [i for i in range(state.objects + 1) if i != channel]
     members = state.memory_valid.shape[1]
     each = extra(members)
-    rows = [*range(members), *(members + i * each + row for i in kept for row in range(each))]
-    found = {f"reference_{name}": getattr(state, f"reference_{name}")[:, rows]
+    rows = [*range(members), *(members + i * each + row for i in remaining for row in range(each))]
+    fields = {f"reference_{name}": getattr(state, f"reference_{name}")[:, rows]
              for name in ("keys", "valid", "rows")}
-    # labels that are linear in features are linear in the labels, too
+    # ridge regression is linear in its targets, so dropping a column equals fitting without it
     for name in (*MASKS, "reference_labels", "memory_labels", "linear"):
-        found[name] = getattr(state, name)[:, kept]
+        fields[name] = getattr(state, name)[:, remaining]
     for name in TOKENS:
-        found[name] = getattr(state, name)[kept]
-    return state._replace(**found)
+        fields[name] = getattr(state, name)[remaining]
+    return state._replace(**fields)

@@ -223,11 +223,11 @@ def test_too_little_memory_halves_the_parts(monkeypatch, caplog):
         return largest(values, k)
 
     monkeypatch.setattr(matching, "_largest", short_of_memory)
-    matching._say_once.cache_clear()
+    matching._warn_once.cache_clear()
     for _ in range(2):
         found = match(*drawn, 3, 1.0)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-    assert caplog.text.count("in smaller parts") == 1
+    assert caplog.text.count("smaller chunks") == 1
     monkeypatch.setattr(matching, "_largest", lambda *_: short_of_memory(torch.zeros(9), 1))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         match(*drawn, 3, 1.0)

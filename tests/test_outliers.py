@@ -8,7 +8,7 @@ import preprocess
 from datasets import demo
 from metrics import jaccard
 from network.outliers import (
-    NEAR,
+    MIN_REACH,
     REACH,
     VANISHED,
     decide,
@@ -165,7 +165,7 @@ def test_a_body_keeps_the_identity_of_what_was_near():
     probabilities[:] *= 0.05 / probabilities.sum(0)
     probabilities[0] += 0.95
     squares = [(slice(24, 34), slice(12, 22)), (slice(24, 34), slice(62, 82)),
-               (slice(24, 34), slice(78 + 2 * NEAR, 88 + 2 * NEAR))]
+               (slice(24, 34), slice(78 + 2 * MIN_REACH, 88 + 2 * MIN_REACH))]
     for square in squares:
         probabilities[(slice(None), *square)] = np.array([0.1, 0.2, 0.7])[:, None, None]
     before = probabilities.copy()
