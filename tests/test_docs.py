@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision import models
 
 import export
-from benchmarks import runtimes
+from benchmarks import runtimes, video
 from datasets import demo, download
 from tracking import prompting
 from training import prompt_training as train_prompts
@@ -91,6 +91,7 @@ def folder(tmp_path, monkeypatch, exported):
     # the checkpoint in models/ may be older than the part that is shown objects
     monkeypatch.setattr(prompting, "predict_masks", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
+    monkeypatch.setattr(video, "WARM_UP", 1)  # the clip has three frames
     monkeypatch.setattr(runtimes, "measure_runtime", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})
     monkeypatch.setattr(page, "serve", lambda *_: None)
