@@ -10,6 +10,7 @@ from benchmarks import common, matching, runtimes, scorer
 from media import images
 
 
+@pytest.mark.slow
 def test_both_sides_agree_and_the_figures_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["matching", "-en", "mobilenet", "-p", "96", "160", "-uf", "1",
                                      "2", "--repeats", "1", "-c", "cpu",
@@ -49,6 +50,7 @@ def test_memory_is_that_of_the_call():
     assert 60 << 20 < peak < 90 << 20
 
 
+@pytest.mark.slow
 def test_each_runtime_tracks_a_clip_in_its_own_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtimes, "WARM_UP", 1)
     monkeypatch.setattr(runtimes.measure_runtime, "__defaults__", (1,))

@@ -29,8 +29,8 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--force-device-scale-factor=1"]
 PATIENCE = 60  # seconds
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER),
-                                reason="no chromium and chromium-driver")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (CHROMIUM and DRIVER),
+                                                   reason="no chromium and chromium-driver")]
 
 
 class Server:

@@ -32,6 +32,7 @@ def files(root, part: str = "") -> dict:
             if path.is_file()}
 
 
+@pytest.mark.slow
 def test_drawn_twice_it_has_the_same_bytes(root, tmp_path, one_scene):
     again = demo.make(tmp_path / "elsewhere")
     for part in ("JPEGImages/480p/forest", "Annotations/480p/forest"):

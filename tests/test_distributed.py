@@ -36,6 +36,7 @@ def evaluation(tmp_path, model):
                          str(tmp_path / "vm.pth"), "-j", str(tmp_path / name), "-f", "warn"]
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, capsys):
     assert main.main(evaluation("one")) == 0
     alone, _ = capsys.readouterr().out.split("14 frames in")
@@ -49,6 +50,7 @@ def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, ca
     assert one == two and len(one) == 22
 
 
+@pytest.mark.slow
 def test_several_processes_overwrite_an_earlier_run(evaluation, tmp_path):
     size = ["-p", "64", "96"]
     before = torchrun(*evaluation("two"))
@@ -100,6 +102,7 @@ def machines():
             ip("netns", "del", name)
 
 
+@pytest.mark.slow
 def test_two_machines_give_the_table_of_one(machines, evaluation, tmp_path, capsys):
     assert main.main(evaluation("one")) == 0
     alone = capsys.readouterr().out.split("frames")[0]
@@ -145,6 +148,7 @@ sys.exit(main.main())
 """
 
 
+@pytest.mark.slow
 def test_a_step_equals_that_of_one_process_with_twice_the_batch(davis_2016, tmp_path):
     def train(name, processes, batch_size):
         """Its losses, those before each step, and the gradients of each process and step."""
@@ -172,6 +176,7 @@ def test_a_step_equals_that_of_one_process_with_twice_the_batch(davis_2016, tmp_
     assert [line["iteration"] for line in two] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_job_with_its_error(evaluation, tmp_path):
     frame = tmp_path / "davis/JPEGImages/480p/cat/00003.jpg"
     frame.write_bytes(frame.read_bytes()[:900])

@@ -101,6 +101,7 @@ def folder(tmp_path, monkeypatch, exported):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_command_runs(command, folder, monkeypatch):
     arguments = shlex.split(re.sub(r"\[.*?\]", "", command))[1:]
@@ -124,6 +125,7 @@ def test_documented_command_runs(command, folder, monkeypatch):
             assert path.is_file() or any(path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_documented_example_runs(example, folder):
     variables = {}

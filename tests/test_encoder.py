@@ -38,6 +38,7 @@ def randomize_batchnorm(net):
                 nn.init.uniform_(tensor, 0.5, 1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_features_are_those_of_the_whole_network(name, tmp_path):
     net, features = whole_network(name)
@@ -61,6 +62,7 @@ def test_batchnorm_statistics_stay_frozen_in_training(name):
     assert before and all(torch.equal(encoder.state_dict()[k], v) for k, v in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_training_has_the_gradients_of_the_whole_network(name, tmp_path):
     net, features = whole_network(name)

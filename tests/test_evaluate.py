@@ -85,6 +85,7 @@ def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
         assert table[name] == pytest.approx(again[name], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_figure(model, davis_2017, results):
     sequences = Davis(davis_2017, "2017", "train").sequences
     evaluate.evaluate(model, sequences, evaluate.Options(results=results))
@@ -260,6 +261,7 @@ def script(*arguments):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_script_scores_masks_made_by_anything(davis_2016):
     masks = davis_2016 / "Annotations" / "480p"
     run = script(masks, "-d", davis_2016, "-t", "train")
@@ -275,6 +277,7 @@ def copied(masks, folder, *names):
     return folder
 
 
+@pytest.mark.slow
 def test_some_sequences_replace_neither_the_tables_nor_the_report_of_all(davis_2016, tmp_path):
     masks = copied(davis_2016 / "Annotations" / "480p", tmp_path / "out", "ant", "bee", "cat")
     assert script(masks, "-d", davis_2016, "-t", "train").returncode == 0
@@ -303,6 +306,7 @@ def test_an_evaluation_of_some_sequences_keeps_rows_and_report_of_the_others(
     assert [row["Sequence"] for row in rows] == ["dog"]
 
 
+@pytest.mark.slow
 def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
     masks = davis_2016 / "Annotations" / "480p"
     folders = [copied(masks, tmp_path / way / "results", "ant") for way in ("old", "new")]
@@ -333,6 +337,7 @@ def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, mo
     assert not list(masks.glob("*.csv")) + list(masks.glob("*.html"))
 
 
+@pytest.mark.slow
 def test_what_another_run_writes_is_not_scored(davis_2016):
     masks = davis_2016 / "Annotations" / "480p"
     with held(masks) as other:
@@ -368,6 +373,7 @@ def results_of(sequence, folder, change):
         images.write_mask(folder / sequence.name / path.name, change(sequence.mask(i)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colours", [False, True])  # 255 of DAVIS' palette is a colour
 def test_pixels_that_are_not_labelled_are_not_scored(model, davis_2017, tmp_path, colours):
     folder = davis_2017 / "Annotations" / "480p" / "dog"

@@ -46,6 +46,7 @@ def state_of(tmp_path, name):
     return torch.load(tmp_path / name / "vm.state", weights_only=True)
 
 
+@pytest.mark.slow
 def test_killed_training_goes_on_to_the_same_weights(training, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,6 +73,7 @@ def test_killed_training_goes_on_to_the_same_weights(training, tmp_path):
     torch.testing.assert_close(best[1]["model"], best[0]["model"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_second_training_leaves_the_first_ones_files_alone(training, tmp_path, capsys):
     folder = tmp_path / "run"
     with paused_run(tmp_path, training("run")) as first:
@@ -97,11 +99,13 @@ def test_a_state_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkey
     assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
+@pytest.mark.slow
 def test_resume_with_nothing_to_resume_starts(training, tmp_path):
     assert main.main(training("new", "--resume", "-i", "1")) == 0
     assert len(state_of(tmp_path, "new")["history"]) == 2
 
 
+@pytest.mark.slow
 def test_resume_with_other_flags_is_refused(training, tmp_path, capsys):
     assert main.main(training("run", "-i", "1")) == 0
     before = (tmp_path / "run" / "vm.state").read_bytes()
@@ -112,6 +116,7 @@ def test_resume_with_other_flags_is_refused(training, tmp_path, capsys):
     assert "vm.state: not the state of a training run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resume_after_the_end_changes_nothing(training, tmp_path):
     assert main.main(training("run", "-i", "2")) == 0
     before = (tmp_path / "run" / "vm.pth").read_bytes()
@@ -130,6 +135,7 @@ def evaluation(tmp_path, model):
                                 str(tmp_path / "vm.pth"), "-j", str(tmp_path / name), *more]
 
 
+@pytest.mark.slow
 def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole")) == 0
     table = capsys.readouterr().out.split("frames in")[0]
@@ -146,6 +152,7 @@ def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, ca
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole", "-v")) == 0
@@ -161,6 +168,7 @@ def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_pa
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_second_evaluation_leaves_the_first_ones_files_alone(evaluation, tmp_path, capsys):
     out = tmp_path / "out"
@@ -182,6 +190,7 @@ def test_an_export_of_a_checkpoint_is_written_by_one_run(tmp_path, capsys):
     assert not list(tmp_path.glob("*.onnx"))
 
 
+@pytest.mark.slow
 def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
     assert main.main(evaluation("out", "-q", "ant")) == 0
     before = content(tmp_path / "out")
@@ -203,6 +212,7 @@ def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
     assert main.main(evaluation("out", "-k", "7", "-q", "ant")) == 0
 
 
+@pytest.mark.slow
 def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
     assert main.main(evaluation("out")) == 0
     before = content(tmp_path / "out")
@@ -213,6 +223,7 @@ def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
     assert (tmp_path / "out" / "cat.mp4").is_file()
 
 
+@pytest.mark.slow
 def test_starting_over_leaves_no_video_of_other_masks(evaluation, tmp_path):
     assert main.main(evaluation("out", "-v", "-k", "7")) == 0
     assert main.main(evaluation("out", "--overwrite")) == 0
@@ -235,6 +246,7 @@ def on_a_full_disk(arguments, limit):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, limit, missing, masks", [
     ((), 500, "ant/00000.png", 0), ((), 9000, "report", 36), (("-v",), 4000, "ant.mp4", 12)])
 def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, evaluation, tmp_path):
@@ -252,6 +264,7 @@ def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, eval
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_weights_so_far(training, tmp_path):
     assert main.main(training("run", "-i", "3")) == 0
     before = content(tmp_path / "run")
@@ -274,6 +287,7 @@ sys.exit(main.main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("megabytes", [20, 120, 2000])
 def test_little_memory_is_enough_or_is_said(megabytes, evaluation, tmp_path, capsys):

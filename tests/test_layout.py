@@ -269,6 +269,7 @@ def run(root, *flags) -> int:
     return main.main(["-m", "eval", "-c", "cpu", "-d", str(root), "-p", "96", "160", *flags])
 
 
+@pytest.mark.slow
 def test_youtube_vos_is_segmented_and_written_as_its_server_expects(tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
     root = youtube(tmp_path / "set", count=11, labelled=[0, 5], later=5, names=["a"])
@@ -295,6 +296,7 @@ def test_youtube_vos_is_segmented_and_written_as_its_server_expects(tmp_path, ca
     assert "2 sequences were finished before" in caplog.text
 
 
+@pytest.mark.slow
 def test_sequences_with_ground_truth_are_scored_and_the_rest_segmented(tmp_path, capsys):
     youtube(tmp_path, names=["a"], labelled=[0])
     youtube(tmp_path, names=["b"], later=2)

@@ -71,6 +71,7 @@ def run(*arguments):
                            *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_path):
     done = run(clip, first, "-j", tmp_path / "out", "-o", exported, "--threads", 1)
     assert done.returncode == 0, done.stderr
@@ -80,6 +81,7 @@ def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_
         assert overlap(found == 1, truth(step) == 1) > 0.8, step
 
 
+@pytest.mark.slow
 def test_a_shorter_clip_leaves_no_masks_of_the_one_before(clip, first, exported, tmp_path, capsys):
     out, shorter = tmp_path / "out", tmp_path / "shorter"
     arguments = [str(first), "-j", str(out), "-o", str(exported), "--threads", "1"]
@@ -103,6 +105,7 @@ def test_a_shorter_clip_leaves_no_masks_of_the_one_before(clip, first, exported,
     assert content(out) == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_writes_is_left_alone(clip, first, exported, tmp_path, capsys):
     with held(tmp_path / "out") as other:
         before = content(tmp_path / "out")
@@ -118,6 +121,7 @@ SHOWN = [Prompts([(14, 10, 44, 36)]), Prompts(points=[(36, 28)]),
          Prompts([(14, 10, 44, 36)], [(36, 28), (20, 20)], [(80, 20)], truth(0) == 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shown", SHOWN, ids=["box", "click", "all"])
 def test_what_is_shown_gets_the_same_mask(shown, exact, exported):
     network, image = lite.load(exported, 1), draw_frame(0)[0].repeat(2, 0).repeat(2, 1)
@@ -128,6 +132,7 @@ def test_what_is_shown_gets_the_same_mask(shown, exact, exported):
     assert overlap(other > 0, truth(0) == 1) > 0.5
 
 
+@pytest.mark.slow
 def test_a_clip_is_segmented_from_a_box_where_there_is_no_torch(clip, exported, tmp_path):
     done = run(clip, "--box", 14, 10, 44, 36, "-j", tmp_path / "out", "-o", exported)
     assert done.returncode == 0, done.stderr
@@ -136,6 +141,7 @@ def test_a_clip_is_segmented_from_a_box_where_there_is_no_torch(clip, exported, 
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "out/masks/00000.png")), shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more, message", [
     ([], "expected a mask of the first frame, or else --box or --point"),
     (["FIRST", "--box", 1, 2, 3, 4], "expected a mask of the first frame, or else"),
@@ -167,6 +173,7 @@ def followed(exact, exported, frames, given, shape=None):
                other.step(network.normalized(image), given.get(i), shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, rows", [("stroll", 0), ("meeting", 180)])
 def test_masks_are_those_of_pytorch(name, rows, exact, exported):
     drawn = list(demo.draw(demo.SCENES["val"][name], frames=9))
@@ -179,6 +186,7 @@ def test_masks_are_those_of_pytorch(name, rows, exact, exported):
     assert np.mean(overlaps) >= 0.999 and min(overlaps) >= 0.99
 
 
+@pytest.mark.slow
 def test_later_masks_and_objects_are_those_of_pytorch(exact, exported):
     """A second reference frame, with an object that the first hasn't, and one that leaves again."""
     frames, masks = zip(*(draw_frame(step, (1, 2)) for step in range(8)))
@@ -210,6 +218,7 @@ def test_objects_that_come_and_go_are_those_of_pytorch(exact, exported):
     assert set(one.object_ids) == {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_object_tokens_and_the_level_of_stride_2_are_exported(tmp_path):
     """The export compares itself with PyTorch."""
     model = VideoMatch.load(SHIPPED["mobilenet"])
@@ -223,6 +232,7 @@ def test_object_tokens_and_the_level_of_stride_2_are_exported(tmp_path):
     assert overlap(prompting.logits(network, image, SHOWN[0]) > 0, truth(0) == 1) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16, 16), (17, 200), (48, 33)])
 def test_frames_of_few_cells(shape, exact, exported):
     random = np.random.default_rng(0)
@@ -245,6 +255,7 @@ def test_a_frame_of_another_size_is_refused(exported):
         follower.step(np.zeros((3, 90, 80), np.float32))
 
 
+@pytest.mark.slow
 def test_a_video_that_grows_is_followed_in_a_copy_too(exported):
     """What a copy sees changes nothing in what it was taken from."""
     network = lite.load(exported, 1)
@@ -322,6 +333,7 @@ def test_a_missing_package_is_named():
         lite.package("surely_absent")
 
 
+@pytest.mark.slow
 def test_what_main_exports_can_be_loaded(tmp_path, capsys):
     assert main.main(["-m", "export", "--export_dir", str(tmp_path / "lite")]) == 0
     assert "MB" in capsys.readouterr().out
@@ -330,6 +342,7 @@ def test_what_main_exports_can_be_loaded(tmp_path, capsys):
     assert description["config"]["encoder"] == "mobilenet"
 
 
+@pytest.mark.slow
 def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
     folder = tmp_path / "lite8"
     assert main.main(["-m", "export", "--export_dir", str(folder), "--eight_bit"]) == 0
@@ -342,6 +355,7 @@ def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
         assert overlap(mask == 1, truth(step) == 1) > 0.8, step
 
 
+@pytest.mark.slow
 def test_an_export_of_8_bits_that_computes_something_else_is_refused(exact, tmp_path, monkeypatch):
     quantized = eight_bit.quantized
 
@@ -421,6 +435,7 @@ def test_locations_around_an_object():
     assert views.thinned(grown.numpy(), 7).sum() == min(7, int(grown.sum()))
 
 
+@pytest.mark.slow
 def test_a_video_is_followed_by_the_graphs_alone(exact, exported):
     """What a program in another language has to do: a state that starts empty, and three graphs."""
     network, frames = lite.load(exported, 1), [draw_frame(step) for step in range(8)]

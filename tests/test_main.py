@@ -50,6 +50,7 @@ def test_published_command_lines_parse_and_want_a_gpu_here(line, davis_2016, mod
     assert "-c cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_published_command_lines_run_on_the_cpu(davis_2016, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = "-c cpu -m train -t train -s models/vm_resnet.pth -p 96 160 -l 1e-5 -x -en resnet -i 2"
@@ -63,6 +64,7 @@ def test_published_command_lines_run_on_the_cpu(davis_2016, checkpoint, tmp_path
     assert (tmp_path / "vm_results/global_results-val.csv").is_file()
 
 
+@pytest.mark.slow
 def test_training_flags_reach_the_training(davis_2016, weights, tmp_path):
     save = tmp_path / "vm.pth"
     assert main.main(["-m", "train", "-d", str(davis_2016), "-s", str(save), "-b", "2", "-e", "2",
@@ -94,6 +96,7 @@ def run(*arguments, cwd):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     result = run("-m", "eval", "--demo", "-q", "hills", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -102,6 +105,7 @@ def test_demo(tmp_path):
     assert (tmp_path / "results/demo/hills.mp4").is_file()
 
 
+@pytest.mark.slow
 def test_training_on_the_demo(tmp_path, weights):
     result = run("-m", "train", "--demo", "-i", "2", "-p", "96", "160", "--encoder_weights",
                  weights, cwd=tmp_path)
@@ -109,6 +113,7 @@ def test_training_on_the_demo(tmp_path, weights):
     assert (tmp_path / "runs/vm_mobilenet.pth").is_file()
 
 
+@pytest.mark.slow
 def test_no_traceback_from_the_real_command(tmp_path):
     result = run("-d", "nowhere", cwd=tmp_path)
     assert result.returncode == 2
@@ -171,6 +176,7 @@ def test_a_bug_ends_with_its_traceback(tmp_path, monkeypatch):
         main.main(["-m", "eval", "--demo"])
 
 
+@pytest.mark.slow
 def test_help_names_every_published_flag():
     text = run("-h", cwd=ROOT).stdout
     for flag in ("--dataset", "-d", "--year", "-y", "--set", "-t", "--sequences", "-q",

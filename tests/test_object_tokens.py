@@ -36,6 +36,7 @@ def frame(objects, seed=0):
     return unit, shares[:2], with_union(own), shares[2, 1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objects", [1, 2])
 def test_a_model_that_was_extended_finds_what_it_found(objects):
     frames = [draw_frame(i, tuple(range(1, objects + 1))) for i in range(4)]
@@ -166,6 +167,7 @@ class Exported(torch.nn.Module):
         return self.decoder.decode(evidence, previous, self.decoder.shared(list(levels))), coarse
 
 
+@pytest.mark.slow
 def test_both_can_be_exported_for_any_number_of_objects_and_any_size(tokens):
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(1)

@@ -37,6 +37,7 @@ def numbers(path):
         return [int(row["frame"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, expected", [
     ("7:11", [7, 8, 9, 10]), ("8:9", [8]), ("12:", None), (":8", None), (":10", [5, 6, 7, 8, 9]),
     ("8:", list(range(8, 15))), ("6:15", list(range(6, 15))), ("0:9", [5, 6, 7, 8]),
@@ -55,6 +56,7 @@ def test_a_part_of_a_clip(part, expected, clip, tmp_path, capsys):
     assert f"{len(expected)} frames were finished before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_frames_to_review_are_named_by_their_numbers(clip, tmp_path, capsys):
     for number in range(11, 15):  # where the object is gone
         image = images.read_image(tmp_path / "clip" / f"{number:05d}.png")
@@ -79,6 +81,7 @@ def test_a_part_that_is_not_there(part, clip, capsys):
     assert "numbered 5 to 14" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form, codec, pixels", [
     ("mov", "prores", "yuva444p"), ("webm", "vp9", "yuv")])
 def test_a_cutout_as_one_film_has_the_pictures_alpha(form, codec, pixels, clip, tmp_path):
@@ -119,6 +122,7 @@ def test_an_alpha_is_on_the_masks_side_whatever_the_probabilities():
     assert not drawing.soft(np.zeros((4, 5))).any()
 
 
+@pytest.mark.slow
 def test_a_cutouts_edges_are_soft_and_nothing_lies_under_them(clip, tmp_path):
     assert main.main([*clip, "--cutout", "transparent"]) == 0
     for number in (5, 8, 14):

@@ -215,6 +215,7 @@ def preview(folder, *arguments, backend="Agg") -> subprocess.CompletedProcess:
                           env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_figure_needs_no_backend_of_a_notebook(tmp_path, frame_and_mask):
     result = preview(tmp_path, *frame_and_mask, "--save", "figure.png",
                      backend="module://not_installed.backend")
@@ -222,6 +223,7 @@ def test_a_figure_needs_no_backend_of_a_notebook(tmp_path, frame_and_mask):
     assert (tmp_path / "figure.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["figures/preview.png", None])
 def test_preview_is_saved_to_the_given_or_default_file(tmp_path, frame_and_mask, save):
     result = preview(tmp_path, *frame_and_mask, *(["--save", save] if save else []))
@@ -235,6 +237,7 @@ def test_preview_is_saved_to_the_given_or_default_file(tmp_path, frame_and_mask,
     assert len(colours) > 1000 and counts.max() < 0.6 * counts.sum()
 
 
+@pytest.mark.slow
 def test_preview_of_bad_input_ends_with_one_error_line(tmp_path, frame_and_mask):
     result = preview(tmp_path, frame_and_mask[0], "missing.png")
     assert (result.returncode, result.stdout) == (2, "")

@@ -156,6 +156,7 @@ def test_every_channel_of_evidence_counts(shown):
         assert all((shown.prompts(view, other) - answer).abs().max() > 1e-6 for other in changed)
 
 
+@pytest.mark.slow
 def test_one_scene_is_learnt_and_only_the_decoder_changes(shown):
     image, mask = draw_frame(0)
     truth = np.kron(mask, np.ones((2, 2))) > 0

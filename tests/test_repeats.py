@@ -7,6 +7,8 @@ from torchvision import models
 
 import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def threads():

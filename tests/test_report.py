@@ -145,6 +145,7 @@ def test_evaluation_leaves_a_report(model, davis_2016, tmp_path):
     assert "--demo" in page and "frames per second" in page
 
 
+@pytest.mark.slow
 def test_two_folders_are_compared(tmp_path):
     write_sequence(tmp_path / "davis", "ant")
     write_list(tmp_path / "davis", "2016", "val", ["ant"])
@@ -186,6 +187,7 @@ def ask_browser(tmp_path):
     return ask
 
 
+@pytest.mark.slow
 def test_table_is_sorted_by_a_click(sequences, tmp_path, ask_browser):
     page = report.write(tmp_path / "r.html", sequences, [run("mine", sequences)], {}).read_text()
     orders = ask_browser(page, """
@@ -195,6 +197,7 @@ def test_table_is_sorted_by_a_click(sequences, tmp_path, ask_browser):
     assert orders == [["bee", "ant"], ["ant", "bee"], ["ant", "bee"], ["bee", "ant"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["mine"], ["old", "new"]])
 def test_a_phone_shows_all_without_moving_sideways(names, sequences, tmp_path, ask_browser):
     runs = [run(name, sequences) for name in names]

@@ -142,6 +142,7 @@ def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
     assert 20 < adjacent < 70  # about half, the others start anywhere
 
 
+@pytest.mark.slow
 def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     sequences = grey_sequences(tmp_path, "ab", frames=6)
     clips = Clips(sequences, AsIs(), frames=3, paste=1)
@@ -215,6 +216,7 @@ def test_an_object_below_the_usual_minimum_area_still_yields_a_clip(squares):
     assert (masks[0] == 1).sum() == 25 and masks[1:].any()
 
 
+@pytest.mark.slow
 def test_a_sequence_that_yields_no_clip_is_replaced_by_another(squares):
     dot, small, whole = squares
     clips = Clips([dot, whole], Augment((200, 300), random=False), paste=0)

@@ -69,6 +69,7 @@ def test_the_network_sees_every_frame_at_about_one_size():
                                                             1), atol=0.6)
 
 
+@pytest.mark.slow
 def test_video_and_folder_give_the_same_masks(clip_file, clip_folder, tmp_path):
     mask = write(tmp_path / "first.png", truth(0))
     for source, out in ((clip_file, "a"), (clip_folder, "b")):
@@ -93,6 +94,7 @@ def test_from_a_frame_in_the_middle_it_runs_both_ways(clip_file, tmp_path):
     assert all(overlap(mask, truth(i)) > 0.6 for i, mask in enumerate(found))
 
 
+@pytest.mark.slow
 def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
     masks = []
     for i in range(FRAMES):
@@ -112,6 +114,7 @@ def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
     assert [frame.step.object_ids for frame in seen[:4]] == [(1,)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word, after", [("absent", True), ("gone", False)])
 def test_a_later_mask_may_say_that_an_object_is_not_there(word, after, tmp_path):
     masks = []

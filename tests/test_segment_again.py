@@ -56,6 +56,7 @@ def clip(tmp_path):
     return arguments
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("last, kept, cutout", [(3, [6, 5, 4], "blur"),
                                                 (7, range(7), "transparent"),
@@ -77,6 +78,7 @@ def test_a_killed_run_resumes_in_either_direction(last, kept, cutout, clip, tmp_
     assert len(found) == 16 and any(2 in read_mask(path) for path in found)
 
 
+@pytest.mark.slow
 def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypatch):
     out, step = tmp_path / "out", Tracker.step
     assert main.main(clip("out")) == 0
@@ -112,6 +114,7 @@ def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypa
         for path, data in before.items()}
 
 
+@pytest.mark.slow
 def test_results_of_other_flags_or_data_are_refused(clip, tmp_path, capsys):
     assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
     before = content(tmp_path / "out")
@@ -124,6 +127,7 @@ def test_results_of_other_flags_or_data_are_refused(clip, tmp_path, capsys):
         assert content(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_other_masks_replace_the_results_of_a_clip(clip, tmp_path, caplog):
     """As the last line of a run suggests: correct a mask and run again."""
     assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
@@ -136,6 +140,7 @@ def test_other_masks_replace_the_results_of_a_clip(clip, tmp_path, caplog):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["transparent", "blur"])
 def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path):
     assert main.main(clip("out", "--cutout", first, masks=["7:7.png"])) == 0
@@ -152,6 +157,7 @@ def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path)
     np.testing.assert_array_equal(read_mask(edited), read_mask(tmp_path / "12.png"))
 
 
+@pytest.mark.slow
 def test_a_refused_mask_leaves_no_manifest(clip, tmp_path, capsys):
     images.write_mask(tmp_path / "small.png", np.ones((9, 8), np.uint8))
     for wrong in ("7:small.png", "99:7.png"):
@@ -159,6 +165,7 @@ def test_a_refused_mask_leaves_no_manifest(clip, tmp_path, capsys):
     assert main.main(clip("out")) == 0
 
 
+@pytest.mark.slow
 def test_a_broken_state_is_named(clip, tmp_path, capsys):
     state = tmp_path / "out" / ".masks.progress"
     state.parent.mkdir()
@@ -170,6 +177,7 @@ def test_a_broken_state_is_named(clip, tmp_path, capsys):
     assert main.main(clip("out", "--overwrite")) == 0 and not state.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_manifest_is_refused_and_overwritten_on_request(clip, tmp_path, capsys):
     assert main.main(clip("out", "--cutout", "blur")) == 0
     (tmp_path / "out" / "manifest.json").write_text("[]")
@@ -200,6 +208,7 @@ def test_ctrl_c_after_the_last_frame_is_raised():
     assert Kept.frames == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_second_run_leaves_the_first_ones_files_alone(clip, tmp_path, capsys):
     """With the same or other flags, while the first one is in the middle of the clip."""
@@ -219,6 +228,7 @@ def test_a_second_run_leaves_the_first_ones_files_alone(clip, tmp_path, capsys):
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_leaves_no_lock_and_no_unfinished_file(clip, tmp_path):
     out = tmp_path / "out"
@@ -276,6 +286,7 @@ def test_files_written_by_two_processes_at_once_are_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
     frames = tmp_path / "clip"
     images.write_mask(frames / "mask.png", read_mask(tmp_path / "7.png"))

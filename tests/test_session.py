@@ -78,6 +78,7 @@ def test_the_news_are_what_changed(client):
     assert list(state(client, first["version"])["frames"]) == ["5"]
 
 
+@pytest.mark.slow
 def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
         clip, client, tmp_path, monkeypatch):
     session = client.session
@@ -107,6 +108,7 @@ def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
     assert not cut[cut[..., 3] == 0].any()
 
 
+@pytest.mark.slow
 def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monkeypatch):
     corners = [[20, 30], [56, 30], [56, 66], [20, 66]]
     (tmp_path / "m.json").write_text(json.dumps({
@@ -191,6 +193,7 @@ def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit
     assert (out / "masks" / "by hand.png").is_file() and (out / "cutout.mov").is_file()
 
 
+@pytest.mark.slow
 def test_a_warning_about_the_mask_is_shown_when_propagation_starts(client):
     mask = truth(0)
     mask[90:92, 5:7] = 2
@@ -205,6 +208,7 @@ def _words(command):
     return words[2:]
 
 
+@pytest.mark.slow
 def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_user_mask(client, monkeypatch):
     session = client.session
     for frame in (0, 10):
@@ -229,6 +233,7 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_user_mask(clie
         np.testing.assert_array_equal(shown(client, frame), before[frame])
 
 
+@pytest.mark.slow
 def test_a_pass_from_a_kept_state_gives_the_same_masks_as_one_from_the_first_frame(begin, tmp_path):
     whole, parts = begin(tmp_path / "whole"), begin(tmp_path / "parts")
     for one in (whole, parts):
@@ -295,6 +300,7 @@ def ids(session, *frames):
     return [set(np.unique(session.mask(frame)).tolist()) - {0} for frame in frames]
 
 
+@pytest.mark.slow
 def test_an_object_that_is_wiped_out_is_not_in_this_frame(pair):
     go(pair, 0)
     assert ids(pair, 5, 6, 7) == [{1, 2}] * 3
@@ -310,6 +316,7 @@ def test_an_object_that_is_wiped_out_is_not_in_this_frame(pair):
     assert not pair.store.presence.absent and pair.store.user_frames == {0}
 
 
+@pytest.mark.slow
 def test_an_object_is_gone_from_a_frame_on_until_a_mask_shows_it(pair, tmp_path):
     go(pair, 0)
     pair.editor.set_mask(9, two(9))
@@ -355,6 +362,7 @@ def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_p
     assert not again.store.presence.absent and 7 not in again.store.pending
 
 
+@pytest.mark.slow
 def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(propagation.StateCache, "INTERVAL", 1)
     one, fresh = begin(tmp_path / "one"), begin(tmp_path / "fresh")
@@ -377,6 +385,7 @@ def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_pa
     assert one.states.nearest(8, True, one.store.input_keys())[0] == 8
 
 
+@pytest.mark.slow
 def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     whole, one = begin(tmp_path / "whole"), begin(tmp_path / "one")
     for session in (whole, one):

@@ -142,6 +142,7 @@ def clips_of(root, **options) -> Clips:
     return Clips([], Augment(SHAPE), static_images=find_static_images(root), **options)
 
 
+@pytest.mark.slow
 def test_a_clip_of_a_static_image_has_the_shape_of_all_clips(root):
     clips = clips_of(root)
     assert clips.parts == [0, 3] and len(clips) == 3
@@ -190,6 +191,7 @@ def test_objects_move_bend_and_change_lighting(root):
     assert np.median(light) > 0.03
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_index_alone_in_any_worker(root):
     clips = clips_of(root)
     index = list(PairSampler(clips.parts, 8, seed=2, shares=[0, 1]))
@@ -202,6 +204,7 @@ def test_a_sample_depends_on_its_index_alone_in_any_worker(root):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_static_image_without_an_object_is_a_background(root):
     Image.new("L", (120, 90)).save(root / "masks/ant.png")
     clips = clips_of(root, paste=1)

@@ -285,6 +285,7 @@ def test_a_video_changes_nothing_of_the_network(any_method):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_videos_side_by_side_do_not_meet(any_method):
     clips = [list(clip((1, 2), later=2)), list(clip((3, 200), start=4))]
     apart = [steps(Tracker(any_method), frames) for frames in clips]
@@ -331,6 +332,7 @@ def tensors(value):
             yield from tensors(item)
 
 
+@pytest.mark.slow
 def test_a_state_does_not_grow_with_the_video(any_method):
     tracker, sizes = Tracker(any_method), []
     tracker.step(*frame(0))
@@ -341,6 +343,7 @@ def test_a_state_does_not_grow_with_the_video(any_method):
     assert max(sizes[26:]) <= max(sizes[:26])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_state_survives_a_file(any_method, at):
     frames = list(clip((1, 2), later=4))

@@ -88,6 +88,7 @@ def test_steps_lower_the_loss(batch_size, sequences):
     assert found[-1] < 0.7 * found[0]
 
 
+@pytest.mark.slow
 def test_steps_on_clips_lower_the_loss(sequences):
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
@@ -101,6 +102,7 @@ def test_steps_on_clips_lower_the_loss(sequences):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_memory_method_trains_all_unfrozen_weights_and_saves_them(sequences, options):
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
@@ -133,6 +135,7 @@ def test_the_learning_rate_rises_and_decays_to_zero(iterations, model):
         assert max(rates[1:5 + iterations // 10]) > 7e-4
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_saved_with_log_and_curves(model, sequences, options):
     options.plot = True
     best = train.train(model, *sequences, options)
@@ -148,6 +151,7 @@ def test_the_best_weights_are_saved_with_log_and_curves(model, sequences, option
         assert curves.size[0] > 300
 
 
+@pytest.mark.slow
 def test_without_held_out_sequences_the_last_weights_are_saved(model, sequences, options):
     options.plot, options.patience = True, 1
     assert np.isnan(train.train(model, sum(sequences, []), [], options))
@@ -176,6 +180,7 @@ def test_validation_at_the_end_only(model, sequences, options):
     assert [line["iteration"] for line in lines_of(options)] == [0, 4]
 
 
+@pytest.mark.slow
 def test_early_stopping(model, sequences, options, monkeypatch):
     scores = iter([0.5, 0.4, 0.6, 0.6, 0.3, 0.9])
     monkeypatch.setattr(report, "validate", lambda *_: [next(scores)])
@@ -214,6 +219,7 @@ def test_same_seed_same_weights(model, sequences, options):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_training_raises_the_held_out_iou(sequences, options):
     torch.manual_seed(0)
     model = VideoMatch.load(SHIPPED["mobilenet"])
@@ -261,6 +267,7 @@ def shrunk(sequence, side):
         Image.fromarray(mask).save(path)
 
 
+@pytest.mark.slow
 def test_a_sequence_of_small_objects_is_skipped_with_one_warning(sequences, options, caplog):
     training, held_out = sequences
     shrunk(training[0], 1)  # 4 pixels of 96x160, 27 in the closest crop

@@ -48,6 +48,7 @@ def train(davis, stills, checkpoint, out, *more) -> int:
                       "-b", "2", "-c", "cpu", *more])
 
 
+@pytest.mark.slow
 def test_training_changes_the_prompt_decoder_only_and_resumes(davis_2016, stills_dir, checkpoint,
                                                         tmp_path):
     whole, halves = tmp_path / "whole.pth", tmp_path / "halves.pth"
@@ -90,6 +91,7 @@ def test_the_prompt_decoder_does_not_change_tracking(checkpoint):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_samples_depend_on_seed_and_index_alone(davis_2016, stills_dir):
     sources = Davis(davis_2016).sequences, find_static_images(stills_dir)
     samples = train_prompts.PromptSamples(*sources, seed=3)
@@ -131,6 +133,7 @@ def test_held_out_static_images_are_not_trained_on():
     assert len(apart) == 3 and {*training, *apart} == {*static_images} and len(training) == 7
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_the_j_of_prompted_masks(davis_2017, checkpoint, tmp_path, monkeypatch,
                                                     capsys):
     model = VideoMatch.load(checkpoint)
@@ -198,6 +201,7 @@ def test_an_empty_mask_is_reported_in_one_line(clip_dir, checkpoint, tmp_path, c
     assert "nothing was found of object 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_further_training_of_a_tracker_keeps_the_prompt_decoder_working(davis_2016, stills_dir,
                                                                     checkpoint, tmp_path, caplog,
                                                                     capsys):

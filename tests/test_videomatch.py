@@ -142,6 +142,7 @@ def script(*arguments, cwd):
                           env={"PATH": "", "MPLBACKEND": "agg", "HOME": str(cwd)})
 
 
+@pytest.mark.slow
 def test_script_saves_figures(davis_2016, model, tmp_path):
     images, masks = (davis_2016 / kind / "480p" / "ant" for kind in ("JPEGImages", "Annotations"))
     model.save(tmp_path / "vm.pth")
@@ -155,6 +156,7 @@ def test_script_saves_figures(davis_2016, model, tmp_path):
         assert picture.std() > 20 and min(picture.shape[:2]) > 300
 
 
+@pytest.mark.slow
 def test_script_without_a_display_saves_and_says_where(davis_2016, model, tmp_path):
     model.save(tmp_path / "vm.pth")
     image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
@@ -164,6 +166,7 @@ def test_script_without_a_display_saves_and_says_where(davis_2016, model, tmp_pa
     assert "no display" in run.stdout and (tmp_path / "00000_probabilities.png").is_file()
 
 
+@pytest.mark.slow
 def test_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
     model.save(tmp_path / "vm.pth")
     image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
