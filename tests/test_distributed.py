@@ -129,7 +129,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 
-import distributed
+from system import distributed
 import main
 
 torch.backends.mkldnn.set_flags(False)

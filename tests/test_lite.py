@@ -229,7 +229,7 @@ def test_object_tokens_and_the_level_of_stride_2_are_exported(tmp_path):
         torch.nn.init.normal_(layer.weight, std=0.05)
     export.export(model.eval(), tmp_path)
     network, image = lite.load(tmp_path, 1), draw_frame(0)[0].repeat(2, 0).repeat(2, 1)
-    assert overlap(prompting.logits(network, image, SHOWN[0]) > 0, truth(0) == 1) > 0.5
+    assert overlap(prompting.predict_logits(network, image, SHOWN[0]) > 0, truth(0) == 1) > 0.5
 
 
 @pytest.mark.slow
