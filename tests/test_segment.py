@@ -151,6 +151,7 @@ class Counting(video.Folder):
             yield image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutout", [None, "transparent", "blur"])
 @pytest.mark.parametrize("first", [0, 5])
 def test_each_frame_is_decoded_once(first, cutout, model, clip_folder, tmp_path):
@@ -160,6 +161,7 @@ def test_each_frame_is_decoded_once(first, cutout, model, clip_folder, tmp_path)
     assert sorted(clip.read) == list(range(FRAMES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1, 5, 8])
 def test_a_film_has_its_frames_in_the_order_of_the_clip(first, model, clip_folder, tmp_path):
     clip = video.open_clip(clip_folder)

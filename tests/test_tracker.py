@@ -49,6 +49,7 @@ def test_finds_the_object_in_another_frame(model):
     assert intersection_over_union(found, truth) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_random_weights_of_the_large_encoders_match_too(name):
     torch.manual_seed(0)

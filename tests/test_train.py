@@ -78,6 +78,7 @@ def lines_of(options):
             options.save.with_suffix(".jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_steps_lower_the_loss(batch_size, sequences):
     model = VideoMatch.load(SHIPPED["mobilenet"])

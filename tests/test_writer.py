@@ -203,6 +203,7 @@ def test_sound_ends_with_the_frames(tmp_path):
     assert sound_of(path)[2] == pytest.approx(30 / 25, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, video, audio, rate, layout", [
     ("camera.avi", "mpeg4", "pcm_u8", 11025, "mono"), ("disc.mkv", "libx264", "ac3", 44100, "5.1"),
     ("studio.mkv", "libx264", "pcm_s24le", 96000, "7.1"),
