@@ -60,7 +60,12 @@ def curves(path: str | Path, history: list[dict]) -> None:
 
 
 def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: Path) -> None:
-    """Show a `grid` in a window, or save it to `path`; without a display, to `default`."""
+    """Show a `grid` in a window, or save it to `path`; without a display, to `default`.
+
+    Raises:
+        OSError: the file can't be written.
+        ValueError: matplotlib knows no format with the suffix of `path`.
+    """
     figure = grid(panels, columns, window=path is None and has_display())
     if path is None and not has_display():
         print("no display, so the figure is saved instead")
@@ -69,6 +74,9 @@ def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: 
         _pyplot().show()
         _pyplot().close(figure)
     else:
+        formats = figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in formats:
+            raise ValueError(f"{path}: expected an image format, one of {', '.join(formats)}")
         with atomic_path(path) as beside:
             figure.savefig(beside, dpi=100)
         print(f"saved {path}")

@@ -230,7 +230,7 @@ def test_bad_checkpoint(case, folder, capsys):
 
 FLAGS = {  # of an evaluation
     "-d nowhere": "nowhere|--demo|davischallenge",
-    "-d first.png": "first.png|no DAVIS",
+    "-d first.png": "first.png|no data set",
     "-q yeti": "yeti|--sequences",
     "-y 2017": "2017|val.txt",
     "-y 1999": "--year",

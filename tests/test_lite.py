@@ -247,11 +247,11 @@ def test_frames_of_few_cells(shape, exact, exported):
 def test_a_frame_of_another_size_is_refused(exported):
     network = lite.load(exported, 1)
     follower = Tracker(network)
-    with pytest.raises(ValueError, match="needs a mask"):
+    with pytest.raises(ValueError, match="the first frame needs one"):
         follower.step(np.zeros((3, 48, 80), np.float32))
     image, mask = draw_frame(0)
     follower.step(network.normalized(image), mask)
-    with pytest.raises(ValueError, match="of the reference frame's size"):
+    with pytest.raises(ValueError, match="size of the reference frame"):
         follower.step(np.zeros((3, 90, 80), np.float32))
 
 
@@ -300,7 +300,7 @@ def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path
     ({"-o": "nowhere"}, "nowhere.*no such file, expected an export"),
     ({"--size": "3"}, "--size"), ({"--threads": "-1"}, "--threads"),
     ({"mask": (20, 20)}, "mask of 20x20 pixels, expected 160x96"),
-    ({"mask": 0}, "holds no object"), ({"-j": "clip"}, "is read")])
+    ({"mask": 0}, "holds no object"), ({"-j": "clip"}, "is an input")])
 def test_what_cannot_be_done_gets_one_line(change, message, clip, first, exported, tmp_path,
                                            capsys):
     if "mask" in change:
@@ -346,7 +346,7 @@ def test_what_main_exports_can_be_loaded(tmp_path, capsys):
 def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
     folder = tmp_path / "lite8"
     assert main.main(["-m", "export", "--export_dir", str(folder), "--eight_bit"]) == 0
-    assert sum(path.stat().st_size for path in folder.glob("*.onnx")) < 5e6  # of 3.3 million
+    assert sum(path.stat().st_size for path in folder.glob("*.onnx")) < 6e6  # of 3.4 million
     network = lite.load(folder, 1)
     follower = Tracker(network)
     for step in range(4):

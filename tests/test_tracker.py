@@ -184,7 +184,7 @@ def test_threshold(model):
 
 
 def test_the_first_mask_must_be_there_and_hold_an_object(model):
-    with pytest.raises(ValueError, match="first frame needs a mask"):
+    with pytest.raises(ValueError, match="mask: the first frame needs one"):
         Tracker(model).step(frame(0)[0])
     with pytest.raises(ValueError, match="no object"):
         Tracker(model).step(frame(0)[0], np.zeros(SHAPE, np.uint8))
@@ -242,7 +242,7 @@ def test_the_memory_wants_frames_of_one_size():
     mask[20:40, 30:60] = 1
     tracker = Tracker(model)
     tracker.step(torch.randn(3, 64, 96), mask)
-    with pytest.raises(ValueError, match=r"reference frame's size, got \(96, 96\)"):
+    with pytest.raises(ValueError, match=r"size of the reference frame, got \(96, 96\)"):
         tracker.step(torch.randn(3, 96, 96))
     model.method, tracker = "matching", Tracker(model)
     tracker.step(torch.randn(3, 64, 96), mask)
