@@ -218,4 +218,4 @@ def test_further_training_of_a_tracker_keeps_the_prompt_decoder_working(davis_20
     assert changed == {"reader", "decoder"}
     assert after.facts["prompts"] == before.facts["prompts"]
     assert main.main([*command, "--method", "matching", "--overwrite"]) == 2
-    assert "--method matching: trains the encoder only" in capsys.readouterr().err
+    assert "trains the encoder only" in capsys.readouterr().err
