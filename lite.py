@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from lite_runtime.model import LiteVideoMatch
 from masks.read import read_masks
 from media import drawing, files, images
 from media.background import progress
 from media.files import check_no_overlap, lock_folder
 from media.video import open_clip
 from media.writer import VideoWriter
-from network.lite import LiteVideoMatch
 from network.outliers import decide
 from system import errors, version
 from tracking.prompting import group_by_object, predict_masks

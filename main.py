@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 import evaluate
-import export
 import train
-from cli import options, segment, setup
+from cli import export, options, segment, setup
 from cli.setup import select_device
 from davis import for_training, hold_out
 from network import precision

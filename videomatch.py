@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 
 import preprocess
-from checkpoint import Checkpointed
 from masks.read import read_masks
 from masks.validation import check_normalized, id_mask
 from media import drawing, figures, images
 from media.prompts import Prompts
 from network import precision
+from network.checkpoint import Checkpointed
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.object_tokens import ObjectTokens
 from network.outliers import decide
-from network.prompts import PromptDecoder, looked
+from network.prompt_decoder import PromptDecoder, looked
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
 from network.state import INTEGERS, KEYS, Features, State, blank, without

@@ -20,10 +20,10 @@ from pathlib import Path
 import cv2
 import torch
 
-import export
 from benchmarks import common
 from benchmarks.common import WARM_UP
 from datasets import demo
+from lite_runtime import export
 from media import images
 from videomatch import SHIPPED, VideoMatch
 

@@ -18,9 +18,9 @@ from conftest import ROOT, draw_frame, write_list, write_sequence
 from PIL import Image
 from torchvision import models
 
-import export
 from benchmarks import runtimes, video
 from datasets import demo, download
+from lite_runtime import export
 from tracking import prompting
 from training import prompt_training as train_prompts
 from videomatch import VideoMatch

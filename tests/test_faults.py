@@ -22,8 +22,8 @@ from conftest import (
 )
 from torchvision import models
 
-import checkpoint
 import main
+from network import checkpoint
 from videomatch import VideoMatch
 
 

@@ -13,19 +13,19 @@ RANKS = [
     {"examples"},
     {"main"},
     {"benchmarks"},
-    {"export"},
-    {"eight_bit"},
     {"cli"},
     {"webapp"},
     {"train"},
     {"training"},
     {"evaluate"},
     {"outputs"},
+    {"lite_runtime.export"},
+    {"lite_runtime.quantize"},
     {"lite"},
+    {"lite_runtime"},
     {"tracking"},
     {"videomatch"},
     {"tracking.tracker"},  # imports no network, so that `videomatch.load_tracker` can return one
-    {"checkpoint"},
     {"network"},
     {"davis"},
     {"datasets"},
@@ -46,6 +46,7 @@ FUNCTION_LINES, PUBLIC_NAMES = 65, 28
 
 # What breaks a rule today. The list must shrink: an entry that is no longer needed fails.
 IMPORTS = {
+    ("network.checkpoint", "io"), ("network.checkpoint", "pathlib"),  # reads and writes checkpoints
     ("network.encoder", "pathlib"),  # reads ImageNet weights, from a file or torch.hub
 }
 

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from conftest import ROOT, content, draw_frame, held, overlap, truth
 from PIL import Image
 
-import eight_bit
-import export
 import lite
 import main
 import preprocess
 from datasets import demo
+from lite_runtime import export, quantize
 from media.prompts import Prompts
 from network import views
 from network.decoder import antialiased, pooling
@@ -357,13 +356,13 @@ def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_an_export_of_8_bits_that_computes_something_else_is_refused(exact, tmp_path, monkeypatch):
-    quantized = eight_bit.quantized
+    quantized = quantize.quantized
 
     def reversed_scales(values, axis):
         whole, scales = quantized(values, axis)
         return whole, scales[::-1].copy()
 
-    monkeypatch.setattr(eight_bit, "quantized", reversed_scales)
+    monkeypatch.setattr(quantize, "quantized", reversed_scales)
     with pytest.raises(ValueError, match="--eight_bit.*differ"):
         export.export(exact, tmp_path, small=True)
 
@@ -380,7 +379,7 @@ def test_no_pooling_is_exported_that_older_onnxruntimes_compute_otherwise(export
 def test_weights_are_rounded_channel_by_channel(axis):
     values = np.float32([np.zeros(40), np.random.default_rng(0).normal(0, 100, 40)])
     values = values if axis == 0 else values.T
-    whole, scales = eight_bit.quantized(values, axis)
+    whole, scales = quantize.quantized(values, axis)
     assert whole.dtype == np.int8
     again = whole * (scales[:, None] if axis == 0 else scales)
     assert np.abs(again - values).max() <= scales.max() / 2 * 1.001

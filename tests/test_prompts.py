@@ -13,7 +13,7 @@ import preprocess
 from media.prompts import Prompts
 from network.encoder import Encoder
 from network.evidence import FAR, NEAR, clicked, evidence
-from network.prompts import K, PromptDecoder, likeness, sets, similarities
+from network.prompt_decoder import K, PromptDecoder, likeness, sets, similarities
 from tracking import prompting
 from training import prompt_training as train_prompts
 from training import simulated_user

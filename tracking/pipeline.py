@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 import preprocess
-from checkpoint import save
 from masks.read import read_mask
 from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
+from network.checkpoint import save
 from network.outliers import decide
 from tracking.presence import Presence
 from tracking.tracker import Step, Tracker, resized

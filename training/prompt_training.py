@@ -21,7 +21,7 @@ import preprocess
 from davis import Sequence
 from media.background import interruptible, progress
 from media.prompts import Prompts
-from network.prompts import PromptDecoder, Seen
+from network.prompt_decoder import PromptDecoder, Seen
 from system import distributed
 from tracking import prompting
 from training import distractors, simulated_user

@@ -11,10 +11,10 @@ import torch
 
 import metrics
 import preprocess
-from checkpoint import save
 from davis import Sequence
 from masks.encoding import VOID
 from media import figures, files
+from network.checkpoint import save
 from system import distributed, version
 from tracking.tracker import Tracker
 from training.options import Options

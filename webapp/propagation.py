@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import save
 from media.clip import Clip
+from network.checkpoint import save
 from tracking import pipeline
 from tracking.confidence import measure_objects
 from tracking.tracker import Tracker

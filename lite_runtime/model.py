@@ -1,6 +1,6 @@
 """`VideoMatch` of method "memory" without PyTorch: runs the graphs of an export.
 
-The graphs compute everything that involves weights (see `network.graphs`).
+The graphs compute everything that involves weights (see `lite_runtime.graphs`).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,10 +1,9 @@
 """Export a checkpoint to ONNX graphs, which `lite.py` runs without PyTorch: `-m export`.
 
-Writes a folder of graphs (see `network.graphs`) and a JSON file with the checkpoint's configuration
+Writes a folder of graphs (see `lite_runtime.graphs`) and a JSON file with the checkpoint's configuration
 and the digest of each graph.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -16,15 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import eight_bit
 import lite
 import preprocess
-from cli import setup
+from lite_runtime import graphs, quantize
+from lite_runtime.model import NEXT
 from media import files
 from media.prompts import Prompts
-from network import graphs
 from network.evidence import BOX, CLICKS, MASK
-from network.lite import NEXT
 from network.state import Features, State
 from tracking.tracker import Tracker
 from videomatch import VideoMatch
@@ -39,15 +36,6 @@ TOLERANCE = 0.01
 # by 0.2. The shipped checkpoint has 0.017, weights of 4 bits have 0.2, and one scale for all
 # channels of a layer 0.09.
 TOLERANCE_8_BITS = 0.04
-
-
-def run(args: argparse.Namespace) -> None:
-    """Export the checkpoint that the flags name."""
-    model = setup.load_for_inference(args).cpu().eval()
-    with files.lock_folder(args.export_dir, instead="another folder (--export_dir)"):
-        export(model, args.export_dir, args.eight_bit)
-    size = sum(path.stat().st_size for path in args.export_dir.glob("*.onnx"))
-    print(f"{args.export_dir}: {size / 1e6:.1f} MB, for lite.py --model_load {args.export_dir}")
 
 
 @torch.no_grad()
@@ -75,7 +63,7 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
     for name, (graph, inputs, outputs) in _graphs(model).items():
         content = _trace(graph, inputs, outputs)
         if small:
-            content = eight_bit.rounded(content)
+            content = quantize.rounded(content)
         onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
         files.write(folder / f"{name}.onnx", content)
         written[name] = hashlib.sha256(content).hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import nn
 
-from network.prompts import PromptDecoder, Seen
+from network.prompt_decoder import PromptDecoder, Seen
 from network.state import Features, State
 
 SEEN = ("unit", "key", "near", "shared")  # fields of `Features`, before its levels
