@@ -1,7 +1,7 @@
 """Export a checkpoint to ONNX graphs, which `lite.py` runs without PyTorch: `-m export`.
 
-Writes a folder of graphs (see `lite_runtime.graphs`) and a JSON file with the checkpoint's configuration
-and the digest of each graph.
+Writes a folder of graphs (see `lite_runtime.graphs`) and a JSON file with the checkpoint's
+configuration and the digest of each graph.
 """
 
 import hashlib
