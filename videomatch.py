@@ -409,6 +409,9 @@ def show(args) -> None:
     state = model.refer(None, preprocess.to_tensor(image)[None], mask, object_ids)
     for path in args.tests:
         test = images.read_image(path)
+        if model.method == "memory":  # which compares locations of equal feature maps
+            images.check_same_shape(args.reference, image.shape[:2], path, test.shape[:2],
+                                    "a test frame")
         features = model.encode(preprocess.to_tensor(test)[None])
         probabilities = model.predict(state, features, test.shape[:2])[0].cpu().numpy()
         panels = [
