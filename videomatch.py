@@ -2,8 +2,8 @@
 
 Hu, Huang, Schwing: VideoMatch: Matching based Video Object Segmentation, ECCV 2018.
 
-It holds weights and configuration and nothing of a video: what is known of one is a `State`, which
-is handed in, and of which a step makes the next one. Run by itself it shows the probabilities:
+Holds weights and configuration only. All per-video state is a `State`, held by the caller, from
+which a step computes the next one. Run as a script it shows probabilities:
     python videomatch.py REF.jpg REF_MASK.png TEST.jpg [TEST.jpg ...] [--save DIR]
 """
 
@@ -64,7 +64,7 @@ def load_tracker(checkpoint: str | Path = SHIPPED["mobilenet"],
 
 
 class VideoMatch(Checkpointed):
-    """Encode frames, match them with what is known of their videos, refine.
+    """Encode frames, match them with the memory of their video, and decode masks.
 
     Nothing here changes while a video is segmented, so any number of videos, and threads, may
     share one.
@@ -146,8 +146,8 @@ class VideoMatch(Checkpointed):
         """(B, 3, H, W) float32, ImageNet-normalised -> their features.
 
         Args:
-            grid: (h, w) of the features, whatever the images' size; by default the images are
-                enlarged by `zoom`.
+            grid: (h, w) of the features, to which the images are resized; by default the images
+                are enlarged by `zoom`.
         """
         image, size = image.to(self.device), image.shape[-2:]
         scale = 1.0 if self.training else self.zoom
@@ -172,7 +172,7 @@ class VideoMatch(Checkpointed):
 
     def start(self, state: State | None, features: Features, masks: torch.Tensor,
               labels: torch.Tensor) -> State:
-        """Add a reference frame to what is known of a video.
+        """Add a reference frame to the state of a video.
 
         Args:
             state: None before the first one.
@@ -188,7 +188,7 @@ class VideoMatch(Checkpointed):
         return self.reader.start(state, features, masks, labels)
 
     def step(self, state: State, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of a frame, by what is known of its video; `remember` makes the next state of it.
+        """Predict the logits of a frame from the state; `remember` then returns the next state.
 
         Returns:
             (N+1, H/4, W/4) logits (H/2, W/2 with `edges`), those of the background 0; (N+1, h, w)
@@ -218,12 +218,12 @@ class VideoMatch(Checkpointed):
                  long: bool) -> State:
         """The state after a frame.
 
-        It isn't a part of `step`, since what is kept is what the frame's mask was decided to be,
-        which takes connected components (see `network.outliers`).
+        Separate from `step`, because the memory holds the final mask, which depends on connected
+        components (see `network.outliers`); ONNX has no operator for these.
 
         Args:
             probabilities: (N+1, H, W), of any size.
-            long: keep it in the long-term memory, too.
+            long: also add the frame to the long-term memory.
         """
         return self.reader.remember(state, features, probabilities, long)
 
@@ -238,7 +238,7 @@ class VideoMatch(Checkpointed):
             image: (1, 3, H, W) float32, ImageNet-normalised.
             mask: (H, W) object ids, whose size may differ from the image's. What isn't in
                 `object_ids` is in no set.
-            object_ids: all objects that are followed, those of the state first.
+            object_ids: all tracked objects, those of the state first.
 
         Raises:
             ValueError: other dimensions or types, or an image that isn't normalised.
@@ -252,14 +252,14 @@ class VideoMatch(Checkpointed):
 
     def refer_sets(self, state: Sets | None, features: torch.Tensor, mask: np.ndarray,
                    object_ids: Sequence[int]) -> Sets:
-        """The same by the sets of the paper, of a frame that is encoded to (C, h, w)."""
+        """Like `refer`, for the paper's foreground and background sets; features are (C, h, w)."""
         grid, sets = self._grid(features), len(object_ids) + 1
         labels = self.array(labels_of(mask, grid.shape, object_ids))
         return (state or Sets(sets)).refer(grid, labels, sets)
 
     def predict(self, state: Any, features: Features,
                 shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities, and how like each location is to what is remembered of each object.
+        """Predict probabilities, and the similarity of each location to the memory of each object.
 
         Args:
             state: as `refer` returns it.
@@ -290,26 +290,26 @@ class VideoMatch(Checkpointed):
         return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
     def array(self, x: np.ndarray) -> torch.Tensor:
-        """What this network computes with."""
+        """Copy an array to the network's device."""
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
     def without(self, state: State | Sets, channel: int) -> State | Sets:
-        """A state without one object; `channel` is that of its probabilities."""
+        """Return a state without one object; `channel` is its channel in the probabilities."""
         if isinstance(state, State):
             return self.reader.revalued(without(state, channel))
         return state.without(channel)
 
     def saved(self, state: State | Sets) -> dict:
-        """A state as numbers, lists and tensors, a file of which can run no code."""
+        """Return a state as numbers, lists and tensors, which load without running code."""
         return state._asdict() if isinstance(state, State) else state.plain()
 
     def restored(self, kept: dict) -> State | Sets:
-        """What was `saved`; raises a KeyError, TypeError or ValueError of anything else."""
+        """Return the state that was `saved`; KeyError, TypeError or ValueError if it is not one."""
         return State(**kept) if self.method == "memory" else Sets.from_plain(kept)
 
     @property
     def side(self) -> int:
-        """Pixels on each side of a location, of what masks are kept as."""
+        """Pixels per side of a location at which the memory stores masks."""
         return self.reader.side
 
     concatenate = staticmethod(torch.cat)

@@ -56,15 +56,6 @@ def binary_mask(mask: Any, name: str) -> np.ndarray:
     return mask.astype(np.uint8, copy=False)
 
 
-def check_id_masks(masks: Any, name: str = "mask") -> None:
-    """Check a batch of masks: (B, H, W), bool or integers of any range.
-
-    Raises:
-        ValueError: other dimensions or a float dtype.
-    """
-    _check_whole_numbers(masks, name, 3)
-
-
 def check_same_size(one: np.ndarray, name: str, other: np.ndarray, other_name: str) -> None:
     """Raise a ValueError that names both masks unless they have the same (H, W)."""
     if one.shape != other.shape:

@@ -1,4 +1,4 @@
-"""The sound of a video file as one continuous track, whatever its timestamps and codec.
+"""The sound of a video file as one continuous track, for any timestamps and codec.
 
 Sound is decoded and placed sample by sample instead of being copied packet by packet: a muxer
 refuses packets whose timestamps repeat or jump back, and codecs that the container doesn't take,
@@ -56,7 +56,7 @@ def track(path: str | Path, start: float = 0.0) -> Iterator[np.ndarray]:
                 return
         if tracks:
             log.warning("%s: its sound can't be decoded and is left out", path)
-    except Exception as error:  # of whatever kind: the picture is worth more than the sound
+    except Exception as error:  # of any kind: the picture is worth more than the sound
         log.warning("%s: its sound can't be used beyond this point (%s)", path, error)
 
 
