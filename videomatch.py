@@ -1,9 +1,10 @@
-"""The network of VideoMatch: a frame's features, matched with those of frames whose mask is known.
+"""The VideoMatch network: segments a frame by matching it with reference frames.
 
 Hu, Huang, Schwing: VideoMatch: Matching based Video Object Segmentation, ECCV 2018.
 
-Holds weights and configuration only. All per-video state is a `State`, held by the caller, from
-which a step computes the next one. Run as a script it shows probabilities:
+`VideoMatch` holds weights and settings only. Everything known about a video is a `State` (or, for
+the methods "matching" and "paper", a `Sets`) that the caller keeps and every call replaces. Run
+as a script, the module shows probabilities:
     python videomatch.py REF.jpg REF_MASK.png TEST.jpg [TEST.jpg ...] [--save DIR]
 """
 
@@ -64,33 +65,34 @@ def load_tracker(checkpoint: str | Path = SHIPPED["mobilenet"],
 
 
 class VideoMatch(Checkpointed):
-    """Encode frames, match them with the memory of their video, and decode masks.
+    """Encodes frames, matches them with the memory of their video and decodes masks.
 
-    Nothing here changes while a video is segmented, so any number of videos, and threads, may
-    share one.
+    Nothing in it changes during inference, so any number of videos and threads may share one.
 
     Args:
-        encoder: images to features; see `Encoder`.
-        upsample_factor: bilinear enlargement of the feature grid, > 0.
-        top_k: K, how many of the best similarities are averaged (the paper: 20).
-        temperature: divides the scores before the softmax. Cosines lie in [-1, 1], so
+        encoder: computes features from images.
+        upsample_factor: bilinear enlargement of the feature map before matching, > 0. Used by the
+            methods "matching" and "paper" (section 3.1: features are upsampled).
+        top_k: K, the number of best similarities that are averaged (20 in the paper).
+        temperature: divides the scores before the softmax, > 0. Cosines lie in [-1, 1], so
             without it no probability could leave [0.12, 0.88].
-        dilation: outlier removal keeps what lies within this many pixels of the object's
-            previous mask (the paper: 100).
-        refined: there are a `Reader` and a `Decoder`.
-        zoom: in use, not in training, frames are enlarged by this before the encoder, > 0.
-        prompts: there is a `PromptDecoder`, for which no part of a video's road has any use.
-        object_tokens: there are `ObjectTokens` beside the memory.
-        edges: the decoder has a level of stride 2.
+        dilation: outlier removal keeps pixels within this distance, in pixels, of the object's
+            previous mask (100 in the paper).
+        refined: add a `Reader` and a `Decoder`, which the method "memory" needs.
+        zoom: enlargement of the frames before the encoder, > 0, at inference only. More finds
+            smaller objects, at a cost in proportion to its square.
+        prompts: add a `PromptDecoder`, which turns boxes and points into masks; tracking doesn't
+            use it.
+        object_tokens: add `ObjectTokens` to the memory.
+        edges: add a level of stride 2 to the decoder.
 
     Attributes:
-        method: "matching": the scores of the reference frame decide. "paper": its sets grow with
-            the video, by the paper's online update. "memory", the default where it is
-            `refined`: what the reader finds in earlier frames, and the frame's finer features,
-            go through the decoder.
-        confidence: c, the probability from which the online update believes in an object (the
-            paper: 0.95).
-        precision: of the encoder and of products; sums are float32.
+        method: "matching": soft matching with the reference frames decides. "paper": the same, but
+            the sets grow during the video by the paper's online update. "memory", the default of a
+            `refined` network: the memory readout and finer features of the frame are decoded.
+        confidence: c, the probability above which the online update adds a pixel to an object's set
+            (0.95 in the paper).
+        precision: data type of the encoder and of matrix products; everything else is float32.
     """
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
@@ -127,9 +129,9 @@ class VideoMatch(Checkpointed):
         self.precision = torch.float32
 
     def extend(self) -> None:
-        """Add object tokens and the level of stride 2, unless they are there.
+        """Add object tokens and the level of stride 2 to a network that lacks them.
 
-        They have no effect until they are trained, so that a checkpoint without them can be.
+        They have no effect until they are trained, so training can start from older checkpoints.
         """
         spec = self.encoder.spec
         whole = VideoMatch(self.encoder, refined=True, object_tokens=True, edges=bool(spec.stem))
@@ -143,15 +145,16 @@ class VideoMatch(Checkpointed):
         return next(self.parameters()).device
 
     def encode(self, image: torch.Tensor, grid: tuple[int, int] | None = None) -> Features:
-        """(B, 3, H, W) float32, ImageNet-normalised -> their features.
+        """Compute the features of images.
 
         Args:
-            grid: (h, w) of the features, to which the images are resized; by default the images
-                are enlarged by `zoom`.
+            image: (B, 3, H, W) float32, ImageNet-normalised.
+            grid: size (h, w) of the feature map, for which the images are resized; by default it
+                follows from their size, enlarged by `zoom`. Method "memory" only.
         """
         image, size = image.to(self.device), image.shape[-2:]
         scale = 1.0 if self.training else self.zoom
-        if self.method == "memory":  # whole locations, of which the finest level divides each
+        if self.method == "memory":  # whole locations, so that every level's grid divides the next
             stride = self.encoder.spec.stride
             grid = grid or [max(1, round(side * scale / stride)) for side in size]
             image = _resized(image, [side * stride for side in grid],
@@ -175,9 +178,9 @@ class VideoMatch(Checkpointed):
         """Add a reference frame to the state of a video.
 
         Args:
-            state: None before the first one.
-            features: of the frame and, after it, of closer views of its objects.
-            masks, labels: what is where in these views, see `Reader.start`.
+            state: None before the first reference frame.
+            features: of V views, the frame first, then zoomed crops of its objects.
+            masks, labels: their reference masks, see `Reader.start`.
         """
         if state is None:
             def zeros(name, shape):
@@ -191,57 +194,60 @@ class VideoMatch(Checkpointed):
         """Predict the logits of a frame from the state; `remember` then returns the next state.
 
         Returns:
-            (N+1, H/4, W/4) logits (H/2, W/2 with `edges`), those of the background 0; (N+1, h, w)
-            scores, the cosines of the keys alone.
+            (N+1, H/4, W/4) logits, (N+1, H/2, W/2) with `edges`, channel 0 the background with
+            logit 0; (N+1, h, w) scores of soft matching, cosines in [-1, 1].
         """
         return self.refine(state, features)[:2]
 
     def refine(self, state: State, features: Features
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """As `step`, and (N+1, h, w) logits of object tokens alone, None without them.
+        """Like `step`, but also return the object tokens' logits, for a training loss.
 
-        Differentiable.
+        Returns:
+            logits and scores as `step` returns them, and (N+1, h, w) logits of coarse masks, None
+            without object tokens. Differentiable.
         """
         evidence, scores = self.reader.read(state, features)
         before, coarse = state.previous[1:], None
         if self.object_tokens:
             evidence, coarse = self.reader.tokens(features.unit[0], state.tokens, evidence,
                                                   self.reader.shares(before))
-            coarse = _beside_background(coarse)
+            coarse = _with_background(coarse)
         with self._in_precision():
             logits = self.decoder(evidence, torch.stack([with_union(before), rivals(before)], 1),
                                   features.levels)
         logits = foreground_first(logits.float(), before.shape[0])
-        return _beside_background(logits), scores, coarse
+        return _with_background(logits), scores, coarse
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,
                  long: bool) -> State:
-        """The state after a frame.
+        """Return the state after a frame.
 
         Separate from `step`, because the memory holds the final mask, which depends on connected
-        components (see `network.outliers`); ONNX has no operator for these.
+        components (see `network.outliers`), for which ONNX has no operator.
 
         Args:
-            probabilities: (N+1, H, W), of any size.
+            probabilities: (N+1, H, W), of any size, after outlier removal.
             long: also add the frame to the long-term memory.
         """
         return self.reader.remember(state, features, probabilities, long)
 
-    # of any method, for one video
+    # any method
 
     def refer(self, state: Any, image: torch.Tensor, mask: np.ndarray,
               object_ids: Sequence[int]) -> State | Sets:
         """Add a reference frame.
 
         Args:
-            state: a `State`, or by other methods `Sets`; None before the first one.
+            state: a `State`, or `Sets` if the method is not "memory"; None before the first frame.
             image: (1, 3, H, W) float32, ImageNet-normalised.
-            mask: (H, W) object ids, whose size may differ from the image's. What isn't in
-                `object_ids` is in no set.
-            object_ids: all tracked objects, those of the state first.
+            mask: (H, W) object ids; its size may differ from the image's. Pixels with other ids
+                than `object_ids` are ignored.
+            object_ids: all tracked objects, those in the state first.
 
         Raises:
-            ValueError: other dimensions or types, or an image that isn't normalised.
+            ValueError: image or mask has other dimensions or another type, or the image is not
+                normalised.
         """
         check_normalized(image, dimensions=4)
         mask = id_mask(mask)
@@ -252,23 +258,26 @@ class VideoMatch(Checkpointed):
 
     def refer_sets(self, state: Sets | None, features: torch.Tensor, mask: np.ndarray,
                    object_ids: Sequence[int]) -> Sets:
-        """Like `refer`, for the paper's foreground and background sets; features are (C, h, w)."""
+        """Add the (C, h, w) features of a reference frame to foreground and background sets.
+
+        Other arguments as for `refer`.
+        """
         grid, sets = self._grid(features), len(object_ids) + 1
         labels = self.array(labels_of(mask, grid.shape, object_ids))
         return (state or Sets(sets)).refer(grid, labels, sets)
 
     def predict(self, state: Any, features: Features,
                 shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict probabilities, and the similarity of each location to the memory of each object.
+        """Predict the probabilities of a frame, by any method.
 
         Args:
             state: as `refer` returns it.
             features: of one frame.
-            shape: (H, W) of the result.
+            shape: (H, W) of the probabilities.
 
         Returns:
-            (N+1, H, W) float32 that sum to 1 over the channels: background, then the objects in
-            order; (N+1, h, w) cosines. Differentiable.
+            (N+1, H, W) probabilities, channel 0 the background, summing to 1; (N+1, h, w) scores of
+            soft matching, cosines in [-1, 1]. Differentiable.
 
         Raises:
             RuntimeError: there is no reference frame yet.
@@ -282,11 +291,14 @@ class VideoMatch(Checkpointed):
         return self.enlarged(logits, shape), scores
 
     def match(self, features: Features, sets: Sets) -> torch.Tensor:
-        """(N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
+        """Return the (N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
         return soft_match(self._grid(features.matched[0]), sets.reference, self.top_k)
 
     def _grid(self, features: torch.Tensor) -> Grid:
-        """(C, h, w), to match with all features; beside keys, in training, on the small grid."""
+        """Prepare (C, h, w) features for matching.
+
+        Where they only serve an auxiliary loss, as with method "memory", they are not upsampled.
+        """
         return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
     def array(self, x: np.ndarray) -> torch.Tensor:
@@ -317,21 +329,22 @@ class VideoMatch(Checkpointed):
 
     @staticmethod
     def enlarged(logits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """(N+1, h, w) logits -> (N+1, *shape) probabilities."""
+        """Turn (N+1, h, w) logits into probabilities of size `shape`, (N+1, H, W)."""
         logits = F.interpolate(logits[None], size=tuple(shape), mode="bilinear",
                                align_corners=False)
         return logits.softmax(1)[0]
 
     def update_online(self, sets: Sets, features: Features, before: torch.Tensor,
                       after: torch.Tensor) -> Sets:
-        """With a frame's features that are sure of their set (the paper's online update).
+        """Add the confident features of a frame to the sets (the paper's online update).
 
-        An object's: above `confidence` after outlier removal, so within the extruded previous
-        mask. The background's: taken for an object and removed as outliers, which tells the next
-        frames what only looks like one.
+        A location joins an object's set if its probability exceeds `confidence` after outlier
+        removal, so only within the extruded previous mask. It joins the background's set if it was
+        foreground before outlier removal and is confident background after it: those are the
+        distractors that the next frames should not match.
 
         Args:
-            before, after: (N+1, H, W) probabilities, of outlier removal.
+            before, after: (N+1, H, W) probabilities before and after outlier removal.
         """
         grid = self._grid(features.matched[0])
         before, after = (F.interpolate(p[None], size=grid.shape, mode="bilinear",
@@ -343,38 +356,38 @@ class VideoMatch(Checkpointed):
         return sets.update(grid, labels)
 
     def normalized(self, image: np.ndarray) -> torch.Tensor:
-        """(H, W, 3) uint8 RGB -> (3, H, W) float32 on the device, ImageNet-normalised."""
+        """Normalise an (H, W, 3) uint8 RGB image: (3, H, W) float32 on the network's device."""
         return preprocess.to_tensor(image, device=self.device)
 
     def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (H/2, W/2) float32, above 0 on the object that is shown in it."""
+        """Segment the prompted object: (H, W, 3) uint8 RGB -> (H/2, W/2) float32 logits."""
         tensor = preprocess.to_tensor(image)[None].to(self.device)
         return looked(self.encoder, self.prompts, tensor, prompts).cpu().numpy()
 
     def configuration(self) -> dict:
-        # unless it is there nothing is said of it: older models keep their digest
-        shown = {name: True for name, there in (
+        # absent parts are left out, so that the digests of older checkpoints stay valid
+        parts = {name: True for name, there in (
             ("prompts", self.prompts is not None), ("object_tokens", self.object_tokens),
             ("edges", self.edges)) if there}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
-                "refined": self.refined, "zoom": self.zoom, **shown}
+                "refined": self.refined, "zoom": self.zoom, **parts}
 
     @classmethod
     def configured(cls, config: dict) -> "VideoMatch":
         config = dict(config)
         encoder, layer = Encoder(config.pop("encoder")), config.pop("layer")
         if config.pop("recent", 0):
-            raise ValueError("of an earlier version's --method memory: train again, or take "
-                             "the one in models/")
+            raise ValueError("written by an earlier version's --method memory: train again, or use "
+                             "the checkpoint in models/")
         if layer != encoder.spec.layer:
             raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
         return cls(encoder, **config)
 
 
-def _beside_background(logits: torch.Tensor) -> torch.Tensor:
-    """(N, h, w) logits of objects -> (N+1, h, w), those of the background 0."""
+def _with_background(logits: torch.Tensor) -> torch.Tensor:
+    """Prepend the background's logit, which is 0: (N, h, w) -> (N+1, h, w)."""
     return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
@@ -388,12 +401,12 @@ def main():
     parser = argparse.ArgumentParser(description="Show the probabilities of test frames.")
     parser.add_argument("reference", type=Path, help="the reference frame")
     parser.add_argument("mask", type=Path, help="the mask of the object in the reference frame")
-    parser.add_argument("tests", type=Path, nargs="+", metavar="TEST", help="frames to search")
+    parser.add_argument("tests", type=Path, nargs="+", metavar="TEST", help="test frames")
     parser.add_argument("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"],
                         metavar="PATH", help="checkpoint (default: the one in models/)")
     parser.add_argument("--save", metavar="DIR", type=Path, help="write figures, open no windows")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what was guessed
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # guesses are logged
     with errors.one_line(parser):
         show(args)
 
@@ -401,7 +414,8 @@ def main():
 @torch.no_grad()
 def show(args) -> None:
     if len({path.stem for path in args.tests}) < len(args.tests):
-        raise ValueError("two test frames of one name, whose figures would be one file")
+        raise ValueError("TEST: two test frames have the same name, so their figures would "
+                         "overwrite each other")
     model = VideoMatch.load(args.model_load).eval()
     image = images.read_image(args.reference)
     mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
