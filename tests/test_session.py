@@ -19,7 +19,7 @@ from cli.segment import clip_fingerprint
 from masks.read import read_mask
 from media import images
 from media.video import open_clip
-from webapp import annotations, propagation, server
+from webapp import server, store
 from webapp import session as sessions
 from webapp.server import ACTIONS, Fields, application
 from webapp.store import Prediction
@@ -220,8 +220,8 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_user_mask(clie
     assert [session.store.predictions[i].origin for i in range(1, 10)] == 4 * [0] + 5 * [10]
     before = {frame: shown(client, frame) for frame in range(FRAMES)}
     seen = []
-    step = propagation.pipeline.segment_frame
-    monkeypatch.setattr(propagation.pipeline, "segment_frame", lambda tracker, index, *rest, **more:
+    step = sessions.pipeline.segment_frame
+    monkeypatch.setattr(sessions.pipeline, "segment_frame", lambda tracker, index, *rest, **more:
                         seen.append(index) or step(tracker, index, *rest, **more))
     client.put("/mask/4", content=png(truth(4)))
     do(client, "segment", frame=4, direction="both")
@@ -234,7 +234,7 @@ def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_user_mask(clie
 
 
 @pytest.mark.slow
-def test_a_pass_from_a_kept_state_gives_the_same_masks_as_one_from_the_first_frame(begin, tmp_path):
+def test_a_session_opened_again_resumes_from_the_nearest_user_mask(begin, tmp_path):
     whole, parts = begin(tmp_path / "whole"), begin(tmp_path / "parts")
     for one in (whole, parts):
         one.editor.set_mask(0, truth(0))
@@ -248,13 +248,36 @@ def test_a_pass_from_a_kept_state_gives_the_same_masks_as_one_from_the_first_fra
     last = max(parts.store.predictions)
     assert last < FRAMES - 1
     parts.close()
+    states = tmp_path / "parts" / "page" / "states"
+    states.mkdir()
+    (states / "0_forwards_00001.pth").write_bytes(b"of an earlier version")
     later = begin(tmp_path / "parts")  # as after a kill
+    assert not states.exists()
     assert set(later.store.predictions) == set(range(1, last + 1))
     assert later.store.user_frames == {0}
     later.segment_from(last, "forward")
     finished(later)
     for step in range(FRAMES):
         np.testing.assert_array_equal(later.mask(step), whole.mask(step))
+
+
+@pytest.mark.slow
+def test_where_no_user_mask_is_near_the_predicted_mask_is_a_reference(begin, monkeypatch):
+    session, references = begin(), []
+    session.editor.set_mask(0, truth(0))
+    go(session, 0)
+    step = sessions.pipeline.segment_frame
+    monkeypatch.setattr(sessions.pipeline, "segment_frame", lambda tracker, index, image, small,
+                        mask, *rest, **more: references.append((index, mask is not None)) or step(
+                            tracker, index, image, small, mask, *rest, **more))
+    session.propagator.states.clear()
+    go(session, 3)
+    assert references[:4] == [(0, True), (1, False), (2, False), (3, False)]
+    monkeypatch.setattr(sessions.StateCache, "MAX_DISTANCE", 2)
+    session.propagator.states.clear()
+    references.clear()
+    go(session, 3)
+    assert references[:3] == [(0, True), (3, True), (4, False)]
 
 
 def test_only_one_thing_at_a_time(client):
@@ -364,7 +387,7 @@ def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_p
 
 @pytest.mark.slow
 def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(propagation.StateCache, "INTERVAL", 1)
+    monkeypatch.setattr(sessions.StateCache, "INTERVAL", 1)
     one, fresh = begin(tmp_path / "one"), begin(tmp_path / "fresh")
     bad = np.roll(truth(0), 40, 0)
     one.editor.set_mask(0, bad)
@@ -379,10 +402,10 @@ def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_pa
         go(session, 9)
     for frame in (10, 11):
         np.testing.assert_array_equal(one.mask(frame), fresh.mask(frame))
-    assert one.states.nearest(8, True, one.store.input_keys()) is None
+    assert one.propagator.states.nearest(8, True, one.store.input_keys()) is None
     one.editor.undo()
     one.editor.undo()  # with the bad mask back, they are what they were made of
-    assert one.states.nearest(8, True, one.store.input_keys())[0] == 8
+    assert one.propagator.states.nearest(8, True, one.store.input_keys())[0] == 8
 
 
 @pytest.mark.slow
@@ -391,7 +414,7 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
     for session in (whole, one):
         session.editor.set_mask(0, truth(0))
     go(whole, 0)
-    step = propagation.pipeline.segment_frame
+    step = sessions.pipeline.segment_frame
 
     def failing(tracker, index, *rest, **more):
         seen = step(tracker, index, *rest, **more)
@@ -399,11 +422,12 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
             raise MemoryError("no room")
         return seen
 
-    monkeypatch.setattr(propagation.pipeline, "segment_frame", failing)
+    monkeypatch.setattr(sessions.pipeline, "segment_frame", failing)
     one.segment_from(0, "forward")
     assert finished(one)["error"] == "no room"
-    assert {frame for _, frame in one.states.saved_states} == {5}, "the last one that is whole"
-    monkeypatch.setattr(propagation.pipeline, "segment_frame", step)
+    saved = {frame for _, frame in one.propagator.states.saved_states}
+    assert saved == {5}, "the last one that is whole"
+    monkeypatch.setattr(sessions.pipeline, "segment_frame", step)
     go(one, 6)
     for frame in range(FRAMES):
         np.testing.assert_array_equal(one.mask(frame), whole.mask(frame))
@@ -438,7 +462,7 @@ def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
     session = begin()
     noise = np.random.default_rng(0).integers(0, 2, SHAPE, np.uint8)
     session.editor.set_mask(0, noise)
-    monkeypatch.setattr(annotations, "UNDO_BYTES", 40_000)
+    monkeypatch.setattr(store, "UNDO_BYTES", 40_000)
     for i in range(60):
         session.editor.paint(0, 1, [(i, i)], 1, False)
     kept = [size for size, _ in session.editor.undo_stack]
@@ -537,4 +561,4 @@ def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin
     (8, False, {0, 8}, {i: 0 for i in range(1, 8)}, 3)])
 def test_where_propagation_ends(start, forward, user_frames, origins, end):
     found = {frame: Prediction(origin, []) for frame, origin in origins.items()}
-    assert propagation.propagation_end(start, forward, user_frames, found, 12) == end
+    assert sessions.propagation_end(start, forward, user_frames, found, 12) == end

@@ -4,15 +4,19 @@ Propagation runs in a background thread, from a frame to the next user mask. Aft
 starts again from a tracker state that was saved near the corrected frame.
 """
 
+import itertools
 import logging
 import shlex
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from masks.read import mask_warning
 from media import figures, files, images
@@ -21,13 +25,11 @@ from media.prompts import Prompts
 from outputs import annotations, report, writers
 from outputs.run_folder import RunFolder, read_metadata
 from tracking import confidence, pipeline
-from tracking.confidence import NOT_VISIBLE, Measures, stretches_to_review
+from tracking.confidence import NOT_VISIBLE, Measures, measure_objects, stretches_to_review
 from tracking.presence import Presence
 from tracking.tracker import Tracker
 from videomatch import VideoMatch
-from webapp.annotations import Editor
-from webapp.propagation import Propagator, StateCache, propagation_end
-from webapp.store import MaskStore, Prediction
+from webapp.store import Editor, MaskStore, Prediction
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,223 @@ class FrameReader:
             return None
 
 
+def propagation_end(start: int, forward: bool, user_frames: set[int],
+                    predictions: dict[int, Prediction], count: int,
+                    gone: Collection[int] = ()) -> int:
+    """The first frame that propagation from `start` leaves unchanged.
+
+    That is the next frame with a user mask. If frames before it were already predicted from that
+    mask, it is the first of these that is nearer to that mask than to `start`. Backward propagation
+    also stops at a frame from which on an object is `gone`, because its tracker has removed the
+    object.
+    """
+    step = 1 if forward else -1
+    others = [frame for frame in user_frames if (frame - start) * step > 0]
+    if not forward:
+        others += [frame - 1 for frame in gone if frame < start]
+    if not others:
+        return count if forward else -1
+    other = min(others, key=lambda frame: abs(frame - start))
+    for frame in range(start + step, other, step):
+        prediction = predictions.get(frame)
+        if (prediction and prediction.origin == other
+                and abs(frame - other) < abs(frame - start)):
+            return frame
+    return other
+
+
+@dataclass
+class Propagation:
+    """A tracker on its way through a clip, and what it has seen so far.
+
+    Args:
+        origin: first frame of the consecutive frames that the tracker has seen up to now.
+        inputs: the `MaskStore.input_key` of each frame with user input that the tracker has seen.
+    """
+
+    tracker: Tracker
+    origin: int
+    inputs: dict[int, tuple]
+
+    def copy(self) -> "Propagation":
+        """Return a copy at the same frame; tensors are shared."""
+        return Propagation(self.tracker.copy(), self.origin, dict(self.inputs))
+
+    def is_valid(self, frame: int, inputs: dict[int, tuple]) -> bool:
+        """Whether the tracker, which has just seen `frame`, agrees with the current user input.
+
+        It doesn't if a user mask in its memory was corrected or removed, or if a frame that it
+        predicted has user input now. User masks added before `origin` don't matter: the tracker
+        lacks them, but holds nothing wrong.
+        """
+        first, last = sorted((self.origin, frame))
+        unchanged = all(inputs.get(other) == key for other, key in self.inputs.items())
+        return unchanged and not any(
+            first <= other <= last and other not in self.inputs for other in inputs)
+
+
+class StateCache:
+    """Copies of the tracker at some frames, so that later propagation can start near its start.
+
+    They are in memory only: a session that is opened again starts from the nearest user mask.
+    """
+
+    # Frames between saved states. After a correction at most that many frames are repeated; a
+    # smaller interval fills MEMORY sooner, so that old frames lose their states.
+    INTERVAL = 5
+    # Bytes of states in memory. At 480p a state has some 6 MB that no other state shares. With less
+    # memory, a correction starts farther away.
+    MEMORY = 512 * 2**20
+    # Frames between a saved state or a user mask and the wanted frame, at most. They are segmented
+    # again, which takes seconds.
+    MAX_DISTANCE = 60
+
+    def __init__(self) -> None:
+        # by direction and frame, latest last: the state, and bytes of its tensors by address;
+        # copies of a tracker share tensors, which must be counted once
+        self.saved_states: dict[tuple[bool, int], tuple[Propagation, dict[int, int]]] = {}
+
+    def save(self, propagation: Propagation, frame: int, forward: bool) -> None:
+        """Save a copy of a tracker that has just seen `frame`."""
+        self.saved_states.pop((forward, frame), None)
+        self.saved_states[forward, frame] = (propagation.copy(),
+                                             _tensor_sizes(propagation.tracker.state()))
+        # the latest stay: corrections are usually made near them
+        tensors: dict[int, int] = {}
+        for key, (_, sizes) in reversed(list(self.saved_states.items())):
+            tensors |= sizes
+            if sum(tensors.values()) > self.MEMORY and key != (forward, frame):
+                del self.saved_states[key]
+
+    def nearest(self, frame: int, forward: bool,
+                inputs: dict[int, tuple]) -> tuple[int, Propagation] | None:
+        """The frame and a copy of the nearest valid state from which `frame` can be reached.
+
+        Args:
+            inputs: the current user input by frame, see `MaskStore.input_keys`.
+
+        Returns:
+            None if no valid state is within `MAX_DISTANCE`.
+        """
+        near = [(abs(frame - other), other, state)
+                for (direction, other), (state, _) in self.saved_states.items()
+                if direction == forward and self.in_reach(other, frame, forward)
+                and state.is_valid(other, inputs)]
+        if not near:
+            return None
+        _, other, state = min(near, key=lambda one: one[0])
+        return other, state.copy()
+
+    def in_reach(self, start: int, frame: int, forward: bool) -> bool:
+        """Whether `frame` is at most `MAX_DISTANCE` frames after `start` in this direction."""
+        return 0 <= (frame - start if forward else start - frame) <= self.MAX_DISTANCE
+
+    def clear(self) -> None:
+        """Delete all states."""
+        self.saved_states = {}
+
+
+def _tensor_sizes(value) -> dict[int, int]:
+    """Address and size in bytes of each tensor's memory in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    sizes: dict[int, int] = {}
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            sizes |= _tensor_sizes(item)
+    return sizes
+
+
+@dataclass
+class Propagator:
+    """Propagates masks through parts of a clip.
+
+    Args:
+        model, clip, options: see `pipeline.track`.
+        image: maps a frame index to the (H, W, 3) uint8 RGB image.
+        store: the user masks.
+        states: saved tracker states to start from.
+    """
+
+    model: VideoMatch
+    clip: Clip
+    options: pipeline.Options
+    image: Callable[[int], np.ndarray]
+    store: MaskStore
+    states: StateCache = field(default_factory=StateCache)
+
+    def run(self, start: int, forward: bool) -> Generator[tuple[int, np.ndarray, Prediction]]:
+        """Yield frame, (H, W) mask and `Prediction` of each frame after `start` in a direction."""
+        propagation = self.propagation_to(start, forward)
+        step, frame, areas = 1 if forward else -1, start, {}
+        frames = self.clip.frames(start + 1) if forward else self.clip.backwards(start)
+        try:
+            for number, image in zip(itertools.count(start + step, step), frames):
+                frame = start  # if this fails, the tracker is between frames and must not be saved
+                result = self._segment(propagation, number, image, False)
+                frame = number
+                measures = measure_objects(frame, result.step, areas)
+                areas = {one.object_id: one.area for one in measures}
+                yield frame, result.mask, Prediction(start, [astuple(one) for one in measures])
+                if frame % self.states.INTERVAL == 0:
+                    self.states.save(propagation, frame, forward)
+        finally:
+            if frame != start:
+                self.states.save(propagation, frame, forward)
+
+    def propagation_to(self, start: int, forward: bool) -> Propagation:
+        """A propagation that has just seen `start`.
+
+        It comes from the nearest valid state, or else from the nearest user mask. If neither is in
+        reach, the mask of `start` is its last reference mask, even if it was predicted.
+
+        Raises:
+            ValueError: there is no mask with an object to start from.
+        """
+        step = 1 if forward else -1
+        first, propagation = (self.states.nearest(start, forward, self.store.input_keys())
+                              or self._from_user_masks(start, forward))
+        for frame in range(first + step, start + step, step):
+            self._segment(propagation, frame, self.image(frame), frame in self.store.user_frames)
+        return propagation
+
+    def _from_user_masks(self, start: int, forward: bool) -> tuple[int, Propagation]:
+        """A frame, and a propagation whose reference masks are those of the frames up to it.
+
+        Earlier user masks are reference masks, as they are on the command line.
+        """
+        store = self.store
+        references = sorted(store.user_frames)
+        while references and not store.mask(references[0]).any():
+            del references[0]
+        first = min((frame for frame in references if self.states.in_reach(frame, start, forward)),
+                    key=lambda frame: abs(frame - start), default=start)
+        references = [frame for frame in references if frame < first]
+        if first in store.user_frames or store.mask(first).any():
+            references.append(first)
+        if not references:
+            raise ValueError(f"frame {self.clip.number(start)}: its mask contains no object to "
+                             "segment")
+        propagation = Propagation(
+            Tracker(self.model, self.options.threshold, self.options.remove_outliers), first,
+            {frame: key for frame, key in store.input_keys().items() if frame <= first})
+        for frame in references:
+            self._segment(propagation, frame, self.image(frame), True)
+        return first, propagation
+
+    def _segment(self, propagation: Propagation, frame: int, image: np.ndarray,
+                 is_reference: bool) -> pipeline.Frame:
+        # Recorded before it is read: if the input changes in between, the state counts as outdated,
+        # not as valid.
+        if key := self.store.input_key(frame):
+            propagation.inputs[frame] = key
+        mask = self.store.mask(frame) if is_reference else None
+        network_image = pipeline.resize_for_network(image, self.options)
+        return pipeline.segment_frame(propagation.tracker, frame, image, network_image, mask,
+                                      self.options, presence=self.store.presence)
+
+
 class Session:
     """A working session on one clip. Every method may be called from any thread.
 
@@ -103,10 +322,10 @@ class Session:
                                self.image(0).shape[:2])
         height, width = self.shape = self.store.shape
         self.location_size = pipeline.location_size(model, (height, width), options)
-        self.states = StateCache(folder / "page" / "states", lambda: Tracker(
-            model, options.threshold, options.remove_outliers), metadata)
-        self.propagator = Propagator(clip, options, self.image, self.store, self.states)
-        self.editor = Editor(self.store, self.image, prompter, self.states.clear)
+        # which earlier versions saved there, up to 200 MB
+        shutil.rmtree(folder / "page" / "states", ignore_errors=True)
+        self.propagator = Propagator(model, clip, options, self.image, self.store)
+        self.editor = Editor(self.store, self.image, prompter, self.propagator.states.clear)
         self.lock = self.editor.lock
         self._confidences: dict[int, np.ndarray] = {}  # by object id, (frames,)
         for frame, prediction in self.store.predictions.items():
