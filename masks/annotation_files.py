@@ -11,14 +11,14 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from media import run_lengths
+from media import images, run_lengths
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +45,24 @@ class Region(NamedTuple):
 
 
 def read(path: Path, frame_name: str | None = None, assigned: dict | None = None,
-         names: dict[int, str] | None = None) -> np.ndarray:
+         names: dict[int, str] | None = None,
+         shape: tuple[int, int] | None = None) -> np.ndarray:
     """Read an annotation file as (H, W) uint8: 0 background, else the object's id.
 
-    An object's id is its `track_id`, or its label if that is a number; other objects get the free
-    ids in the order of the file. Where objects overlap, the later one is in front. The log says
-    which object has which id.
+    An object's id is its `track_id`, or its label if that is a number, or the id that `names` has
+    for its label; other objects get free ids in the order of the file. Where objects overlap, the
+    later one is in front. The log says which object has which id.
 
     Args:
         frame_name: which of several images to read: the one with this name, or with its number.
         assigned: ids of objects in other files; those of this file are added.
         names: labels of objects by id; those of this file are added.
+        shape: (H, W) of the clip's frames; None if unknown. Nothing is drawn at another size.
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is another kind of file, has no region, or no image for the frame.
+        ValueError: it is another kind of file, has no region, no image for the frame, or an image
+            of another size than `shape`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -68,8 +71,8 @@ def read(path: Path, frame_name: str | None = None, assigned: dict | None = None
     if not isinstance(content, dict) or not ("shapes" in content or "annotations" in content):
         raise ValueError(f"{path}: {EXPECTED}")
     try:
-        regions = (_labelme(path, content) if "shapes" in content
-                 else _coco(path, content, frame_name))
+        regions = (_labelme(path, content, shape) if "shapes" in content
+                   else _coco(path, content, frame_name, shape))
     except (LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         if str(error).startswith(f"{path}: "):
             raise
@@ -78,7 +81,7 @@ def read(path: Path, frame_name: str | None = None, assigned: dict | None = None
     if not regions:
         raise ValueError(f"{path}: expected polygons or masks, found none (a box can be passed "
                          "with --box)")
-    ids = _assign_ids(path, regions, {} if assigned is None else assigned)
+    ids = _assign_ids(path, regions, {} if assigned is None else assigned, names or {})
     mask, overlap = np.zeros(regions[0].mask.shape, np.uint8), 0
     for region in regions:
         object_id = ids.get((region.label, region.instance), 0)
@@ -93,18 +96,22 @@ def read(path: Path, frame_name: str | None = None, assigned: dict | None = None
     return mask
 
 
-def _assign_ids(path: Path, regions: list[Region],
-                assigned: dict) -> dict[tuple[str, Hashable], int]:
+def _assign_ids(path: Path, regions: list[Region], assigned: dict,
+                names: Mapping[int, str]) -> dict[tuple[str, Hashable], int]:
     """Return the id of each object in the order of the file, and add them to `assigned`."""
     objects = {(region.label, region.instance): region.file_id for region in regions
                if region.label not in NOT_OBJECTS}
-    # objects with an id in the file come first, so that no other object takes it
-    for key in sorted(objects, key=lambda key: objects[key] is None):
+    # objects with an id in the file come first, so that no other object takes it, then those whose
+    # label has an id
+    for key in sorted(objects, key=lambda key: (objects[key] is None,
+                                                key[0] not in names.values())):
         if key in assigned:
             continue
-        taken, file_id = set(assigned.values()), objects[key]
-        free = file_id if file_id and file_id not in taken else next(
-            (i for i in range(1, MAX_ID + 1) if i not in taken), None)
+        taken = set(assigned.values())
+        wanted = [objects[key]] if objects[key] else [
+            i for i, name in names.items() if name == key[0]]
+        unused = (i for i in range(1, MAX_ID + 1) if i not in names)
+        free = next((i for i in (*wanted, *unused) if i not in taken), None)
         if free is None:
             raise ValueError(f"{path}: {len(objects)} objects, expected at most {MAX_ID}")
         assigned[key] = free
@@ -117,11 +124,12 @@ def _label_as_id(label: str | int | None) -> int | None:
     return int(text) if text.isdecimal() and 0 < int(text) <= MAX_ID else None
 
 
-def _labelme(path: Path, content: dict) -> list[Region]:
+def _labelme(path: Path, content: dict, clip_shape: tuple[int, int] | None) -> list[Region]:
     """Read labelme's shapes; those with the same label and `group_id` are one object."""
     shape = int(content["imageHeight"] or 0), int(content["imageWidth"] or 0)
     if not min(shape) > 0:
         raise ValueError(f"{path}: expected the image's size in imageHeight and imageWidth")
+    images.check_same_shape("the clip", clip_shape or shape, path, shape)
     regions, counts, skipped = [], Counter[str](), Counter[str]()
     for entry in content["shapes"]:
         label, kind = str(entry["label"]), entry.get("shape_type") or "polygon"
@@ -161,10 +169,12 @@ def _place_png(data: str, corner: np.ndarray, shape: tuple[int, int]) -> np.ndar
     return mask[:shape[0], :shape[1]]
 
 
-def _coco(path: Path, content: dict, frame_name: str | None) -> list[Region]:
+def _coco(path: Path, content: dict, frame_name: str | None,
+          clip_shape: tuple[int, int] | None) -> list[Region]:
     """Read an image's annotations; those with the same label and `track_id` are one object."""
     image = _image(path, content["images"], frame_name)
     shape = int(image["height"]), int(image["width"])
+    images.check_same_shape("the clip", clip_shape or shape, path, shape)
     categories = {entry["id"]: str(entry["name"]) for entry in content.get("categories", [])}
     regions, counts, boxes = [], Counter[str](), 0
     for entry in content["annotations"]:
@@ -190,23 +200,23 @@ def _coco(path: Path, content: dict, frame_name: str | None) -> list[Region]:
     return regions
 
 
-def _image(path: Path, images: list[dict], frame_name: str | None) -> dict:
+def _image(path: Path, entries: list[dict], frame_name: str | None) -> dict:
     """Select the image of a COCO file by the frame's name."""
-    if len(images) == 1:
-        return images[0]
+    if len(entries) == 1:
+        return entries[0]
     if frame_name is None:
-        raise ValueError(f"{path}: holds {len(images)} images, expected one")
-    stems = [PureWindowsPath(image["file_name"]).stem for image in images]  # either separator
+        raise ValueError(f"{path}: holds {len(entries)} images, expected one")
+    stems = [PureWindowsPath(image["file_name"]).stem for image in entries]  # either separator
     for same in (lambda stem: stem == frame_name,
                  lambda stem: _last_number(stem) == _last_number(frame_name) is not None):
-        found = [image for image, stem in zip(images, stems) if same(stem)]
+        found = [image for image, stem in zip(entries, stems) if same(stem)]
         if len(found) == 1:
-            log.info("%s: of its %d images the one called %s", path, len(images),
+            log.info("%s: of its %d images the one called %s", path, len(entries),
                      found[0]["file_name"])
             return found[0]
-    raise ValueError(f"{path}: {len(found) or 'none'} of its {len(images)} images "
-                     f"({images[0]['file_name'] if images else ''} ...) called {frame_name} as the "
-                     "frame, expected one")
+    raise ValueError(f"{path}: {len(found) or 'none'} of its {len(entries)} images "
+                     f"({entries[0]['file_name'] if entries else ''} ...) called {frame_name} as "
+                     "the frame, expected one")
 
 
 def _last_number(name: str) -> int | None:

@@ -22,6 +22,13 @@ from webapp.server import MAX_JSON, MAX_MASK
 FRAMES, SHAPE = 12, (96, 160)
 
 
+def labelme(size, *squares):
+    """A labelme file for an image of `size` (width, height); squares are (label, x, y)."""
+    return json.dumps({"imageWidth": size[0], "imageHeight": size[1], "shapes": [
+        {"label": label, "points": [[x, y], [x + 20, y + 20]], "shape_type": "rectangle"}
+        for label, x, y in squares]}).encode()
+
+
 EVERYWHERE = [("GET", "/"), ("GET", "/state/0"), ("GET", "/frame/0"), ("GET", "/thumbnail/0"),
               ("GET", "/mask/0"), ("PUT", "/mask/0"), ("POST", "/do/undo"), ("GET", "/nowhere")]
 
@@ -187,6 +194,9 @@ def test_an_address_that_cannot_be_had_is_named(client):
     ("/mask/0", png(np.ones((48, 80), np.uint8)), 400, "80x48 pixels, expected 160x96"),
     ("/mask/0", png(draw_frame(0)[0].repeat(2, 0).repeat(2, 1)), 400, "expected a mask"),
     ("/mask/0", png(np.ones(SHAPE, np.uint8))[:60], 400, "this file"),
+    ("/mask/0", b'{"shapes"', 400, "this file: expected a file of labelme"),
+    ("/mask/0", labelme([80, 48], ("a", 0, 0)), 400, "80x48 pixels, expected 160x96"),
+    ("/mask/0", labelme([10**6, 10**6], ("a", 0, 0)), 400, "expected 160x96"),
     ("/mask/99", png(np.ones(SHAPE, np.uint8)), 400, "no frame 99"),
     ("/mask/0", bytes(MAX_MASK + 1), 413, "bytes at most"),
     ("/mask/0", bytes(100_000_000), 413, "bytes at most")])

@@ -56,6 +56,46 @@ def test_a_box_a_click_a_stroke_and_back(client):
     assert not shown(client, 0).any() and do(client, "undo").json() == {"frame": None}
 
 
+def uploaded_annotations(client, frame, content):
+    """Upload an annotation file and return the frame's mask, (H, W)."""
+    answer = client.put(f"/mask/{frame}", content=json.dumps(content).encode())
+    assert answer.status_code == 200, answer.text
+    return shown(client, frame)
+
+
+def test_a_labelme_file_becomes_the_mask_with_its_labels_as_objects(client):
+    def labelme(*squares):
+        return {"imageHeight": 96, "imageWidth": 160, "imageData": None, "shapes": [
+            {"label": label, "points": [[x, 10], [x + 20, 30]], "shape_type": "rectangle"}
+            for label, x in squares]}
+
+    mask = uploaded_annotations(client, 0, labelme(("cat", 10), ("dog", 50)))
+    expected = np.zeros(SHAPE, np.uint8)
+    expected[10:30, 10:30], expected[10:30, 50:70] = 1, 2
+    np.testing.assert_array_equal(mask, expected)
+    assert [(one["id"], one["name"]) for one in state(client)["objects"]] == [
+        (1, "cat"), (2, "dog")]
+    # in another frame the same label is the same object, and a new one gets an id of its own
+    mask = uploaded_annotations(client, 6, labelme(("bird", 10), ("dog", 50)))
+    assert mask[20, 20] == 3 and mask[20, 60] == 2
+    assert [one["name"] for one in state(client)["objects"]] == ["cat", "dog", "bird"]
+
+
+def test_a_coco_file_gives_each_frame_its_own_image_as_mask(client):
+    client.put("/mask/0", content=png(truth(0)))
+    client.put("/mask/5", content=png(truth(5)))
+    assert do(client, "rename", object=1, name="square").status_code == 200
+    assert do(client, "export", coco=True).status_code == 200
+    finished(client.session)
+    file = json.loads((client.session.folder / "annotations.json").read_text())
+    do(client, "remove_mask", frame=5)
+    np.testing.assert_array_equal(uploaded_annotations(client, 5, file), truth(5))
+    assert [one["name"] for one in state(client)["objects"]] == ["square"]
+    answer = client.put("/mask/7", content=json.dumps(file | {"images": [
+        image for image in file["images"] if image["file_name"] != "00007.png"]}).encode())
+    assert answer.status_code == 400 and "called 00007" in answer.json()["error"]
+
+
 def test_objects_come_and_go(client):
     mask = truth(0, (1, 2))
     assert client.put("/mask/0", content=png(mask)).status_code == 200

@@ -31,13 +31,16 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from masks import annotation_files
 from masks.read import read_mask
 from media import images
 from media.drawing import PALETTE
 
 HTML = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # with any port: a tunnel may have another
-MAX_JSON, MAX_MASK = 2**18, 2**24  # bytes of a request body: long strokes fit, and masks of 4K
+# Bytes of a request body, which is held in memory: long strokes fit, and as masks also COCO files,
+# which hold the annotations of a whole clip. A proxy needs the same limit (docs/own_video.md).
+MAX_JSON, MAX_MASK = 2**18, 2**26
 THUMBNAIL_WIDTH = 144  # pixels
 # Seconds that a request for changes waits at most. Proxies often close requests after 30 or 60.
 MAX_WAIT = 15.0
@@ -300,26 +303,39 @@ def _jpeg(image: np.ndarray, quality: int = 92) -> bytes:
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-def _read_mask(content: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """Decode an uploaded mask file to (H, W) uint8.
+def _upload_mask(session, frame: int, content: bytes) -> None:
+    """Make an uploaded file the user mask of a frame: an image, or a labelme or COCO file.
 
     Raises:
-        ValueError: it is no mask of this size; the message is for the page.
+        ValueError: it is no mask of the clip's size, or there is no such frame; the message is for
+            the page.
     """
-    try:
-        # reads only the header: an image of another size is rejected before it is decompressed
-        image = Image.open(io.BytesIO(content))
-        size, kind = image.size, str(image.format).lower()
-    except Exception:
-        raise ValueError("this is not an image file") from None
-    images.check_same_shape("the clip", shape, "this file", size[::-1])
-    try:
-        with TemporaryDirectory() as folder:
-            path = Path(folder, f"mask.{kind}")
-            path.write_bytes(content)
-            return read_mask(path, user_drawn=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(str(error).replace(str(path), "this file")) from None
+    session.image(frame)  # fails for a frame that does not exist, before the file is read
+    # A label that is an object's name means that object; new objects get ids that were never used.
+    names = dict.fromkeys(range(1, session.store.next_id)) | {
+        obj.id: obj.name for obj in session.store.objects}
+    is_json = content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+    if is_json:
+        kind = "json"
+    else:
+        try:
+            # reads only the header: an image of another size is rejected before it is decompressed
+            image = Image.open(io.BytesIO(content))
+            size, kind = image.size, str(image.format).lower()
+        except Exception:
+            raise ValueError("this is not an image file, nor one of labelme or COCO (JSON)"
+                             ) from None
+        images.check_same_shape("the clip", session.shape, "this file", size[::-1])
+    with TemporaryDirectory() as folder:
+        path = Path(folder, f"mask.{kind}")
+        path.write_bytes(content)
+        try:
+            mask = (annotation_files.read(path, session.clip.frame_name(frame), names=names,
+                                          shape=session.shape) if is_json
+                    else read_mask(path, user_drawn=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(str(error).replace(str(path), "this file")) from None
+    session.editor.set_mask(frame, mask, names)
 
 
 def application(session, token: str, html: str | None = None, codes: Sequence[str] = (),
@@ -363,8 +379,7 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
 
     async def upload_mask(request: Request) -> Response:
         content = await _body(request, MAX_MASK)
-        values = await run_in_threadpool(_read_mask, content, session.shape)
-        await run_in_threadpool(session.editor.set_mask, request.path_params["frame"], values)
+        await run_in_threadpool(_upload_mask, session, request.path_params["frame"], content)
         return JSONResponse({})
 
     async def act(request: Request) -> Response:
