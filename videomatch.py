@@ -12,7 +12,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -58,10 +58,7 @@ def load_tracker(checkpoint: str | Path = SHIPPED["mobilenet"],
     Raises:
         FileNotFoundError, ValueError: as `VideoMatch.load`.
     """
-    model = VideoMatch.load(checkpoint).eval().to(device)
-    model.encoder.fold_batchnorm()
-    model.precision = precision.of(None, model.device, model.method)
-    return Tracker(model, **settings)
+    return Tracker(VideoMatch.load(checkpoint).to(device).for_inference(), **settings)
 
 
 class VideoMatch(Checkpointed):
@@ -139,6 +136,23 @@ class VideoMatch(Checkpointed):
             self.object_tokens, self.reader.tokens = True, whole.reader.tokens.to(self.device)
         if not self.edges and spec.stem:
             self.edges, self.decoder.edges = True, whole.decoder.edges.to(self.device)
+
+    def for_inference(self, precision_name: str | None = None) -> Self:
+        """Fold BatchNorm into convolutions and choose the precision; training is over then.
+
+        The digest of the weights before folding goes into `facts`, as it identifies the checkpoint.
+
+        Args:
+            precision_name: a key of `precision.NAMES`; None takes the fastest one that has no
+                visible effect on masks on this device.
+
+        Returns:
+            The network itself, in eval mode.
+        """
+        self.facts["digest"] = self.digest()
+        self.eval().encoder.fold_batchnorm()
+        self.precision = precision.of(precision_name, self.device, self.method)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -246,13 +260,15 @@ class VideoMatch(Checkpointed):
             object_ids: all tracked objects, those in the state first.
 
         Raises:
-            ValueError: image or mask has other dimensions or another type, or the image is not
-                normalised.
+            ValueError: image or mask has other dimensions or another type, the image is not
+                normalised, or (method "memory") its size is not that of the first one.
         """
         check_normalized(image, dimensions=4)
         mask = id_mask(mask)
         if self.method == "memory":
             features, *rest = reference(self, image, mask, object_ids)
+            if state is not None:
+                state.check_size(features)
             return self.start(state, features, *(self.array(x) for x in rest))
         return self.refer_sets(state, self.encode(image).matched[0], mask, object_ids)
 
@@ -281,10 +297,12 @@ class VideoMatch(Checkpointed):
 
         Raises:
             RuntimeError: there is no reference frame yet.
+            ValueError: method "memory": the frame has another size than the reference frame.
         """
         if state is None:
             raise RuntimeError("nothing to match with: refer to a reference frame first")
         if self.method == "memory":
+            state.check_size(features)
             logits, scores = self.step(state, features)
         else:
             logits = (scores := self.match(features, state)) / self.temperature
@@ -423,11 +441,11 @@ def show(args) -> None:
     state = model.refer(None, preprocess.to_tensor(image)[None], mask, object_ids)
     for path in args.tests:
         test = images.read_image(path)
-        if model.method == "memory":  # which compares locations of equal feature maps
-            images.check_same_shape(args.reference, image.shape[:2], path, test.shape[:2],
-                                    "a test frame")
         features = model.encode(preprocess.to_tensor(test)[None])
-        probabilities = model.predict(state, features, test.shape[:2])[0].cpu().numpy()
+        try:
+            probabilities = model.predict(state, features, test.shape[:2])[0].cpu().numpy()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         panels = [
             ("reference frame", image), ("reference mask", drawing.overlay(image, mask)),
             (f"test frame {path.name}", test), ("foreground probability", 1 - probabilities[0]),

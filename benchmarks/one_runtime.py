@@ -37,13 +37,9 @@ def _steps(runtime: str, weights: Path, threads: int):
     import torch
 
     import preprocess
-    from network import precision
     from videomatch import VideoMatch
     torch.set_num_threads(threads)
-    model = VideoMatch.load(weights).eval()
-    model.encoder.fold_batchnorm()
-    model.precision = precision.of("fp32" if "fp32" in runtime else None, model.device,
-                                   model.method)
+    model = VideoMatch.load(weights).for_inference("fp32" if "fp32" in runtime else None)
     tracker = Tracker(model)
     return (lambda image, mask: tracker.step(preprocess.to_tensor(image), mask),
             str(model.precision).removeprefix("torch."))

@@ -115,8 +115,7 @@ def measure_in_turn(clips: dict[int, tuple[Path, Path]], checkpoint: Path, expor
 
 
 def measure_all(args: argparse.Namespace) -> dict:
-    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
-    model.encoder.fold_batchnorm()
+    model = VideoMatch.load(SHIPPED["mobilenet"]).for_inference("fp32")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export.export(model, folder / "export")

@@ -24,7 +24,6 @@ from benchmarks.common import WARM_UP, peak_memory, seconds
 from cli.setup import select_device
 from datasets import demo
 from media import images
-from network import precision
 from tracking.tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
 
@@ -100,9 +99,7 @@ def _strips(mask: np.ndarray, count: int) -> np.ndarray:
 
 def measure(args: argparse.Namespace) -> dict:
     device = select_device(args.cuda_device)
-    model = VideoMatch.load(SHIPPED["mobilenet"]).eval().to(device)
-    model.encoder.fold_batchnorm()
-    model.precision = precision.of(None, device, model.method)
+    model = VideoMatch.load(SHIPPED["mobilenet"]).to(device).for_inference()
     names = ("reading", "encoder", "matching", "decoder", "memory", "deciding", "frame")
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, "
           f"{model.precision}; seconds per frame, median of {args.frames}")

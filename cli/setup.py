@@ -13,7 +13,6 @@ from cli import options
 from datasets import demo
 from davis import Davis
 from media import images
-from network import precision
 from network.encoder import Encoder
 from system import distributed, version
 from videomatch import SHIPPED, VideoMatch
@@ -131,13 +130,9 @@ def run_metadata(args: argparse.Namespace, model: VideoMatch,
 
 
 def load_for_inference(args: argparse.Namespace) -> VideoMatch:
-    """Build the model for inference: BatchNorm folded into convolutions, precision selected."""
+    """Build the model for inference, see `VideoMatch.for_inference`."""
     torch.manual_seed(args.seed)
-    model = build_model(args)
-    model.facts["digest"] = model.digest()  # before folding, which changes the weights
-    model.encoder.fold_batchnorm()
-    model.precision = precision.of(args.precision, model.device, model.method)
-    return model
+    return build_model(args).for_inference(args.precision)
 
 
 def pipeline_options(args: argparse.Namespace) -> dict:

@@ -86,15 +86,25 @@ class LiteVideoMatch:
 
     def refer(self, state: State | None, image: np.ndarray, mask: np.ndarray,
               object_ids: Sequence[int]) -> State:
-        """Add a reference frame with its (H, W) mask; `state` is None for the first one."""
+        """Add a reference frame with its (H, W) mask; `state` is None for the first one.
+
+        Raises:
+            ValueError: the frame has another size than the first one.
+        """
         features, masks, labels = reference(self, image, mask, object_ids)
         if state is None:
             state = blank(features.near.shape[1:3], len(object_ids), self.widths, _zeros)
+        state.check_size(features)
         return self._changed("start", state, features, masks=masks, labels=labels)
 
     def predict(self, state: State, features: Features,
                 shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities (N+1, H, W) of a frame at size `shape`, and the scores of the step."""
+        """Probabilities (N+1, H, W) of a frame at size `shape`, and the scores of the step.
+
+        Raises:
+            ValueError: the frame has another size than the reference frame.
+        """
+        state.check_size(features)
         outputs = self.run("step", **state._asdict(), **_named(features))
         logits = np.stack([cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
                            for channel in outputs["logits"]])

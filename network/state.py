@@ -101,6 +101,16 @@ class State(NamedTuple):
         """Size (h, w) of the feature map."""
         return tuple(self.recent_keys.shape[1:3])
 
+    def check_size(self, features: Features) -> None:
+        """Check that a frame has the size of the reference frame: locations of both are compared.
+
+        Raises:
+            ValueError: their feature maps differ in size.
+        """
+        if tuple(features.near.shape[1:3]) != self.grid:
+            raise ValueError("image: expected the size of the reference frame, whose feature map "
+                             f"is {self.grid}, got one of {tuple(features.near.shape[1:3])}")
+
     @property
     def objects(self) -> int:
         """Number of objects N."""

@@ -19,7 +19,6 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from network import precision  # noqa: E402
 from network.encoder import Encoder  # noqa: E402
 from videomatch import SHIPPED, VideoMatch  # noqa: E402
 
@@ -231,10 +230,7 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shipped() -> VideoMatch:
     """The small checkpoint in models/."""
-    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
-    model.encoder.fold_batchnorm()
-    model.precision = precision.of(None, model.device, model.method)  # as the command line's
-    return model
+    return VideoMatch.load(SHIPPED["mobilenet"]).for_inference()
 
 
 def bright(image: np.ndarray, prompts) -> np.ndarray:

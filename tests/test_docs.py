@@ -39,8 +39,7 @@ QUICKLY = {"train": ["-i", "1", "-r", "-1", "-p", "32", "48", "--workers", "0"],
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    model = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth").eval()
-    model.encoder.fold_batchnorm()
+    model = VideoMatch.load(ROOT / "models/videomatch_mobilenet.pth").for_inference("fp32")
     folder = tmp_path_factory.mktemp("lite")
     export.export(model, folder)
     return folder

@@ -46,9 +46,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture(scope="module")
 def exact():
     """The shipped checkpoint in float32."""
-    model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
-    model.encoder.fold_batchnorm()
-    return model
+    return VideoMatch.load(SHIPPED["mobilenet"]).for_inference("fp32")
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +250,11 @@ def test_a_frame_of_another_size_is_refused(exported):
     follower.step(network.normalized(image), mask)
     with pytest.raises(ValueError, match="size of the reference frame"):
         follower.step(np.zeros((3, 90, 80), np.float32))
+    with pytest.raises(ValueError, match="size of the reference frame"):
+        network.predict(follower.memory, network.encode(np.zeros((1, 3, 90, 80), np.float32)),
+                        (90, 80))
+    with pytest.raises(ValueError, match="size of the reference frame"):
+        follower.step(np.zeros((3, 90, 80), np.float32), np.ones((90, 80), np.uint8))
 
 
 @pytest.mark.slow

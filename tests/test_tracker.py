@@ -242,8 +242,10 @@ def test_the_memory_wants_frames_of_one_size():
     mask[20:40, 30:60] = 1
     tracker = Tracker(model)
     tracker.step(torch.randn(3, 64, 96), mask)
-    with pytest.raises(ValueError, match=r"size of the reference frame, got \(96, 96\)"):
+    with pytest.raises(ValueError, match=r"size of the reference frame.*\(6, 6\)"):
         tracker.step(torch.randn(3, 96, 96))
+    with pytest.raises(ValueError, match="size of the reference frame"):
+        tracker.step(torch.randn(3, 96, 96), np.ones((96, 96), np.uint8))
     model.method, tracker = "matching", Tracker(model)
     tracker.step(torch.randn(3, 64, 96), mask)
     assert tracker.step(torch.randn(3, 96, 96)).mask.shape == (96, 96)

@@ -174,6 +174,16 @@ def test_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
     assert run.returncode == 2 and "none.png" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
+def test_script_names_a_test_frame_of_another_size(davis_2016, tmp_path):
+    image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
+    mask = davis_2016 / "Annotations/480p/ant/00000.png"
+    Image.open(image).resize((200, 90)).save(tmp_path / "wide.jpg")
+    run = script(image, mask, image, tmp_path / "wide.jpg", "--save", tmp_path, cwd=tmp_path)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "wide.jpg: image: expected the size of the reference frame" in run.stderr
+
+
 def test_zoom_enlarges_frames_in_use_only():
     torch.manual_seed(0)
     model = VideoMatch(Encoder("mobilenet"), 1.0, top_k=3).eval()

@@ -186,9 +186,6 @@ class Tracker:
         """A frame's features; (N+1, H, W) probabilities, raw and after all corrections; scores."""
         model = self.model
         features = model.encode(image[None])
-        if model.method == "memory" and tuple(features.near.shape[1:3]) != self.memory.grid:
-            raise ValueError("image: expected the size of the reference frame, got "
-                             f"{tuple(image.shape[1:])}")
         before, scores = model.predict(self.memory, features, shape)
         # a copy, because the online update also needs the raw probabilities
         after = to_numpy(before).copy()
