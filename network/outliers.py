@@ -34,8 +34,26 @@ def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
     The same as dilation by a disk, but computed by a distance transform, whose cost doesn't grow
     with the distance.
     """
-    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
-                                 cv2.DIST_MASK_PRECISE) <= distance
+    extruded = np.zeros(mask.shape, bool)
+    window, inside = _surroundings(mask, distance)
+    extruded[window] = inside
+    return extruded
+
+
+def _surroundings(mask: np.ndarray, distance: float) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Return the window of a mask that `extrude` can reach, and the extruded mask in it.
+
+    The distance transform takes most of the time of deciding a frame, so it is limited to the
+    window: outside of it every pixel is further away. An empty mask has an empty window.
+    """
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    if not width:
+        return (slice(0), slice(0)), np.zeros((0, 0), bool)
+    margin = int(distance) + 1
+    window = (slice(max(0, top - margin), top + height + margin),
+              slice(max(0, left - margin), left + width + margin))
+    return window, cv2.distanceTransform((~mask[window]).astype(np.uint8), cv2.DIST_L2,
+                                         cv2.DIST_MASK_PRECISE) <= distance
 
 
 def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
@@ -53,11 +71,13 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     """
     for channel, object_id in enumerate(object_ids, start=1):
         before = previous == object_id
-        if before.mean() <= VANISHED * shares[object_id]:
+        if _share(before) <= VANISHED * shares[object_id]:
             continue
-        outside = ~extrude(before, distance)
-        probabilities[0][outside] += probabilities[channel][outside]
-        probabilities[channel][outside] = 0
+        removed = probabilities[channel].copy()
+        window, inside = _surroundings(before, distance)
+        removed[window][inside] = 0
+        probabilities[0] += removed
+        probabilities[channel] -= removed
 
 
 def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
@@ -85,7 +105,8 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         if count > 2 and before.any():
             reach = max(MIN_REACH, REACH_ALONE * np.sqrt(shares[object_ids[0]] * before.size))
             near = np.zeros(count, bool)
-            near[parts[extrude(before, reach)]] = True
+            window, inside = _surroundings(before, reach)
+            near[parts[window][inside]] = True
             if near[1:].any():
                 near[0] = True
                 far = ~near[parts]
@@ -96,10 +117,11 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     vanished = np.zeros((len(object_ids), 1), bool)
     for channel, object_id in enumerate(object_ids):
         before, share = previous == object_id, shares[object_id]
-        vanished[channel] = before.mean() <= VANISHED * share
+        vanished[channel] = _share(before) <= VANISHED * share
         if not vanished[channel]:
             reach = max(MIN_REACH, REACH * np.sqrt(share * previous.size))
-            near[channel, parts[extrude(before, reach)]] = True
+            window, inside = _surroundings(before, reach)
+            near[channel, parts[window][inside]] = True
     allowed = near | vanished | ~near.any(0)
     allowed[:, 0] = True  # the background
     limited = (~allowed.all(0))[parts]  # pixels
@@ -108,6 +130,11 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     # TINY, as all allowed objects may have probability 0: the foreground is then shared equally
     kept = (probabilities[1:, limited] + TINY) * allowed[:, parts[limited]]
     probabilities[1:, limited] = kept * ((1 - probabilities[0, limited]) / kept.sum(0))
+
+
+def _share(mask: np.ndarray) -> float:
+    """Return the fraction of the pixels of a bool mask that are True, in [0, 1]."""
+    return np.count_nonzero(mask) / mask.size
 
 
 def decide(probabilities: np.ndarray, object_ids: Sequence[int],
