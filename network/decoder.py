@@ -81,14 +81,15 @@ class Decoder(nn.Module):
             (N, H, W), or (N, 2H, 2W) with a stem.
         """
         if torch.onnx.is_in_onnx_export():  # a trace of the loop would fix N
-            return self.decode(readout, previous, self.shared(list(levels)))
+            shared = self.shared(list(levels))
+            return self.sharpened(*self.decode(readout, previous, shared), shared)
         readout, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
             for x in (readout, previous, *levels))
         shared = self.shared(levels)
         # one object at a time: five at once exceed the caches and take longer. `split` keeps NHWC
-        return torch.cat([self.decode(*own, shared)
-                          for own in zip(readout.split(1), previous.split(1))])
+        parts = [self.decode(*own, shared) for own in zip(readout.split(1), previous.split(1))]
+        return self.sharpened(parts[-1][0], torch.cat([logits for _, logits in parts]), shared)
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Compute the part of the decoder that is common to all objects, an input of `decode`."""
@@ -99,22 +100,46 @@ class Decoder(nn.Module):
         return fine + [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
     def decode(self, readout: torch.Tensor, previous: torch.Tensor,
-               shared: list[torch.Tensor]) -> torch.Tensor:
-        """Like `forward`, for all objects at once."""
+               shared: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode several objects at once, up to the finest level of `channels`.
+
+        Returns:
+            (N, C, H, W) features and (N, 1, H, W) logits.
+        """
         x = None
-        fine, shared = (None, shared) if self.edges is None else (shared[0], shared[1:])
+        shared = shared if self.edges is None else shared[1:]
         for i in reversed(range(len(shared))):
             own = [resized(previous if i < self.finer else readout, shared[i])]
             if x is not None:
                 own.append(resized(x, shared[i]))
             x = self.blocks[i](shared[i], torch.cat(own, 1))
         x = F.relu(x)
-        logits = self.score(x)
-        return (logits if fine is None else self.edges(x, logits, fine))[:, 0]
+        return x, self.score(x)
+
+    def sharpened(self, x: torch.Tensor, logits: torch.Tensor,
+                  shared: list[torch.Tensor]) -> torch.Tensor:
+        """Return the final logits, corrected at stride 2 where there is such a level.
+
+        Only those of the last entry are corrected: the union of all objects, or a single object. It
+        decides between foreground and background; the others only compete inside of it.
+
+        Args:
+            x: features of `decode`, of the last entry or of all.
+            logits: (N, 1, H, W).
+            shared: as `shared` returns it.
+
+        Returns:
+            (N, H, W), or (N, 2H, 2W) with a level of stride 2.
+        """
+        if self.edges is None:
+            return logits[:, 0]
+        correction = self.edges(x[-1:], logits[-1:], shared[0])
+        logits = resized(logits, shared[0])
+        return torch.cat([logits[:-1], logits[-1:] + correction])[:, 0]
 
 
 class Edges(nn.Module):
-    """Upsample logits to twice the resolution and correct them by features of that resolution.
+    """Correct logits at twice their resolution by features of that resolution.
 
     Args:
         stem: channels of these features.
@@ -130,7 +155,7 @@ class Edges(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: torch.Tensor, logits: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-        """Upsampled and corrected logits, (N, 1, 2H, 2W).
+        """Return what to add to the upsampled logits, (N, 1, 2H, 2W).
 
         Args:
             x: (N, C, H, W) features of each object.
@@ -140,7 +165,7 @@ class Edges(nn.Module):
         # clamped to +-6 and scaled to +-2: only logits near 0 are at an edge, and large ones would
         # dominate the features
         own = resized(self.own(torch.cat([x, logits.clamp(-6, 6) / 3], 1)), fine)
-        return resized(logits, fine) + self.score(F.relu(own + fine))
+        return self.score(F.relu(own + fine))
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:

@@ -168,7 +168,7 @@ class Exported(torch.nn.Module):
     def forward(self, unit, shares, evidence, before, previous, *levels):
         sums = self.tokens.sums(unit, shares)
         evidence, coarse = self.tokens(unit, sums, evidence, before)
-        return self.decoder.decode(evidence, previous, self.decoder.shared(list(levels))), coarse
+        return self.decoder(evidence, previous, list(levels)), coarse
 
 
 @pytest.mark.slow
