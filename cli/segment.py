@@ -18,13 +18,7 @@ from media.files import check_no_overlap, lock_folder
 from media.video import open_clip
 from outputs import annotations, report, writers
 from outputs.annotations import FORMATS
-from outputs.run_folder import (
-    RunFolder,
-    default_folder,
-    differing_keys,
-    fingerprint,
-    read_metadata,
-)
+from outputs.run_folder import RunFolder, default_folder, fingerprint
 from tracking import pipeline, prompting
 from tracking.confidence import ConfidenceSink, frames_to_review
 from tracking.presence import Presence, parse_mark
@@ -58,13 +52,24 @@ def segment_clip(args: argparse.Namespace, clip: Clip, results: Path, data: str)
     model = setup.load_for_inference(args)
     names: dict[int, str] = {}
     masks = load_user_masks(args, clip, results, model, names)
-    options = clip_options(args, clip, masks)
+    start, stop = index_range(args, clip)
+    options = pipeline.Options(**setup.pipeline_options(args), start=start, stop=stop,
+                               presence=user_presence(args, clip, masks))
     first = masks[min(masks)]
     warn_about(first, pipeline.location_size(model, first.shape, options))
-    folder = open_run_folder(args, results, setup.run_metadata(args, model, {
-        "data": data, "masks": describe_user_input(masks, options.presence, clip)}))
+    # Other user masks start over without --overwrite, because that is how a mask is corrected: the
+    # last line of a run suggests it. Any other difference may be a mistake.
+    folder = RunFolder(results, setup.run_metadata(args, model, {
+        "data": data, "masks": describe_user_input(masks, options.presence, clip)}),
+        args.overwrite, starts_over=["masks"])
+    if folder.replaces:
+        writers.delete_outputs(results, {Path(name).resolve() for text in args.mask
+                                         for name in (text, text.partition(":")[2])})
     checkpoint = pipeline.TrackerCheckpoint(results / "masks", clip)
-    entry, outputs = finished_entry(folder, checkpoint, options.start), requested_outputs(args)
+    entry, outputs = folder.finished.get(CLIP), requested_outputs(args)
+    if entry and not all(checkpoint.mask_path(start + i).is_file()
+                         for i in range(entry["frames"])):
+        entry = None  # a mask was deleted: segment again
     if entry and has_outputs(entry, outputs, results):
         print(f"{entry['frames']} frames were finished before, in {results} (--overwrite "
               "starts over)")
@@ -74,7 +79,7 @@ def segment_clip(args: argparse.Namespace, clip: Clip, results: Path, data: str)
                  "edges from the probabilities")
     checkpoint = checkpoint.mark_all_done() if entry else checkpoint.load(model)
     frames = pipeline.track(model, clip, masks, options, checkpoint)
-    total = len(range(clip.count)[options.start:options.stop]) or None
+    total = len(range(clip.count)[start:stop]) or None
     confidence = ConfidenceSink(results / "confidence.csv", clip, checkpoint.index is not None)
     count = pipeline.drain(progress(frames, desc="frames", total=total, unit="frame"), [
         *writers.clip_sinks(results, clip, args.cutout, args.cutout_format), confidence,
@@ -92,47 +97,6 @@ def segment_clip(args: argparse.Namespace, clip: Clip, results: Path, data: str)
               + "; if a mask there is wrong, correct it and run again with --mask "
               f"{clip.number(min(masks))}:FIRST.png "
               f"{clip.number(review[0].first)}:CORRECTED.png")
-
-
-def clip_options(args: argparse.Namespace, clip: Clip,
-                 masks: dict[int, np.ndarray]) -> pipeline.Options:
-    """The pipeline's options, with the part of the clip and the objects that the flags exclude."""
-    options = pipeline.Options(**setup.pipeline_options(args))
-    options.start, options.stop = index_range(args, clip)
-    options.presence = user_presence(args, clip, masks)
-    return options
-
-
-def open_run_folder(args: argparse.Namespace, results: Path,
-                    metadata: dict[str, str]) -> RunFolder:
-    """The run folder; if results of another run are to be replaced, they are deleted.
-
-    Other user masks start over without --overwrite, because that is how a mask is corrected: the
-    last line of a run suggests it. Any other difference is refused, as it may be a mistake.
-    """
-    overwrite, holds_results = args.overwrite, (results / "manifest.json").is_file()
-    if holds_results and not overwrite and \
-            differing_keys(read_metadata(results), metadata) == ["masks"]:
-        log.info("%s: made from other masks; segmenting again from these", results)
-        overwrite = True
-    folder = RunFolder(results, metadata, overwrite)
-    if holds_results and overwrite:
-        writers.delete_outputs(results, {Path(name).resolve() for text in args.mask
-                                         for name in (text, text.partition(":")[2])})
-    return folder
-
-
-def finished_entry(folder: RunFolder, checkpoint: pipeline.TrackerCheckpoint,
-                   start: int) -> dict | None:
-    """The clip's entry in the run folder; None if it is unfinished or a mask file was deleted.
-
-    Args:
-        start: index of the first frame segmented.
-    """
-    entry = folder.finished.get(CLIP)
-    if entry and all(checkpoint.mask_path(start + i).is_file() for i in range(entry["frames"])):
-        return entry
-    return None
 
 
 def requested_outputs(args: argparse.Namespace) -> dict[str, str | None]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,35 +35,44 @@ class RunFolder:
         path: the folder; None keeps the entries in memory only.
         metadata: flags, data, weights and versions: everything that changes the results.
         overwrite: delete the metadata, entries and tracker states of earlier runs.
+        starts_over: keys of the metadata that overwrite as well if only they differ.
 
     Attributes:
         metadata: as given; with the commits of all runs that wrote there.
         finished: the entry of each finished video, by its name.
+        replaces: whether results of an earlier run are there that have to be deleted.
 
     Raises:
         ValueError: the folder's results were made from other metadata, or its files are damaged.
     """
 
-    def __init__(self, path: Path | None, metadata: dict[str, str], overwrite: bool = False):
+    def __init__(self, path: Path | None, metadata: dict[str, str], overwrite: bool = False,
+                 starts_over: Collection[str] = ()):
         self.path, self.metadata = path, metadata
         self.finished: dict[str, dict] = {}
-        self._started = False
+        self._started, self.replaces = False, False
         if path is None:
             return
         manifest = path / "manifest.json"
+        self._may_write = overwrite or manifest.is_file()
+        earlier = None if overwrite else read_metadata(path)
+        differing = [] if earlier is None else differing_keys(earlier, metadata)
+        if differing and set(differing) <= set(starts_over):
+            log.info("%s: made from other %s; starting over with these", path,
+                     " and ".join(differing))
+            overwrite = True
         if overwrite:
-            for old in (*path.glob(f"*{FINISHED}"), *path.glob(".*.progress"), manifest):
-                old.unlink(missing_ok=True)
-        elif manifest.is_file():
-            earlier = _read(manifest)
-            for key in differing_keys(earlier, metadata):
+            self.replaces = manifest.is_file()
+            for file in (*path.glob(f"*{FINISHED}"), *path.glob(".*.progress"), manifest):
+                file.unlink(missing_ok=True)
+        elif earlier is not None:
+            for key in differing:
                 old, new = earlier.get(key, "none"), metadata.get(key, "none")
                 raise ValueError(f"{path}: holds results of other {key} ({old!r}, now {new!r}): "
                                  "name another folder, or start over (--overwrite)")
             self.metadata = metadata | _commits(path, earlier, metadata)
             self.finished = {file.name.removesuffix(FINISHED): _read(file)
                              for file in path.glob(f"*{FINISHED}")}
-        self._may_write = manifest.is_file() or overwrite
 
     def start(self, output_folders: Iterable[Path] = ()) -> None:
         """Write `manifest.json`; call it before the first result. Later calls do nothing.

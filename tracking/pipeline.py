@@ -199,9 +199,10 @@ def track(model: VideoMatch, clip: Clip, masks: dict[int, np.ndarray], options: 
             user_masks = masks if forward else {first: masks[first]}
             others = (enumerate(clip.frames(first + 1, stop), first + 1) if forward else
                       zip(range(first - 1, start - 1, -1), clip.backwards(first)))
-            frames = _prefetch(pool, _with_network_image(
-                itertools.chain([(first, reference)], others), options))
-            for frame in _propagate(model, frames, user_masks, options, forward, checkpoint):
+            frames = ((index, image, resize_for_network(image, options))
+                      for index, image in itertools.chain([(first, reference)], others))
+            for frame in _propagate(model, _prefetch(pool, frames), user_masks, options, forward,
+                                    checkpoint):
                 if forward or frame.index != first:  # the first frame is written only once
                     yield frame
 
@@ -287,12 +288,6 @@ def location_size(model: VideoMatch, shape: tuple[int, int], options: Options) -
     small = options.input_shape or images.working_shape(shape, options.size)
     finer = 1.0 if model.method == "memory" else model.upsample_factor
     return model.encoder.spec.stride / (model.zoom * finer) * min(shape) / min(small)
-
-
-def _with_network_image(frames: Iterable[tuple[int, np.ndarray]],
-                        options: Options) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    for index, image in frames:
-        yield index, image, resize_for_network(image, options)
 
 
 class Sink:

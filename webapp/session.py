@@ -554,13 +554,12 @@ class Session:
     def _write_results(self, cutout: str | None, form: str, formats: list[str]) -> str:
         """Write the outputs, replacing earlier ones; return the command line that repeats it."""
         # without metadata, what is in the folder isn't ours and must stay
-        is_run_folder = read_metadata(self.folder) is not None
         run_folder = RunFolder(self.folder, {**self.metadata, "masks": "of the page"},
-                               is_run_folder)
+                               overwrite=read_metadata(self.folder) is not None)
         run_folder.start([self.folder / "masks", self.folder / "cutout"])
         paths = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
                  for frame in sorted(self.store.user_frames)}
-        if is_run_folder:
+        if run_folder.replaces:
             writers.delete_outputs(self.folder, set())
         for frame, path in paths.items():
             images.write_mask(path, self.mask(frame))

@@ -172,16 +172,17 @@ class MaskStore:
         self.pending.discard(frame)
         self.save()
 
-    def add_object(self, name: str = "") -> TrackedObject:
-        """Add an object and return it.
+    def add_object(self, name: str = "", object_id: int | None = None) -> TrackedObject:
+        """Add an object and return it; by default with the next id.
 
         Raises:
             ValueError: all ids are taken.
         """
-        if self.next_id > MAX_OBJECTS:
+        object_id = object_id or self.next_id
+        if object_id > MAX_OBJECTS:
             raise ValueError(f"expected at most {MAX_OBJECTS} objects")
-        obj = TrackedObject(self.next_id, name or f"object {self.next_id}")
-        self.objects, self.next_id = [*self.objects, obj], self.next_id + 1
+        obj = TrackedObject(object_id, name or f"object {object_id}")
+        self.objects, self.next_id = [*self.objects, obj], max(self.next_id, object_id + 1)
         self.save()
         return obj
 
@@ -489,10 +490,7 @@ class Editor:
         existing = {obj.id for obj in self.store.objects}
         for object_id in object_ids:
             if object_id not in existing:
-                self.store.next_id, after = object_id, max(self.store.next_id, object_id + 1)
-                self.store.add_object(names.get(object_id, ""))
-                self.store.next_id = after
-        self.store.save()
+                self.store.add_object(names.get(object_id, ""), object_id)
 
     def _object(self, object_id: int) -> TrackedObject:
         for obj in self.store.objects:
