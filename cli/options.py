@@ -9,6 +9,7 @@ from pathlib import Path
 import lite
 import train
 from davis import SETS, YEARS
+from media.live import is_live
 from network.encoder import BACKBONES
 from outputs import annotations
 from videomatch import METHODS
@@ -136,6 +137,11 @@ def side(text: str) -> int:
     """A side of a frame. Below 16 pixels the coarsest feature map would have no location."""
     value = _number(int, text)
     return _expect_type(value, value >= 16, "at least 16")
+
+
+def source(text: str) -> str | Path:
+    """What --video takes: a camera or a URL, as it is, or a path."""
+    return text if is_live(text) else Path(text)
 
 
 def frame_range(text: str) -> tuple[int | None, int | None]:
@@ -302,8 +308,12 @@ def _check_training(args) -> None:
 
 
 def _clip(add) -> None:
-    add("--video", metavar="PATH", type=Path, metadata=False,
-        help="a video file, an animation (GIF, APNG, WebP, multi-page TIFF) or a folder of frames")
+    add("--video", metavar="PATH", type=source, metadata=False,
+        help="a video file, an animation (GIF, APNG, WebP, multi-page TIFF) or a folder of frames; "
+             "camera:0 or the URL of a stream (rtsp, http, udp, tcp, ...) is tracked live, see "
+             "docs/live.md")
+    add("--seconds", metavar="S", type=positive, metadata=False,
+        help="of a live --video: end after this time (default: at Ctrl+C, or when it ends)")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[], metadata=False, command=False,
         help="masks of frames, numbered from 0 or as the files in a folder are: FIRST.png, or "
              "0:a.png 120:b.png; each value or flat colour is an object; several files of one "
@@ -356,6 +366,7 @@ def _check_clip(args) -> None:
             "none")
     require(args.frames == (None, None) or args.page is None and (args.mask or prompted),
             "--frames", "no --page with it", args.frames)
+    _check_live(args)
     for name in ("point", "not_point"):
         for values in getattr(args, name):
             require(len(values) % 2 == 0, f"--{name}", "pairs of numbers, X Y", values)
@@ -368,6 +379,18 @@ def _check_clip(args) -> None:
             "transparent, blur or a colour such as #00ff00", args.cutout)
     require(args.cutout_format == "png" or args.cutout == "transparent", "--cutout_format",
             "--cutout transparent with it", args.cutout)
+
+
+def _check_live(args) -> None:
+    require(is_live(args.video) or args.seconds is None, "--seconds",
+            "a camera or a stream as --video with it", args.video)
+    if not is_live(args.video):
+        return
+    for name in ("mask_frame", "export"):
+        require(not getattr(args, name), f"--{name}", "no live --video with it", args.video)
+    require(args.frames == (None, None), "--frames", "--seconds for a live --video", args.video)
+    require(args.page is None or not (args.mask or args.box or args.point), "--page",
+            "no mask, box or point with it for a live --video", args.video)
 
 
 def _results(add) -> None:

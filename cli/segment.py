@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import setup
+from cli import live, setup
 from cli.options import changed
 from masks.read import read_masks, warn_about
 from media import images
 from media.background import progress
 from media.clip import Clip
 from media.files import check_no_overlap, lock_folder
+from media.live import is_live
 from media.video import open_clip
 from outputs import annotations, report, writers
 from outputs.annotations import FORMATS
@@ -32,6 +33,8 @@ CLIP = "clip"  # name of the one video in the run folder: clip.finished.json
 
 
 def run(args: argparse.Namespace) -> None:
+    if is_live(args.video):
+        return live.run(args)
     clip = open_clip(args.video, [name for _, name in map(parse_mask_argument, args.mask)])
     data = clip_fingerprint(clip)
     results = args.results_dir or default_folder(args.video.resolve().stem, data)

@@ -62,7 +62,7 @@ class Video(Clip):
 
     def __init__(self, path: Path):
         self.path, self.files = path, [path]
-        self._warned: set[str] = set()
+        self._warn_once = _WarnOnce(path)
         with self._open() as (container, stream):
             rate = stream.average_rate or stream.base_rate
             self.fps = float(rate or FOLDER_FPS)
@@ -78,21 +78,8 @@ class Video(Clip):
         if not checked:
             raise OSError(f"{path}: {EXPECTED}, but no frame of this one ({codec}) can be decoded")
         self._index(packets, [frame.pts for frame in checked])
-        frame = checked[0]
-        if not 0.1 < aspect < 10:
-            aspect = 1.0  # a broken header
-        # later frames of another size are resized to the first's, as FFmpeg does
-        self._size = (round(frame.width * max(1.0, aspect)), round(frame.height / min(1.0, aspect)))
-        self._frame_size = frame.width, frame.height
-        matrix = _display_matrix(frame)
-        self.stored = _rotate(np.empty((frame.height, frame.width)), matrix).shape
-        self.shape = _rotate(np.empty(self._size[::-1]), matrix).shape
-        if self.shape != self.stored:
-            log.info("%s: pixels are not square, so frames of %dx%d are resized to %dx%d",
-                     path, *self.stored[::-1], *self.shape[::-1])
-        if frame.color_trc in hdr.NAMES:
-            log.info("%s: HDR (%s), tone-mapped to standard range", path,
-                     hdr.NAMES[frame.color_trc])
+        self._converter = FrameConverter(path, checked[0], aspect)
+        self.shape, self.stored = self._converter.shape, self._converter.stored
 
     def _index(self, packets: list[tuple[int | None, int | None, bool]],
                decoded: list[int | None]) -> None:
@@ -145,24 +132,7 @@ class Video(Clip):
     def _read(self, start: int) -> Iterator[np.ndarray]:
         reformatter = VideoReformatter()
         for _, frame in self._decode(start):
-            yield self._picture(frame, reformatter)
-
-    def _picture(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-        if (frame.width, frame.height) != self._frame_size:
-            self._warn_once("%s: the size of its frames changes from %dx%d to %dx%d; all are "
-                            "resized to the first", *self._frame_size, frame.width, frame.height)
-        if frame.color_trc in hdr.NAMES:
-            image = hdr.tone_down(frame, reformatter)
-        else:
-            image = reformatter.reformat(frame, format="rgb24").to_ndarray()
-        if image.shape[1::-1] != self._size:
-            image = cv2.resize(image, self._size, interpolation=cv2.INTER_LINEAR)
-        image = np.ascontiguousarray(_rotate(image, _display_matrix(frame)))
-        if image.shape[:2] != self.shape:  # the camera was rotated while recording
-            self._warn_once("%s: frames are rotated by 90 degrees midway; all are resized to the "
-                            "first")
-            image = cv2.resize(image, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        return image
+            yield self._converter(frame, reformatter)
 
     def _decode(self, start: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield index and frame from `start` on, decoding from the last key frame before it.
@@ -245,11 +215,6 @@ class Video(Clip):
         return self._keys[min(bisect_left(self._keys, end - fit),
                               bisect_left(self._keys, end) - 1)]
 
-    def _warn_once(self, text: str, *values) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            log.warning(text, self.path, *values)
-
     @contextmanager
     def _open(self):
         try:
@@ -267,6 +232,72 @@ class Video(Clip):
                 raise OSError(f"{self.path}: {EXPECTED}, but there is no decoder for its codec "
                               f"({stream.codec_tag})")
             yield container, stream
+
+
+class _WarnOnce:
+    """Logs each text about a clip once, as a warning; the text begins with %s for its name."""
+
+    def __init__(self, name: str | Path):
+        self.name, self.logged = name, set()
+
+    def __call__(self, text: str, *values) -> None:
+        if text not in self.logged:
+            self.logged.add(text)
+            log.warning(text, self.name, *values)
+
+
+class FrameConverter:
+    """Converts decoded frames to upright RGB images with square pixels, all of one size.
+
+    Frames are rotated as their metadata say and tone-mapped if they are HDR (`hdr`). What changes
+    is logged, each kind of change once.
+
+    Args:
+        name: of the clip, for messages.
+        first: the first frame; later ones of another size are resized to it, as FFmpeg does.
+        aspect: width of a pixel over its height.
+
+    Attributes:
+        shape, stored: see `Clip`.
+    """
+
+    def __init__(self, name: str | Path, first: av.VideoFrame, aspect: float):
+        self._warn_once = _WarnOnce(name)
+        if not 0.1 < aspect < 10:
+            aspect = 1.0  # a broken header
+        self._size = (round(first.width * max(1.0, aspect)), round(first.height / min(1.0, aspect)))
+        self._frame_size = first.width, first.height
+        matrix = _display_matrix(first)
+        self.stored = _rotate(np.empty((first.height, first.width)), matrix).shape
+        self.shape = _rotate(np.empty(self._size[::-1]), matrix).shape
+        if self.shape != self.stored:
+            log.info("%s: pixels are not square, so frames of %dx%d are resized to %dx%d",
+                     name, *self.stored[::-1], *self.shape[::-1])
+        if first.color_trc in hdr.NAMES:
+            log.info("%s: HDR (%s), tone-mapped to standard range", name,
+                     hdr.NAMES[first.color_trc])
+
+    def __call__(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+        """The image of a frame, (H, W, 3) uint8 RGB.
+
+        Args:
+            reformatter: one for each thread.
+        """
+        if (frame.width, frame.height) != self._frame_size:
+            self._warn_once("%s: the size of its frames changes from %dx%d to %dx%d; all are "
+                            "resized to the first", *self._frame_size, frame.width, frame.height)
+        if frame.color_trc in hdr.NAMES:
+            image = hdr.tone_down(frame, reformatter)
+        else:
+            image = reformatter.reformat(frame, format="rgb24").to_ndarray()
+        if image.shape[1::-1] != self._size:
+            image = cv2.resize(image, self._size, interpolation=cv2.INTER_LINEAR)
+        image = np.ascontiguousarray(_rotate(image, _display_matrix(frame)))
+        if image.shape[:2] != self.shape:  # the camera was rotated while recording
+            self._warn_once("%s: frames are rotated by 90 degrees midway; all are resized to the "
+                            "first")
+            image = cv2.resize(image, self.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return image
 
 
 def _is_cover(stream) -> bool:

@@ -44,7 +44,7 @@ MAX_JSON, MAX_MASK = 2**18, 2**26
 THUMBNAIL_WIDTH = 144  # pixels
 # Seconds that a request for changes waits at most. Proxies often close requests after 30 or 60.
 MAX_WAIT = 15.0
-POLL_INTERVAL = 0.05  # seconds between checks for changes: below what users notice
+POLL_INTERVAL = 0.02  # seconds between checks for changes: below what users notice
 # Browsers cache frames for a day. Their addresses contain the key of one run of the server, because
 # another run may serve another clip on the same port.
 CACHED = {"Cache-Control": "private, max-age=86400, immutable"}
@@ -282,6 +282,11 @@ ACTIONS = {
 }
 
 
+# of a live clip, in which there is no way back
+LIVE_ACTIONS = {name: ACTIONS[name] for name in ("box", "point", "add", "rename", "delete", "stop")
+                } | {"hold": lambda session, fields: session.hold(fields.whole("frame"))}
+
+
 async def _body(request: Request, limit: int) -> bytes:
     """Read a request's body; reject one of more than `limit` bytes without storing it."""
     declared = request.headers.get("content-length", "0")
@@ -344,7 +349,7 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
     """The ASGI application of a session.
 
     Args:
-        session: a `Session`.
+        session: a `Session` or a `LiveSession`.
         token, codes, hosts, ending: see `Guard`.
     """
     key = secrets.token_hex(8)
@@ -363,7 +368,10 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
         return JSONResponse(await run_in_threadpool(session.state, since), headers=NOT_CACHED)
 
     def frame(request: Request) -> Response:
-        return _picture(request, _jpeg(session.image(request.path_params["frame"])))
+        picture = _jpeg(session.image(request.path_params["frame"]))
+        if session.live:  # never asked for again
+            return Response(picture, media_type="image/jpeg", headers=NOT_CACHED)
+        return _picture(request, picture)
 
     def thumbnail(request: Request) -> Response:
         image = session.thumbnail(request.path_params["frame"])
@@ -383,18 +391,20 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
         return JSONResponse({})
 
     async def act(request: Request) -> Response:
-        action = ACTIONS.get(request.path_params["action"])
+        action = (LIVE_ACTIONS if session.live else ACTIONS).get(request.path_params["action"])
         if action is None:
             raise HTTPException(404, "no such action")
         fields = Fields(await _body(request, MAX_JSON))
         return JSONResponse(await run_in_threadpool(action, session, fields) or {})
 
-    app = Starlette(routes=[
-        Route("/", page), Route("/state/{since:int}", state),
-        Route("/frame/{frame:int}", frame), Route("/thumbnail/{frame:int}", thumbnail),
-        Route("/mask/{frame:int}", mask), Route("/mask/{frame:int}", upload_mask, methods=["PUT"]),
-        Route("/do/{action:str}", act, methods=["POST"]),
-    ], exception_handlers={HTTPException: _refuse, ValueError: _refuse, OSError: _refuse})
+    routes = [Route("/", page), Route("/state/{since:int}", state),
+              Route("/frame/{frame:int}", frame), Route("/mask/{frame:int}", mask),
+              Route("/do/{action:str}", act, methods=["POST"])]
+    if not session.live:
+        routes += [Route("/thumbnail/{frame:int}", thumbnail),
+                   Route("/mask/{frame:int}", upload_mask, methods=["PUT"])]
+    app = Starlette(routes=routes, exception_handlers={
+        HTTPException: _refuse, ValueError: _refuse, OSError: _refuse})
     app.add_middleware(Guard, token=token, codes=codes, key=key, hosts=hosts,
                        policy=_policy(html), ending=ending)
     return app
@@ -430,7 +440,7 @@ def _policy(html: str) -> str:
 
 def serve(session, port: int = 0, browse: bool = True,
           hosts: Sequence[str] = ("127.0.0.1",)) -> None:
-    """Serve a session until Ctrl+C, and open it in a browser.
+    """Serve a session until Ctrl+C or the end of a live clip, and open it in a browser.
 
     Args:
         port: 0 takes a free one.
@@ -450,14 +460,19 @@ def serve(session, port: int = 0, browse: bool = True,
             names += ["*", socket.gethostname()]
         here = "127.0.0.1" if reachable.is_unspecified else str(reachable)
         root = f"http://{f'[{here}]' if ':' in here else here}:{port}/"
-        print(f"{root}?token={token}\nopen it in a browser; Ctrl+C ends the session, and the "
-              "same command resumes it", flush=True)
+        print(f"{root}?token={token}\nopen it in a browser; Ctrl+C ends the session"
+              + ("" if session.live else ", and the same command resumes it"), flush=True)
         if not reachable.is_loopback:
             print("other machines can open it too, by this machine's name or address and with the "
                   "token; the connection is not encrypted", flush=True)
+
+        async def end_with_the_clip() -> None:
+            server.should_exit |= session.live and session.ended
+
         server = uvicorn.Server(uvicorn.Config(
             application(session, token, None, [code], names, lambda: server.should_exit),
-            log_level="warning", timeout_graceful_shutdown=3, server_header=False))
+            log_level="warning", timeout_graceful_shutdown=3, server_header=False,
+            callback_notify=end_with_the_clip, timeout_notify=1))
         if browse:  # with a one-time code: other users can see a browser's command line
             with suppress(webbrowser.Error):
                 webbrowser.open(f"{root}?token={code}")

@@ -307,6 +307,8 @@ class Session:
         ValueError: the folder holds a session on another clip.
     """
 
+    live = False  # see `LiveSession`
+
     def __init__(self, model: VideoMatch, clip: Clip, folder: Path, options: pipeline.Options,
                  prompter: Callable[[np.ndarray, Prompts], np.ndarray], metadata: dict[str, str],
                  command: list[str], formats: Sequence[str] = ()):
