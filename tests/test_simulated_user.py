@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from training import distractors, simulated_user
+from training.warps import Cutout
 
 MASKS = arrays(bool, (7, 9))
 
@@ -126,3 +127,20 @@ def test_distractors_hide_little_of_the_target_and_leave_the_rest_unchanged(seed
     np.testing.assert_array_equal(crowded[within], image[within])
     assert (crowded != image).any()
     assert image[mask].min() == 200  # in place nothing changes
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (3, 90), (90, 4), (1, 1)])
+def test_a_tiny_object_covers_its_mask_only(shape):
+    rng = np.random.default_rng(0)
+    background = np.full((96, 128, 3), 60, np.uint8)
+    cutout = Cutout(np.full((*shape, 3), 250, np.uint8), np.ones(shape, np.uint8), (0, 0),
+                    (False,) * 4)
+    for _ in range(10):
+        image, mask = distractors.paste_tiny(background, cutout, rng)
+        rows, columns = np.nonzero(mask)
+        # at most 12 % of the shorter side, by the largest stretch
+        assert 0 < max(np.ptp(rows), np.ptp(columns)) + 1 <= 0.12 * 96 * distractors.MAX_STRETCH + 1
+        changed = (image != background).any(2)
+        assert changed[mask].all()
+        near = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)) > 0  # soft edges
+        assert not (changed & ~near).any()

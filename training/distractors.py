@@ -17,6 +17,9 @@ MAX_STRETCH = 1.3  # largest change of the aspect ratio
 # smaller, and targets that are hardly visible teach nothing.
 IN_FRONT = 0.25
 MIN_VISIBLE = 0.7  # share of the target that stays visible at least
+# Longer side of a tiny object, as a share of the frame's shorter side: from a ball 16 pixels wide
+# in a frame of 720 rows up to the size of which ordinary samples have enough objects.
+TINY_SIDE = (0.015, 0.12)
 EDGE_BLUR = 0.7  # pixels; standard deviation, so that no hard edge gives pasted objects away
 
 
@@ -51,6 +54,35 @@ def add_distractors(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
             alpha = np.where(mask[region], 0, alpha)
         image[region] = (image[region] * (1 - alpha[..., None]) + picture[part] * alpha[..., None]
                          ).round().astype(np.uint8)
+    return image, mask
+
+
+def paste_tiny(background: np.ndarray, cutout: Cutout,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Paste an object into another image, so small that a click may mean its surroundings.
+
+    Few masks in data sets are of tiny objects. Without them a click on a table-tennis ball selects
+    the player behind it.
+
+    Args:
+        background: (H, W, 3) uint8 RGB.
+        cutout: the object.
+
+    Returns:
+        The new image and the object's (H, W) bool mask, of at least one pixel.
+    """
+    low, high = np.log(TINY_SIDE)
+    longer = np.exp(rng.uniform(low, high)) * min(background.shape[:2])
+    height = longer * min(1, cutout.ids.shape[0] / cutout.ids.shape[1])
+    picture, inside = resize_cutout(cutout, height, rng)
+    corner = [int(rng.integers(max(1, b - a + 1)))
+              for a, b in zip(inside.shape, background.shape)]
+    region, part = _overlap(corner, inside.shape, background.shape[:2])
+    image, mask = background.copy(), np.zeros(background.shape[:2], bool)
+    alpha = cv2.GaussianBlur(inside, (0, 0), EDGE_BLUR)[part]
+    mask[region] = alpha >= min(0.5, alpha.max())
+    image[region] = (image[region] * (1 - alpha[..., None]) + picture[part] * alpha[..., None]
+                     ).round().astype(np.uint8)
     return image, mask
 
 

@@ -29,6 +29,7 @@ from training.options import MAX_GRADIENT_NORM, Options, one_cycle
 from training.report import Report
 from training.samples import large_enough
 from training.static_images import StaticImage
+from training.warps import cut_out
 from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ BOXES = 0.6  # begin with a box, the others with a click
 # from 0.848 to 0.833, and rose to 0.840 with few, because a box tells by itself which object is
 # meant (docs/log/2026-11-25-keys-and-values.md).
 WITH_DISTRACTORS = {"box": 0.1, "click": 0.6}
+TINY = 0.12  # are of a tiny object; more cost ordinary objects, of which there are then fewer
 WITH_WRONG_MASK = 0.25  # of the clicked ones, begin with a mask as a tracker may leave it
 
 JITTER = 0.1  # shift of a box's sides; more tolerates careless boxes, at the cost of exact ones
@@ -76,6 +78,9 @@ class PromptSamples(Dataset):
         rng = np.random.default_rng((self.seed, index))
         image, truth = self._object(rng)
         kind = "box" if rng.random() < BOXES else "click"
+        if self.augment and rng.random() < TINY:
+            cutout = cut_out(image, truth.astype(np.uint8))
+            image, truth = distractors.paste_tiny(self._object(rng)[0], cutout, rng)
         if self.augment and rng.random() < WITH_DISTRACTORS[kind]:
             others = distractors.distractor_cutouts(image, truth, [self._object(rng)])
             image, truth = distractors.add_distractors(image, truth, others, rng)
@@ -135,7 +140,7 @@ def initial_prompts(truth: np.ndarray, rng,
     shape, margin = truth.shape, rng.uniform(*MARGINS)
     box = simulated_user.jitter_box(simulated_user.bounding_box(truth), JITTER, shape, rng)
     if rng.random() < 0.5:  # boxes that are too large or too small on all sides
-        box = scale_box(box, rng.uniform(-JITTER, JITTER), shape)
+        box = simulated_user.scale_box(box, rng.uniform(-JITTER, JITTER), shape)
     region = prompting.crop_around(Prompts([box]), shape, margin)
     rounds = int(rng.choice(ROUNDS[kind]))
     if kind == "box":
@@ -151,16 +156,6 @@ def initial_prompts(truth: np.ndarray, rng,
             prompts = Prompts(mask=mask)
             (prompts.points if positive else prompts.not_points).append(point)
     return prompts, region, rounds
-
-
-def scale_box(box: tuple[int, int, int, int], share: float,
-              shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Move all sides of a box outwards by a share of its size (inwards if negative)."""
-    x, y, w, h = box
-    left, top = max(0, round(x - share * w)), max(0, round(y - share * h))
-    right, bottom = (min(shape[1], round(x + w + share * w)),
-                     min(shape[0], round(y + h + share * h)))
-    return left, top, max(1, right - left), max(1, bottom - top)
 
 
 def corrupt_mask(truth: np.ndarray, box: tuple[int, int, int, int], rng) -> np.ndarray:

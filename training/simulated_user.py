@@ -77,6 +77,16 @@ def jitter_box(box: tuple[int, int, int, int], share: float, shape: tuple[int, i
     return int(left), int(top), int(right - left), int(bottom - top)
 
 
+def scale_box(box: tuple[int, int, int, int], share: float,
+              shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Move all sides of a box outwards by a share of its size (inwards if negative)."""
+    x, y, w, h = box
+    left, top = max(0, round(x - share * w)), max(0, round(y - share * h))
+    right, bottom = (min(shape[1], round(x + w + share * w)),
+                     min(shape[0], round(y + h + share * h)))
+    return left, top, max(1, right - left), max(1, bottom - top)
+
+
 def add_click(prompts: Prompts, predicted: np.ndarray, truth: np.ndarray,
               with_mask: bool = True) -> Prompts | None:
     """Add a click at the centre of the largest error; None if there is no error.
