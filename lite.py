@@ -27,10 +27,9 @@ from media.background import progress
 from media.files import check_no_overlap, lock_folder
 from media.video import open_clip
 from media.writer import VideoWriter
-from network.outliers import decide
 from system import errors, version
 from tracking.prompting import group_by_object, predict_masks
-from tracking.tracker import Tracker, resized
+from tracking.tracker import Tracker
 
 PROGRAM = "lite.py"  # in manifest.json, to distinguish a run of this script from one of main.py
 DESCRIPTION = "videomatch.json"
@@ -119,11 +118,7 @@ def masks(clip, first: np.ndarray, model: LiteVideoMatch,
             images.check_same_shape("frame 0", image.shape, "the mask", first.shape)
         small = images.scaled(image, size)
         step = tracker.step(model.normalized(small), None if i else first)
-        mask = step.mask
-        if mask.shape != image.shape[:2]:
-            mask = decide(resized(step.probabilities, image.shape[:2]), step.object_ids,
-                          tracker.threshold)
-        yield image, mask
+        yield image, step.mask_at(image.shape[:2], tracker.threshold)
 
 
 def main(argv: list[str] | None = None) -> int:

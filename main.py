@@ -28,9 +28,6 @@ from training.static_images import find_static_images
 
 log = logging.getLogger("videomatch")
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
-          "fatal": logging.CRITICAL}
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line.
@@ -47,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         args = options.parse(argv)
-        logging.basicConfig(level=LEVELS[args.logger], format="%(message)s", stream=sys.stderr)
+        level = options.LEVELS[args.logger]
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         distributed.start()
         if distributed.rank():
-            logging.getLogger().setLevel(max(logging.WARNING, LEVELS[args.logger]))
+            logging.getLogger().setLevel(max(logging.WARNING, level))
         select_device(args.cuda_device)  # fail before any data is read
         {"train": run_train, "eval": run_eval, "segment": segment.run,
          "export": export.run}[args.mode](args)

@@ -282,8 +282,7 @@ class VideoMatch(Checkpointed):
         labels = self.array(labels_of(mask, grid.shape, object_ids))
         return (state or Sets(sets)).refer(grid, labels, sets)
 
-    def predict(self, state: Any, features: Features,
-                shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, state: Any, features: Features, shape: tuple[int, int]) -> torch.Tensor:
         """Predict the probabilities of a frame, by any method.
 
         Args:
@@ -292,8 +291,7 @@ class VideoMatch(Checkpointed):
             shape: (H, W) of the probabilities.
 
         Returns:
-            (N+1, H, W) probabilities, channel 0 the background, summing to 1; (N+1, h, w) scores of
-            soft matching, cosines in [-1, 1]. Differentiable.
+            (N+1, H, W) probabilities, channel 0 the background, summing to 1. Differentiable.
 
         Raises:
             RuntimeError: there is no reference frame yet.
@@ -303,10 +301,8 @@ class VideoMatch(Checkpointed):
             raise RuntimeError("nothing to match with: refer to a reference frame first")
         if self.method == "memory":
             state.check_size(features)
-            logits, scores = self.step(state, features)
-        else:
-            logits = (scores := self.match(features, state)) / self.temperature
-        return self.enlarged(logits, shape), scores
+            return self.enlarged(self.step(state, features)[0], shape)
+        return self.enlarged(self.match(features, state) / self.temperature, shape)
 
     def match(self, features: Features, sets: Sets) -> torch.Tensor:
         """Return the (N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
@@ -443,7 +439,7 @@ def show(args) -> None:
         test = images.read_image(path)
         features = model.encode(preprocess.to_tensor(test)[None])
         try:
-            probabilities = model.predict(state, features, test.shape[:2])[0].cpu().numpy()
+            probabilities = model.predict(state, features, test.shape[:2]).cpu().numpy()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         panels = [

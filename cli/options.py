@@ -1,6 +1,7 @@
 """The command line of main.py: the flags of each mode, and the checks of their values."""
 
 import argparse
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ import lite
 import train
 from davis import SETS, YEARS
 from media.live import is_live
+from network import precision
 from network.encoder import BACKBONES
 from outputs import annotations
 from videomatch import METHODS
 
 MODES = ("train", "eval", "segment", "export")
-LEVELS = ("debug", "info", "warn", "fatal")
-PRECISIONS = ("fp32", "bf16", "fp16")
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING,
+          "fatal": logging.CRITICAL}
 # DAVIS' aspect ratio at 2/3 of its 480p: a step of two clips takes a second on two cores and 2 GB.
 # A larger size helps small objects, in proportion to its cost.
 TRAINING_SHAPE = (320, 576)
@@ -242,7 +244,7 @@ def _model(add) -> None:
         help="matching: soft matching with the reference frame; paper: plus the online update; "
              "memory: a learned memory of past frames (default: memory for training and where the "
              "checkpoint was trained for it, as the one in models/; else matching)")
-    add("--precision", choices=PRECISIONS, metadata=False,
+    add("--precision", choices=precision.NAMES, metadata=False,
         help="of the network and its products; fp32 if another machine must reproduce a result "
              "exactly (default: fp16 on a CUDA device except for training; bf16 for --method "
              "memory on a CPU that multiplies it natively; else fp32)")

@@ -97,19 +97,18 @@ class LiteVideoMatch:
         state.check_size(features)
         return self._changed("start", state, features, masks=masks, labels=labels)
 
-    def predict(self, state: State, features: Features,
-                shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities (N+1, H, W) of a frame at size `shape`, and the scores of the step.
+    def predict(self, state: State, features: Features, shape: tuple[int, int]) -> np.ndarray:
+        """Probabilities (N+1, H, W) of a frame at size `shape`.
 
         Raises:
             ValueError: the frame has another size than the reference frame.
         """
         state.check_size(features)
-        outputs = self.run("step", **state._asdict(), **_named(features))
+        logits = self.run("step", **state._asdict(), **_named(features))["logits"]
         logits = np.stack([cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
-                           for channel in outputs["logits"]])
+                           for channel in logits])
         odds = np.exp(logits - logits.max(0))
-        return odds / odds.sum(0), outputs["scores"]
+        return odds / odds.sum(0)
 
     def remember(self, state: State, features: Features, probabilities: np.ndarray,
                  long: bool) -> State:

@@ -72,18 +72,36 @@ class FrameLines:
         self.file.close()
 
 
-class CocoSink(Sink):
-    """Writes one JSON file in COCO's format; each annotation's `track_id` is the object id.
+class AnnotationSink(Sink):
+    """Base class of the sinks below.
 
     Args:
-        path: written when the sink closes without an error.
-        clip: source of file names and image ids (frame numbers).
+        path: the main output; it, or files next to it, are written when the sink closes without an
+            error.
+        clip: source of file names and frame numbers.
         names: object names, by object id; they become categories.
     """
 
     def __init__(self, path: Path, clip: Clip, names: Mapping[int, str] | None = None):
         self.path, self.clip, self.categories = path, clip, Categories(names or {})
-        self.shape, self.lines = (0, 0), FrameLines()
+        self.lines = FrameLines()
+
+    def finish(self) -> None:
+        """Write the files that need all frames."""
+        raise NotImplementedError
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.lines.close()
+
+
+class CocoSink(AnnotationSink):
+    """Writes one JSON file in COCO's format; each annotation's `track_id` is the object id."""
+
+    shape = (0, 0)  # (H, W) of the frames
 
     def write(self, frame: Frame) -> None:
         self.shape, lines = frame.mask.shape, []
@@ -98,14 +116,10 @@ class CocoSink(Sink):
                                  "counts": run_lengths.compress(run_lengths.encode(mask))}}))
         self.lines.add(frame.index, lines)
 
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                with files.atomic_path(self.path) as unfinished, \
-                        unfinished.open("w", encoding="utf-8") as file:
-                    file.writelines(self._parts())
-        finally:
-            self.lines.close()
+    def finish(self) -> None:
+        with files.atomic_path(self.path) as unfinished, \
+                unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(self._parts())
 
     def _parts(self) -> Iterator[str]:
         """The JSON text in pieces: as a whole it may not fit into memory."""
@@ -126,21 +140,12 @@ class CocoSink(Sink):
             for i, name in enumerate(self.categories.all or [CATEGORY], start=1)]) + "}\n"
 
 
-class YoloSink(Sink):
+class YoloSink(AnnotationSink):
     """Writes labels in Ultralytics' segmentation format: a file per frame, a line per object.
 
     Next to the folder it writes `tracks.csv`, which maps lines to object ids (Ultralytics rejects
     label lines with an id), and `data.yaml`, which names the classes and starts a training.
-
-    Args:
-        folder: for the label files.
-        clip: source of file names.
-        names: object names, by object id; they become classes.
     """
-
-    def __init__(self, folder: Path, clip: Clip, names: Mapping[int, str] | None = None):
-        self.folder, self.clip, self.categories = folder, clip, Categories(names or {})
-        self.lines = FrameLines()
 
     def write(self, frame: Frame) -> None:
         lines, tracks = [], []
@@ -148,24 +153,17 @@ class YoloSink(Sink):
             numbers = " ".join(f"{value:.6f}" for value in polygon(frame.mask == object_id).flat)
             lines.append(f"{self.categories.index(object_id)} {numbers}\n")
             tracks.append(str(object_id))
-        files.write(self.folder / f"{self.clip.frame_name(frame.index)}.txt", "".join(lines))
+        files.write(self.path / f"{self.clip.frame_name(frame.index)}.txt", "".join(lines))
         self.lines.add(frame.index, tracks)
 
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                self._write_tracks(self.folder.with_name("tracks.csv"))
-                files.write(self.folder.with_name("data.yaml"), self._data())
-        finally:
-            self.lines.close()
-
-    def _write_tracks(self, path: Path) -> None:
-        with files.atomic_path(path) as unfinished, \
+    def finish(self) -> None:
+        files.write(self.path.with_name("data.yaml"), self._data())
+        with files.atomic_path(self.path.with_name("tracks.csv")) as unfinished, \
                 unfinished.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["frame", "file", "line", "track_id"])
             for frame, tracks in self.lines:
-                name = f"{self.folder.name}/{self.clip.frame_name(frame)}.txt"
+                name = f"{self.path.name}/{self.clip.frame_name(frame)}.txt"
                 rows.writerows([self.clip.number(frame), name, i, track]
                                for i, track in enumerate(tracks, start=1))
 

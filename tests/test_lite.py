@@ -448,7 +448,7 @@ def test_a_video_is_followed_by_the_graphs_alone(exact, exported):
     for number, (image, _) in enumerate(frames[1:], start=2):
         image = network.normalized(image)[None]
         features = network.encode(image)
-        probabilities, _ = network.predict(state, features, image.shape[2:])
+        probabilities = network.predict(state, features, image.shape[2:])
         state = network.remember(state, features, probabilities, number % 5 == 0)
         found = expected.step(torch.from_numpy(image[0])).probabilities.numpy()
         np.testing.assert_allclose(probabilities, found, atol=2e-3)

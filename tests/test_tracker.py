@@ -174,7 +174,7 @@ def test_threshold(model):
     start = Tracker(model, outlier_removal=False)
     start.step(*frame(0))
     test = frame(1)[0]
-    found = model.predict(start.memory, model.encode(test[None]), tuple(test.shape[1:]))[0]
+    found = model.predict(start.memory, model.encode(test[None]), tuple(test.shape[1:]))
     foreground = found[1].detach().numpy()
     for threshold in (0.2, 0.5, 0.9):
         tracker = Tracker(model, threshold, outlier_removal=False)
@@ -204,7 +204,7 @@ def moving_spot(model, monkeypatch, places, size=8, **options):
 
     def predict(state, features, shape):
         mask = torch.from_numpy(next(masks)).float()
-        return torch.stack([1 - mask, mask]), torch.zeros(2, 4, 12)
+        return torch.stack([1 - mask, mask])
 
     tracker = Tracker(model, **options)
     tracker.step(torch.zeros(3, *shape), picture(places[0]))

@@ -33,7 +33,7 @@ def reference(model, image, mask):
 
 
 def predict(model, state, image, shape=None):
-    return model.predict(state, model.encode(image[None]), shape or tuple(image.shape[1:]))[0]
+    return model.predict(state, model.encode(image[None]), shape or tuple(image.shape[1:]))
 
 
 @pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
@@ -63,10 +63,12 @@ def test_batch_equals_single_frames(refined, model):
         state = reference(model, image, mask)
         batch = model.encode(torch.stack([first, second]))
         for i, test in enumerate((first, second)):
-            found, scores = model.predict(state, batch.frame(i), SHAPE)
-            expected = model.predict(state, model.encode(test[None]), SHAPE)
-            torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(scores, expected[1], atol=1e-4, rtol=1e-4)
+            together, alone = batch.frame(i), model.encode(test[None])
+            torch.testing.assert_close(model.predict(state, together, SHAPE),
+                                       model.predict(state, alone, SHAPE), atol=1e-4, rtol=1e-4)
+            scores, expected = (model.step(state, one)[1] if refined else model.match(one, state)
+                                for one in (together, alone))
+            torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_errors(model):

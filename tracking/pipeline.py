@@ -23,9 +23,8 @@ from media import images
 from media.background import Background, ahead, interruptible
 from media.clip import Clip
 from network.checkpoint import save
-from network.outliers import decide
 from tracking.presence import Presence
-from tracking.tracker import Step, Tracker, resized
+from tracking.tracker import Step, Tracker
 from videomatch import VideoMatch
 
 # Seconds between saved tracker states. A killed run repeats at most that much work; a shorter
@@ -88,14 +87,7 @@ class Frame:
         """(H, W) uint8 object ids."""
         if self.mask_override is not None:
             return self.mask_override
-        if self.step.mask.shape == self.image.shape[:2]:
-            return self.step.mask
-        return decide(self.probabilities, self.step.object_ids, self.tracker.threshold)
-
-    @cached_property
-    def probabilities(self) -> np.ndarray:
-        """(N+1, H, W) float32 probabilities, resized bilinearly to the frame."""
-        return resized(self.step.probabilities, self.image.shape[:2])
+        return self.step.mask_at(self.image.shape[:2], self.tracker.threshold)
 
 
 class TrackerCheckpoint:

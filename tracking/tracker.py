@@ -5,7 +5,7 @@ PyTorch: the network is a `VideoMatch`, or a `LiteVideoMatch` on onnxruntime.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,14 +28,19 @@ class Step:
         probabilities: (N+1, H, W) float32 on the network's device, summing to 1: background, then
             `object_ids` in order, after outlier removal; 0 or 1 for a user mask.
         object_ids: all objects tracked so far.
-        scores: (N+1, h, w) float32, cosine similarity of each location with the memory; None for a
-            user mask.
     """
 
     mask: np.ndarray
     probabilities: Array
     object_ids: tuple[int, ...]
-    scores: Array | None = None
+
+    def mask_at(self, shape: tuple[int, int], threshold: float) -> np.ndarray:
+        """The mask at size `shape` (H, W): of probabilities resized bilinearly, if it differs."""
+        if self.mask.shape == shape:
+            return self.mask
+        return decide(np.stack([
+            cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
+            for channel in to_numpy(self.probabilities)]), self.object_ids, threshold)
 
     def confidence(self) -> dict[int, float]:
         """Mean probability of each object over its mask, in [0, 1]; 0 for an empty mask.
@@ -170,7 +175,7 @@ class Tracker:
         if self.memory is None:
             raise ValueError("mask: the first frame needs one, to know which objects to track")
         model = self.model
-        features, before, after, scores = self._find(image, shape)
+        features, before, after = self._find(image, shape)
         probabilities = model.array(after)
         if model.method == "paper":
             self.memory = model.update_online(self.memory, features, before, probabilities)
@@ -179,14 +184,13 @@ class Tracker:
             self.memory = model.remember(self.memory, features, probabilities,
                                          frames % MEM_EVERY == 0)
         self.previous = decide(after, self.object_ids, self.threshold)
-        return Step(self.previous, probabilities, self.object_ids, scores)
+        return Step(self.previous, probabilities, self.object_ids)
 
-    def _find(self, image: Array,
-              shape: tuple[int, int]) -> tuple[Any, Array, np.ndarray, Array]:
-        """A frame's features; (N+1, H, W) probabilities, raw and after all corrections; scores."""
+    def _find(self, image: Array, shape: tuple[int, int]) -> tuple[Any, Array, np.ndarray]:
+        """A frame's features; (N+1, H, W) probabilities, raw and after all corrections."""
         model = self.model
         features = model.encode(image[None])
-        before, scores = model.predict(self.memory, features, shape)
+        before = model.predict(self.memory, features, shape)
         # a copy, because the online update also needs the raw probabilities
         after = to_numpy(before).copy()
         previous = resize_mask(self.previous, shape)
@@ -195,7 +199,7 @@ class Tracker:
             keep_identities(after, previous, self.object_ids, self.shares, self.threshold)
         if self.outlier_removal:
             remove_outliers(after, previous, self.object_ids, self.shares, model.dilation)
-        return features, before, after, scores
+        return features, before, after
 
     def _referred(self, image: Array, mask: np.ndarray, absent: Collection[int]) -> Step:
         """Add a reference frame."""
@@ -219,9 +223,3 @@ class Tracker:
 def to_numpy(x: Array) -> np.ndarray:
     """Copy to the CPU if necessary; memory may be shared."""
     return x if isinstance(x, np.ndarray) else x.detach().cpu().numpy()
-
-
-def resized(probabilities: Array, shape: Sequence[int]) -> np.ndarray:
-    """Resize (N+1, h, w) probabilities bilinearly to (N+1, H, W) float32."""
-    return np.stack([cv2.resize(channel, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
-                     for channel in to_numpy(probabilities)])

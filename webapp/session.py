@@ -263,10 +263,11 @@ class Propagator:
         references = sorted(store.user_frames)
         while references and not store.mask(references[0]).any():
             del references[0]
-        first = min((frame for frame in references if self.states.in_reach(frame, start, forward)),
-                    key=lambda frame: abs(frame - start), default=start)
-        references = [frame for frame in references if frame < first]
-        if first in store.user_frames or store.mask(first).any():
+        near = [] if start in store.user_frames else [
+            frame for frame in references if self.states.in_reach(frame, start, forward)]
+        first = min(near, key=lambda frame: abs(frame - start), default=start)
+        references = [frame for frame in references if frame <= first]
+        if first not in references and store.mask(first).any():  # a predicted mask
             references.append(first)
         if not references:
             raise ValueError(f"frame {self.clip.number(start)}: its mask contains no object to "
