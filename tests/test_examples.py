@@ -2,8 +2,10 @@
 
 import importlib.util
 import itertools
+import re
 
 import cv2
+import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT, overlap
@@ -90,3 +92,25 @@ def test_opencv_and_pillow_images_are_tracked_alike(clip):
         masks.append(tracker.step(convert(clip[3][0])).mask)
     assert masks[0].shape == clip[0][1].shape and overlap(masks[0] > 0, clip[3][1] > 0) > 0.9
     assert all(np.array_equal(mask, masks[0]) for mask in masks[1:])
+
+
+NOTEBOOK = ROOT / "examples" / "demo_clip.ipynb"
+
+
+def test_the_notebook_is_stored_without_outputs():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+@pytest.mark.slow
+def test_the_notebook_tracks_both_objects_and_shows_them():
+    from nbclient import NotebookClient
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=300,
+                   resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    scores = re.findall(r"object \d: J (0\.\d+)", outputs[-1].text)
+    assert len(scores) == 2 and min(map(float, scores)) > 0.95
+    assert not [output for output in outputs if output.get("name") == "stderr"]
