@@ -307,21 +307,105 @@ def test_frames_are_shown_and_found_by_the_numbers_of_their_files(server, tab):
     assert page.ask("at('where').textContent").endswith("predicted, not visible")
 
 
-def test_the_page_on_a_phone(server, tab):
+class Finger:
+    """Taps and drags on a touch screen of a given size, in CSS pixels."""
+
+    def __init__(self, page, address, width, height):
+        self.page, self.send = page, page.driver.execute_cdp_cmd
+        self.send("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": True})
+        self.send("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 2})
+        page.open(address)
+
+    def drag(self, *places):
+        for i, (x, y) in enumerate(places):
+            self.send("Input.dispatchTouchEvent", {"type": "touchMove" if i else "touchStart",
+                                                   "touchPoints": [{"x": x, "y": y}]})
+        self.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def box(self, css):
+        return self.page.ask(f"document.querySelector('{css}').getBoundingClientRect().toJSON()")
+
+    def tap(self, css):
+        """Scroll to a control and tap it; it must not be covered by anything."""
+        element = self.page.find(css)
+        self.page.driver.execute_script("arguments[0].scrollIntoView({block: 'nearest'})", element)
+        box = self.box(css)
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        assert self.page.driver.execute_script(
+            "return arguments[0].contains(document.elementFromPoint(arguments[1], arguments[2]))",
+            element, *middle), f"{css} is covered"
+        self.drag(middle)
+
+    def drag_in_frame(self, *pixels):
+        box, width = self.box("#hand"), self.page.ask("clip.width")
+        scale = box["width"] / width
+        self.drag(*((box["x"] + scale * (x + 0.5), box["y"] + scale * (y + 0.5))
+                    for x, y in pixels))
+
+
+@pytest.mark.parametrize("width, height", [(390, 844), (360, 640), (820, 1180), (844, 390)],
+                         ids=["phone", "small phone", "tablet", "phone on its side"])
+def test_fingers_reach_everything_on_a_small_screen(width, height, server, tab):
     page = tab()
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
-    page.open(server.address)
+    finger = Finger(page, server.address, width, height)
+    upright = height > width
     assert page.ask("document.documentElement.scrollWidth <= innerWidth")
-    for css in ("[data-tool=not]", "[data-direction=both]", "#timeline", "#undo"):
-        box = page.find(css).rect
-        assert box["x"] >= 0 and box["x"] + box["width"] <= page.ask("innerWidth")
-        assert box["height"] >= 36
-    page.draw((8, 6), (66, 52))
+    assert page.ask("document.documentElement.scrollHeight <= innerHeight"), "the frame stays"
+    small = page.ask("[...document.querySelectorAll('button, select')].filter(e => e.offsetParent)"
+                     ".filter(e => e.offsetHeight < 40 || e.offsetWidth < 32).map(e => e.id)")
+    assert not small
+    finger.drag_in_frame((8, 6), (40, 30), (66, 52))
+    page.wait("frames.has(0) && !at('sheet').classList.contains('waiting')")
     assert overlap(page.seen(), truth(0) > 0) > 0.8
-    page.click("[data-tool=not]")
-    page.draw((66, 70))
+    finger.tap("[data-tool=not]")
+    finger.drag_in_frame((66, 70))
+    page.wait("clip.undo === 2")
     assert not page.seen()[70, 66]
+    frame = finger.box("#sheet")
+    assert frame["width"] > width / 3
+    if upright:
+        assert finger.box("#hint")["y"] >= frame["y"] + frame["height"], "covers no pixel"
+    for css in ("#add", "[data-tool=brush]", "#size", "#undo", "#absent", "#coco", "#next"):
+        finger.tap(css)
+    page.wait("view.frame === 1")
+    finger.tap("#previous")
+    page.wait("view.frame === 0")
+    page.driver.execute_script("act = (name) => { called = name; }; called = '';")
+    finger.tap("[data-direction=both]")
+    page.wait("called === 'segment'")
+    finger.tap("#export")
+    page.wait("called === 'export'")
+    assert finger.box("#sheet") == pytest.approx(finger.box("#sheet") | {"y": frame["y"]}, abs=60)
+
+
+def test_stop_takes_the_place_of_segment(server, tab):
+    page = tab()
+    finger = Finger(page, server.address, 390, 844)
+    finger.drag_in_frame((8, 6), (66, 52))
+    page.wait("frames.has(0) && !at('sheet').classList.contains('waiting')")
+    before = finger.box("#directions")
+    finger.tap("[data-direction=both]")
+    page.wait("busy()")
+    page.driver.execute_script("show()")
+    if page.ask("busy()"):
+        assert abs(finger.box("#run")["y"] - before["y"]) < 3
+    page.wait("!busy()")
+    page.wait("at('run').hidden && !at('directions').hidden")
+
+
+def test_an_upright_clip_uses_the_height_of_an_upright_screen(tmp_path, tab):
+    (tmp_path / "upright").mkdir()
+    for i in range(2):
+        Image.new("RGB", (96, 160), (90, 30, 30)).save(tmp_path / "upright" / f"{i:05d}.png")
+    server = Server(tmp_path / "upright", tmp_path / "upright out")
+    try:
+        page = tab(server.address)
+        finger = Finger(page, server.address, 390, 844)
+        assert finger.box("#sheet")["height"] == pytest.approx(0.45 * 844, abs=2)
+        assert finger.box("aside")["height"] > 150
+    finally:
+        server.end()
 
 
 def test_objects_and_keys(server, tab):
