@@ -30,7 +30,7 @@ from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.object_tokens import ObjectTokens
 from network.outliers import decide
-from network.prompt_decoder import PromptDecoder, looked
+from network.prompt_decoder import PromptDecoder, segment_from_prompts
 from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
 from network.state import INTEGERS, KEYS, Features, State, blank, without
@@ -373,10 +373,11 @@ class VideoMatch(Checkpointed):
         """Normalise an (H, W, 3) uint8 RGB image: (3, H, W) float32 on the network's device."""
         return preprocess.to_tensor(image, device=self.device)
 
-    def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
+    def segment_from_prompts(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
         """Segment the prompted object: (H, W, 3) uint8 RGB -> (H/2, W/2) float32 logits."""
         tensor = preprocess.to_tensor(image)[None].to(self.device)
-        return looked(self.encoder, self.prompts, tensor, prompts).cpu().numpy()
+        logits = segment_from_prompts(self.encoder, self.prompts, tensor, prompts)
+        return logits.cpu().numpy()
 
     def configuration(self) -> dict:
         # absent parts are left out, so that the digests of older checkpoints stay valid

@@ -1,8 +1,8 @@
-"""Masks from boxes and points given by a simulated user, and seconds per prompt.
+"""Benchmark of masks from boxes and points: J with a simulated user, and seconds per prompt.
 
     python -m benchmarks.prompts -d DAVIS [-o CHECKPOINT] [--json FILE]
 
-Prints J of each object in the first frames of a data set: for its true bounding box, for a box
+Prints J of each object in the first frame of each sequence: for its true bounding box, for a box
 whose sides are moved by up to a tenth of its size, and for one or more clicks. The first click is
 well inside the object, each further one at the centre of the largest error.
 """
@@ -20,44 +20,50 @@ from cli.setup import select_device
 from davis import Davis, Sequence
 from media.prompts import Prompts
 from tracking import prompting
-from training import prompt_training as train_prompts
+from training import prompt_training
 from videomatch import SHIPPED, VideoMatch
 
-CLICKS = 8  # per object; users rarely give more before they draw the mask by hand
+CLICKS = 8  # per object; with more, drawing the mask by hand would be less work
 REPORTED = (1, 3, 8)  # numbers of clicks after which J is printed
 
 
 def measure_prompts(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
     """Print and return J of each object, the mean J, and seconds per prompt."""
-    rows = train_prompts.evaluate_prompts(model, sequences, CLICKS)
-    head = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
-    figures = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in REPORTED)]
-               for row in rows]
-    print(f"{'':24}" + "".join(f"{name:>10}" for name in head))
-    for row, values in zip(rows, figures):
+    rows = prompt_training.evaluate_prompts(model, sequences, CLICKS)
+    columns = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
+    table = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in REPORTED)]
+             for row in rows]
+    print(f"{'object':24}" + "".join(f"{name:>10}" for name in columns))
+    for row, values in zip(rows, table):
         print(f"{row['name']:24}" + "".join(f"{value:10.3f}" for value in values))
-    means = np.mean(figures, 0)
+    means = np.mean(table, 0)
     print(f"{'mean J':24}" + "".join(f"{value:10.3f}" for value in means))
     seconds = prompt_seconds(model, repeats)
     print(f"{seconds:.4f} s per prompt after the encoder, {torch.get_num_threads()} threads")
-    return {"rows": rows, "mean": dict(zip(head, means.tolist())), "seconds": seconds}
+    return {"rows": rows, "mean": dict(zip(columns, means.tolist())), "seconds": seconds}
 
 
 @torch.no_grad()
 def prompt_seconds(model: VideoMatch, repeats: int) -> float:
-    """Fastest time of a box prompt, without the encoder, at the network's input size."""
+    """Shortest time of a box prompt in seconds, without the encoder, at the network's input size.
+
+    The shortest, because other processes can only add to it. A prompt takes a fraction of a second,
+    hence ten times `repeats` measurements.
+    """
+    # a crop of a common aspect ratio; what the image and box contain does not change the time
     shape = prompting.crop_size((320, 480))
     image = torch.zeros(1, 3, *shape, device=model.device)
-    seen = model.prompts.look(image, *model.encoder.pyramid(image))
+    features = model.prompts.prepare(image, *model.encoder.pyramid(image))
     times = []
     for _ in range(10 * repeats):
         start = time.perf_counter()
-        model.prompts(seen, Prompts([(100, 60, 200, 150)])).cpu()
+        model.prompts(features, Prompts([(100, 60, 200, 150)])).cpu()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 def measure(args: argparse.Namespace) -> dict:
+    """Run the benchmark as the command line asks."""
     model = VideoMatch.load(args.model_load).eval().to(select_device(args.cuda_device))
     return measure_prompts(model, Davis(args.dataset, args.year, args.set).sequences,
                            args.repeats)

@@ -162,7 +162,7 @@ def _differences(model: VideoMatch, export) -> tuple[float, float]:
     if model.prompts is not None:
         picture = (255 * frames[0, :, :64, :96].permute(1, 2, 0)).byte().numpy()
         prompts = Prompts([(20, 10, 40, 30)], [(30, 20)], [(80, 50)], mask.numpy()[:64, :96] > 0)
-        pair = [torch.from_numpy(network.look(picture, prompts)).sigmoid()
+        pair = [torch.from_numpy(network.segment_from_prompts(picture, prompts)).sigmoid()
                 for network in (model, export)]
         differences.append((pair[0] - pair[1]).abs())
     return max(x.max().item() for x in differences), max(x.mean().item() for x in differences)

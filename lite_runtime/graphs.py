@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import nn
 
-from network.prompt_decoder import PromptDecoder, Seen
+from network.prompt_decoder import PromptDecoder, PromptFeatures
 from network.state import Features, State
 
 SEEN = ("unit", "key", "near", "shared")  # fields of `Features`, before its levels
@@ -99,9 +99,10 @@ class Show(nn.Module):
         Args:
             image: (1, 3, H, W) normalised; sides are multiples of the coarsest level's stride.
             unit, levels: the image's outputs of `Encode`.
-            known, points, ...: see `PromptDecoder.answer`.
+            known, points, ...: see `PromptDecoder.decode`.
         """
         levels = levels[int(self.edges):]  # prompts don't use the level of stride 2
         coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])
-        seen = Seen(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
-        return self.prompts.answer(seen, known, [points, not_points, fine_points, fine_not_points])
+        features = PromptFeatures(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
+        return self.prompts.decode(features, known,
+                                   [points, not_points, fine_points, fine_not_points])

@@ -48,7 +48,7 @@ class LiteVideoMatch:
         """Normalise an image: (H, W, 3) uint8 RGB -> (3, H, W) float32."""
         return ((image.astype(np.float32) / 255 - self.mean) / self.std).transpose(2, 0, 1)
 
-    def look(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
+    def segment_from_prompts(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
         """Segment the prompted object: (H, W, 3) uint8 RGB -> (H/2, W/2) float32 logits.
 
         Raises:

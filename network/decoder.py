@@ -7,7 +7,7 @@ from torch import nn
 # Channels, finest level first. Each finer level has four times the locations, so that fine levels
 # must be narrow
 WIDTHS = (16, 32, 96, 128)
-SURVEY = 64  # channels of one more level, of half the coarsest features' resolution: context
+CONTEXT = 64  # channels of an extra level at half the coarsest features' resolution, for context
 # Channels at stride 2, where one costs most; the largest convolution there is computed once for all
 # objects
 EDGES = 8
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
     def __init__(self, readout: int, channels: tuple[int, ...], finer: int, stem: int = 0):
         super().__init__()
         self.finer = finer
-        widths = (*WIDTHS[:len(channels)], SURVEY)
+        widths = (*WIDTHS[:len(channels)], CONTEXT)
         self.detail = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels[:finer])
         shared = (*(2 * c for c in channels[:finer]), *channels[finer:], channels[-1])
         own = [PREVIOUS] * finer + [readout] * (len(widths) - finer)

@@ -13,7 +13,13 @@ import preprocess
 from media.prompts import Prompts
 from network.encoder import Encoder
 from network.evidence import FAR, NEAR, clicked, evidence
-from network.prompt_decoder import K, PromptDecoder, likeness, sets, similarities
+from network.prompt_decoder import (
+    K,
+    PromptDecoder,
+    click_similarity,
+    matching_sets,
+    set_similarities,
+)
 from tracking import prompting
 from training import prompt_training as train_prompts
 from training import simulated_user
@@ -29,7 +35,7 @@ def shown() -> VideoMatch:
 def seen(model, seed=0, size=(64, 96)):
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return model.prompts.look(image, *model.encoder.pyramid(image))
+        return model.prompts.prepare(image, *model.encoder.pyramid(image))
 
 
 # evidence
@@ -79,13 +85,13 @@ def test_points_are_in_cells_and_beside_the_image_in_the_nearest():
     assert clicked([], (32, 48), (8, 12)).shape == (0,)
 
 
-def test_likeness_is_the_cosine_with_the_most_alike_click():
+def test_click_similarity_is_the_cosine_with_the_most_similar_click():
     cells = torch.nn.functional.normalize(torch.randn(1, 5, 3, 4), dim=1)
-    found = likeness(cells, torch.tensor([0, 11]))[0, 0]
+    found = click_similarity(cells, torch.tensor([0, 11]))[0, 0]
     flat = cells[0].flatten(1)
     cosines = torch.stack([flat[:, 0] @ flat, flat[:, -1] @ flat]).amax(0).view(3, 4)
     torch.testing.assert_close(found, cosines)
-    assert not likeness(cells, torch.tensor([], dtype=torch.long)).any()
+    assert not click_similarity(cells, torch.tensor([], dtype=torch.long)).any()
 
 
 def test_similarity_is_the_mean_cosine_with_the_k_most_alike_others_of_a_set():
@@ -94,7 +100,7 @@ def test_similarity_is_the_mean_cosine_with_the_k_most_alike_others_of_a_set():
     large.view(-1)[torch.randperm(35)[:12]] = 1
     small = torch.zeros(1, 1, 5, 7)
     small[..., 2, :K] = 1
-    found, too_few = similarities(cells, large, small)
+    found, too_few = set_similarities(cells, large, small)
     flat = cells[0].flatten(1).double().numpy()
     for i in range(35):
         others = [j for j in range(35) if large.view(-1)[j] and j != i]
@@ -108,7 +114,7 @@ def test_the_mask_so_far_says_what_is_inside_and_without_one_the_box():
     mask[8:16, 16:32] = True
     box = Prompts([(16, 8, 20, 20)])
     for shown in (box, Prompts(box.boxes, mask=mask), Prompts(points=[(20, 12)])):
-        inside, outside = (x[0, 0].numpy() > 0.5 for x in sets(
+        inside, outside = (x[0, 0].numpy() > 0.5 for x in matching_sets(
             torch.from_numpy(evidence(shown, (32, 48), (8, 12)))[None]))
         assert not (inside & outside).any()
         assert inside.any() == outside.any() == bool(shown.boxes)
@@ -136,7 +142,7 @@ def test_decoder_answers_at_half_the_size(encoder):
     decoder = PromptDecoder(channels)
     image = torch.randn(1, 3, 64, 96)
     levels = [torch.randn(1, c, 64 // s, 96 // s) for c, s in zip(channels, sides)]
-    logits = decoder(decoder.look(image, levels[-1], levels), Prompts(points=[(3, 4)]))
+    logits = decoder(decoder.prepare(image, levels[-1], levels), Prompts(points=[(3, 4)]))
     assert logits.shape == (32, 48)
     logits.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())

@@ -155,7 +155,7 @@ def _predict_crop(model: Any, image: np.ndarray, prompts: Prompts,
                   crop: tuple[slice, slice]) -> np.ndarray:
     """Logits of the object as (H, W) float32, predicted in a crop; minus infinity outside it."""
     height, width = (side.stop - side.start for side in crop)
-    prediction = model.look(*resize_crop(image, prompts, crop))
+    prediction = model.segment_from_prompts(*resize_crop(image, prompts, crop))
     logits = np.full(image.shape[:2], -np.inf, np.float32)
     logits[crop] = cv2.resize(prediction, (width, height), interpolation=cv2.INTER_LINEAR)
     return logits

@@ -21,7 +21,7 @@ import preprocess
 from davis import Sequence
 from media.background import interruptible, progress
 from media.prompts import Prompts
-from network.prompt_decoder import PromptDecoder, Seen
+from network.prompt_decoder import PromptDecoder, PromptFeatures
 from system import distributed
 from tracking import prompting
 from training import distractors, simulated_user
@@ -183,13 +183,13 @@ class ActiveSample:
     """An encoded sample that is being corrected.
 
     Args:
-        seen: features of the crop.
+        features: of the crop.
         truth: (H, W) bool mask of the object.
         prompts: input of the next round.
         rounds: one per round left: whether the mask so far is an input of the round after it.
     """
 
-    seen: Seen
+    features: PromptFeatures
     truth: np.ndarray
     prompts: Prompts
     rounds: list[bool]
@@ -287,8 +287,8 @@ def start_sample(model: VideoMatch, image: torch.Tensor, truth: np.ndarray, prom
                  rounds: list[bool]) -> ActiveSample:
     """Encode a sample. Arguments are those of an item of `PromptSamples`."""
     image = image[None].to(model.device)
-    seen = model.prompts.look(image, *model.encoder.pyramid(image))
-    return ActiveSample(seen, truth, prompts, rounds)
+    features = model.prompts.prepare(image, *model.encoder.pyramid(image))
+    return ActiveSample(features, truth, prompts, rounds)
 
 
 def training_step(model: VideoMatch, optimizer, samples: list[ActiveSample]) -> float:
@@ -299,7 +299,7 @@ def training_step(model: VideoMatch, optimizer, samples: list[ActiveSample]) -> 
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for sample in samples:
-        logits = model.prompts(sample.seen, sample.prompts)
+        logits = model.prompts(sample.features, sample.prompts)
         loss = loss_of(logits, sample.truth) / len(samples)
         loss.backward()  # one sample at a time, so that memory does not grow with the batch
         total += loss.item()
