@@ -1,6 +1,6 @@
 """Prompts for one object in one frame: boxes, points and the current mask."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +20,15 @@ class Prompts:
     points: list[tuple[float, float]] = field(default_factory=list)
     not_points: list[tuple[float, float]] = field(default_factory=list)
     mask: np.ndarray | None = None
+
+    def extended(self, box: tuple[float, float, float, float] | None,
+                 point: tuple[float, float] | None, positive: bool) -> "Prompts":
+        """Return the prompts with one more positive or negative point, or with a new box alone."""
+        if box:
+            return Prompts([box])
+        if positive:
+            return replace(self, points=[*self.points, point])
+        return replace(self, not_points=[*self.not_points, point])
 
     def cropped(self, crop: tuple[slice, slice], shape: tuple[int, int]) -> "Prompts":
         """Return the prompts in the coordinates of a cropped and resized frame.

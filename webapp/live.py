@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,7 +20,7 @@ from media.prompts import Prompts
 from tracking import live, pipeline
 from tracking.prompting import Prompter
 from videomatch import VideoMatch
-from webapp.store import MAX_OBJECTS, TrackedObject
+from webapp.store import MAX_OBJECTS, TrackedObject, find_object
 
 # Bytes of the newest frames, which the page asks for, of those it was given last, on which a user
 # may be about to draw, and of those a user draws on, each: 50 frames of 480p, 2 seconds.
@@ -122,20 +123,14 @@ class LiveSession:
         """
         image, current = self._kept(frame)
         with self.lock:
-            self._object(object_id)
-            at, prompts = self._prompts.get(object_id, (frame, Prompts()))
-            if box or at != frame:  # earlier points are in other places of the picture
-                prompts = Prompts()
-            if box:
-                prompts = Prompts([box])
-            elif positive:
-                prompts = Prompts(prompts.boxes, [*prompts.points, point], prompts.not_points)
-            else:
-                prompts = Prompts(prompts.boxes, prompts.points, [*prompts.not_points, point])
+            find_object(self.objects, object_id)
+            at, earlier = self._prompts.get(object_id, (frame, Prompts()))
+            if at != frame:  # earlier points are in other places of the picture
+                earlier = Prompts()
+            prompts = earlier.extended(box, point, positive)
             self._prompts[object_id] = frame, prompts
-        inside = None if box else current == object_id
-        found = self.prompter(image, Prompts(prompts.boxes, prompts.points, prompts.not_points,
-                                             inside))
+        found = self.prompter(image, prompts if box else replace(
+            prompts, mask=current == object_id))
         if not found.any():
             raise ValueError("nothing was found there: draw a box, or click on another part")
         if box:  # forget what the object was before
@@ -155,13 +150,13 @@ class LiveSession:
 
     def rename_object(self, object_id: int, name: str) -> None:
         with self.lock:
-            self._object(object_id).name = name
+            find_object(self.objects, object_id).name = name
             self.version += 1
 
     def delete_object(self, object_id: int) -> None:
         """End the tracking of an object."""
         with self.lock:
-            self.objects.remove(self._object(object_id))
+            self.objects.remove(find_object(self.objects, object_id))
             self._changes.put(live.Removal(object_id))
             self.version += 1
 
@@ -190,12 +185,6 @@ class LiveSession:
                              "received": self.clip.count + self.clip.skipped,
                              "skipped": self.clip.skipped, "written": self.written,
                              "folder": str(self.folder), "ended": self.ended}}
-
-    def _object(self, object_id: int) -> TrackedObject:
-        for obj in self.objects:
-            if obj.id == object_id:
-                return obj
-        raise ValueError(f"there is no object {object_id}")
 
 
 def _keep(frames: dict[int, tuple[np.ndarray, np.ndarray]], frame: int,

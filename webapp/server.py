@@ -35,6 +35,7 @@ from masks import annotation_files
 from masks.read import read_mask
 from media import images
 from media.drawing import PALETTE
+from webapp.store import encode_mask
 
 HTML = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # with any port: a tunnel may have another
@@ -300,10 +301,6 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(content)
 
 
-def _png(mask: np.ndarray) -> bytes:
-    return cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-
-
 def _jpeg(image: np.ndarray, quality: int = 92) -> bytes:
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
@@ -383,7 +380,7 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
         values = session.mask(request.path_params["frame"])
         if values is None:
             values = np.zeros(session.shape, np.uint8)
-        return Response(_png(values), media_type="image/png", headers=NOT_CACHED)
+        return Response(encode_mask(values), media_type="image/png", headers=NOT_CACHED)
 
     async def upload_mask(request: Request) -> Response:
         content = await _body(request, MAX_MASK)

@@ -308,15 +308,10 @@ class Editor:
         """
         image = self.image(frame)
         with self.lock:
-            self._object(object_id)
+            find_object(self.store.objects, object_id)
             current = self._mask_or_empty(frame)
-            prompts = self.prompts.get(frame, {}).get(object_id) or Prompts()
-            if box:
-                prompts = Prompts([box])
-            elif positive:
-                prompts = replace(prompts, points=[*prompts.points, point])
-            else:
-                prompts = replace(prompts, not_points=[*prompts.not_points, point])
+            earlier = self.prompts.get(frame, {}).get(object_id) or Prompts()
+            prompts = earlier.extended(box, point, positive)
             # points correct the current mask; a box starts from nothing
             mask = np.asarray(self.prompter(image, prompts if box else replace(
                 prompts, mask=current == object_id)), bool)
@@ -333,7 +328,7 @@ class Editor:
             radius: of the brush, in pixels.
         """
         with self.lock:
-            self._object(object_id)
+            find_object(self.store.objects, object_id)
             current, stroke = self._mask_or_empty(frame), np.zeros(self.store.shape, np.uint8)
             cv2.polylines(stroke, [np.array(points, np.int32)], False, 1, 2 * radius)
             for x, y in (points[0], points[-1]):  # round ends
@@ -355,7 +350,7 @@ class Editor:
         """
         self.image(frame)
         with self.lock:
-            self._object(object_id)
+            find_object(self.store.objects, object_id)
             marks = {name: set(getattr(self.store.presence, name).get(frame, ()))
                      for name in ("absent", "gone")}
             if (object_id in marks[word]) == on:
@@ -421,7 +416,7 @@ class Editor:
         store, presence = self.store, self.store.presence
         old_mask, was_pending = store.user_mask(frame), frame in store.pending
         # as PNG: undo may hold thousands of masks
-        old_png = b"" if old_mask is None else _encode(old_mask)
+        old_png = b"" if old_mask is None else encode_mask(old_mask)
         old_marks = presence.absent.get(frame, set()), presence.gone.get(frame, set())
         old_prompts = self.prompts.get(frame, {})
 
@@ -461,14 +456,14 @@ class Editor:
 
     def rename_object(self, object_id: int, name: str) -> None:
         with self.lock:
-            self._object(object_id).name = name
+            find_object(self.store.objects, object_id).name = name
             self.store.save()
             self.change()
 
     def delete_object(self, object_id: int) -> None:
         """Delete an object; its mask stays in the files, so that undo brings it back."""
         with self.lock:
-            self._object(object_id)
+            find_object(self.store.objects, object_id)
             old_objects = list(self.store.objects)
 
             def undo() -> int:
@@ -492,11 +487,13 @@ class Editor:
             if object_id not in existing:
                 self.store.add_object(names.get(object_id, ""), object_id)
 
-    def _object(self, object_id: int) -> TrackedObject:
-        for obj in self.store.objects:
-            if obj.id == object_id:
-                return obj
-        raise ValueError(f"there is no object {object_id}")
+
+def find_object(objects: list[TrackedObject], object_id: int) -> TrackedObject:
+    """The object with this id; raises a ValueError if there is none."""
+    for obj in objects:
+        if obj.id == object_id:
+            return obj
+    raise ValueError(f"there is no object {object_id}")
 
 
 def ids_in(mask: np.ndarray) -> set[int]:
@@ -508,7 +505,8 @@ def _listed(marks: dict[int, set[int]]) -> dict[int, list[int]]:
     return {frame: sorted(ids) for frame, ids in sorted(marks.items())}
 
 
-def _encode(mask: np.ndarray) -> bytes:
+def encode_mask(mask: np.ndarray) -> bytes:
+    """An (H, W) uint8 mask as PNG, with the fastest compression."""
     return cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 
