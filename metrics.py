@@ -32,20 +32,17 @@ def _jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
     return float(np.count_nonzero(prediction & truth) / union) if union else 1.0
 
 
-def boundary_f(prediction: np.ndarray, truth: np.ndarray, radius: int | None = None) -> float:
+def boundary_f(prediction: np.ndarray, truth: np.ndarray) -> float:
     """F, the F-measure of the boundaries of two (H, W) masks of 0 and 1, in [0, 1].
 
-    A boundary pixel counts as matched if the other boundary has a pixel within `radius`. F is 1 if
-    neither mask has a boundary, and 0 if only one of them does.
-
-    Args:
-        radius: in pixels; defaults to `tolerance` for the masks' size.
+    A boundary pixel counts as matched if the other boundary has a pixel within `tolerance`. F is 1
+    if neither mask has a boundary, and 0 if only one of them does.
 
     Raises:
         ValueError: as `jaccard`.
     """
     prediction, truth = _pair(prediction, truth)
-    return _boundary_f(prediction, truth, tolerance(truth.shape) if radius is None else radius)
+    return _boundary_f(prediction, truth, tolerance(truth.shape))
 
 
 def _pair(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,10 +157,6 @@ class SequenceScore:
     def __init__(self, object_ids: list[int]):
         self.j: dict[int, list[float]] = {i: [] for i in object_ids}
         self.f: dict[int, list[float]] = {i: [] for i in object_ids}
-
-    def feed(self, prediction: np.ndarray, truth: np.ndarray) -> None:
-        """Score one frame; arguments and errors are those of `score_frame`."""
-        self.add(score_frame(prediction, truth, list(self.j)))
 
     def add(self, scores: list[tuple[float, float]], object_ids: list[int] | None = None) -> None:
         """Add a frame's scores.

@@ -22,10 +22,9 @@ MANY_OBJECTS = 32  # from more objects on, a warning names their cost, which gro
 MAX_LOGGED = 8  # values in one log line
 
 
-def read_mask(path: str | Path, single_object: bool = False,
-              user_drawn: bool = False) -> np.ndarray:
+def read_mask(path: str | Path, user_drawn: bool = False) -> np.ndarray:
     """Read one mask file as (H, W) uint8; see `MaskEncoding.detect` for arguments and errors."""
-    return MaskEncoding.detect([path], single_object, user_drawn).read(path)
+    return MaskEncoding.detect([path], user_drawn=user_drawn).read(path)
 
 
 def read_masks(paths: dict[int, list[Path]], shape: tuple[int, int] | None = None,

@@ -63,7 +63,7 @@ def check_same_size(one: np.ndarray, name: str, other: np.ndarray, other_name: s
                          f"{_shape(one)} and {_shape(other)}")
 
 
-def check_frame(image: Any, name: str = "image") -> None:
+def check_frame(image: Any) -> None:
     """Check an image as read from a file: (H, W, 3) uint8 RGB.
 
     Raises:
@@ -71,12 +71,12 @@ def check_frame(image: Any, name: str = "image") -> None:
     """
     image = np.asanyarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"{name}: expected (H, W, 3) RGB, got shape {_shape(image)}")
+        raise ValueError(f"image: expected (H, W, 3) RGB, got shape {_shape(image)}")
     if image.dtype != np.uint8:
-        raise ValueError(f"{name}: expected uint8 from 0 to 255, got {image.dtype}")
+        raise ValueError(f"image: expected uint8 from 0 to 255, got {image.dtype}")
 
 
-def check_normalized(image: Any, name: str = "image", dimensions: int = 3) -> None:
+def check_normalized(image: Any, dimensions: int = 3) -> None:
     """Check an image for the network: (3, H, W) float, ImageNet-normalised.
 
     Args:
@@ -90,14 +90,14 @@ def check_normalized(image: Any, name: str = "image", dimensions: int = 3) -> No
     advice = "as preprocess.to_tensor makes it"
     if not hasattr(image, "shape") or len(image.shape) != dimensions or image.shape[-3] != 3 \
             or 0 in tuple(image.shape):
-        raise ValueError(f"{name}: expected {shape}, {advice}, got "
+        raise ValueError(f"image: expected {shape}, {advice}, got "
                          f"{_shape(image) if hasattr(image, 'shape') else type(image).__name__}")
     if "float" not in str(image.dtype):
-        raise ValueError(f"{name}: expected float32, ImageNet-normalised, {advice}, got "
+        raise ValueError(f"image: expected float32, ImageNet-normalised, {advice}, got "
                          f"{image.dtype}")
     least, most = float(image.min()), float(image.max())
     if not -NORMALIZED < least <= most < NORMALIZED:  # also if a value is NaN
-        raise ValueError(f"{name}: expected ImageNet-normalised values, {advice}, found "
+        raise ValueError(f"image: expected ImageNet-normalised values, {advice}, found "
                          f"{least if not least > -NORMALIZED else most:g}")
 
 

@@ -230,7 +230,7 @@ def test_sequence_score_of_two_objects_agrees_with_vos_benchmark():
     frames = list(two_object_frames(6))
     score = metrics.SequenceScore([1, 3])
     for prediction, truth in frames:
-        score.feed(prediction, truth)
+        score.add(metrics.score_frame(prediction, truth, list(score.j)))
     table, expected = score.conclude(), reference_means(frames)
     assert list(table) == [1, 3] and expected[1] != expected[3]
     for object_id, row in table.items():
@@ -248,7 +248,7 @@ def test_sequence_score_by_hand():
     for start, stop in ((10, 20), (10, 15), (30, 40), (30, 40)):
         prediction = np.zeros_like(truth)
         prediction[:, start:stop] = 4
-        score.feed(prediction, truth)
+        score.add(metrics.score_frame(prediction, truth, list(score.j)))
     row = score.conclude()[4]
     # in the second frame one of two edges is found, and the found one is one of two
     expected = {"J-Mean": 1.5 / 4, "J-Recall": 1 / 4, "J-Decay": 0.75,
@@ -272,7 +272,7 @@ def test_real_masks_agree_with_vos_benchmark(davis_dir, shift):
     pairs = [(np.roll(truth, shift, (0, 1)), truth) for truth in truths]
     score = metrics.SequenceScore([1])
     for pair in pairs:
-        score.feed(*pair)
+        score.add(metrics.score_frame(*pair, list(score.j)))
     row = score.conclude()[1]
     assert (row["J-Mean"], row["F-Mean"]) == pytest.approx(reference_means(pairs)[1], abs=1e-9)
     assert row["J-Mean"] < 0.9

@@ -42,6 +42,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # with any port: a tunnel may ha
 # Bytes of a request body, which is held in memory: long strokes fit, and as masks also COCO files,
 # which hold the annotations of a whole clip. A proxy needs the same limit (docs/own_video.md).
 MAX_JSON, MAX_MASK = 2**18, 2**26
+MAX_TEXT = 60  # characters, of names
 THUMBNAIL_WIDTH = 144  # pixels
 # Seconds that a request for changes waits at most. Proxies often close requests after 30 or 60.
 MAX_WAIT = 15.0
@@ -202,11 +203,11 @@ class Fields:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}")
         return value
 
-    def text(self, name: str, limit: int = 60) -> str | None:
+    def text(self, name: str) -> str | None:
         value = self.values.get(name)
         if not (value is None or isinstance(value, str) and value.isprintable()
-                and len(value) <= limit):
-            raise ValueError(f"{name}: expected a text of at most {limit} characters")
+                and len(value) <= MAX_TEXT):
+            raise ValueError(f"{name}: expected a text of at most {MAX_TEXT} characters")
         return value
 
     def flag(self, name: str) -> bool | None:
