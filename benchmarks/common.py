@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from davis import SETS, YEARS
@@ -55,11 +56,11 @@ def _status(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The flags of every benchmark."""
+def parser(description: str, repeats: int = 3) -> argparse.ArgumentParser:
+    """The flags of every benchmark; `repeats` is the default of --repeats."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--repeats", type=int, default=3,
-                        help="number of measurements (default: 3)")
+    result.add_argument("--repeats", type=int, default=repeats,
+                        help=f"number of measurements (default: {repeats})")
     result.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     return result
 
@@ -92,9 +93,22 @@ def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace],
     return 0
 
 
-def add_clip(parser: argparse.ArgumentParser, rows: tuple[int, ...]) -> None:
-    """The flags of benchmarks on clips; `rows` are the default frame heights."""
+def add_rows(parser: argparse.ArgumentParser, rows: tuple[int, ...]) -> None:
+    """The flag for frame heights; `rows` are the default ones."""
     parser.add_argument("--rows", type=int, nargs="+", metavar="H", default=rows,
                         help=f"frame heights (default: {' '.join(map(str, rows))})")
+
+
+def add_clip(parser: argparse.ArgumentParser, rows: tuple[int, ...]) -> None:
+    """The flags of benchmarks on clips; `rows` are the default frame heights."""
+    add_rows(parser, rows)
     parser.add_argument("--frames", type=int, default=12, metavar="N",
                         help="number of frames measured for each clip (default: 12)")
+
+
+def strips(mask: np.ndarray, count: int) -> np.ndarray:
+    """Divide the object of an (H, W) mask into `count` vertical strips, each an object."""
+    columns = np.flatnonzero(mask.any(0))
+    bounds = np.linspace(columns[0], columns[-1] + 1, count + 1)[1:-1]
+    ids = 1 + np.digitize(np.arange(mask.shape[1]), bounds)
+    return np.where(mask > 0, ids, 0).astype(np.uint8)

@@ -1,5 +1,6 @@
 """Serves a video on the loopback address in real time, as a camera's encoder does."""
 
+import itertools
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ class StreamServer:
 
     Args:
         path: the video; H.264 or another codec that MPEG-TS can hold.
+        loop: start again at its end, with timestamps that go on.
         before_frame: called with the number of each frame before it is sent. It may wait, for a
             gap, or raise an OSError, to end the connection.
 
@@ -26,8 +28,9 @@ class StreamServer:
         url: what to open.
     """
 
-    def __init__(self, path: Path, before_frame: Callable[[int], object] = lambda _: None):
-        self.path, self.before_frame = path, before_frame
+    def __init__(self, path: Path, before_frame: Callable[[int], object] = lambda _: None,
+                 loop: bool = False):
+        self.path, self.before_frame, self.loop = path, before_frame, loop
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"tcp://127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -43,20 +46,24 @@ class StreamServer:
                 self._play(connection)
 
     def _play(self, connection: socket.socket) -> None:
-        with av.open(str(self.path)) as video, connection.makefile("wb", buffering=0) as file, \
-                av.open(file, "w", format="mpegts", options={"flush_packets": "1"}) as output:
-            source = video.streams.video[0]
-            stream = output.add_stream_from_template(source)
-            began = None
-            for number, packet in enumerate(video.demux(source)):
-                if packet.dts is None:  # the end
-                    break
-                self.before_frame(number)
-                shown = float(packet.dts * packet.time_base)
-                began = time.monotonic() - shown if began is None else began
-                time.sleep(max(0.0, began + shown - time.monotonic()))
-                packet.stream = stream
-                output.mux(packet)
+        with connection.makefile("wb", buffering=0) as file, av.open(
+                file, "w", format="mpegts", options={"flush_packets": "1"}) as output:
+            stream, offset, began, numbers = None, 0, 0.0, itertools.count()
+            while stream is None or self.loop:
+                with av.open(str(self.path)) as video:
+                    source = video.streams.video[0]
+                    stream = stream or output.add_stream_from_template(source)
+                    for packet in video.demux(source):
+                        if packet.dts is None:  # the end
+                            break
+                        self.before_frame(next(numbers))
+                        packet.dts, packet.pts = packet.dts + offset, packet.pts + offset
+                        shown = float(packet.dts * packet.time_base)
+                        began = began or time.monotonic() - shown
+                        time.sleep(max(0.0, began + shown - time.monotonic()))
+                        packet.stream = stream
+                        output.mux(packet)
+                    offset += source.duration
 
     def __enter__(self):
         return self

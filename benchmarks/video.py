@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 
 import preprocess
 from benchmarks import common
-from benchmarks.common import WARM_UP, peak_memory, seconds
+from benchmarks.common import WARM_UP, peak_memory, seconds, strips
 from cli.setup import select_device
 from datasets import demo
 from media import images
@@ -60,7 +59,7 @@ def measure_clip(model: VideoMatch, rows: int, objects: int, frames: int) -> dic
     model, device = copy.deepcopy(model), model.device
     shape = rows, round(rows * demo.SHAPE[1] / demo.SHAPE[0])
     pictures = list(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), frames + WARM_UP + 1))
-    mask = _strips(images.resize_mask(pictures[0][1], shape), objects)
+    mask = strips(images.resize_mask(pictures[0][1], shape), objects)
     timer, lines = PartTimer(device), []
     for part, owner, name in (("encoder", model, "encode"), ("matching", model.reader, "read"),
                               ("decoder", model.decoder, "forward"),
@@ -87,14 +86,6 @@ def measure_clip(model: VideoMatch, rows: int, objects: int, frames: int) -> dic
                for part in lines[-1]}
     return {"rows": rows, "objects": objects, **medians, "peak_bytes": peak,
             "times_the_encoder": medians["frame"] / medians["encoder"]}
-
-
-def _strips(mask: np.ndarray, count: int) -> np.ndarray:
-    """Divide the object of an (H, W) mask into `count` vertical strips, each an object."""
-    columns = np.flatnonzero(mask.any(0))
-    bounds = np.linspace(columns[0], columns[-1] + 1, count + 1)[1:-1]
-    strips = 1 + np.digitize(np.arange(mask.shape[1]), bounds)
-    return np.where(mask > 0, strips, 0).astype(np.uint8)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import draw_frame
 
-from benchmarks import common, matching, runtimes, scorer
+from benchmarks import common, live, matching, runtimes, scorer
 from media import images
 
 
@@ -68,3 +68,18 @@ def test_each_runtime_tracks_a_clip_in_its_own_process(tmp_path, monkeypatch, ca
 def test_a_runtime_that_fails_is_named(tmp_path):
     with pytest.raises(OSError, match="onnxruntime: .*expected an export"):
         runtimes.measure_runtime("onnxruntime", tmp_path, tmp_path / "a.png", tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_a_stream_is_tracked_in_real_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(live, "WARM_UP", 2)
+    monkeypatch.setattr(live, "SCENE_FRAMES", 10)
+    monkeypatch.setattr("sys.argv", ["live", "--rows", "64", "--seconds", "1", "--fps", "20",
+                                     "--json", str(tmp_path / "b.json")])
+    assert live.main() == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [(row["rows"], row["objects"]) for row in rows] == [(64, 1), (64, 3)]
+    for row in rows:
+        assert 15 < row["received_per_second"] < 25  # the stream's own rate, on a busy machine too
+        assert 0 < row["tracked_per_second"] < 25 and 0 < row["delay"] <= row["delay_95"]
+    assert capsys.readouterr().out.count("\n") == 4

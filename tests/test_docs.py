@@ -21,6 +21,7 @@ from torchvision import models
 from benchmarks import runtimes, video
 from datasets import demo, download
 from lite_runtime import export
+from media import live as media_live
 from tracking import prompting
 from training import prompt_training as train_prompts
 from videomatch import VideoMatch
@@ -34,7 +35,8 @@ EXAMPLES = [code for page in PAGES
 QUICKLY = {"train": ["-i", "1", "-r", "-1", "-p", "32", "48", "--workers", "0"],
            "benchmarks.matching": ["-en", "mobilenet", "-p", "32", "48", "-uf", "1",
                                    "--repeats", "1"],
-           "benchmarks.video": ["--rows", "64", "--frames", "1"]}
+           "benchmarks.video": ["--rows", "64", "--frames", "1"],
+           "benchmarks.live": ["--rows", "64", "--seconds", "0.1"]}
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +93,11 @@ def folder(tmp_path, monkeypatch, exported):
     monkeypatch.setattr(prompting, "predict_masks", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
     monkeypatch.setattr(video, "WARM_UP", 1)  # the clip has three frames
+    # in place of cameras and streams elsewhere FFmpeg's test picture, for a second
+    address = media_live._address
+    monkeypatch.setattr(media_live, "_address", lambda source: address(source) if "127." in source
+                        else ("testsrc=size=800x480:rate=25:duration=1", "lavfi", {}))
+    monkeypatch.setattr(media_live, "RETURN", 0)
     monkeypatch.setattr(runtimes, "measure_runtime", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})
     monkeypatch.setattr(page, "serve", lambda *_: None)

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import re
+from contextlib import closing
 
 import cv2
 import nbformat
@@ -62,21 +63,24 @@ def test_an_image_is_segmented_from_a_box(clip, tmp_path):
 
 
 def test_a_camera_is_followed(clip, monkeypatch):
-    frames, windows = [image[..., ::-1] for image, _ in clip], []
+    windows, camera = [], example("camera")
 
     class Camera:
         def __init__(self, source):
-            assert source == 0
+            assert source == "camera:0"
 
-        def read(self):
-            return (True, frames.pop(0)) if frames else (False, None)
+        def frames(self):
+            return iter([image for image, _ in clip])
 
-    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+        def close(self):
+            windows.append(None)
+
+    monkeypatch.setattr(camera, "LiveClip", lambda source: closing(Camera(source)))
     monkeypatch.setattr(cv2, "selectROI", lambda *_: box_of(clip[0][1]))
     monkeypatch.setattr(cv2, "waitKey", lambda _: -1)
     monkeypatch.setattr(cv2, "imshow", lambda _, frame: windows.append(frame))
-    example("camera").main()
-    assert len(windows) == len(clip) - 1
+    camera.main()
+    assert windows.pop() is None and len(windows) == len(clip) - 1
     changed = [np.abs(window.astype(int) - image[..., ::-1]).sum(-1) > 20
                for window, (image, _) in zip(windows, clip[1:])]
     for tinted, (_, truth) in zip(changed, clip[1:]):

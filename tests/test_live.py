@@ -196,19 +196,31 @@ def test_addresses_that_lead_nowhere_are_errors_without_their_passwords():
                                   "camera or a stream that is running (--video)")
 
 
-@pytest.mark.parametrize("code, reason", [
-    (errno.EBUSY, "Device or resource busy"), (errno.ENOENT, "there is no such camera"),
-    (errno.EACCES, "Permission denied")])
-def test_a_camera_that_cannot_be_opened_is_one_line(code, reason, monkeypatch, capsys, tmp_path):
-    def refuse(*_, **__):
-        raise OSError(code, os.strerror(code), "/dev/video0")
+@pytest.fixture
+def camera_error(monkeypatch):
+    """Makes cameras fail with an error of the system."""
+    def set_error(code):
+        def refuse(*_, **__):
+            raise OSError(code, os.strerror(code), "/dev/video0")
+        monkeypatch.setattr(media_live.av, "open", refuse)
+    return set_error
 
-    monkeypatch.setattr(media_live.av, "open", refuse)
+
+@pytest.mark.parametrize("code, reason", [
+    (errno.ENOENT, "there is no such camera"), (errno.EACCES, "Permission denied")])
+def test_a_camera_that_cannot_be_opened_is_an_error(code, reason, camera_error):
+    camera_error(code)
+    with pytest.raises(OSError, match=f"^camera:0: {reason}, expected a camera or a stream that"):
+        LiveClip("camera:0")
+
+
+def test_a_busy_camera_is_one_line(camera_error, monkeypatch, capsys, tmp_path):
+    camera_error(errno.EBUSY)
     monkeypatch.chdir(tmp_path)
     assert main.main(["-m", "segment", "--video", "camera:0", "-f", "warn", "--point", "1",
                       "1"]) == 2
-    assert capsys.readouterr().err == (f"main.py: error: camera:0: {reason}, expected a camera or "
-                                       "a stream that is running (--video)\n")
+    assert capsys.readouterr().err == ("main.py: error: camera:0: Device or resource busy, "
+                                       "expected a camera or a stream that is running (--video)\n")
 
 
 @pytest.mark.parametrize("platform, source, expected", [
@@ -287,6 +299,7 @@ def test_objects_are_added_on_earlier_frames_and_ended(shipped):
             assert overlap(frame.mask == i, truth(frame.index, both) == i) > 0.8
 
 
+@pytest.mark.slow
 def test_a_correction_of_one_object_leaves_the_others(shipped):
     both, changes = (1, 2), SimpleQueue()
     changes.put(live.Reference(0, image(0, both), truth(0, both)))
