@@ -1,4 +1,4 @@
-"""Top-k search for the most similar keys: in whole memory frames, or in a window.
+"""Top-k search for the most similar keys: in all memory frames, or in a window of each.
 
 Keys have few channels, so selecting the top-k takes about as long as the matrix product. Most of
 the code here makes the selection cheaper.
@@ -9,14 +9,17 @@ import functools
 import torch
 
 ROWS = 256  # query locations per matrix product, so that the product stays in a CPU's cache
-PARTS = 8  # matrix products in an exported graph, whose number is fixed, for the same reason
-# Size of the field at the end of a float's mantissa that holds the member of a group: a power of 2,
-# at least `state.MEMBERS`. 5 of 23 bits, so cosines, stored plus 2, are exact to 8e-6.
-BITS = 32
+# Matrix products per search in an exported graph, for the same reason. A graph has no loop over the
+# queries, so their number is fixed instead of their size.
+PARTS = 8
+# Members of a group that can be told apart, a power of 2 and at least `state.MEMBERS`. The member's
+# index replaces the last bits of a similarity: 5 of the 23 bits of a float's mantissa, after which
+# cosines, stored plus 2, are exact to 8e-6. Larger makes them less exact.
+MAX_MEMBERS = 32
 # Locations (rows, columns) whose windows share one product. Larger tiles mean fewer products, but
 # more similarities outside the windows, which are computed and discarded.
 TILE = (4, 8)
-NOTHING = -1e4  # similarity of an empty row, low enough that its softmax weight is 0
+NOTHING = -1e4  # similarity of an empty row: low enough that its softmax weight is 0
 LOWEST = -1.5  # threshold between empty rows and cosines, which are >= -1 up to rounding
 
 
@@ -24,9 +27,9 @@ def nearest(query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor,
             k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k most similar keys in each of S sets.
 
-    Approximate, but for speed: only the best member of each group is a candidate, so the top-k is
-    taken among G instead of E*G keys per frame (measured on 13,824 keys, float32: 79 to 41 ms). The
-    search is exact where gradients are enabled, and where groups have one member.
+    Approximate, for speed: only the best member of each group is a candidate, so the top-k is taken
+    among G instead of E*G keys per frame (measured on 13,824 keys, float32: 79 to 41 ms). Exact
+    where gradients are enabled, and where groups have one member.
 
     Args:
         query: (n, C) unit vectors.
@@ -40,64 +43,64 @@ def nearest(query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor,
         Where a set has fewer than k keys, the similarity is `NOTHING` and the index arbitrary.
     """
     if torch.onnx.is_in_onnx_export():
-        best, rows = _in_a_graph(query, keys, valid, k)
+        best, rows = _for_export(query, keys, valid, k)
     elif torch.is_grad_enabled() or valid.shape[2] == 1:
-        best, rows = _exactly(query, keys, valid, k)
+        best, rows = _exact(query, keys, valid, k)
     else:
         best, rows = _by_groups(query, keys, valid, k)
     return torch.where(best > LOWEST, best, NOTHING), rows
 
 
-def _exactly(query, keys, valid, k):
-    """Search among all keys. Differentiable."""
+def _exact(query, keys, valid, k):
+    """Search all keys. Differentiable. Arguments and results as in `nearest`."""
     _, sets, members, groups = valid.shape
     similarity = (query @ keys.flatten(0, 3).T).float() + (valid.flatten() - 1) * -NOTHING
     similarity = similarity.unflatten(1, valid.shape).transpose(1, 2).flatten(2)
     best, column = similarity.topk(k, dim=2, sorted=False)  # column: (frame, member, group)
     size = members * groups
-    which = torch.arange(sets, device=query.device)[:, None]
-    return best, (column // size * sets + which) * size + column % size
+    set_index = torch.arange(sets, device=query.device)[:, None]
+    return best, (column // size * sets + set_index) * size + column % size
 
 
 def _by_groups(query, keys, valid, k):
-    """Search among the best members of the groups. Not differentiable.
+    """Search the best member of each group. Not differentiable.
 
     Each similarity carries its member's index in its last bits, so that a single integer maximum
     yields both.
     """
     flat, columns = keys.flatten(0, 3), valid.numel()
     member = torch.arange(valid.shape[2], dtype=torch.int32, device=query.device)[:, None]
-    # +2 makes every valid similarity positive, -2 every other one negative
+    # +2 makes the similarity of every valid row positive, -2 that of every empty row negative
     shift = (4 * valid - 2).flatten()
-    # reused for all parts, since the system maps newly allocated memory page by page
-    whole = torch.empty(ROWS, columns, device=query.device)
-    narrow = torch.empty_like(whole, dtype=query.dtype)
+    # Reused for all parts: each new buffer of this size would cost a page fault per page.
+    float32_buffer = torch.empty(ROWS, columns, device=query.device)
+    product_buffer = torch.empty_like(float32_buffer, dtype=query.dtype)
     results = []
     for rows in query.split(ROWS):
-        similarity = whole[:len(rows)]
-        similarity.copy_(torch.mm(rows, flat.T, out=narrow[:len(rows)])).add_(shift)
-        # positive floats have the order of their bit patterns as integers
+        similarity = float32_buffer[:len(rows)]
+        similarity.copy_(torch.mm(rows, flat.T, out=product_buffer[:len(rows)])).add_(shift)
+        # positive floats sort like their bit patterns read as integers
         bits = similarity.view(torch.int32).unflatten(1, valid.shape)
-        bits = bits.bitwise_and_(-BITS).bitwise_or_(member).amax(3)  # (n, F, S, G)
+        bits = bits.bitwise_and_(-MAX_MEMBERS).bitwise_or_(member).amax(3)  # (n, F, S, G)
         best, column = bits.transpose(1, 2).flatten(2).view(torch.float32).topk(
             k, dim=2, sorted=False)
-        results.append((best - 2, _row(column, best.view(torch.int32) & BITS - 1, valid)))
+        results.append((best - 2, _row(column, best.view(torch.int32) & MAX_MEMBERS - 1, valid)))
     return tuple(torch.cat(parts) for parts in zip(*results))
 
 
 def _row(column, member, valid):
-    """Convert (n, S, K) indices of (frame, group) and of the member to indices of keys."""
+    """Convert (n, S, K) indices of (frame, group), and of the member, to indices of keys."""
     _, sets, members, groups = valid.shape
-    which = torch.arange(sets, device=column.device)[:, None]
-    frame, group = torch.div(column, groups, rounding_mode="floor"), column % groups
-    return ((frame * sets + which) * members + member) * groups + group
+    set_index = torch.arange(sets, device=column.device)[:, None]
+    frame, group = _divided(column, groups), column % groups
+    return ((frame * sets + set_index) * members + member) * groups + group
 
 
-def _in_a_graph(query, keys, valid, k):
-    """Like `_by_groups`, with operators that ONNX has and for any shape at run time."""
+def _for_export(query, keys, valid, k):
+    """Like `_by_groups`, but with operators that ONNX has, and for any shape at run time."""
     count, flat = query.shape[0], keys.flatten(0, 3).T
     missing = (valid.flatten() - 1) * -NOTHING
-    # the last location is repeated to fill the parts evenly
+    # the last location is repeated, so that all parts have the same size
     rows = torch.arange((count + PARTS - 1) // PARTS * PARTS).clamp(max=count - 1)
     results = []
     for part in query[rows].reshape(PARTS, -1, query.shape[1]).unbind():
@@ -111,7 +114,7 @@ def _in_a_graph(query, keys, valid, k):
 
 def windows(query: torch.Tensor, others: torch.Tensor, valid: torch.Tensor, k: int,
             radius: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k most similar locations of other frames in a window around each location. Exact.
+    """Return the k most similar locations in a window of other frames, for each location. Exact.
 
     Args:
         query: (h, w, C) unit vectors.
@@ -124,17 +127,17 @@ def windows(query: torch.Tensor, others: torch.Tensor, valid: torch.Tensor, k: i
         (h*w, K) similarities, float32, unsorted, and (h*w, K) indices into the T*h*w locations.
         Where a window has fewer than k, the similarity is `NOTHING` and the index arbitrary.
     """
-    exporting = torch.onnx.is_in_onnx_export()  # then sizes are symbolic and must not be cached
-    layout = (_tiles.__wrapped__ if exporting else _tiles)(*query.shape[:2], radius,
-                                                           others.shape[0], query.device)
-    of_tile, place, candidates, inside, exists = layout
-    products = query.flatten(0, 1)[of_tile] @ others.flatten(0, 2)[candidates].transpose(1, 2)
-    missing = ((valid - 1) * -NOTHING).repeat_interleave(inside.shape[1])
-    similarity = products.float() + inside.repeat(1, others.shape[0]) + (exists + missing)
-    best, where = similarity.flatten(0, 1).topk(k, dim=1, sorted=False)
-    rows = torch.div(place, TILE[0] * TILE[1], rounding_mode="floor")
-    best, where = best[place], candidates[rows].gather(1, where[place])
-    return torch.where(best > LOWEST, best, NOTHING), where
+    # while exporting, sizes are symbolic and must not be cached
+    tiles = _tiles.__wrapped__ if torch.onnx.is_in_onnx_export() else _tiles
+    members, position, surroundings, in_window, in_frame = tiles(
+        *query.shape[:2], radius, others.shape[0], query.device)
+    products = query.flatten(0, 1)[members] @ others.flatten(0, 2)[surroundings].transpose(1, 2)
+    missing = ((valid - 1) * -NOTHING).repeat_interleave(in_window.shape[1])
+    similarity = products.float() + in_window.repeat(1, others.shape[0]) + (in_frame + missing)
+    best, column = similarity.flatten(0, 1).topk(k, dim=1, sorted=False)
+    tile = _divided(position, TILE[0] * TILE[1])
+    best, location = best[position], surroundings[tile].gather(1, column[position])
+    return torch.where(best > LOWEST, best, NOTHING), location
 
 
 @functools.lru_cache(8)  # one entry per frame size; several, for clips of other sizes in turn
@@ -142,7 +145,13 @@ def _tiles(h: int, w: int, radius: int, frames: int, device: torch.device):
     """Return the index tables of `windows`.
 
     The windows of neighbouring locations overlap, so each tile of t locations is multiplied with
-    the m locations in its surroundings at once, and a mask selects each location's own window.
+    the m locations of its surroundings at once, and a mask selects each location's own window.
+
+    Args:
+        h, w: size of the feature map.
+        radius: of a window, in locations.
+        frames: T.
+        device: of the tables.
 
     Returns:
         (tiles, t) the locations of each tile, repeated where a tile extends beyond the frame;
@@ -151,30 +160,32 @@ def _tiles(h: int, w: int, radius: int, frames: int, device: torch.device):
         (t, m) 0 inside a location's window, else `NOTHING`;
         (tiles, 1, T*m) 0 inside the frame, else `NOTHING`.
     """
-    (high, wide), side = TILE, 2 * radius
-    down, along = (h + high - 1) // high, (w + wide - 1) // wide
+    (high, wide), border = TILE, 2 * radius
+    down, across = (h + high - 1) // high, (w + wide - 1) // wide  # numbers of tiles
 
-    def count(n):
+    def arange(n):
         return torch.arange(n, device=device)
 
-    y = (count(down)[:, None] * high + count(high)).clamp(max=h - 1)
-    x = (count(along)[:, None] * wide + count(wide)).clamp(max=w - 1)
-    of_tile = (y[:, None, :, None] * w + x[None, :, None, :]).flatten(2).flatten(0, 1)
-    y, x = count(h)[:, None], count(w)
-    place = ((_div(y, high) * along + _div(x, wide)) * (high * wide)
-             + y % high * wide + x % wide).flatten()
-    y = count(down)[:, None] * high + count(high + side) - radius
-    x = count(along)[:, None] * wide + count(wide + side) - radius
-    exists = (((y >= 0) & (y < h))[:, None, :, None] & ((x >= 0) & (x < w))[None, :, None, :])
-    exists = (exists.flatten(2).flatten(0, 1).float() - 1) * -NOTHING
+    y = (arange(down)[:, None] * high + arange(high)).clamp(max=h - 1)
+    x = (arange(across)[:, None] * wide + arange(wide)).clamp(max=w - 1)
+    members = (y[:, None, :, None] * w + x[None, :, None, :]).flatten(2).flatten(0, 1)
+    y, x = arange(h)[:, None], arange(w)
+    position = ((_divided(y, high) * across + _divided(x, wide)) * (high * wide)
+                + y % high * wide + x % wide).flatten()
+    y = arange(down)[:, None] * high + arange(high + border) - radius
+    x = arange(across)[:, None] * wide + arange(wide + border) - radius
+    in_frame = ((y >= 0) & (y < h))[:, None, :, None] & ((x >= 0) & (x < w))[None, :, None, :]
+    in_frame = (in_frame.flatten(2).flatten(0, 1).float() - 1) * -NOTHING
     around = y.clamp(0, h - 1)[:, None, :, None] * w + x.clamp(0, w - 1)[None, :, None, :]
     around = around.flatten(2).flatten(0, 1)  # (tiles, m)
-    candidates = (around[:, None] + count(frames)[:, None] * (h * w)).flatten(1)
-    rows, columns = ((count(n + side) - count(n)[:, None] - radius).abs() <= radius for n in TILE)
-    inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    return (of_tile, place, candidates, (inside.float() - 1) * -NOTHING,
-            exists.repeat(1, frames)[:, None])
+    surroundings = (around[:, None] + arange(frames)[:, None] * (h * w)).flatten(1)
+    rows, columns = ((arange(n + border) - arange(n)[:, None] - radius).abs() <= radius
+                     for n in TILE)
+    in_window = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+    return (members, position, surroundings, (in_window.float() - 1) * -NOTHING,
+            in_frame.repeat(1, frames)[:, None])
 
 
-def _div(x: torch.Tensor, by: int) -> torch.Tensor:
+def _divided(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Divide integers, rounding down."""
     return torch.div(x, by, rounding_mode="floor")

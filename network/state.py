@@ -27,7 +27,7 @@ MEM_FRAMES = 4
 # costs little; each frame more adds as many candidates again.
 SHORT_TERM = 2
 # Members per group, at most: the top-k is taken among the groups' best members. Larger groups are
-# faster to search and miss more of the true top-k. At most `search.BITS`.
+# faster to search and miss more of the true top-k. At most `search.MAX_MEMBERS`.
 MEMBERS = 16
 # Small frames get smaller groups, so that this many remain where a frame has enough locations: the
 # top-k (16) of fewer groups would take in locations that aren't similar.

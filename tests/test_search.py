@@ -93,7 +93,7 @@ def test_an_exported_search_finds_the_same(n, frames, sets, members, groups):
     k = min(16, frames * groups)
     with torch.no_grad():
         expected = nearest(query, keys, valid, k)
-        best, rows = search._in_a_graph(query, keys, valid, k)
+        best, rows = search._for_export(query, keys, valid, k)
     best, order = best.sort(2, descending=True)
     expected, there = expected[0].sort(2, descending=True).values, best > -2
     torch.testing.assert_close(best[there], expected[there], atol=2e-5, rtol=0)
