@@ -1,4 +1,4 @@
-"""One video: its masks, its state, and that none of it is in the network."""
+"""The tracker of one video: its masks, its state, and that the network holds none of it."""
 
 import copy
 import io
@@ -21,8 +21,8 @@ def frame(step, ids=(1,), scale=1):
     return preprocess.to_tensor(image), mask
 
 
-def without(step, object_id, ids, scale):
-    """The image of a frame in which one of the objects is not there."""
+def frame_without(step, object_id, ids, scale):
+    """The image of a frame from which one of the objects is erased."""
     image, mask = draw_frame(step, ids)
     image[mask == object_id] = draw_frame(step + 1, ())[0][mask == object_id]
     return preprocess.to_tensor(image.repeat(scale, 0).repeat(scale, 1))
@@ -34,24 +34,25 @@ def intersection_over_union(a, b):
 
 @pytest.fixture(params=METHODS)
 def any_method(request):
-    """The shipped model, with each method, finely enough that all of them find something."""
+    """The shipped network with each method."""
     model = VideoMatch.load(SHIPPED["mobilenet"]).eval()
-    model.method, model.confidence = request.param, 0.6  # some features enter online
+    # a confidence low enough that the online update adds features
+    model.method, model.confidence = request.param, 0.6
     return model
 
 
-def test_finds_the_object_in_another_frame(model):
+def test_propagates_a_mask_to_another_frame(model):
     tracker = Tracker(model, outlier_removal=False)
     tracker.step(*frame(0, scale=4))
     test, truth = frame(5, scale=4)
-    found = tracker.step(test).mask
-    assert found.dtype == np.uint8 and set(np.unique(found)) == {0, 1}
-    assert intersection_over_union(found, truth) > 0.5
+    predicted = tracker.step(test).mask
+    assert predicted.dtype == np.uint8 and set(np.unique(predicted)) == {0, 1}
+    assert intersection_over_union(predicted, truth) > 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
-def test_random_weights_of_the_large_encoders_match_too(name):
+def test_large_encoders_with_random_weights_propagate_a_mask(name):
     torch.manual_seed(0)
     tracker = Tracker(VideoMatch(Encoder(name), top_k=20).eval())
     tracker.step(*frame(0, scale=4))
@@ -60,18 +61,18 @@ def test_random_weights_of_the_large_encoders_match_too(name):
 
 
 @pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
-def test_a_step_tells_masks_and_probabilities(model, ids):
+def test_step_returns_mask_and_probabilities(model, ids):
     tracker = Tracker(model)
     image, mask = frame(0, ids)
-    given = tracker.step(image, mask)
-    np.testing.assert_array_equal(given.mask, mask)
+    reference = tracker.step(image, mask)
+    np.testing.assert_array_equal(reference.mask, mask)
     for channel, i in enumerate((0, *ids)):
-        np.testing.assert_array_equal(given.probabilities[channel].numpy(), mask == i)
-    found = tracker.step(frame(1, ids)[0], shape=(30, 50))
-    assert found.object_ids == tracker.object_ids == ids
-    assert found.mask.shape == (30, 50) and set(np.unique(found.mask)) <= {0, *ids}
-    assert found.probabilities.shape == (len(ids) + 1, 30, 50)
-    torch.testing.assert_close(found.probabilities.sum(0), torch.ones(30, 50))
+        np.testing.assert_array_equal(reference.probabilities[channel].numpy(), mask == i)
+    predicted = tracker.step(frame(1, ids)[0], shape=(30, 50))
+    assert predicted.object_ids == tracker.object_ids == ids
+    assert predicted.mask.shape == (30, 50) and set(np.unique(predicted.mask)) <= {0, *ids}
+    assert predicted.probabilities.shape == (len(ids) + 1, 30, 50)
+    torch.testing.assert_close(predicted.probabilities.sum(0), torch.ones(30, 50))
 
 
 def test_confidence_is_the_mean_probability_over_the_mask(model):
@@ -86,29 +87,29 @@ def test_confidence_is_the_mean_probability_over_the_mask(model):
     assert replace(step, mask=0 * step.mask).confidence() == {3: 0.0, 7: 0.0}
 
 
-def test_a_later_mask_that_lacks_an_object_does_not_end_it(model):
+def test_an_object_missing_from_a_later_mask_is_predicted(model):
     tracker = Tracker(model, outlier_removal=False)
     tracker.step(*frame(0, (1, 2), scale=4))
     image, both = frame(2, (1, 2), scale=4)
-    only = np.where(both == 2, 2, 0).astype(np.uint8)
+    second = np.where(both == 2, 2, 0).astype(np.uint8)
     expected = tracker.copy().step(image).mask
-    found = tracker.step(image, only).mask
-    np.testing.assert_array_equal(found, np.where(only == 2, 2, expected * (expected == 1)))
+    predicted = tracker.step(image, second).mask
+    np.testing.assert_array_equal(predicted, np.where(second == 2, 2, expected * (expected == 1)))
     image, both = frame(4, (1, 2), scale=4)
     assert intersection_over_union(tracker.step(image).mask == 1, both == 1) > 0.5
 
 
-def test_an_empty_later_mask_means_that_nothing_is_there(model):
+def test_an_empty_later_mask_means_that_no_object_is_visible(model):
     tracker = Tracker(model)
     tracker.step(*frame(0, (1, 2), scale=4))
     image, both = frame(1, (1, 2), scale=4)
     assert not tracker.step(image, 0 * both).mask.any()
     image, both = frame(2, (1, 2), scale=4)
-    found = tracker.step(image).mask
-    assert tracker.object_ids == (1, 2) and found.shape == both.shape
+    predicted = tracker.step(image).mask
+    assert tracker.object_ids == (1, 2) and predicted.shape == both.shape
 
 
-def test_a_removed_object_stays_away_and_the_other_is_followed(any_method):
+def test_a_removed_object_stays_removed_and_the_other_is_tracked(any_method):
     tracker = Tracker(any_method, outlier_removal=False)
     tracker.step(*frame(0, (1, 2), scale=2))
     tracker.step(frame(1, (1, 2), scale=2)[0])
@@ -125,17 +126,17 @@ def test_a_removed_object_stays_away_and_the_other_is_followed(any_method):
     assert intersection_over_union(both.step(image).mask == 1, truth == 1) > 0.5
 
 
-def test_a_removed_object_comes_back_with_a_later_mask(any_method):
+def test_a_removed_object_returns_with_a_later_mask(any_method):
     tracker = Tracker(any_method, outlier_removal=False)
     tracker.step(*frame(0, (1, 2), scale=2))
     tracker.remove(1)
-    tracker.step(without(1, 1, (1, 2), scale=2))
+    tracker.step(frame_without(1, 1, (1, 2), scale=2))
     tracker.step(*frame(2, (1, 2), scale=2))
     assert set(tracker.object_ids) == {1, 2}
     image, truth = frame(3, (1, 2), scale=2)
-    found = tracker.step(image).mask
+    predicted = tracker.step(image).mask
     for i in (1, 2):
-        assert intersection_over_union(found == i, truth == i) > 0.5
+        assert intersection_over_union(predicted == i, truth == i) > 0.5
 
 
 def test_after_the_last_object_is_removed_masks_are_empty(any_method):
@@ -144,9 +145,9 @@ def test_after_the_last_object_is_removed_masks_are_empty(any_method):
     with pytest.raises(ValueError, match=r"object_id: expected one of \[1\], got 2"):
         tracker.remove(2)
     tracker.remove(1)
-    again = Tracker(any_method)
-    again.load_state(tracker.state())
-    for one in (tracker, again):
+    restored = Tracker(any_method)
+    restored.load_state(tracker.state())
+    for one in (tracker, restored):
         image, mask = frame(1, scale=2)
         step = one.step(image, shape=(30, 50))
         assert step.object_ids == one.object_ids == () and not step.mask.any()
@@ -156,16 +157,16 @@ def test_after_the_last_object_is_removed_masks_are_empty(any_method):
         assert one.step(image).mask.any()
 
 
-def test_an_absent_object_is_in_no_mask_and_may_come_back(any_method):
+def test_an_absent_object_is_not_predicted_and_may_return(any_method):
     tracker = Tracker(any_method, outlier_removal=False)
     tracker.step(*frame(0, (1, 2), scale=2))
     image, both = frame(1, (1, 2), scale=2)
     for mask in (None, 0 * both, np.where(both == 2, 2, 0)):
         one = tracker.copy()
-        found = one.step(image, mask, absent=(1,)).mask
-        assert not (found == 1).any() and one.object_ids == (1, 2)
-        assert intersection_over_union(found == 2, both == 2) > 0.5
-    tracker.step(without(2, 1, (1, 2), scale=2), absent={1})
+        predicted = one.step(image, mask, absent=(1,)).mask
+        assert not (predicted == 1).any() and one.object_ids == (1, 2)
+        assert intersection_over_union(predicted == 2, both == 2) > 0.5
+    tracker.step(frame_without(2, 1, (1, 2), scale=2), absent={1})
     image, both = frame(3, (1, 2), scale=2)
     assert intersection_over_union(tracker.step(image).mask == 1, both == 1) > 0.5
 
@@ -174,8 +175,8 @@ def test_threshold(model):
     start = Tracker(model, outlier_removal=False)
     start.step(*frame(0))
     test = frame(1)[0]
-    found = model.predict(start.memory, model.encode(test[None]), tuple(test.shape[1:]))
-    foreground = found[1].detach().numpy()
+    predicted = model.predict(start.memory, model.encode(test[None]), tuple(test.shape[1:]))
+    foreground = predicted[1].detach().numpy()
     for threshold in (0.2, 0.5, 0.9):
         tracker = Tracker(model, threshold, outlier_removal=False)
         tracker.step(*frame(0))
@@ -183,7 +184,7 @@ def test_threshold(model):
                                       1 - (1 - foreground) > threshold)
 
 
-def test_the_first_mask_must_be_there_and_hold_an_object(model):
+def test_the_first_frame_requires_a_mask_with_an_object(model):
     with pytest.raises(ValueError, match="mask: the first frame needs one"):
         Tracker(model).step(frame(0)[0])
     with pytest.raises(ValueError, match="no object"):
@@ -191,52 +192,61 @@ def test_the_first_mask_must_be_there_and_hold_an_object(model):
 
 
 def moving_spot(model, monkeypatch, places, size=8, **options):
-    """Segment frames of 60x200 in which probability 1 lies at `places` (x of the left edge)."""
+    """Track a square whose predicted probability is 1 at given places, in frames of 60x200.
+
+    Args:
+        places: for each frame the x of the left edges of all squares; the first one's are in the
+            reference mask.
+        size: side of a square, in pixels.
+
+    Returns:
+        For each frame after the first, the left edges of the squares in its mask.
+    """
     shape = (60, 200)
 
-    def picture(spots):
+    def draw(lefts):
         mask = np.zeros(shape, np.uint8)
-        for x in spots:
+        for x in lefts:
             mask[20:20 + size, x:x + size] = 1
         return mask
 
-    masks = iter([picture(spots) for spots in places[1:]])
+    masks = iter([draw(lefts) for lefts in places[1:]])
 
     def predict(state, features, shape):
         mask = torch.from_numpy(next(masks)).float()
         return torch.stack([1 - mask, mask])
 
     tracker = Tracker(model, **options)
-    tracker.step(torch.zeros(3, *shape), picture(places[0]))
+    tracker.step(torch.zeros(3, *shape), draw(places[0]))
     monkeypatch.setattr(model, "predict", predict)
     results = [tracker.step(torch.zeros(3, *shape)).mask for _ in places[1:]]
     return [sorted({int(x) // size * size for x in np.nonzero(r)[1]}) for r in results]
 
 
-def test_outliers_are_removed_and_the_object_followed(model, monkeypatch):
+def test_outliers_are_removed_and_the_object_is_tracked(model, monkeypatch):
     model.dilation = 20
-    found = moving_spot(model, monkeypatch, [(0,), (8, 160), (24, 160), (40,)])
-    assert found == [[8], [24], [40]]
+    predicted = moving_spot(model, monkeypatch, [(0,), (8, 160), (24, 160), (40,)])
+    assert predicted == [[8], [24], [40]]
 
 
-def test_leaving_outliers(model, monkeypatch):
+def test_outliers_stay_without_outlier_removal(model, monkeypatch):
     model.dilation = 20
-    found = moving_spot(model, monkeypatch, [(0,), (8, 160)], outlier_removal=False)
-    assert found == [[8, 160]]
+    predicted = moving_spot(model, monkeypatch, [(0,), (8, 160)], outlier_removal=False)
+    assert predicted == [[8, 160]]
 
 
-def test_an_object_that_vanished_comes_back_anywhere(model, monkeypatch):
+def test_a_vanished_object_may_reappear_anywhere(model, monkeypatch):
     model.dilation = 20
-    found = moving_spot(model, monkeypatch, [(0,), (), (), (160,), (168, 0)])
-    assert found == [[], [], [160], [168]]
+    predicted = moving_spot(model, monkeypatch, [(0,), (), (), (160,), (168, 0)])
+    assert predicted == [[], [], [160], [168]]
 
 
-def test_an_object_that_jumped_too_far_is_found_one_frame_later(model, monkeypatch):
+def test_an_object_that_jumped_too_far_is_predicted_one_frame_later(model, monkeypatch):
     model.dilation = 20
     assert moving_spot(model, monkeypatch, [(0,), (160,), (160,)]) == [[], [160]]
 
 
-def test_the_memory_wants_frames_of_one_size():
+def test_method_memory_requires_frames_of_one_size():
     model = VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, refined=True).eval()
     mask = np.zeros((64, 96), np.uint8)
     mask[20:40, 30:60] = 1
@@ -252,36 +262,42 @@ def test_the_memory_wants_frames_of_one_size():
 
 
 def clip(ids, start=0, later=None):
-    """Six frames of 96x160, of which the first has a mask; frame `later` shows one object more."""
+    """Six frames of 96x160, the first with a mask; the mask of frame `later` adds the last object.
+
+    Yields:
+        Image and mask of each frame; None for a frame without a mask.
+    """
     for i in range(6):
         image, mask = frame(start + i, ids, scale=2)
-        known = np.where(mask == ids[-1], 0, mask) if later and i < later else mask
-        yield image, known if i in (0, later) else None
+        labelled = np.where(mask == ids[-1], 0, mask) if later and i < later else mask
+        yield image, labelled if i in (0, later) else None
 
 
-def steps(tracker, frames):
-    found = [tracker.step(image, mask) for image, mask in frames]
-    return [step.mask for step in found], [step.probabilities for step in found]
+def track(tracker, frames):
+    """Track (image, mask) pairs; returns all masks and all probabilities."""
+    steps = [tracker.step(image, mask) for image, mask in frames]
+    return [step.mask for step in steps], [step.probabilities for step in steps]
 
 
-def assert_same(found, expected):
-    for masks in zip(found[0], expected[0], strict=True):
+def assert_same(actual, expected):
+    """Compare two results of `track`."""
+    for masks in zip(actual[0], expected[0], strict=True):
         np.testing.assert_array_equal(*masks)
-    assert all(torch.equal(*pair) for pair in zip(found[1], expected[1], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(actual[1], expected[1], strict=True))
 
 
 def attributes(model):
-    """All that a module and those in it have beside their weights, by name."""
+    """All attributes of a module and its submodules other than weights, by name."""
     return {f"{name}.{key}": copy.copy(value) for name, module in model.named_modules()
             for key, value in vars(module).items()
             if key not in ("_modules", "_parameters", "_buffers")}
 
 
-def test_a_video_changes_nothing_of_the_network(any_method):
+def test_tracking_does_not_change_the_network(any_method):
     model = any_method
     before, weights = attributes(model), copy.deepcopy(model.state_dict())
     children = {name: id(module) for name, module in model.named_modules()}
-    steps(Tracker(model), clip((1, 2), later=3))
+    track(Tracker(model), clip((1, 2), later=3))
     assert attributes(model) == before
     assert {name: id(module) for name, module in model.named_modules()} == children
     assert model.state_dict().keys() == weights.keys()
@@ -289,45 +305,45 @@ def test_a_video_changes_nothing_of_the_network(any_method):
 
 
 @pytest.mark.slow
-def test_videos_side_by_side_do_not_meet(any_method):
+def test_videos_tracked_at_the_same_time_are_independent(any_method):
     clips = [list(clip((1, 2), later=2)), list(clip((3, 200), start=4))]
-    apart = [steps(Tracker(any_method), frames) for frames in clips]
-    assert any((a != b).any() for a, b in zip(apart[0][0], apart[1][0]))
+    one_by_one = [track(Tracker(any_method), frames) for frames in clips]
+    assert any((a != b).any() for a, b in zip(one_by_one[0][0], one_by_one[1][0]))
     trackers = [Tracker(any_method) for _ in clips]
-    in_turn = [([], []), ([], [])]
+    interleaved = [([], []), ([], [])]
     for frames in zip(*clips):
-        for tracker, found, shown in zip(trackers, in_turn, frames):
-            masks, probabilities = steps(tracker, [shown])
-            found[0].extend(masks)
-            found[1].extend(probabilities)
+        for tracker, (all_masks, all_probabilities), pair in zip(trackers, interleaved, frames):
+            masks, probabilities = track(tracker, [pair])
+            all_masks.extend(masks)
+            all_probabilities.extend(probabilities)
     with ThreadPoolExecutor(2) as pool:
-        in_threads = list(pool.map(lambda frames: steps(Tracker(any_method), frames), clips))
-    for found in (in_turn, in_threads):
-        for one, expected in zip(found, apart, strict=True):
-            assert_same(one, expected)
+        in_threads = list(pool.map(lambda frames: track(Tracker(any_method), frames), clips))
+    for results in (interleaved, in_threads):
+        for actual, expected in zip(results, one_by_one, strict=True):
+            assert_same(actual, expected)
 
 
-def test_a_copy_is_gone_back_to(any_method):
+def test_a_copy_continues_from_the_frame_it_was_taken_at(any_method):
     frames = list(clip((1, 2), later=4))
     tracker = Tracker(any_method, threshold=0.4)
-    steps(tracker, frames[:3])
+    track(tracker, frames[:3])
     kept = tracker.copy()
-    expected = steps(tracker, frames[3:])
+    expected = track(tracker, frames[3:])
     assert kept.object_ids == (1,) and tracker.object_ids == (1, 2)
-    # elsewhere first: what a copy does is no matter to the one it was copied from
-    steps(kept.copy(), clip((1,), start=3))
-    assert_same(steps(kept, frames[3:]), expected)
+    # a copy of the copy tracks other frames first, which must not affect the one it came from
+    track(kept.copy(), clip((1,), start=3))
+    assert_same(track(kept, frames[3:]), expected)
 
 
 def test_a_copy_shares_its_tensors(any_method):
     tracker = Tracker(any_method)
-    steps(tracker, clip((1, 2)))
-    here, there = ({t.data_ptr() for t in tensors(t.state())} for t in (tracker, tracker.copy()))
-    assert here and here == there
+    track(tracker, clip((1, 2)))
+    own, of_copy = ({t.data_ptr() for t in tensors(t.state())} for t in (tracker, tracker.copy()))
+    assert own and own == of_copy
 
 
 def tensors(value):
-    """All that are in lists, tuples and dicts."""
+    """Yield all tensors in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -336,7 +352,7 @@ def tensors(value):
 
 
 @pytest.mark.slow
-def test_a_state_does_not_grow_with_the_video(any_method):
+def test_the_state_does_not_grow_with_the_video(any_method):
     tracker, sizes = Tracker(any_method), []
     tracker.step(*frame(0))
     for i in range(36):
@@ -348,31 +364,30 @@ def test_a_state_does_not_grow_with_the_video(any_method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_state_survives_a_file(any_method, at):
+def test_a_state_can_be_saved_and_loaded(any_method, at):
     frames = list(clip((1, 2), later=4))
     tracker = Tracker(any_method)
-    steps(tracker, frames[:at])
+    track(tracker, frames[:at])
     file = io.BytesIO()
     torch.save(tracker.state(), file)
-    expected = steps(tracker, frames[at:])
+    expected = track(tracker, frames[at:])
     file.seek(0)
-    again = Tracker(any_method)
-    again.load_state(torch.load(file, weights_only=True))
-    assert_same(steps(again, frames[at:]), expected)
-    assert again.object_ids == tracker.object_ids and again.shares == tracker.shares
+    restored = Tracker(any_method)
+    restored.load_state(torch.load(file, weights_only=True))
+    assert_same(track(restored, frames[at:]), expected)
+    assert restored.object_ids == tracker.object_ids and restored.shares == tracker.shares
 
 
-def test_what_is_no_state_is_refused(any_method):
+def test_an_invalid_state_is_rejected(any_method):
     tracker = Tracker(any_method)
-    steps(tracker, clip((1, 2)))
+    track(tracker, clip((1, 2)))
     state = tracker.state()
     for broken in ({}, {"kind": "Popen"}, dict(list(state["memory"].items())[1:])):
         with pytest.raises((KeyError, TypeError)):
             Tracker(any_method).load_state({**state, "memory": broken})
 
 
-def test_the_state_of_a_video_is_tensors_alone(shipped):
-    """Their shapes depend on sizes and numbers only, whatever was seen."""
+def test_the_state_consists_of_tensors_whose_shapes_do_not_depend_on_the_frames(shipped):
     shapes = []
     for start, ids in ((0, (1, 2)), (3, (3, 200))):
         tracker = Tracker(shipped)
@@ -383,7 +398,7 @@ def test_the_state_of_a_video_is_tensors_alone(shipped):
     assert all(shape == shapes[0] for shape in shapes)
 
 
-def test_shapes_do_not_depend_on_what_later_masks_hold(shipped):
+def test_shapes_of_the_state_do_not_depend_on_later_masks(shipped):
     image, mask = frame(0, (1, 2), scale=2)
     shapes = []
     for later in (mask, np.where(mask == 1, 1, 0), 0 * mask):
@@ -394,10 +409,10 @@ def test_shapes_do_not_depend_on_what_later_masks_hold(shipped):
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-def test_a_step_changes_nothing_in_a_state(shipped):
+def test_a_step_does_not_modify_the_state_before_it(shipped):
     tracker = Tracker(shipped)
     frames = list(clip((1, 2), later=5))
-    steps(tracker, frames[:3])
-    state, kept = tracker.memory, [x.clone() for x in tracker.memory]
-    steps(tracker, frames[3:])
-    assert all(torch.equal(now, then) for now, then in zip(state, kept, strict=True))
+    track(tracker, frames[:3])
+    state, clones = tracker.memory, [x.clone() for x in tracker.memory]
+    track(tracker, frames[3:])
+    assert all(torch.equal(x, clone) for x, clone in zip(state, clones, strict=True))
