@@ -301,6 +301,14 @@ def test_a_session_opened_again_resumes_from_the_nearest_user_mask(begin, tmp_pa
         np.testing.assert_array_equal(later.mask(step), whole.mask(step))
 
 
+def test_an_empty_user_mask_without_an_earlier_one_is_no_start(begin):
+    session = begin()
+    session.editor.set_mask(6, truth(6))
+    session.editor.set_mask(4, 0 * truth(4))
+    session.segment_from(4, "backward")
+    assert "contains no object" in finished(session)["error"]
+
+
 @pytest.mark.slow
 def test_where_no_user_mask_is_near_the_predicted_mask_is_a_reference(begin, monkeypatch):
     session, references = begin(), []
