@@ -431,6 +431,9 @@ def _check_evaluation(args) -> None:
 def _export(add) -> None:
     add("--export_dir", metavar="DIR", type=Path, default=lite.DEFAULT, metadata=False,
         help="folder for the graphs that lite.py runs without PyTorch (default: models/lite)")
+    add("--browser", metavar="DIR", type=Path, metadata=False,
+        help="instead, write a page that tracks objects in a browser, with weights of 16 bits; "
+             "needs onnxruntime-web from npm (docs/browser.md)")
     add("--eight_bit", action="store_true", metadata=False,
         help="store weights in 8 bits: a third of the size, at the same speed")
 

@@ -28,24 +28,27 @@ from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
+CONTRACT = "contract.md"  # the table of docs/lite.md
+# Shapes of tensors that no graph takes, for the table: ONNX has made-up names for their axes
+RETURNED = {"logits (step)": "n, h0, w0", "scores": "n, h, w", "logits (show)": "Y/2, X/2"}
 OPSET = 18  # version of the ONNX operators; newer ones need a newer onnxruntime
 TRACED_SHAPE = 6, 10  # (h, w) of the traced frame: small, to trace quickly; other sizes work, too
 # Largest difference allowed between the probabilities of the export and of PyTorch, on noise
 TOLERANCE = 0.01
-# Mean difference allowed with 8-bit weights; not the largest one, as single pixels of noise change
-# by 0.2. The shipped checkpoint has 0.017, weights of 4 bits have 0.2, and one scale for all
-# channels of a layer 0.09.
-TOLERANCE_8_BITS = 0.04
+# Mean differences allowed with weights of fewer bits; not the largest one, as single pixels of
+# noise change by 0.2. The shipped checkpoint has 0.002 with 16 bits and 0.017 with 8; 4 bits have
+# 0.2, and 8 bits with one scale for all channels of a layer 0.09.
+MEAN_TOLERANCES = {16: 0.01, 8: 0.04}
 
 
 @torch.no_grad()
-def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
+def export(model: VideoMatch, folder: Path, bits: int = 32) -> None:
     """Export a model, and check that the export computes what PyTorch does.
 
     Args:
         model: with folded BatchNorm, on the CPU.
         folder: to write the graphs and the JSON file to.
-        small: store weights in 8 bits.
+        bits: per stored weight: 8, 16 or 32.
 
     Raises:
         ValueError: the model is not of method "memory", a package is missing, or results of the
@@ -62,8 +65,8 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
     written = {}
     for name, (graph, inputs, outputs) in _graphs(model).items():
         content = _trace(graph, inputs, outputs)
-        if small:
-            content = quantize.rounded(content)
+        if bits < 32:
+            content = quantize.rounded(content, bits)
         onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
         files.write(folder / f"{name}.onnx", content)
         written[name] = hashlib.sha256(content).hexdigest()
@@ -72,20 +75,53 @@ def export(model: VideoMatch, folder: Path, small: bool = False) -> None:
         "config": model.configuration(),
         "network": {"stride": model.encoder.spec.stride, "zoom": model.zoom,
                     "mean": preprocess.IMAGENET_MEAN, "std": preprocess.IMAGENET_STD,
-                    "dilation": model.dilation, "widths": model.reader.widths,
+                    "dilation": model.dilation, "widths": model.reader.widths._asdict(),
                     "edges": model.edges, "shown": model.prompts is not None},
         "graphs": written}, indent=1))
+    files.write(folder / CONTRACT, contract(folder, list(written)))
     most, mean = _differences(model, lite.load(folder))
     model.precision = precision
     log.info("probabilities of the export and PyTorch differ by at most %.1e, on average %.1e",
              most, mean)
-    if small and not mean < TOLERANCE_8_BITS:
-        raise ValueError("-m export --eight_bit: the export's probabilities differ from PyTorch's "
-                         f"by {mean:.2g} on average, expected less than {TOLERANCE_8_BITS}: these "
-                         "weights can't be rounded to 8 bits, export without --eight_bit")
-    if not small and not most < TOLERANCE:
+    if bits < 32 and not mean < MEAN_TOLERANCES[bits]:
+        raise ValueError(f"-m export: with weights of {bits} bits probabilities differ from "
+                         f"PyTorch's by {mean:.2g} on average, expected less than "
+                         f"{MEAN_TOLERANCES[bits]}: export these weights with more bits, without "
+                         "--eight_bit or --browser")
+    if bits == 32 and not most < TOLERANCE:
         raise ValueError(f"-m export: the export's probabilities differ from PyTorch's by {most}, "
                          f"expected less than {TOLERANCE}")
+
+
+def contract(folder: Path, names: list[str]) -> str:
+    """A Markdown table of the tensors of an export: type, shape, the graphs that use and return it.
+
+    Args:
+        names: of the graphs.
+    """
+    onnx = lite.package("onnx")
+    users: dict[str, tuple[list[str], list[str]]] = {}  # graphs that take and that return a tensor
+    kinds = {}
+    for graph in names:
+        loaded = onnx.load(folder / f"{graph}.onnx").graph
+        for role, values in enumerate((loaded.input, loaded.output)):
+            for value in values:
+                name, tensor = value.name.removeprefix(NEXT), value.type.tensor_type
+                if name == "logits":  # two graphs return some, of different shapes
+                    name = f"logits ({graph})"
+                users.setdefault(name, ([], []))[role].append(
+                    f"{graph}*" if value.name.startswith(NEXT) else graph)
+                shape = ", ".join(side.dim_param or str(side.dim_value)
+                                  for side in tensor.shape.dim)
+                if not role or name in RETURNED:
+                    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+                    kinds[name] = f"{kind} | ({RETURNED.get(name, shape)})"
+    order = {name: i for i, name in enumerate((*State._fields, *graphs.SEEN))}
+    lines = ["| tensor | type | shape | input of | output of |", "|---|---|---|---|---|"]
+    for name in sorted(users, key=lambda name: order.get(name, len(order))):
+        lines.append(" | ".join((f"| `{name}`", kinds[name], *(
+            ", ".join(listed) or "–" for listed in users[name]))) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], list[str]]]:
@@ -133,7 +169,7 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
 
 def _trace(graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> bytes:
     """Trace a graph to a serialized ONNX model whose sizes vary as `graphs.AXES` says."""
-    axes = {name: {axis: f"{letter}{name}" if name.startswith("level") else letter for axis, letter
+    axes = {name: {axis: letter + name[5:] if name.startswith("level") else letter for axis, letter
                    in enumerate(graphs.AXES.get(name, "..hw")) if letter != "."}
             for name in inputs}
     content = io.BytesIO()

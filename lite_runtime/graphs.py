@@ -16,8 +16,10 @@ from network.state import Features, State
 SEEN = ("unit", "key", "near", "shared")  # fields of `Features`, before its levels
 # Dynamic axes of each tensor, one letter per axis: f reference frames, r their views, m members of
 # their rows, s members of a long-term memory frame's rows, g groups, o objects and their union, n
-# objects and background, h, w locations, c all locations, y, x mask pixels, v views of a frame. A
-# dot is an axis of fixed size. An axis that is missing here would be frozen at the traced size.
+# objects and background, h, w locations, c all locations, y, x mask pixels, v views of a frame,
+# Y, X pixels, k, l locations of the finest level that prompts use, p, q positive and negative
+# points, P, Q the same at that level. A dot is an axis of fixed size. An axis that is missing here
+# would be frozen at the traced size.
 AXES = {
     "reference_keys": "fmg.", "reference_valid": "fmg", "reference_values": "fmgo.",
     "reference_rows": "fmg", "reference_shared": "r.hw", "reference_masks": "rnyx",
@@ -28,7 +30,7 @@ AXES = {
     "memory_squares": "..", "memory_labels": ".n", "memory_tokens": "n.", "linear": ".n",
     "tokens": "n.", "frames": "", "memories": "", "unit": ".c.", "key": "vc.", "near": ".hw.",
     "shared": "v.hw", "masks": "vnyx", "labels": "vhw", "probabilities": "nYX", "image": "..YX",
-    "known": "..yx", "points": "1", "not_points": "2", "fine_points": "3", "fine_not_points": "4"}
+    "known": "..kl", "points": "p", "not_points": "q", "fine_points": "P", "fine_not_points": "Q"}
 
 
 class Graph(nn.Module):

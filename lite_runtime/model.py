@@ -38,10 +38,10 @@ class LiteVideoMatch:
     inference = nullcontext
 
     def __init__(self, run: Run, stride: int, zoom: float, dilation: int, mean: list[float],
-                 std: list[float], shown: bool, edges: bool, widths: list[int]):
+                 std: list[float], shown: bool, edges: bool, widths: dict[str, int]):
         self.run, self.stride, self.zoom, self.dilation = run, stride, zoom, dilation
         self.mean, self.std = np.float32(mean), np.float32(std)
-        self.shown, self.edges, self.widths = shown, edges, Widths(*widths)
+        self.shown, self.edges, self.widths = shown, edges, Widths(**widths)
         self.side = self.widths.side
 
     def normalized(self, image: np.ndarray) -> np.ndarray:

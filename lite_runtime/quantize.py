@@ -1,6 +1,6 @@
-"""Store the weights of an export in 8 bits instead of 32: `-m export --eight_bit`.
+"""Store the weights of an export in 8 or 16 bits instead of 32: `--eight_bit`, `--browser`.
 
-Weights only: onnxruntime dequantizes them and computes in float32, so this saves disk space, and
+Weights only: onnxruntime restores float32 and computes with it, so this saves disk space, and
 downloads, but no arithmetic.
 """
 
@@ -13,14 +13,15 @@ import lite
 LEAST = 1024
 
 
-def rounded(content: bytes) -> bytes:
-    """Quantize a graph's convolution and matrix weights, with one scale per output channel.
+def rounded(content: bytes, bits: int) -> bytes:
+    """Round a graph's convolution and matrix weights.
 
     Args:
         content: a serialized ONNX model.
+        bits: 8, with one scale per output channel, or 16, as float16.
 
     Returns:
-        The serialized model in which DequantizeLinear nodes restore float32 weights.
+        The serialized model, in which nodes restore float32 weights.
 
     Raises:
         ValueError: the package onnx is missing.
@@ -37,13 +38,16 @@ def rounded(content: bytes) -> bytes:
         if tensor.name not in axes or values.size < LEAST or values.dtype != np.float32:
             continue
         axis = axes[tensor.name] % values.ndim
-        whole, scales = quantized(values, axis)
         graph.initializer.remove(tensor)
-        graph.initializer.extend([onnx.numpy_helper.from_array(whole, f"{tensor.name}.whole"),
-                                  onnx.numpy_helper.from_array(scales, f"{tensor.name}.scale")])
-        nodes.append(onnx.helper.make_node(
-            "DequantizeLinear", [f"{tensor.name}.whole", f"{tensor.name}.scale"], [tensor.name],
-            axis=axis))
+        if bits == 16:
+            stored = {"half": values.astype(np.float16)}
+            operator, attributes = "Cast", {"to": onnx.TensorProto.FLOAT}
+        else:
+            stored = dict(zip(("whole", "scale"), quantized(values, axis)))
+            operator, attributes = "DequantizeLinear", {"axis": axis}
+        names = [f"{tensor.name}.{part}" for part in stored]
+        graph.initializer.extend(map(onnx.numpy_helper.from_array, stored.values(), names))
+        nodes.append(onnx.helper.make_node(operator, names, [tensor.name], **attributes))
     others = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *others])  # ONNX wants nodes in topological order

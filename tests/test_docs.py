@@ -18,9 +18,10 @@ from conftest import ROOT, draw_frame, write_list, write_sequence
 from PIL import Image
 from torchvision import models
 
+from benchmarks import browser as browser_bench
 from benchmarks import runtimes, video
 from datasets import demo, download
-from lite_runtime import export
+from lite_runtime import browser, export
 from media import live as media_live
 from tracking import prompting
 from training import prompt_training as train_prompts
@@ -100,6 +101,13 @@ def folder(tmp_path, monkeypatch, exported):
     monkeypatch.setattr(media_live, "RETURN", 0)
     monkeypatch.setattr(runtimes, "measure_runtime", lambda *_: {
         "seconds": 0.1, "first": 1.0, "peak_bytes": None, "precision": "float32"})
+    monkeypatch.setattr(browser_bench, "measure", lambda _, __, rows, threads: {
+        "rows": rows, "threads": threads, "load": 1.0, "prompt": 1.0, "seconds": 0.1})
+    monkeypatch.setattr(browser, "RUNTIME", tmp_path / "dist")  # npm may be missing
+    (tmp_path / "dist").mkdir()
+    for names in browser.FLAVOURS.values():
+        for name in names:
+            (tmp_path / "dist" / name).touch()
     monkeypatch.setattr(page, "serve", lambda *_: None)
     monkeypatch.setattr(download, "download", lambda folder, year: folder.mkdir(exist_ok=True))
     monkeypatch.setattr(plt, "show", lambda: None)

@@ -19,6 +19,7 @@ RANKS = [
     {"training"},
     {"evaluate"},
     {"outputs"},
+    {"lite_runtime.browser"},
     {"lite_runtime.export"},
     {"lite_runtime.quantize"},
     {"lite"},

@@ -288,7 +288,7 @@ def damaged(folder, what, tmp_path):
 
 @pytest.mark.parametrize("what, message", [
     ("truncated", r"step\.onnx: damaged"), ("missing", r"step\.onnx: no such file"),
-    ("version", "format 99, expected 3: export again"), ("no json", "not an export"),
+    ("version", f"format 99, expected {lite.FORMAT}: export again"), ("no json", "not an export"),
     ("other json", "not an export")])
 def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
     folder = damaged(exported, what, tmp_path)
@@ -366,8 +366,12 @@ def test_an_export_of_8_bits_that_computes_something_else_is_refused(exact, tmp_
         return whole, scales[::-1].copy()
 
     monkeypatch.setattr(quantize, "quantized", reversed_scales)
-    with pytest.raises(ValueError, match="--eight_bit.*differ"):
-        export.export(exact, tmp_path, small=True)
+    with pytest.raises(ValueError, match="weights of 8 bits.*differ"):
+        export.export(exact, tmp_path, bits=8)
+
+
+def test_the_docs_have_the_contract_of_the_export(exported):
+    assert (exported / export.CONTRACT).read_text() in (ROOT / "docs/lite.md").read_text()
 
 
 def test_no_pooling_is_exported_that_older_onnxruntimes_compute_otherwise(exported):

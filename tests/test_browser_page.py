@@ -1,0 +1,275 @@
+"""The page of `-m export --browser` in Chromium, and its loop in Node, find PyTorch's masks."""
+
+import io
+import itertools
+import re
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, draw_frame, overlap, truth
+from PIL import Image
+
+import main
+import preprocess
+from benchmarks import browser as benchmark
+from datasets import demo
+from lite_runtime import browser
+from masks.read import read_mask
+from media import images
+from media.prompts import Prompts
+from network import evidence, outliers, state, views
+from tracking import prompting
+from tracking.tracker import Tracker
+from videomatch import SHIPPED, VideoMatch
+
+# .ci/run installs all of these
+NEEDED = [name for name in ("chromium", "chromedriver", "node") if not shutil.which(name)]
+if not browser.RUNTIME.is_dir() or not (browser.PAGE / "node_modules/onnxruntime-node").is_dir():
+    NEEDED.append("npm ci --ignore-scripts --prefix examples/browser")
+ROWS = 240  # of the frames that the network sees
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The shipped checkpoint in float32."""
+    return VideoMatch.load(SHIPPED["mobilenet"]).for_inference("fp32")
+
+
+@pytest.fixture(scope="module")
+def tools():
+    if NEEDED:
+        pytest.skip(f"missing: {', '.join(NEEDED)}")
+
+
+@pytest.fixture(scope="module")
+def site(tools, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    assert main.main(["-m", "export", "--browser", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def page(site, tmp_path):
+    """The page on one thread, as tests run on few cores."""
+    with benchmark.serve(site) as address, \
+            benchmark.Page(f"{address}?backend=wasm&threads=1", tmp_path) as page:
+        page.wait("app.backend", "the network")
+        page.driver.execute_script(f"document.getElementById('size').value = {ROWS}")
+        yield page
+        assert not [entry for entry in page.driver.get_log("browser")
+                    if entry["level"] == "SEVERE"]
+
+
+def masks_of(page) -> dict[int, np.ndarray]:
+    """The page's masks by frame."""
+    width, height = page.ask("[app.clip.width, app.clip.height]")
+    runs = page.ask("[...app.masks].map(([i, mask]) => [i, [...mask.runs]])")
+    return {i: np.repeat(run[::2], run[1::2]).reshape(height, width) for i, run in runs}
+
+
+def pytorch_masks(model, frames, first: np.ndarray) -> list[np.ndarray]:
+    """The masks of `main.py -m segment` at ROWS."""
+    tracker, masks = Tracker(model), []
+    for i, image in enumerate(frames):
+        step = tracker.step(preprocess.to_tensor(images.scaled(image, ROWS)), None if i else first)
+        masks.append(step.mask_at(image.shape[:2], tracker.threshold) if i else first)
+    return masks
+
+
+def assert_equal_from_a_box(page, model, frames):
+    """The page's masks after a box in the first frame are those of PyTorch after the same box."""
+    page.track()
+    found, (box,) = masks_of(page), page.ask("app.edits.get('0 1').boxes")
+    first = prompting.predict_masks(model, frames[0], [Prompts([tuple(box)])])
+    expected = pytorch_masks(model, frames, first)
+    assert sorted(found) == list(range(len(frames)))
+    overlaps = [overlap(found[i] == 1, mask == 1) for i, mask in enumerate(expected)]
+    assert min(overlaps) >= 0.99, overlaps
+
+
+@pytest.mark.slow
+def test_masks_of_the_demo_are_those_of_pytorch(page, site, exact):
+    page.open_demo()
+    page.draw_box(*benchmark.BOX)
+    frames = [images.read_image(path) for path in sorted((site / "demo").glob("*.jpg"))]
+    assert_equal_from_a_box(page, exact, frames)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blackswan", "libby"])
+def test_masks_on_davis_are_those_of_pytorch(name, page, exact, davis_dir):
+    paths = sorted((davis_dir / "JPEGImages/480p" / name).glob("*.jpg"))[:20]
+    box = cv2.boundingRect((read_mask(davis_dir / "Annotations/480p" / name / "00000.png") > 0)
+                           .astype(np.uint8))
+    page.open_frames(paths)
+    page.draw_box(*box)
+    assert_equal_from_a_box(page, exact, [images.read_image(path) for path in paths])
+
+
+@pytest.mark.slow
+def test_a_clip_is_cut_out_corrected_and_saved(page, tmp_path):
+    """A second object is added at frame 4."""
+    frames, truths = zip(*(draw_frame(step, (1, 2)) for step in range(8)))
+    truths = [mask.repeat(2, 0).repeat(2, 1) for mask in truths]
+    paths = [tmp_path / f"{i:05d}.png" for i in range(8)]
+    for path, image in zip(paths, frames):
+        Image.fromarray(image.repeat(2, 0).repeat(2, 1)).save(path)
+    page.open_frames(paths)
+    assert page.find("#track").get_attribute("disabled") and not page.find("#zip").is_enabled()
+    page.draw_box(14, 10, 44, 36)
+    assert overlap(masks_of(page)[0] == 1, truths[0] == 1) > 0.8
+    page.track()
+    before = masks_of(page)
+    assert all(overlap(before[i] == 1, truths[i] == 1) > 0.6 for i in range(8))
+
+    page.driver.execute_script("const line = document.getElementById('timeline');"
+                               "line.value = 4; line.oninput()")
+    page.wait("app.view === 4")
+    page.click("#add")
+    page.draw_box(44, 48, 48, 40)
+    page.draw((140, 20), alt=True)
+    assert len(page.ask("app.edits.get('4 2').notPoints")) == 1
+    assert page.find("#track").text == "Track from frame 4"
+    corrected = masks_of(page)[4]
+    assert overlap(corrected == 2, truths[4] == 2) > 0.6
+    page.track()
+    after = masks_of(page)
+    assert all((after[i] == before[i]).all() for i in range(4)), "earlier frames stay"
+    np.testing.assert_array_equal(after[4], corrected)
+    for i in range(5, 8):
+        assert all(overlap(after[i] == k, truths[i] == k) > 0.6 for k in (1, 2)), i
+
+    page.click("#zip")
+    page.idle()
+    page.click("#webm")
+    page.idle()
+    masks, cutout = tmp_path / "frames_masks.zip", tmp_path / "frames_cutout.webm"
+    assert page.find("#status").text == f"Saved {cutout.name}"
+    while not (masks.is_file() and cutout.is_file()):
+        time.sleep(0.1)
+    with zipfile.ZipFile(masks) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"{i:05d}.png" for i in range(8)]
+        for i, name in enumerate(archive.namelist()):
+            with Image.open(io.BytesIO(archive.read(name))) as image:
+                assert image.mode == "P" and image.getpalette()[3:6] == [128, 0, 0]
+                np.testing.assert_array_equal(np.array(image), after[i])
+    with av.open(str(cutout)) as container:
+        assert container.streams.video[0].metadata["alpha_mode"] == "1"
+        assert sum(1 for _ in container.decode(video=0)) == 8
+
+
+@pytest.mark.slow
+def test_prompts_are_taken_back(page, clip):
+    page.open_frames(sorted(clip.glob("*.png"))[:2])
+    page.draw_box(14, 10, 44, 36)
+    first = masks_of(page)[0]
+    page.draw((20, 14), alt=True)
+    assert page.ask("app.edits.get('0 1').actions.length") == 2
+    page.click("#undo")
+    page.idle()
+    np.testing.assert_array_equal(masks_of(page)[0], first)
+    page.click("#undo")
+    page.idle()
+    assert not masks_of(page) and not page.find("#undo").is_enabled()
+
+
+@pytest.mark.slow
+def test_a_video_file_has_all_its_frames(page, clip, tmp_path):
+    path = tmp_path / "my clip.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("vp9", rate=10, width=160, height=96, pix_fmt="yuv420p")
+        for i in range(12):
+            frame = av.VideoFrame.from_image(Image.open(clip / f"{i:05d}.png"))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    page.find("#video").send_keys(str(path))
+    page.wait("app.clip && app.frame")
+    page.idle()
+    assert page.ask("[app.clip.count, app.clip.fps]") == [12, 10]
+    page.draw_box(14, 10, 44, 36)
+    page.track()
+    found = masks_of(page)
+    assert all(overlap(found[i] == 1, truth(i) == 1) > 0.6 for i in range(12))
+    page.find("#video").send_keys(str(clip / "00000.png"))
+    end = time.monotonic() + 20
+    while "can't read it" not in page.find("#problem").text:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    page.driver.get_log("browser")  # has that error, too
+
+
+@pytest.mark.slow
+def test_a_plain_server_means_one_thread_and_nothing_leaves(site, tmp_path):
+    with benchmark.serve(site, isolated=False) as address, \
+            benchmark.Page(address, tmp_path) as page:
+        page.wait("app.backend", "the network")
+        text = page.find("#runtime").text
+        assert text == "WebAssembly, 1 thread (page not cross-origin isolated)"
+        elsewhere = address.replace("127.0.0.1", "localhost")
+        assert page.driver.execute_async_script(
+            "const [url, done] = arguments; fetch(url).then(() => done('sent'),"
+            "error => done(String(error)))", elsewhere).startswith("TypeError")
+
+
+@pytest.mark.slow
+def test_threads_where_the_page_is_isolated(site, tmp_path):
+    with benchmark.serve(site) as address, \
+            benchmark.Page(f"{address}?backend=wasm&threads=2", tmp_path) as page:
+        page.wait("app.backend", "the network")
+        assert page.find("#runtime").text == "WebAssembly, 2 threads"
+
+
+@pytest.mark.slow
+def test_the_folder_is_small(site, capsys):
+    """Without the runtime, whose files alone have 14 MB."""
+    paths = [path for path in site.rglob("*") if path.is_file() and path.parent.name != "ort"]
+    assert sum(path.stat().st_size for path in paths) < 12e6
+
+
+@pytest.mark.slow
+def test_a_missing_runtime_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(browser, "RUNTIME", tmp_path / "nowhere")
+    assert main.main(["-m", "export", "--browser", str(tmp_path / "site")]) == 2
+    assert "expected onnxruntime-web: npm ci" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_node_finds_the_same(exact, site, tmp_path):
+    """Two objects; the sixth frame is remembered for long."""
+    frames, truths = zip(*itertools.islice(demo.draw(demo.SCENES["val"]["meeting"]), 8))
+    (tmp_path / "frames").mkdir()
+    for i, image in enumerate(frames):
+        Image.fromarray(image).save(tmp_path / "frames" / f"{i:05d}.ppm")
+    Image.fromarray(truths[0]).save(tmp_path / "first.pgm")
+    command = ["node", ROOT / "examples/browser/track.mjs", site / "network", tmp_path / "frames",
+               tmp_path / "first.pgm", tmp_path / "out", str(ROWS)]
+    subprocess.run(command, check=True, capture_output=True)
+    for i, mask in enumerate(pytorch_masks(exact, frames, truths[0])):
+        found = np.array(Image.open(tmp_path / "out" / f"{i:05d}.pgm"))
+        for object_id in (1, 2):
+            assert overlap(found == object_id, mask == object_id) >= 0.99, (i, object_id)
+    done = subprocess.run(command[:4], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: node track.mjs EXPORT" in done.stderr
+
+
+def test_the_scripts_are_short_and_have_the_constants_of_python():
+    lines = {name: (browser.PAGE / name).read_text().splitlines()
+             for name in ("loop.js", "picture.js", "prompts.js", "track.mjs")}
+    assert len(lines["loop.js"]) <= 150 and len(lines["track.mjs"]) < 100
+    text = "\n".join(line for part in lines.values() for line in part)
+    constants = dict(re.findall(r"\b([A-Z][A-Z_]+) = ([\d.e*-][\d.e* -]*|\[[\d., ]+\])[,;]", text))
+    python = {name: getattr(module, name) for module in (
+        state, outliers, views, evidence, prompting, images)
+        for name in constants if hasattr(module, name)}
+    python |= {"THRESHOLD": 0.5, "MAPS": evidence.BOX + evidence.CLICKS + evidence.MASK}
+    assert {"MEM_EVERY", "CLOSER", "REACH_ALONE", "CROP_AREA", "NEAR", "ENLARGED"} <= set(constants)
+    for name, value in constants.items():
+        assert np.allclose(eval(value), python[name]), name
