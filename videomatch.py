@@ -348,7 +348,7 @@ class VideoMatch(Checkpointed):
                                align_corners=False)
         return logits.softmax(1)[0]
 
-    def update_online(self, sets: Sets, features: Features, before: torch.Tensor,
+    def online_update(self, sets: Sets, features: Features, before: torch.Tensor,
                       after: torch.Tensor) -> Sets:
         """Add the confident features of a frame to the sets (the paper's online update).
 

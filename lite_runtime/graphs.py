@@ -101,7 +101,7 @@ class Show(nn.Module):
         Args:
             image: (1, 3, H, W) normalised; sides are multiples of the coarsest level's stride.
             unit, levels: the image's outputs of `Encode`.
-            known, points, ...: see `PromptDecoder.decode`.
+            known, points, ...: see `PromptDecoder.decode`; not_points are negative points.
         """
         levels = levels[int(self.edges):]  # prompts don't use the level of stride 2
         coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])

@@ -62,7 +62,7 @@ class LiteVideoMatch:
         shapes = features.near.shape[1:3], features.levels[int(self.edges)].shape[2:]
         names = "points", "not_points", "fine_points", "fine_not_points"
         clicks = [clicked(points, size, shape) for shape in shapes
-                  for points in (prompts.points, prompts.not_points)]
+                  for points in (prompts.points, prompts.negative_points)]
         return self.run("show", image=image, known=evidence(prompts, size, shapes[1])[None],
                         **dict(zip(names, clicks)), **_named(features))["logits"]
 

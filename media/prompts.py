@@ -12,13 +12,13 @@ class Prompts:
     Args:
         boxes: around the object or its parts; x, y of the upper left corner, width, height.
         points: x, y of positive points, on the object.
-        not_points: x, y of negative points, not on the object.
+        negative_points: x, y of negative points, not on the object.
         mask: (H, W) bool, the current mask; None if there is none yet.
     """
 
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     points: list[tuple[float, float]] = field(default_factory=list)
-    not_points: list[tuple[float, float]] = field(default_factory=list)
+    negative_points: list[tuple[float, float]] = field(default_factory=list)
     mask: np.ndarray | None = None
 
     def extended(self, box: tuple[float, float, float, float] | None,
@@ -28,7 +28,7 @@ class Prompts:
             return Prompts([box])
         if positive:
             return replace(self, points=[*self.points, point])
-        return replace(self, not_points=[*self.not_points, point])
+        return replace(self, negative_points=[*self.negative_points, point])
 
     def cropped(self, crop: tuple[slice, slice], shape: tuple[int, int]) -> "Prompts":
         """Return the prompts in the coordinates of a cropped and resized frame.
@@ -48,4 +48,4 @@ class Prompts:
         boxes = [((x - columns.start) * wide, (y - rows.start) * tall, w * wide, h * tall)
                  for x, y, w, h in self.boxes]
         mask = None if self.mask is None else self.mask[crop]
-        return Prompts(boxes, move(self.points), move(self.not_points), mask)
+        return Prompts(boxes, move(self.points), move(self.negative_points), mask)

@@ -38,7 +38,7 @@ def evidence(prompts: Prompts, size: tuple[int, int], shape: tuple[int, int]) ->
         maps[0] = 1
         maps[2:BOX] = _depths(prompts.boxes, x, y)
         maps[1] = maps[2:BOX].min(0) >= 0
-    for i, points in enumerate((prompts.points, prompts.not_points)):
+    for i, points in enumerate((prompts.points, prompts.negative_points)):
         distance = _distance(points, x, y)
         maps[BOX + 2 * i] = np.exp(-0.5 * (distance / NEAR) ** 2)
         maps[BOX + 2 * i + 1] = np.exp(-distance / FAR)

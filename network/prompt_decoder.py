@@ -125,7 +125,7 @@ class PromptDecoder(nn.Module):
         size, device = tuple(features.image.shape[-2:]), features.image.device
         maps = torch.from_numpy(evidence(prompts, size, tuple(features.levels[0].shape[-2:])))
         clicks = [torch.from_numpy(clicked(points, size, tuple(unit.shape[-2:]))).to(device)
-                  for unit in features.unit for points in (prompts.points, prompts.not_points)]
+                  for unit in features.unit for points in (prompts.points, prompts.negative_points)]
         return self.decode(features, maps[None].to(device), clicks)
 
     def decode(self, features: PromptFeatures, maps: torch.Tensor,

@@ -40,7 +40,7 @@ def draw_frame(step: int, ids: tuple[int, ...] = (1,)) -> tuple[np.ndarray, np.n
 
 def write_sequence(root: Path, name: str, frames: int = 6, ids: tuple[int, ...] = (1,),
                    value: int | None = 255) -> None:
-    """JPEGs and grey PNG masks; `value` replaces every id, None keeps the ids."""
+    """Write JPEG frames and grey PNG masks; `value` replaces every id, None keeps the ids."""
     images, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
     images.mkdir(parents=True)
     masks.mkdir(parents=True)
@@ -121,7 +121,7 @@ def paused_run(folder: Path, arguments):
 
 @contextmanager
 def held(folder: Path, stem: str = ""):
-    """Another process holds a folder, as `media.files.lock_folder` does it."""
+    """Lock a folder from another process with `media.files.lock_folder`."""
     code = ("import pathlib, sys; sys.path.insert(0, sys.argv[1])\n"
             "from media.files import lock_folder\n"
             "with lock_folder(pathlib.Path(sys.argv[2]), sys.argv[3]): print(flush=True); input()")
@@ -145,7 +145,7 @@ sys.exit(main.main(sys.argv[2:]))
 
 
 def content(folder):
-    """Every file of a results folder, without what tells how long it took."""
+    """Contents of all files of a results folder, without run times."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -191,7 +191,7 @@ def model() -> VideoMatch:
 
 @pytest.fixture(scope="session")
 def davis_dir() -> Path:
-    """Real DAVIS-2016, where the environment names it."""
+    """The real DAVIS-2016, if DAVIS_DIR is set."""
     path = os.environ.get("DAVIS_DIR")
     if not path:
         pytest.skip("DAVIS_DIR is not set")
@@ -200,7 +200,7 @@ def davis_dir() -> Path:
 
 @pytest.fixture
 def one_thread():
-    """As in the processes that are killed."""
+    """One thread, as in the processes that are killed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -208,7 +208,7 @@ def one_thread():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many tests ran in a real browser, which may be missing."""
+    """Report how many tests ran in a real browser, which may be missing."""
     of = {outcome: sum("test_browser.py::" in report.nodeid for report in reports)
           for outcome, reports in terminalreporter.stats.items()
           if outcome in ("passed", "failed", "skipped")}
@@ -234,17 +234,17 @@ def shipped() -> VideoMatch:
 
 
 def bright(image: np.ndarray, prompts) -> np.ndarray:
-    """What `prompts.prompter` returns of a model, of bright objects: those that are shown."""
+    """A stand-in for a prompter: the prompted ones of the bright objects."""
     _, parts = cv2.connectedComponents((image[..., 0] > 150).astype(np.uint8))
     meant = [parts[y + h // 2, x + w // 2] for x, y, w, h in prompts.boxes]
     meant += [parts[y, x] for x, y in prompts.points]
-    wrong = [parts[y, x] for x, y in prompts.not_points]
+    wrong = [parts[y, x] for x, y in prompts.negative_points]
     return np.isin(parts, list({*meant} - {0, *wrong}))
 
 
 @pytest.fixture
 def begin(clip, shipped, tmp_path):
-    """Starts a session in the test's folder, as often as it is called."""
+    """Start a session in the test's folder with each call."""
     from media.video import open_clip
     from tracking.pipeline import Options
     from webapp.session import Session
@@ -264,7 +264,7 @@ def begin(clip, shipped, tmp_path):
 
 @pytest.fixture
 def client(begin):
-    """What a browser of the session `client.session` may send."""
+    """An HTTP client of the session `client.session`."""
     from starlette.testclient import TestClient
 
     from webapp.server import application

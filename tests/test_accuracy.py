@@ -42,14 +42,14 @@ def evaluate(*flags, cwd: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
+def test_the_demo_is_segmented_as_accurately_as_documented(tmp_path):
     scores = evaluate("--demo", cwd=tmp_path)
     assert scores.keys() == {"stroll", "meeting_1", "meeting_2", "hiding", "hills"}
     assert min(scores.values()) >= DEMO_JF, scores
 
 
 @pytest.mark.slow
-def test_two_sequences_of_davis_as_documented(davis_dir, tmp_path):
+def test_two_davis_sequences_score_as_documented(davis_dir, tmp_path):
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     documented = {name: float(re.search(rf"^\| {name} \| ([\d.]+) \|", text, re.MULTILINE)[1])
                   for name in ("blackswan", "drift-straight")}
@@ -57,8 +57,8 @@ def test_two_sequences_of_davis_as_documented(davis_dir, tmp_path):
     assert scores == pytest.approx(documented, abs=DOCS_TOLERANCE)
 
 
-def test_boxes_on_the_demo(shipped):
-    """Masks of the first frames' objects from their true bounding boxes."""
+def test_box_prompts_on_the_demo_give_accurate_masks(shipped):
+    """The prompts are the true bounding boxes in the first frames."""
     prompt, scores = prompting.make_prompter(shipped), {}
     for name, scene in demo.SCENES["val"].items():
         image, mask = next(demo.draw(scene))

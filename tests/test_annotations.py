@@ -53,7 +53,7 @@ def ring(shape=(96, 160)):
 
 
 @given(SMALL)
-def test_run_lengths_are_cocos(mask):
+def test_run_lengths_match_coco(mask):
     coco = pytest.importorskip("pycocotools.mask")
     runs = run_lengths.encode(mask)
     height, width = mask.shape
@@ -65,7 +65,7 @@ def test_run_lengths_are_cocos(mask):
 
 
 @given(st.lists(st.integers(0, 2**21), min_size=1, max_size=12))
-def test_long_runs_are_cocos(runs):
+def test_long_run_lengths_match_coco(runs):
     coco = pytest.importorskip("pycocotools.mask")
     size = [1, sum(runs)]
     code = coco.frPyObjects({"size": size, "counts": runs}, *size)
@@ -79,7 +79,7 @@ def test_damaged_run_lengths_are_refused(text):
         run_lengths.decode(run_lengths.decompress(text), (2, 2))
 
 
-def test_a_coco_file_is_read_by_its_own_code(tmp_path):
+def test_pycocotools_reads_the_coco_file(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
     with CocoSink(tmp_path / "a.json", Numbered(tmp_path), {7: "cat"}) as sink:
         for index in (2, 1, 0, 3):  # as they come where the first mask is of frame 2
@@ -103,7 +103,7 @@ def test_a_coco_file_is_read_by_its_own_code(tmp_path):
     assert found.getAnnIds(catIds=found.getCatIds(catNms=["cat"])) == [2, 4, 6]
 
 
-def test_frames_of_a_video_are_called_as_ffmpeg_writes_them(tmp_path):
+def test_video_frames_are_named_as_ffmpeg_extracts_them(tmp_path):
     with CocoSink(tmp_path / "a.json", Video(tmp_path / "clip.mp4")) as sink:
         sink.write(frame(12, squares()))
     found = json.loads((tmp_path / "a.json").read_text())
@@ -112,7 +112,7 @@ def test_frames_of_a_video_are_called_as_ffmpeg_writes_them(tmp_path):
 
 
 @pytest.mark.parametrize("kind, name", [(CocoSink, "a.json"), (YoloSink, "labels")])
-def test_nothing_whole_is_left_by_a_run_that_failed(kind, name, tmp_path):
+def test_a_failed_run_leaves_no_finished_file(kind, name, tmp_path):
     with pytest.raises(OSError), kind(tmp_path / name, Video(tmp_path / "clip.mp4")) as sink:
         sink.write(frame(0, squares()))
         raise OSError
@@ -120,7 +120,7 @@ def test_nothing_whole_is_left_by_a_run_that_failed(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize("kind, name", [(CocoSink, "a.json"), (YoloSink, "labels")])
-def test_the_length_of_a_clip_costs_no_memory(kind, name, tmp_path):
+def test_memory_does_not_grow_with_the_clip_length(kind, name, tmp_path):
     ragged = np.random.default_rng(0).random((64, 64)) > 0.5
     ragged = frame(0, cv2.morphologyEx(ragged.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3))))
     tracemalloc.start()
@@ -135,7 +135,7 @@ def test_the_length_of_a_clip_costs_no_memory(kind, name, tmp_path):
 
 
 def ultralytics(path, shape):
-    """Class and mask of each line of a label file, as Ultralytics' documented reader has them.
+    """Class and mask of each line of a label file, read as Ultralytics documents it.
 
     A row is a class and pairs of x and y in [0, 1]; a row of five values would be a box. Polygons
     are filled at whole pixels. Identical rows would be dropped, and so is not a second one.
@@ -153,7 +153,7 @@ def ultralytics(path, shape):
     return found
 
 
-def test_yolo_labels_are_one_line_per_object(tmp_path):
+def test_each_object_is_one_line_of_yolo_labels(tmp_path):
     with YoloSink(tmp_path / "labels", Numbered(tmp_path), {1: "dog", 7: "cat: black"}) as sink:
         for index in (1, 0, 3):
             sink.write(frame(index, squares() * (index > 0)))
@@ -174,7 +174,7 @@ def test_yolo_labels_are_one_line_per_object(tmp_path):
 
 
 @given(SMALL.filter(np.any))
-def test_a_polygon_filled_is_the_mask_but_for_slits_between_parts(mask):
+def test_filled_polygons_equal_the_mask_except_for_slits_between_parts(mask):
     points = polygon(mask)
     assert len(points) >= 3 and points.min() >= 0 and points.max() <= 1
     filled = np.zeros(mask.shape, np.uint8)
@@ -184,7 +184,7 @@ def test_a_polygon_filled_is_the_mask_but_for_slits_between_parts(mask):
         np.testing.assert_array_equal(filled > 0, mask)
 
 
-def test_a_hole_stays_a_hole_whatever_the_rule_of_filling():
+def test_a_hole_stays_a_hole_under_either_fill_rule():
     mask = ring()
     mask[46:51, 58:63] = True  # another part, within the hole
     mask[20:24, 58:60] = False  # a second hole

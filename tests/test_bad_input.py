@@ -24,7 +24,7 @@ LIST = "DAVIS/ImageSets/480p/val.txt"
 
 @pytest.fixture
 def folder(tmp_path, model, monkeypatch):
-    """A whole data set, a checkpoint, a clip and its mask, for a case to spoil."""
+    """A valid data set, checkpoint, clip and mask, which each case damages."""
     for name in ("ant", "bee", "dog"):
         write_sequence(tmp_path / "DAVIS", name, frames=4)
     write_list(tmp_path / "DAVIS", "480p", "train", ["ant", "bee"])
@@ -40,7 +40,7 @@ def folder(tmp_path, model, monkeypatch):
 
 
 def run(arguments, capsys):
-    """Exit status and what went to standard error, of main.py with the checkpoint and a folder."""
+    """Run main.py on a folder; returns the exit status and standard error."""
     model = [] if {"-o", "--encoder_weights"} & set(arguments) else ["-o", "vm.pth"]
     mode = arguments[arguments.index("-m") + 1]
     common = {"train": ["-d", "DAVIS"], "segment": ["-j", "out"]}.get(
@@ -144,7 +144,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_bad_data(case, folder, capsys):
+def test_bad_data_gives_one_line_that_names_it(case, folder, capsys):
     spoil, words = DATA[case]
     spoil(folder)
     expect_one_line(["-m", "eval"], words, capsys)
@@ -155,7 +155,7 @@ def test_bad_data(case, folder, capsys):
         assert cv2.imread(str(path), cv2.IMREAD_UNCHANGED).shape[:2] == (48, 80)
 
 
-def test_a_file_that_may_not_be_read(folder, capsys):
+def test_an_unreadable_file_is_named(folder, capsys):
     (folder / FRAME).chmod(0)
     if os.access(folder / FRAME, os.R_OK):
         pytest.skip("this user may read everything")
@@ -163,7 +163,7 @@ def test_a_file_that_may_not_be_read(folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["my dog", "Hündin", "dog's #1 & only", "犬"])
-def test_unusual_names_are_no_fault(name, folder, capsys):
+def test_unusual_file_names_are_accepted(name, folder, capsys):
     write_sequence(folder / "DAVIS", name, frames=4)
     write_list(folder / "DAVIS", "480p", "val", [name])
     assert run(["-m", "eval"], capsys)[0] == 0
@@ -221,7 +221,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_bad_checkpoint(case, folder, capsys):
+def test_a_bad_checkpoint_is_named(case, folder, capsys):
     spoil, words = CHECKPOINTS[case]
     spoil(folder)
     expect_one_line(["-m", "eval"], words, capsys)
@@ -307,7 +307,7 @@ FLAGS = {  # of an evaluation
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_bad_flags(flags, folder, capsys):
+def test_bad_flags_are_named(flags, folder, capsys):
     (folder / "first.txt").write_text("hello")
     (folder / "broken.gif").write_bytes(b"GIF89a")
     (folder / "empty").mkdir()
@@ -324,7 +324,7 @@ def test_bad_flags(flags, folder, capsys):
     assert made in ([], [folder / "out" / ".lock"])
 
 
-def test_a_video_that_ends_early_is_used_as_far_as_it_goes(folder, capsys, caplog):
+def test_a_truncated_video_is_segmented_to_its_last_frame(folder, capsys, caplog):
     video = cv2.VideoWriter("clip.avi", cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 48))
     for i in range(8):
         video.write(draw_frame(i)[0])
@@ -338,7 +338,7 @@ def test_a_video_that_ends_early_is_used_as_far_as_it_goes(folder, capsys, caplo
     assert "clip.avi: ends after" in caplog.text and "declares 8" in caplog.text
 
 
-def test_a_broken_frame_met_by_a_loading_worker(folder, capsys):
+def test_a_broken_frame_in_a_worker_process_is_named(folder, capsys):
     for name in ("ant", "bee"):
         for frame in (folder / "DAVIS/JPEGImages/480p" / name).glob("0000[1-3].jpg"):
             cut(frame, 900)(folder)

@@ -11,7 +11,7 @@ from media import images
 
 
 @pytest.mark.slow
-def test_both_sides_agree_and_the_figures_are_written(tmp_path, monkeypatch, capsys):
+def test_both_implementations_agree_and_results_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["matching", "-en", "mobilenet", "-p", "96", "160", "-uf", "1",
                                      "2", "--repeats", "1", "-c", "cpu",
                                      "--json", str(tmp_path / "b.json")])
@@ -41,7 +41,7 @@ def test_both_scorers_agree(year, davis_2017, tmp_path, monkeypatch, capsys):
     assert "frames per second" in capsys.readouterr().out
 
 
-def test_memory_is_that_of_the_call():
+def test_peak_memory_is_measured_per_call():
     held = []
     peak = common.peak_memory(lambda: held.append(torch.ones(1 << 24).sum().item()),
                              torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The page as a person uses it: in a real browser, on a clip of which the truth is known."""
+"""The annotation page in a real browser, on a clip with known ground truth."""
 
 import os
 import re
@@ -52,7 +52,7 @@ class Server:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=\S{32}", self.address)
 
     def end(self, how=signal.SIGINT):
-        """Returns what it printed to stderr."""
+        """Stop the server and return its stderr."""
         self.process.send_signal(how)
         return self.process.communicate(timeout=PATIENCE)[1]
 
@@ -62,7 +62,7 @@ class Server:
 
 
 class Tab:
-    """A browser with the page open, and the hands to work it."""
+    """A browser with the page open, and methods that operate it."""
 
     def __init__(self, address, profile, *flags):
         from selenium import webdriver
@@ -95,14 +95,14 @@ class Tab:
             time.sleep(0.05)
 
     def log(self):
-        """The errors that the browser tells of."""
+        """Errors logged by the browser."""
         return [entry["message"] for entry in self.driver.get_log("browser")
                 if entry["level"] == "SEVERE"]
 
     # an object is added first, which is a change too, but not yet the answer
     def draw(self, *points, alt=False,
              answered="(frames.get(view.frame)?.version ?? 0) > before"):
-        """Press at the first pixel of the frame, move through the others, let go."""
+        """Press at the first pixel of the frame, move through the others, release."""
         from selenium.webdriver import ActionChains
         from selenium.webdriver.common.keys import Keys
         before, hand = self.ask("clip.version"), self.find("#hand")
@@ -128,7 +128,7 @@ class Tab:
         self.drawn()
 
     def drawn(self):
-        """Wait until the newest mask of the frame is to be seen."""
+        """Wait until the newest mask of the frame is drawn."""
         self.wait("at('stage').dataset.shown === "
                   "`${view.frame} ${frames.get(view.frame)?.version ?? 0}`")
 
@@ -141,7 +141,7 @@ class Tab:
         return np.array(alpha).reshape(height, width) > 0
 
     def run(self, css):
-        """Click on what starts something, and wait for its end."""
+        """Click a button that starts a run, and wait for its end."""
         before = self.ask("clip.run?.number ?? 0")
         self.click(css)
         self.wait(f"clip.run?.number > {before} && !busy()")
@@ -163,7 +163,7 @@ def server(clip, tmp_path):
 
 @pytest.fixture
 def tab(server, tmp_path):
-    """Opens a browser on the page, each with a profile of its own."""
+    """Open the page in a browser with its own profile."""
     tabs = []
 
     def start(address=None, *flags):
@@ -175,7 +175,7 @@ def tab(server, tmp_path):
         one.close()
 
 
-def test_from_a_box_to_a_corrected_cutout(server, tab):
+def test_a_box_is_segmented_corrected_and_exported_as_a_cutout(server, tab):
     page = tab()
     page.draw((8, 6), (40, 30), (66, 52))
     assert overlap(page.seen(), truth(0) > 0) > 0.8, "a box is answered by a mask at once"
@@ -213,7 +213,7 @@ def test_from_a_box_to_a_corrected_cutout(server, tab):
     assert not page.log()
 
 
-def test_an_object_that_left_is_ended(server, tab):
+def test_an_object_that_left_can_be_marked_as_gone(server, tab):
     page = tab()
     page.draw((16, 12), (56, 44))
     page.segment("forward")
@@ -246,7 +246,7 @@ def test_an_object_that_left_is_ended(server, tab):
     assert page.seen().any() and not page.log()
 
 
-def test_a_reload_a_second_tab_and_undo(server, tab):
+def test_reload_second_tab_and_undo_show_the_same_session(server, tab):
     page, other = tab(), tab()
     page.draw((8, 6), (66, 52))
     other.wait("frames.has(0) && clip.objects.length === 1")
@@ -286,7 +286,7 @@ def test_a_kill_loses_nothing(server, tab):
     assert server.process.returncode == 0
 
 
-def test_frames_are_shown_and_found_by_the_numbers_of_their_files(server, tab):
+def test_frames_are_numbered_as_their_files(server, tab):
     from selenium.webdriver.common.keys import Keys
     page = tab()
     assert page.ask("clip.numbers") is None and page.find("#total").text == "/ 11"
@@ -408,7 +408,7 @@ def test_an_upright_clip_uses_the_height_of_an_upright_screen(tmp_path, tab):
         server.end()
 
 
-def test_objects_and_keys(server, tab):
+def test_objects_are_added_hidden_deleted_and_keys_navigate(server, tab):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
     page = tab()
@@ -449,7 +449,7 @@ def frame_seen_at_once(page):
     return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
 
 
-def test_another_clip_on_the_same_port_is_not_shown_the_first_ones_frames(tmp_path, tab):
+def test_a_new_clip_on_the_same_port_does_not_show_cached_frames(tmp_path, tab):
     frames = {}
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         (tmp_path / name).mkdir()
@@ -482,7 +482,7 @@ def test_another_clip_on_the_same_port_is_not_shown_the_first_ones_frames(tmp_pa
 
 @contextmanager
 def proxy(port, prefix, host=None):
-    """A reverse proxy that takes a prefix off, as nginx and JupyterHub do; yields its port, and the
+    """A reverse proxy that strips a prefix, as nginx and JupyterHub do; yields its port and the
     paths that it was asked for. Redirects and cookies are the browser's business.
 
     Args:
@@ -524,8 +524,8 @@ def proxy(port, prefix, host=None):
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1"])
-def test_behind_a_proxy_with_a_prefix_and_a_name(host, clip, tmp_path, tab):
-    """As in JupyterHub, which passes the name on, and as nginx does, which puts in its own."""
+def test_the_page_works_behind_a_proxy_with_prefix_and_host_name(host, clip, tmp_path, tab):
+    """JupyterHub passes the host name on, nginx replaces it by its own."""
     prefix, name = "/user/ann/proxy/8123", "hub.example"
     server = Server(clip, tmp_path / "behind", "--page_host", "127.0.0.1", name)
     url = urlsplit(server.address)
@@ -547,7 +547,7 @@ def test_behind_a_proxy_with_a_prefix_and_a_name(host, clip, tmp_path, tab):
         server.end()
 
 
-def test_a_link_without_the_last_slash(server, tab):
+def test_the_page_works_without_the_trailing_slash(server, tab):
     with proxy(urlsplit(server.address).port, "/a/b") as (port, _):
         page = tab(f"http://127.0.0.1:{port}/a/b/?{urlsplit(server.address).query}")
         page.ask("history.replaceState(null, '', '/a/b')")
@@ -556,8 +556,8 @@ def test_a_link_without_the_last_slash(server, tab):
         page.wait("clip.objects.length === 1")
 
 
-def test_a_stroke_is_for_the_frame_that_is_seen(server, tab):
-    """Whatever the page is loading, or a key asks for, while somebody draws."""
+def test_a_stroke_edits_the_frame_on_screen(server, tab):
+    """It does not matter what the page is loading or which key is pressed meanwhile."""
     page = tab()
     page.draw((8, 6), (66, 52))
     page.click("[data-tool=brush]")
@@ -565,7 +565,7 @@ def test_a_stroke_is_for_the_frame_that_is_seen(server, tab):
     draw = ("const box = at('hand').getBoundingClientRect(); "
             "at('hand').setPointerCapture = () => 0; "
             "const send = kind => at('hand').dispatchEvent(new PointerEvent(kind, " + event + "));")
-    # frame 5 never comes, so that frame 0 is still seen
+    # frame 5 never arrives, so frame 0 stays on screen
     page.driver.execute_script(
         "const real = fetch; window.fetch = (url, ...rest) => "
         "url.includes('frame/5') ? new Promise(() => 0) : real(url, ...rest); go(5); "
@@ -576,13 +576,13 @@ def test_a_stroke_is_for_the_frame_that_is_seen(server, tab):
     page.driver.execute_script(draw + "send('pointerdown'); go(1); send('pointerup');")
     page.drawn()
     assert page.ask("clip.undo") == 2
-    # a frame that can't be read isn't shown as the one before
+    # the previous frame isn't shown in place of an unreadable one
     page.driver.execute_script("window.fetch = () => Promise.reject(new Error('broken')); go(7)")
     page.wait("view.shown === null")
     assert not frame_seen_at_once(page).any()
 
 
-def test_ctrl_c_with_an_open_tab_ends_quietly(server, tab):
+def test_ctrl_c_with_an_open_tab_exits_quietly(server, tab):
     page = tab()
     page.draw((8, 6), (66, 52))
     time.sleep(0.5)  # by then the tab waits for news, which the server answers after 15 seconds
@@ -592,7 +592,7 @@ def test_ctrl_c_with_an_open_tab_ends_quietly(server, tab):
     page.wait("at('status').textContent.includes('Is main.py still running')")
 
 
-def test_two_fingers_zoom_and_move_but_draw_nothing(server, tab):
+def test_two_fingers_zoom_and_pan_without_drawing(server, tab):
     page = tab()
     page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled",
                                 {"enabled": True, "maxTouchPoints": 2})
@@ -636,7 +636,7 @@ def test_two_fingers_zoom_and_move_but_draw_nothing(server, tab):
     assert overlap(page.seen(), truth(0) > 0) > 0.8, "one finger draws"
 
 
-def test_shortcuts_go_by_the_key_and_not_by_its_letter(server, tab):
+def test_shortcuts_use_key_positions(server, tab):
     page = tab()
 
     def tool_after(where="document.body", **event):
@@ -678,8 +678,8 @@ def test_shortcuts_go_by_the_key_and_not_by_its_letter(server, tab):
     assert page.ask("view.object") == 1, "a French keyboard"
 
 
-def test_an_object_that_left_the_frame_is_not_visible(tmp_path, tab):
-    """The words on the page, of masks that a session found earlier."""
+def test_an_object_out_of_frame_is_labelled_not_visible(tmp_path, tab):
+    """Checks the texts of the page for predictions with such confidences."""
     (tmp_path / "clip").mkdir()
     Image.new("RGB", (160, 96)).save(tmp_path / "clip" / "00000.png")
     for i in range(1, 4):
@@ -706,14 +706,14 @@ def test_an_object_that_left_the_frame_is_not_visible(tmp_path, tab):
 @pytest.mark.parametrize("change, status", [
     (lambda url: url.replace("token=", "token=x"), 403),
     (lambda url: url.split("?")[0], 403)])
-def test_without_the_token_nothing_is_shown(change, status, server):
+def test_nothing_is_served_without_the_token(change, status, server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(change(server.address), timeout=PATIENCE)
     assert refused.value.code == status
 
 
-def test_a_stranger_on_the_wire(server):
-    """What a real server does, byte for byte: a foreign host, a body of 100 MB."""
+def test_malformed_requests_are_rejected(server):
+    """Sent byte by byte to a real server: a foreign host, a body of 100 MB."""
     url = urlsplit(server.address)
     token = url.query.removeprefix("token=")
 

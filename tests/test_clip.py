@@ -1,4 +1,4 @@
-"""Animations, and folders of frames as people have them."""
+"""Animations and folders of frames, named and damaged as users have them."""
 
 import logging
 
@@ -28,7 +28,7 @@ def test_animations_keep_their_durations(name, tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_truncated_animation_is_used_as_far_as_it_goes(tmp_path, caplog):
+def test_a_truncated_animation_is_read_to_its_last_frame(tmp_path, caplog):
     rng = np.random.default_rng(0)
     first, *others = [Image.fromarray(rng.integers(0, 255, (*SHAPE, 3), np.uint8))
                       for _ in range(6)]
@@ -42,14 +42,14 @@ def test_a_truncated_animation_is_used_as_far_as_it_goes(tmp_path, caplog):
 
 
 def deep(i):
-    """16 bits, as microscopes and thermal cameras write them."""
+    """A 16-bit image, as microscopes and thermal cameras write it."""
     return Image.fromarray(picture(i)[..., 0].astype(np.uint16) * 257)
 
 
 @pytest.mark.parametrize("page", [lambda i: Image.fromarray(picture(i)),
                                   lambda i: Image.fromarray(picture(i)[..., 0]),
                                   lambda i: Image.fromarray(picture(i)).convert("CMYK"), deep])
-def test_a_tiff_of_several_pages_is_a_clip(page, tmp_path, caplog):
+def test_a_multi_page_tiff_is_a_clip(page, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first, *others = map(page, range(5))
     first.save(tmp_path / "stack.tif", save_all=True, append_images=others)
@@ -62,7 +62,7 @@ def test_a_tiff_of_several_pages_is_a_clip(page, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".png", ".tif"])
-def test_animations_are_turned_as_a_viewer_shows_them(suffix, tmp_path):
+def test_exif_orientation_is_applied_to_animations(suffix, tmp_path):
     first, *others = pictures()
     exif = Image.Exif()
     exif[images.ORIENTATION] = 6
@@ -86,7 +86,7 @@ def test_a_damaged_page_ends_the_clip_and_is_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name, form", [("pyramid.tif", "TIFF"), ("photo.jpg", "MPO")])
-def test_versions_of_one_picture_are_one_frame_and_said_once(name, form, tmp_path, caplog):
+def test_resolutions_of_one_picture_are_one_frame_and_logged_once(name, form, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first, second = (Image.fromarray(picture(3, shape)) for shape in (SHAPE, (24, 40)))
     first.save(tmp_path / name, format=form, save_all=True, append_images=[second])
@@ -97,7 +97,7 @@ def test_versions_of_one_picture_are_one_frame_and_said_once(name, form, tmp_pat
     assert f"{name}: holds 2 pictures ({form}), only the first is used" in line
 
 
-def test_an_animation_of_which_nothing_can_be_read_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_animation_is_named(tmp_path, monkeypatch):
     first, *others = pictures()
     first.save(tmp_path / "clip.webp", save_all=True, append_images=others)
     monkeypatch.setattr(images, "rgb", lambda _: 1 / 0)
@@ -105,7 +105,7 @@ def test_an_animation_of_which_nothing_can_be_read_is_named(tmp_path, monkeypatc
         video.open_clip(tmp_path / "clip.webp")
 
 
-def test_one_picture_of_a_series_is_one_picture(tmp_path):
+def test_a_single_file_of_a_series_is_one_frame(tmp_path):
     for i, image in enumerate(pictures(3)):
         image.save(tmp_path / f"{i:05d}.png")
     clip = video.open_clip(tmp_path / "00001.png")
@@ -120,7 +120,7 @@ def folder(path, names):
     return path
 
 
-def test_a_folder_is_in_natural_order(tmp_path, caplog):
+def test_folders_are_sorted_naturally(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     names = [f"frame_{i}.png" for i in range(12)]
     clip = video.open_clip(folder(tmp_path / "clip", names))
@@ -142,7 +142,7 @@ def test_a_folder_is_in_natural_order(tmp_path, caplog):
     (["t_0.25.png", "t_0.5.png", "t_0.75.png"], [0, 1, 2]),
     (["v1.8.png", "v1.9.png", "v1.10.png"], [8, 9, 10]),
     (["photo7.png"], [0])])
-def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
+def test_frame_numbers_come_from_file_names(names, numbers, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     clip = video.open_clip(folder(tmp_path / "clip", names))
     assert [clip.number(i) for i in range(clip.count)] == numbers
@@ -158,19 +158,19 @@ def test_numbers_of_files_are_frame_numbers(names, numbers, tmp_path, caplog):
     ["t_0.25.png", "t_0.5.png", "t_1.0.png", "t_9.75.png", "t_10.125.png"],
     ["v2.1.png", "v2.2.png", "v2.9.png", "v2.10.png", "v2.11.png"],  # takes of version 2
     ["2024.9.1.png", "2024.9.2.png", "2024.11.1.png"]])
-def test_decimal_numbers_are_told_from_counters_and_dates(names, tmp_path, caplog):
+def test_decimal_numbers_are_distinguished_from_counters_and_dates(names, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     clip = video.open_clip(folder(tmp_path / "clip", names))
     assert numbers_of(clip.frames()) == list(range(len(names)))
     assert ("decimal numbers" in caplog.text) == (names[0] == "t_0.25.png")
 
 
-def test_a_number_in_a_gap_is_that_of_the_next_frame(tmp_path):
+def test_a_number_in_a_gap_means_the_next_frame(tmp_path):
     clip = video.open_clip(folder(tmp_path / "clip", ["0.png", "5.png", "10.png"]))
     assert [clip.first_from(number) for number in (0, 1, 5, 6, 10, 50)] == [0, 1, 1, 2, 2, 3]
 
 
-def test_what_is_no_frame_is_left_out(tmp_path, caplog):
+def test_files_that_are_not_frames_are_skipped(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = folder(tmp_path / "clip", ["0.png", "1.png", "2.png", "mask_00001.png", "first.png"])
     for name in ("._0.png", "._mask.png", "Thumbs.db", "notes.txt", ".DS_Store"):
@@ -181,12 +181,12 @@ def test_what_is_no_frame_is_left_out(tmp_path, caplog):
     assert "masks, not frames: first.png, mask_00001.png" in caplog.text
 
 
-def test_frames_may_be_called_masks(tmp_path):
+def test_frames_may_have_mask_in_their_names(tmp_path):
     clip = video.open_clip(folder(tmp_path / "clip", ["mask_00000.png", "mask_00001.png"]))
     assert numbers_of(clip.frames()) == [0, 1]
 
 
-def test_folders_that_are_no_clip(tmp_path):
+def test_folders_without_a_clip_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="empty: no frames there"):
         video.open_clip(folder(tmp_path / "empty", []))
     with pytest.raises(ValueError, match="a.png: a second frame of that name beside a.jpg"):
@@ -206,7 +206,7 @@ def test_folders_that_are_no_clip(tmp_path):
     ("empty.mp4", b""), ("empty.gif", b""), ("text.mp4", b"hello"), ("text.txt", b"hello\n" * 999),
     ("text.nfo", b"hello\n" * 999), ("noise.mkv", bytes(range(256)) * 9),
     ("cut.gif", b"GIF89a"), ("cut.png", b"\x89PNG\r\n\x1a\n")])
-def test_what_is_no_clip_is_named(name, data, tmp_path):
+def test_a_path_that_is_not_a_clip_is_named(name, data, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(OSError, match=rf"{name}: expected .*(video|animation)") as found:
         video.open_clip(tmp_path / name)
@@ -215,7 +215,7 @@ def test_what_is_no_clip_is_named(name, data, tmp_path):
 
 @pytest.mark.parametrize("name", ["2024-11-14T22:57:44.mp4", "clip%03d.mp4", "-x.mp4", "a#b?c.mp4",
                                   "my clip 😀.mp4", "[x]*.mp4"])
-def test_names(name, tmp_path, monkeypatch):
+def test_odd_file_names_are_opened(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "clip.mp4", 3).rename(tmp_path / name)
     assert numbers_of(video.open_clip(name).frames(0, 2)) == [0, 1]

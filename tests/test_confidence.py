@@ -1,4 +1,4 @@
-"""How sure a mask is: known answers, and the file that keeps them."""
+"""Confidence measures against known values, and confidence.csv."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from tracking.tracker import Step
 
 
 def step(probability, ids=(1,)):
-    """Of one object with a (H, W) probability, decided at a half."""
+    """A step of one object with an (H, W) probability and threshold 0.5."""
     p = np.asarray(probability, np.float32)
     return Step((p > 0.5).astype(np.uint8), torch.from_numpy(np.stack([1 - p, p])), ids)
 
 
-def test_measures_have_known_values():
+def test_measures_have_the_expected_values():
     p = np.zeros((10, 10))
     p[2:6, 2:7] = 0.9  # 20 pixels
     p[6, 2:6] = 0.4  # 4 in doubt
@@ -37,12 +37,12 @@ def test_measures_have_known_values():
 
 
 class Numbered(Clip):
-    """Frames with the numbers of a folder that has gaps."""
+    """A clip numbered like a folder with gaps."""
 
     path, count, numbers = Path("clip"), 6, [5, 6, 7, 20, 21, 22]
 
 
-def test_what_cannot_be_seen_has_no_confidence_rather_than_none_at_all(tmp_path):
+def test_an_invisible_object_has_no_confidence_instead_of_zero(tmp_path):
     one, = gone = measure_objects(0, step(np.zeros((8, 8))), {1: 0.1})
     assert not one.present and one.area == 0
     assert one.confidence is one.probability is one.doubt is one.change is None
@@ -52,13 +52,13 @@ def test_what_cannot_be_seen_has_no_confidence_rather_than_none_at_all(tmp_path)
     assert read(tmp_path / "c.csv", Numbered()) == gone
 
 
-def test_rows_of_earlier_versions_are_understood(tmp_path):
+def test_rows_of_earlier_versions_are_read(tmp_path):
     assert Measures.of_row([3, 1, True, 0.9, 0.1, 0.2, 0.8, 0.7, 0.6]) == Measures(
         3, 1, True, 0.9, 0.1, 0.2, 0.8, 0.6)
     assert Measures.of_row([3, 1, False, 0, 1.0, 0, 0, 0, 0]).confidence is None
 
 
-def test_a_file_has_the_frames_numbers_and_is_read_back_and_resumed(tmp_path):
+def test_the_file_uses_frame_numbers_and_can_be_resumed(tmp_path):
     rng = np.random.default_rng(0)
     path, image, clip = tmp_path / "c.csv", np.zeros((12, 9, 3), np.uint8), Numbered()
     frames = [Frame(i, image, step(rng.random((12, 9))), True, None) for i in range(6)]
@@ -93,13 +93,13 @@ def test_stretches_are_joined_and_the_lowest_confidence_comes_first():
         "frame 8 of object 1 (55 % sure)"]
 
 
-def test_an_object_out_of_sight_is_not_visible_and_comes_last():
+def test_invisible_objects_come_last():
     found = frames_to_review(sure_by({1: [0.99, 0.98, 0.3, None, None, None]}))
     assert [stretch.text(Numbered()) for stretch in found] == [
         "frame 7 of object 1 (30 % sure)", "frames 20 to 22 of object 1 (not visible)"]
 
 
-def test_the_least_sure_tenth_is_reviewed_in_any_case():
+def test_the_least_confident_tenth_is_always_reviewed():
     sure = [0.94] * 60
     sure[5:8], sure[20:23] = [0.8, 0.7, 0.8], [0.9, 0.65, 0.8]
     found = frames_to_review(sure_by({1: sure}))

@@ -1,4 +1,4 @@
-"""Layouts on disk, sequences, and the split."""
+"""DAVIS: layouts on disk, sequences, and the held-out split."""
 
 from pathlib import Path
 
@@ -25,21 +25,21 @@ def annotations(root: Path, name: str) -> Path:
     ("all", "train", ["ant", "bee"]), ("all", "val", ["dog"]),
     ("all", "trainval", ["ant", "dog", "bee"]),  # the lists of 2016 first
 ])
-def test_sets_of_the_2017_layout_join_without_duplicates(davis_2017, year, set_name, expected):
+def test_sets_of_2017_are_merged_without_duplicates(davis_2017, year, set_name, expected):
     assert names(Davis(davis_2017, year, set_name)) == expected
 
 
 @pytest.mark.parametrize("set_name, expected", [
     ("train", ["ant", "bee", "cat"]), ("val", ["dog"]),
     ("trainval", ["ant", "bee", "cat", "dog"])])
-def test_sets_of_the_2016_layout(davis_2016, set_name, expected):
+def test_sets_of_2016_are_read(davis_2016, set_name, expected):
     dataset = Davis(davis_2016, "2016", set_name)
     assert names(dataset) == expected
     assert len(dataset) == len(expected)
     assert [len(sequence) for sequence in dataset] == [6] * len(expected)
 
 
-def test_order_is_that_of_the_lists_and_blank_lines_are_skipped(davis_2017):
+def test_sequences_keep_the_order_of_the_lists(davis_2017):
     write_list(davis_2017, "2017", "train", ["dog", "", "bee", "dog"])
     write_list(davis_2017, "2017", "val", ["bee", "ant"])
     assert names(Davis(davis_2017, "2017", "trainval")) == ["dog", "bee", "ant"]
@@ -93,7 +93,7 @@ def remove_frames(root):
     (enlarge_frame, ValueError, ["bee/00003.jpg", "96x64", "80x48"]),
     (remove_frames, FileNotFoundError, ["480p/bee"]),
 ])
-def test_damage_is_named(davis_2016, damage, error, words):
+def test_damaged_files_are_named(davis_2016, damage, error, words):
     damage(davis_2016)
     with pytest.raises(error) as caught:
         Davis(davis_2016)
@@ -102,19 +102,19 @@ def test_damage_is_named(davis_2016, damage, error, words):
     assert names(Davis(davis_2016, names=["ant"])) == ["ant"]  # the others are sound
 
 
-def test_no_data_set_names_the_path_and_offers_the_demo(tmp_path):
+def test_a_missing_data_set_is_named_and_the_demo_suggested(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         Davis(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in str(caught.value) and "--demo" in str(caught.value)
 
 
-def test_unknown_sequence_is_named(davis_2016):
+def test_an_unknown_sequence_is_named(davis_2016):
     with pytest.raises(ValueError, match="'dog'"):
         Davis(davis_2016, "2016", "train", names=["ant", "dog"])
 
 
 @pytest.mark.parametrize("year", ["2017", "all"])
-def test_missing_list_is_named(davis_2016, year):
+def test_a_missing_list_is_named(davis_2016, year):
     with pytest.raises(FileNotFoundError, match="2017/train.txt"):
         Davis(davis_2016, year, "train")
 
@@ -126,7 +126,7 @@ def sequences(count: int) -> list[Sequence]:
 @pytest.mark.parametrize("count, share, held_out", [
     (10, 0.2, 2), (10, 0.01, 1), (2, 0.1, 1), (2, 0.99, 1), (30, 0.15, 4), (5, 0.99, 4),
     (5, 0, 0), (1, 0, 0)])
-def test_whole_sequences_are_held_out(count, share, held_out):
+def test_whole_sequences_are_held_out_for_validation(count, share, held_out):
     every = sequences(count)
     training, validation = hold_out(every, share, seed=3)
     assert len(validation) == held_out
@@ -145,7 +145,7 @@ def test_the_seed_chooses_the_held_out_sequences():
     (5, 1, "--validation_size"), (5, -0.1, "--validation_size"),
     (5, float("nan"), "--validation_size"), (1, 0.2, "two sequences"), (0, 0.2, "two sequences"),
     (0, 0, "two sequences")])
-def test_hold_out_refuses(count, share, word):
+def test_an_impossible_hold_out_is_refused(count, share, word):
     with pytest.raises(ValueError, match=word):
         hold_out(sequences(count), share, 0)
 
@@ -155,12 +155,12 @@ def train(davis_dir) -> Davis:
     return Davis(davis_dir)
 
 
-def test_real_train_set_has_30_sequences_with_2079_frames(train):
+def test_the_real_training_set_has_30_sequences_with_2079_frames(train):
     assert len(train) == 30
     assert sum(len(sequence) for sequence in train) == 2079
 
 
-def test_real_mask_with_alpha_channel_is_read(train):
+def test_a_real_mask_with_alpha_channel_is_read(train):
     (bear,) = (sequence for sequence in train if sequence.name == "bear")
     path = bear.masks[77]
     assert path.name == "00077.png" and Image.open(path).mode == "LA"

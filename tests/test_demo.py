@@ -33,7 +33,7 @@ def files(root, part: str = "") -> dict:
 
 
 @pytest.mark.slow
-def test_drawn_twice_it_has_the_same_bytes(root, tmp_path, one_scene):
+def test_drawing_is_deterministic(root, tmp_path, one_scene):
     again = demo.make(tmp_path / "elsewhere")
     for part in ("JPEGImages/480p/forest", "Annotations/480p/forest"):
         first, second = files(root, part), files(again, part)
@@ -52,7 +52,7 @@ def test_an_existing_data_set_is_not_drawn_again(tmp_path, four_frames):
 
 
 @pytest.mark.parametrize("stamp", ["0", None])
-def test_older_or_unfinished_data_set_is_drawn_again(tmp_path, four_frames, stamp):
+def test_an_older_or_unfinished_data_set_is_drawn_again(tmp_path, four_frames, stamp):
     root = demo.make(tmp_path / "d")
     image = root / "JPEGImages" / "480p" / "forest" / "00003.jpg"
     whole = image.read_bytes()
@@ -80,12 +80,12 @@ def test_davis_reads_four_sequences(root, year, set_name):
     assert sum(many) == (1 if year == "2017" else 0)
 
 
-def test_no_sequence_is_in_both_sets():
+def test_training_and_validation_sequences_are_disjoint():
     assert not set(demo.SCENES["train"]) & set(demo.SCENES["val"])
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_every_frame_shows_enough_of_every_object(root, name):
+def test_every_object_is_visible_in_every_frame(root, name):
     (sequence,) = Davis(root, "2017", "trainval", names=[name])
     areas = np.array([np.bincount(sequence.mask(i).flat, minlength=3)[1:]
                       for i in range(len(sequence))])
@@ -96,7 +96,7 @@ def test_every_frame_shows_enough_of_every_object(root, name):
 
 
 @pytest.mark.parametrize("name", [name for name, scene in SCENES.items() if scene.trees])
-def test_trees_hide_part_of_the_objects(name):
+def test_trees_occlude_the_objects(name):
     frames = zip(demo.draw(SCENES[name], 5), demo.draw(replace(SCENES[name], trees=0), 5))
     hidden = []
     for (image, mask), (open_image, open_mask) in frames:

@@ -1,4 +1,4 @@
-"""Two processes over gloo do what one does."""
+"""Two processes over gloo give the results of one."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from videomatch import SHIPPED
 
 
 def torchrun(*arguments, processes=2, script=ROOT / "main.py"):
-    """main.py, or a script around it, in processes of one thread each."""
+    """Run main.py, or a script around it, in single-threaded processes."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d",
          "--rdzv-endpoint", "localhost:0", "--nproc_per_node", str(processes),
@@ -37,7 +37,7 @@ def evaluation(tmp_path, model):
 
 
 @pytest.mark.slow
-def test_evaluation_gives_the_table_of_a_single_process(evaluation, tmp_path, capsys):
+def test_two_processes_give_the_same_table_as_one(evaluation, tmp_path, capsys):
     assert main.main(evaluation("one")) == 0
     alone, _ = capsys.readouterr().out.split("14 frames in")
     result = torchrun(*evaluation("two"))
@@ -64,7 +64,7 @@ def test_several_processes_overwrite_an_earlier_run(evaluation, tmp_path):
 
 
 @pytest.mark.parametrize("processes, batch_size, steps", [(1, 2, 9), (2, 2, 5), (4, 1, 5)])
-def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_size, steps,
+def test_an_epoch_shows_each_frame_once_for_any_number_of_processes(processes, batch_size, steps,
                                                              model, davis_2016, monkeypatch):
     seen = []
     monkeypatch.setattr(main.setup, "load_dataset", lambda _: Davis(davis_2016))
@@ -77,7 +77,7 @@ def test_a_pass_shows_each_frame_once_whatever_the_processes(processes, batch_si
 
 @pytest.fixture
 def machines():
-    """Two network namespaces joined by a cable: what torchrun sees of two machines.
+    """Two network namespaces joined by a virtual cable, which torchrun takes for two machines.
 
     The words that start a command there, and the address of the first.
     """
@@ -103,7 +103,7 @@ def machines():
 
 
 @pytest.mark.slow
-def test_two_machines_give_the_table_of_one(machines, evaluation, tmp_path, capsys):
+def test_two_machines_give_the_same_table_as_one(machines, evaluation, tmp_path, capsys):
     assert main.main(evaluation("one")) == 0
     alone = capsys.readouterr().out.split("frames")[0]
     commands, address = machines
@@ -119,7 +119,7 @@ def test_two_machines_give_the_table_of_one(machines, evaluation, tmp_path, caps
     assert outputs[0][0].split("frames")[0] == alone and not outputs[1][0]
 
 
-# main.py, and beside this script the gradients of every step, as a process has them when averaged.
+# main.py, which also saves the averaged gradients of every step next to this script.
 # oneDNN multiplies one clip by other kernels than two, and where their rounding moves a unit across
 # the kink of a ReLU, a gradient jumps; PyTorch's own convolutions take one frame after the other.
 KEEP_GRADIENTS = """
@@ -149,9 +149,9 @@ sys.exit(main.main())
 
 
 @pytest.mark.slow
-def test_a_step_equals_that_of_one_process_with_twice_the_batch(davis_2016, tmp_path):
+def test_a_step_equals_one_process_with_twice_the_batch(davis_2016, tmp_path):
     def train(name, processes, batch_size):
-        """Its losses, those before each step, and the gradients of each process and step."""
+        """Train; returns the losses before each step and the gradients of each process and step."""
         script = tmp_path / f"{name}.py"
         script.write_text(KEEP_GRADIENTS.format(root=str(ROOT)))
         result = torchrun(
@@ -167,11 +167,11 @@ def test_a_step_equals_that_of_one_process_with_twice_the_batch(davis_2016, tmp_
     one, [alone] = train("one", 1, "2")
     two, [first, second] = train("two", 2, "1")
     # Only what comes before the first update: Adam divides a gradient by its own size, and so
-    # makes whole steps of what rounding left, which is another thing on every processor
+    # turns rounding errors, which differ between processors, into full steps
     assert (first[0] - alone[0]).norm() < 1e-5 * alone[0].norm()
     assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
     assert two[0]["held_out_iou"] == one[0]["held_out_iou"]
-    # after it, that the processes have still the same weights
+    # after it, to check that the processes have equal weights
     assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [line["iteration"] for line in two] == [0, 1, 2, 3]
 
@@ -187,7 +187,7 @@ def test_a_process_that_fails_ends_the_job_with_its_error(evaluation, tmp_path):
 
 
 @pytest.mark.parametrize("count, skip, ranks", [(10, 0, 2), (10, 4, 2), (9, 3, 3), (4, 8, 2)])
-def test_processes_share_the_pairs_of_a_single_one(count, skip, ranks):
+def test_processes_split_the_pairs_of_a_single_one(count, skip, ranks):
     alone = list(PairSampler(7, count, skip=skip))
     assert alone == list(PairSampler(7, count))[skip:]
     samplers = [PairSampler(7, count, skip=skip, rank=rank, ranks=ranks) for rank in range(ranks)]

@@ -50,7 +50,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, exported):
-    """What the commands name: DAVIS, a clip with its mask, results, a checkpoint, weights."""
+    """The files that commands name: DAVIS, a clip with its mask, results, checkpoint, weights."""
     for set_name, names in (("train", ("ant", "bee")), ("val", ("blackswan",))):
         for name in names:
             write_sequence(tmp_path / "DAVIS", name, frames=4)
@@ -90,7 +90,7 @@ def folder(tmp_path, monkeypatch, exported):
     monkeypatch.setattr(demo, "SCENES", {"train": first, "val": first})
     monkeypatch.setattr(demo, "draw", partial(demo.draw, frames=3))
     monkeypatch.setattr(demo.make, "__defaults__", (tmp_path / "demo",))
-    # the checkpoint in models/ may be older than the part that is shown objects
+    # the checkpoint in models/ may lack a prompt decoder
     monkeypatch.setattr(prompting, "predict_masks", lambda model, image, objects: (
         image[..., 0] > 150).astype(np.uint8))
     monkeypatch.setattr(video, "WARM_UP", 1)  # the clip has three frames
@@ -117,7 +117,7 @@ def folder(tmp_path, monkeypatch, exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_documented_command_runs(command, folder, monkeypatch):
+def test_documented_commands_run(command, folder, monkeypatch):
     arguments = shlex.split(re.sub(r"\[.*?\]", "", command))[1:]
     if arguments[0] == "-m":
         arguments = arguments[1:]
@@ -141,13 +141,13 @@ def test_documented_command_runs(command, folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_documented_example_runs(example, folder):
+def test_documented_examples_run(example, folder):
     variables = {}
     exec(example, variables)
     assert variables["mask"].shape == (480, 800)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_within_the_repository_lead_somewhere(page):
+def test_links_within_the_repository_resolve(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target

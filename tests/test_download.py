@@ -38,7 +38,7 @@ def archive(extra=()):
 
 
 class Server:
-    """Serves one file; every answer breaks off after `cut` bytes."""
+    """Serves one file; every response breaks off after `cut` bytes."""
 
     def __init__(self, data, cut=None, ranges=True):
         self.data, self.ranges_asked = data, []
@@ -79,7 +79,7 @@ def serve(monkeypatch):
         server.http.server_close()
 
 
-def test_broken_connections_are_resumed(serve, tmp_path, monkeypatch, capsys):
+def test_a_broken_connection_is_resumed(serve, tmp_path, monkeypatch, capsys):
     data = archive()
     server = serve(data, hashlib.sha256(data).hexdigest(), cut=len(data) // 3 + 1)
     monkeypatch.setattr(sys, "argv", ["davis.py", "--download", str(tmp_path / "d")])
@@ -119,7 +119,7 @@ def test_a_server_that_sends_nothing_ends_the_download(serve, tmp_path):
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "DAVIS/../../evil", "..\\evil",
                                   "C:/evil"])
-def test_nothing_is_unpacked_outside_of_the_folder(name, serve, tmp_path):
+def test_archives_cannot_write_outside_the_folder(name, serve, tmp_path):
     serve(archive([(name, "x")]))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="outside"):
@@ -136,7 +136,7 @@ def broken(data):
 @pytest.mark.parametrize("data, sha256, words", [
     (archive(), "0" * 64, "expected 0000"), (b"<html>moved</html>", None, "not a ZIP archive"),
     (broken(archive()), None, "broken archive"), (archive()[:-30], None, "ZIP|broken")])
-def test_what_is_not_the_archive_is_refused(data, sha256, words, serve, tmp_path):
+def test_a_wrong_archive_is_refused(data, sha256, words, serve, tmp_path):
     serve(data, sha256)
     with pytest.raises(ValueError, match=words):
         download.download(tmp_path, "2016")

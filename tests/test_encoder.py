@@ -1,4 +1,4 @@
-"""Truncated backbones against the whole networks of torchvision."""
+"""Truncated backbones against torchvision's whole networks."""
 
 import urllib.error
 
@@ -12,7 +12,7 @@ from network.encoder import BACKBONES, Encoder
 
 
 def whole_network(name):
-    """torchvision's network, and a function that gives its features at the matched layers."""
+    """torchvision's network, and a function that returns its features at the matched layers."""
     torch.manual_seed(1)
     if name == "vgg":
         net = nn.ModuleDict({"features": models.vgg.make_layers(models.vgg.cfgs["E"])})
@@ -40,7 +40,7 @@ def randomize_batchnorm(net):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
-def test_features_are_those_of_the_whole_network(name, tmp_path):
+def test_features_equal_those_of_the_whole_network(name, tmp_path):
     net, features = whole_network(name)
     torch.save(net.state_dict(), tmp_path / "weights.pth")
     encoder = Encoder(name).eval()
@@ -64,7 +64,7 @@ def test_batchnorm_statistics_stay_frozen_in_training(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
-def test_training_has_the_gradients_of_the_whole_network(name, tmp_path):
+def test_gradients_equal_those_of_the_whole_network(name, tmp_path):
     net, features = whole_network(name)
     randomize_batchnorm(net)
     torch.save(net.state_dict(), tmp_path / "weights.pth")
@@ -91,7 +91,7 @@ def test_training_has_the_gradients_of_the_whole_network(name, tmp_path):
     assert compared + frozen == sum(p.grad is not None for p in parameters.values())
 
 
-def test_pyramid_is_made_of_the_layers_before_and_behind():
+def test_the_pyramid_holds_the_layers_before_and_after():
     encoder = Encoder("mobilenet").eval()
     with torch.no_grad():
         features, levels = encoder.pyramid(torch.randn(1, 3, 64, 96))
@@ -113,7 +113,7 @@ def test_folded_batchnorm_gives_the_same_features(name):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
 
 
-def test_weights_come_from_the_cache_of_torch_hub(tmp_path, monkeypatch):
+def test_weights_are_read_from_the_torch_hub_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     net, _ = whole_network("mobilenet")
     folder = tmp_path / "hub" / "checkpoints"
@@ -124,7 +124,7 @@ def test_weights_come_from_the_cache_of_torch_hub(tmp_path, monkeypatch):
     torch.testing.assert_close(encoder.backbone[0][0].weight, net.features[0][0].weight)
 
 
-def test_failed_download_names_file_and_ways_out(tmp_path, monkeypatch):
+def test_a_failed_download_names_the_file_and_alternatives(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
@@ -151,6 +151,6 @@ def test_bad_weight_files_are_named(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_encoder():
+def test_an_unknown_encoder_is_refused():
     with pytest.raises(ValueError, match="alexnet.*vgg, resnet, mobilenet"):
         Encoder("alexnet")

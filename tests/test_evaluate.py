@@ -1,4 +1,4 @@
-"""What evaluation leaves behind, and its figures against the independent scorer."""
+"""Files written by evaluation, and its scores against an independent scorer."""
 
 import csv
 import errno
@@ -35,7 +35,7 @@ def results(tmp_path):
     return tmp_path / "results"
 
 
-def test_masks_tables_and_video(model, davis_2016, results, capsys):
+def test_evaluation_writes_masks_tables_and_video(model, davis_2016, results, capsys):
     sequences = Davis(davis_2016, "2016", "val").sequences
     table = evaluate.evaluate(model, sequences, evaluate.Options(results=results, videos=True))
     assert sorted(p.name for p in (results / "dog").iterdir()) == [f"{i:05d}.png" for i in range(6)]
@@ -67,7 +67,7 @@ def test_many_objects_have_a_row_each(model, davis_2017, results):
     assert float(overall["J-Mean"]) == pytest.approx(mean, abs=1e-5)
 
 
-def test_masks_have_the_frames_size_whatever_the_network_sees(model, davis_2016, results):
+def test_masks_have_the_frame_size_at_any_network_size(model, davis_2016, results):
     sequences = Davis(davis_2016, "2016", "val").sequences
     options = evaluate.Options(results=results, input_shape=(96, 160), segmentation_shape=(24, 40))
     evaluate.evaluate(model, sequences, options)
@@ -76,7 +76,7 @@ def test_masks_have_the_frames_size_whatever_the_network_sees(model, davis_2016,
     np.testing.assert_array_equal(mask, mask[::2, ::2].repeat(2, 0).repeat(2, 1))
 
 
-def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
+def test_scoring_written_masks_gives_the_same_table(model, davis_2017, results):
     sequences = Davis(davis_2017, "2017", "train").sequences
     table = evaluate.evaluate(model, sequences, evaluate.Options(results=results))
     again = evaluate.table(evaluate.score_folder(results, sequences))
@@ -86,7 +86,7 @@ def test_scoring_the_folder_gives_the_same_table(model, davis_2017, results):
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_changes_no_figure(model, davis_2017, results):
+def test_the_number_of_processes_does_not_change_scores(model, davis_2017, results):
     sequences = Davis(davis_2017, "2017", "train").sequences
     evaluate.evaluate(model, sequences, evaluate.Options(results=results))
     tables = [evaluate.table(evaluate.score_folder(results, sequences, workers))
@@ -95,14 +95,14 @@ def test_the_number_of_processes_changes_no_figure(model, davis_2017, results):
     assert list(tables[0]) == list(tables[2]) == ["ant", "bee_1", "bee_2"]
 
 
-def test_the_truth_scores_one(davis_2016):
+def test_ground_truth_scores_one(davis_2016):
     sequences = Davis(davis_2016).sequences
     table = evaluate.table(evaluate.score_folder(davis_2016 / "Annotations" / "480p", sequences))
     for row in table.values():
         assert row == {m: 0.0 if "Decay" in m else 1.0 for m in metrics.MEASURES}
 
 
-def test_first_and_last_frame_do_not_count(davis_2016, tmp_path):
+def test_the_first_and_last_frame_are_not_scored(davis_2016, tmp_path):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
     folder = tmp_path / "ant"
     folder.mkdir()
@@ -114,13 +114,13 @@ def test_first_and_last_frame_do_not_count(davis_2016, tmp_path):
 
 
 @pytest.mark.parametrize("year", ["2016", "2017"])
-def test_agrees_with_vos_benchmark(year, model, davis_2017, results, tmp_path):
+def test_scores_agree_with_vos_benchmark(year, model, davis_2017, results, tmp_path):
     sequences = Davis(davis_2017, year, "val").sequences
     table = evaluate.evaluate(model, sequences, evaluate.Options(results=results))
     assert_agrees(sequences, results, table, tmp_path / "truth")
 
 
-def test_agrees_with_vos_benchmark_on_real_video(model, davis_dir, results, tmp_path):
+def test_scores_agree_with_vos_benchmark_on_real_video(model, davis_dir, results, tmp_path):
     sequence = Davis(davis_dir, "2016", "train").sequences[0]
     short = type(sequence)(sequence.name, sequence.images[:8], sequence.masks[:8])
     options = evaluate.Options(results=results, input_shape=(240, 427))
@@ -158,7 +158,7 @@ def test_each_frame_is_read_once(model, davis_2016, results, monkeypatch):
 
 @pytest.fixture
 def slow_writes(monkeypatch):
-    """Names of masks as they are written, each of which takes longer than segmenting a frame."""
+    """Record the names of masks written, each more slowly than a frame is segmented."""
     names, write_mask = [], images.write_mask
 
     def write(path, mask):
@@ -172,14 +172,14 @@ def slow_writes(monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl+C counts, though a shell's background jobs ignore it."""
+    """Let Ctrl+C interrupt, which background jobs of a shell ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results, slow_writes,
+def test_ctrl_c_keeps_the_masks_segmented_so_far(model, davis_2016, results, slow_writes,
                                                      monkeypatch):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
     segmented, step = [], Tracker.step
@@ -203,14 +203,14 @@ def test_what_was_segmented_before_ctrl_c_is_on_disk(model, davis_2016, results,
         ".ant.progress", ".lock", "ant", "ant.confidence.csv", "manifest.json"]
 
 
-def test_slow_writing_keeps_order_and_loses_nothing(model, davis_2016, results, slow_writes):
+def test_a_slow_writer_keeps_all_frames_in_order(model, davis_2016, results, slow_writes):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
     evaluate.evaluate(model, [sequence], evaluate.Options(results=results))
     assert slow_writes == [path.name for path in sequence.masks]
 
 
 @pytest.mark.parametrize("frame", [0, 2, 5])  # the last: when nothing is left to segment
-def test_an_error_of_the_writer_ends_the_run(frame, model, davis_2016, results):
+def test_a_writer_error_ends_the_run(frame, model, davis_2016, results):
     sequence, = Davis(davis_2016, names=["ant"]).sequences
     (results / "ant" / f"{frame:05d}.png").mkdir(parents=True)
     with pytest.raises(OSError, match=f"{frame:05d}.png"):
@@ -225,8 +225,8 @@ def test_a_damaged_frame_ends_the_run_with_the_masks_before_it(model, davis_2016
     assert sorted(p.name for p in (results / "ant").iterdir()) == [f"{i:05d}.png" for i in range(4)]
 
 
-def test_nothing_is_written_behind_a_write_that_failed():
-    """Above all no state to resume from, which would lie behind a frame without a mask."""
+def test_nothing_is_written_after_a_failed_write():
+    """In particular no state to resume from, as an earlier frame would lack its mask."""
     written = []
 
     def write(frame):
@@ -240,7 +240,7 @@ def test_nothing_is_written_behind_a_write_that_failed():
     assert written == [0, 1]
 
 
-def test_few_frames_are_read_ahead():
+def test_only_a_few_frames_are_read_ahead():
     taken, most = 0, 0
 
     def read(i):
@@ -262,7 +262,7 @@ def script(*arguments):
 
 
 @pytest.mark.slow
-def test_script_scores_masks_made_by_anything(davis_2016):
+def test_the_script_scores_masks_of_other_tools(davis_2016):
     masks = davis_2016 / "Annotations" / "480p"
     run = script(masks, "-d", davis_2016, "-t", "train")
     assert run.returncode == 0, run.stderr
@@ -278,7 +278,7 @@ def copied(masks, folder, *names):
 
 
 @pytest.mark.slow
-def test_some_sequences_replace_neither_the_tables_nor_the_report_of_all(davis_2016, tmp_path):
+def test_scoring_some_sequences_keeps_the_tables_and_report_of_all(davis_2016, tmp_path):
     masks = copied(davis_2016 / "Annotations" / "480p", tmp_path / "out", "ant", "bee", "cat")
     assert script(masks, "-d", davis_2016, "-t", "train").returncode == 0
     before = content(masks)
@@ -290,7 +290,7 @@ def test_some_sequences_replace_neither_the_tables_nor_the_report_of_all(davis_2
     assert all(after[path] == before[path] for path in before)
 
 
-def test_an_evaluation_of_some_sequences_keeps_rows_and_report_of_the_others(
+def test_evaluating_some_sequences_keeps_the_rows_of_the_others(
         model, davis_2016, results):
     sequences = Davis(davis_2016, set="train").sequences
     options = evaluate.Options(results=results, set_name="train")
@@ -307,7 +307,7 @@ def test_an_evaluation_of_some_sequences_keeps_rows_and_report_of_the_others(
 
 
 @pytest.mark.slow
-def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
+def test_two_folders_with_the_same_name_get_different_labels(davis_2016, tmp_path):
     masks = davis_2016 / "Annotations" / "480p"
     folders = [copied(masks, tmp_path / way / "results", "ant") for way in ("old", "new")]
     assert script(*folders, "-d", davis_2016, "-t", "train", "-q", "ant").returncode == 0
@@ -320,7 +320,7 @@ def test_two_folders_of_one_name_are_told_apart(davis_2016, tmp_path):
 
 # a read-only folder, a full disk
 @pytest.mark.parametrize("refuses", ["lock_folder", "atomic_path"])
-def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, monkeypatch, capsys,
+def test_tables_are_printed_even_if_they_cannot_be_written(refuses, davis_2016, monkeypatch, capsys,
                                                          caplog):
     masks = davis_2016 / "Annotations" / "480p"
 
@@ -338,7 +338,7 @@ def test_what_can_not_be_written_is_printed_all_the_same(refuses, davis_2016, mo
 
 
 @pytest.mark.slow
-def test_what_another_run_writes_is_not_scored(davis_2016):
+def test_results_being_written_by_another_run_are_not_scored(davis_2016):
     masks = davis_2016 / "Annotations" / "480p"
     with held(masks) as other:
         run = script(masks, "-d", davis_2016, "-t", "train")
@@ -367,7 +367,7 @@ def test_bad_results_are_named(spoil, message, davis_2016, tmp_path):
 
 
 def results_of(sequence, folder, change):
-    """Masks in `folder`: `change` of those that are true."""
+    """Write `change(mask)` of the true masks to `folder`."""
     (folder / sequence.name).mkdir(parents=True)
     for i, path in enumerate(sequence.masks):
         images.write_mask(folder / sequence.name / path.name, change(sequence.mask(i)))
@@ -375,7 +375,7 @@ def results_of(sequence, folder, change):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("colours", [False, True])  # 255 of DAVIS' palette is a colour
-def test_pixels_that_are_not_labelled_are_not_scored(model, davis_2017, tmp_path, colours):
+def test_unlabelled_pixels_are_not_scored(model, davis_2017, tmp_path, colours):
     folder = davis_2017 / "Annotations" / "480p" / "dog"
     for path in sorted(folder.iterdir())[1:]:
         mask = np.array(Image.open(path))
@@ -396,7 +396,7 @@ def test_pixels_that_are_not_labelled_are_not_scored(model, davis_2017, tmp_path
     (lambda mask: np.where(mask == 2, 3, mask), ["not scored", "bee has 3", "ground truth 1, 2"]),
     (lambda mask: mask * 0, ["all masks are empty", "bee"]),
     (lambda mask: mask, [])])
-def test_ids_that_the_truth_lacks_and_empty_masks_are_warned_of_once(change, words, davis_2017,
+def test_unknown_ids_and_empty_masks_are_warned_about_once(change, words, davis_2017,
                                                                      tmp_path, caplog):
     sequences = Davis(davis_2017, "2017", "train", names=["bee"]).sequences
     results_of(sequences[0], tmp_path, lambda mask: change(mask).astype(np.uint8))

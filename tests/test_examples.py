@@ -39,11 +39,11 @@ def box_of(mask):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_an_example_has_less_than_40_lines(path):
+def test_examples_have_fewer_than_40_lines(path):
     assert len(path.read_text().splitlines()) < 40
 
 
-def test_a_clip_is_tracked(clip, tmp_path, capsys):
+def test_track_clip_tracks_a_clip(clip, tmp_path, capsys):
     for i, (image, _) in enumerate(clip):
         images.write_image(tmp_path / "clip" / f"{i:05d}.png", image)
     images.write_mask(tmp_path / "first.png", clip[0][1])
@@ -54,7 +54,7 @@ def test_a_clip_is_tracked(clip, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n") == 4
 
 
-def test_an_image_is_segmented_from_a_box(clip, tmp_path):
+def test_prompt_image_segments_from_a_box(clip, tmp_path):
     image, truth = clip[0]
     images.write_image(tmp_path / "image.png", image)
     example("prompt_image").main(str(tmp_path / "image.png"), *map(str, box_of(truth)),
@@ -62,7 +62,7 @@ def test_an_image_is_segmented_from_a_box(clip, tmp_path):
     assert overlap(read_mask(tmp_path / "mask.png") > 0, truth > 0) > 0.8
 
 
-def test_a_camera_is_followed(clip, monkeypatch):
+def test_camera_tracks_the_boxed_object(clip, monkeypatch):
     windows, camera = [], example("camera")
 
     class Camera:

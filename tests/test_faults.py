@@ -1,4 +1,4 @@
-"""Programs that are killed, and run again."""
+"""Killed and repeated runs, second runs, full disks, little memory."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from videomatch import VideoMatch
 
 @pytest.fixture
 def training(davis_2016, tmp_path):
-    """The arguments of a short training, and a function that gives its state at the end."""
+    """Arguments of a short training, and a function that returns its final state."""
     torch.manual_seed(0)
     weights = tmp_path / "mobilenet.pth"
     torch.save(models.mobilenet_v2().state_dict(), weights)
@@ -47,7 +47,7 @@ def state_of(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_killed_training_goes_on_to_the_same_weights(training, tmp_path):
+def test_a_killed_training_resumes_to_the_same_weights(training, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert main.main(training("whole")) == 0
@@ -74,7 +74,7 @@ def test_killed_training_goes_on_to_the_same_weights(training, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_training_leaves_the_first_ones_files_alone(training, tmp_path, capsys):
+def test_a_second_training_does_not_touch_files_of_the_first(training, tmp_path, capsys):
     folder = tmp_path / "run"
     with paused_run(tmp_path, training("run")) as first:
         before = content(folder)
@@ -88,7 +88,7 @@ def test_a_second_training_leaves_the_first_ones_files_alone(training, tmp_path,
     assert [json.loads(line)["iteration"] for line in reports] == [0, 3, 6, 9]
 
 
-def test_a_state_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkeypatch):
+def test_a_state_is_synced_before_it_replaces_the_last_one(tmp_path, monkeypatch):
     path, flushed = tmp_path / "vm.state", []
 
     def fsync(descriptor):
@@ -100,7 +100,7 @@ def test_a_state_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_resume_with_nothing_to_resume_starts(training, tmp_path):
+def test_resume_without_a_state_starts_from_scratch(training, tmp_path):
     assert main.main(training("new", "--resume", "-i", "1")) == 0
     assert len(state_of(tmp_path, "new")["history"]) == 2
 
@@ -117,7 +117,7 @@ def test_resume_with_other_flags_is_refused(training, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_resume_after_the_end_changes_nothing(training, tmp_path):
+def test_resuming_a_finished_training_changes_nothing(training, tmp_path):
     assert main.main(training("run", "-i", "2")) == 0
     before = (tmp_path / "run" / "vm.pth").read_bytes()
     assert main.main(training("run", "-i", "2", "--resume")) == 0
@@ -126,7 +126,7 @@ def test_resume_after_the_end_changes_nothing(training, tmp_path):
 
 @pytest.fixture
 def evaluation(tmp_path, model):
-    """The arguments of an evaluation of three sequences into a folder."""
+    """Arguments that evaluate three sequences into a folder."""
     for name in ("ant", "bee", "cat"):
         write_sequence(tmp_path / "davis", name, frames=12)
     write_list(tmp_path / "davis", "2016", "val", ["ant", "bee", "cat"])
@@ -136,7 +136,7 @@ def evaluation(tmp_path, model):
 
 
 @pytest.mark.slow
-def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, capsys):
+def test_a_killed_evaluation_resumes_with_the_missing_sequences(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole")) == 0
     table = capsys.readouterr().out.split("frames in")[0]
     kill_when((tmp_path / "killed" / "ant.finished.json").is_file, evaluation("killed"))
@@ -154,7 +154,7 @@ def test_killed_evaluation_goes_on_with_what_is_missing(evaluation, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_path, capsys):
+def test_an_evaluation_killed_within_a_sequence_resumes_there(evaluation, tmp_path, capsys):
     assert main.main(evaluation("whole", "-v")) == 0
     table = capsys.readouterr().out.split("frames in")[0]
     killed = tmp_path / "killed"
@@ -170,7 +170,7 @@ def test_an_evaluation_killed_within_a_sequence_goes_on_there(evaluation, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_a_second_evaluation_leaves_the_first_ones_files_alone(evaluation, tmp_path, capsys):
+def test_a_second_evaluation_does_not_touch_files_of_the_first(evaluation, tmp_path, capsys):
     out = tmp_path / "out"
     with paused_run(tmp_path, evaluation("out", "-v")) as first:
         before = content(out)
@@ -183,7 +183,7 @@ def test_a_second_evaluation_leaves_the_first_ones_files_alone(evaluation, tmp_p
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_an_export_of_a_checkpoint_is_written_by_one_run(tmp_path, capsys):
+def test_an_export_folder_is_locked_by_one_run(tmp_path, capsys):
     with held(tmp_path):
         assert main.main(["-m", "export", "--export_dir", str(tmp_path), "-c", "cpu"]) == 2
     assert "another run is writing there" in capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_an_export_of_a_checkpoint_is_written_by_one_run(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
+def test_results_of_other_data_or_flags_are_not_mixed(evaluation, tmp_path, capsys):
     assert main.main(evaluation("out", "-q", "ant")) == 0
     before = content(tmp_path / "out")
     assert main.main(evaluation("out", "-k", "7")) == 2
@@ -213,7 +213,7 @@ def test_results_of_something_else_are_not_mixed(evaluation, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
+def test_a_deleted_mask_or_video_is_written_again(evaluation, tmp_path):
     assert main.main(evaluation("out")) == 0
     before = content(tmp_path / "out")
     (tmp_path / "out" / "bee" / "00003.png").unlink()
@@ -224,7 +224,7 @@ def test_a_mask_or_a_video_that_is_gone_is_made_again(evaluation, tmp_path):
 
 
 @pytest.mark.slow
-def test_starting_over_leaves_no_video_of_other_masks(evaluation, tmp_path):
+def test_starting_over_removes_videos_of_earlier_masks(evaluation, tmp_path):
     assert main.main(evaluation("out", "-v", "-k", "7")) == 0
     assert main.main(evaluation("out", "--overwrite")) == 0
     assert main.main(evaluation("whole")) == 0
@@ -239,7 +239,7 @@ def test_a_broken_manifest_is_named(evaluation, tmp_path, capsys):
 
 
 def on_a_full_disk(arguments, limit):
-    """Run main.py where no file may be larger than `limit` bytes: as with a full disk."""
+    """Run main.py with a file size limit of `limit` bytes, which acts like a full disk."""
     return subprocess.run(
         [sys.executable, ROOT / "main.py", *arguments], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -249,7 +249,7 @@ def on_a_full_disk(arguments, limit):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, limit, missing, masks", [
     ((), 500, "ant/00000.png", 0), ((), 9000, "report", 36), (("-v",), 4000, "ant.mp4", 12)])
-def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, evaluation, tmp_path):
+def test_a_full_disk_keeps_finished_results(flags, limit, missing, masks, evaluation, tmp_path):
     result = on_a_full_disk(evaluation("out", *flags), limit)
     errors = [line for line in result.stderr.splitlines() if "error" in line]
     assert result.returncode == 2 and len(errors) == 1 and missing in errors[0], result.stderr
@@ -259,13 +259,13 @@ def test_a_full_disk_leaves_what_was_finished(flags, limit, missing, masks, eval
     assert any(name.endswith(".finished.json") for name in names) == (masks == 36)
     found = list((tmp_path / "out").rglob("*.png"))
     assert len(found) == masks and all(cv2.imread(str(mask)) is not None for mask in found)
-    assert main.main(evaluation("out", *flags)) == 0  # there is room again
+    assert main.main(evaluation("out", *flags)) == 0  # with enough space again
     assert main.main(evaluation("whole", *flags)) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_weights_so_far(training, tmp_path):
+def test_a_full_disk_keeps_the_weights_so_far(training, tmp_path):
     assert main.main(training("run", "-i", "3")) == 0
     before = content(tmp_path / "run")
     size = (tmp_path / "run" / "vm.pth").stat().st_size
@@ -290,8 +290,8 @@ sys.exit(main.main(sys.argv[3:]))
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("megabytes", [20, 120, 2000])
-def test_little_memory_is_enough_or_is_said(megabytes, evaluation, tmp_path, capsys):
-    """With so many megabytes of address space beyond what the imports took."""
+def test_little_memory_suffices_or_gives_one_line(megabytes, evaluation, tmp_path, capsys):
+    """`megabytes` of address space are left after the imports."""
     result = subprocess.run(
         [sys.executable, "-c", SHORT_OF_MEMORY, ROOT, str(megabytes), *evaluation("short")],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -41,7 +41,7 @@ def test_a_flag_of_another_mode_is_refused(line, flag, mode, expected):
     assert str(refused.value) == f"{flag}: not a flag of -m {mode}, expected -m {expected}"
 
 
-def test_defaults_are_those_of_the_mode():
+def test_each_mode_has_its_own_defaults():
     for mode, words in (("train", ""), ("eval", "-m eval"), ("segment", SEGMENT)):
         args = vars(of(words))
         default = {action.dest: action.default for action in options.build_parser(mode)._actions
@@ -52,7 +52,7 @@ def test_defaults_are_those_of_the_mode():
     assert of("").mode == "train" and of("").loss_function == ["dice", "bce"]
 
 
-def test_flags_that_change_masks_are_told_from_those_that_do_not():
+def test_flags_that_change_masks_are_marked():
     args = of(f"{SEGMENT} -k 3 --fg_thresh 0.5 -o a.pth -j out --cutout blur -f warn")
     assert options.changed(args, "metadata") == {"top_k": 3}
     assert options.changed(args, "command") == {
@@ -60,7 +60,7 @@ def test_flags_that_change_masks_are_told_from_those_that_do_not():
 
 
 def help_of(line, capsys):
-    """The text, and the names of the flags that it explains."""
+    """The help text, and the names of the flags in it."""
     with pytest.raises(SystemExit) as end:
         of(line)
     text = capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_help_shows_all_flags_or_those_of_a_mode(capsys):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_help_shows_what_the_mode_takes_and_nothing_else(mode, capsys):
+def test_help_shows_only_the_flags_of_the_mode(mode, capsys):
     _, shown = help_of(f"-m {mode} -h", capsys)
     for action in options.build_parser(None)._actions:
         flag = action.option_strings[0]
@@ -108,7 +108,7 @@ def test_help_shows_what_the_mode_takes_and_nothing_else(mode, capsys):
         assert refused == (flag not in shown), flag
 
 
-def test_a_wrong_help_is_no_help():
+def test_help_for_an_unknown_mode_is_an_error():
     with pytest.raises(ValueError, match="--mode.*dream"):
         of("-m dream")
     assert isinstance(of("-m eval"), argparse.Namespace)

@@ -42,7 +42,7 @@ FILES = {"PIL", "av", "glob", "io", "json", "os", "pathlib", "pickle", "shutil",
 FORBIDDEN = {"network": FILES, "media": TORCH, "masks": TORCH,
              **dict.fromkeys(("webapp.server", "webapp.store"), TORCH)}
 # A function of more lines than a screen holds does too much; a module with more public names than
-# this is several modules. Files may be long: things that belong together stay together.
+# this is several modules. Files may be long: related code stays together.
 FUNCTION_LINES, PUBLIC_NAMES = 65, 28
 
 # What breaks a rule today. The list must shrink: an entry that is no longer needed fails.
@@ -59,7 +59,7 @@ CODE = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): tree
 
 
 def imported(name: str, tree: ast.Module, modules=CODE) -> set[str]:
-    """What a module imports anywhere in it: ours by their full name, others by their first word."""
+    """Imports anywhere in a module: ours by full name, others by their first component."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -72,7 +72,7 @@ def imported(name: str, tree: ast.Module, modules=CODE) -> set[str]:
 
 
 def rank(name: str) -> int | None:
-    """The line of RANKS a module stands in; None if it has none."""
+    """The index of a module's line in RANKS; None if it has none."""
     for wanted in (name, name.split(".")[0]):
         for i, line in enumerate(RANKS):
             if wanted in line:
@@ -99,7 +99,7 @@ def forbidden(modules: dict[str, ast.Module]) -> set[tuple[str, str]]:
 
 
 def circle(modules: dict[str, ast.Module]) -> list[str]:
-    """Modules that import each other in a circle, the first one again at the end; [] if none."""
+    """An import cycle, with the first module again at the end; [] if there is none."""
     graph = {name: imported(name, tree, modules) & modules.keys()
              for name, tree in modules.items()}
     try:
@@ -135,29 +135,29 @@ def public_names(tree: ast.Module) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def test_every_module_has_its_rank():
-    strangers = [name for name in CODE if rank(name) is None]
-    assert not strangers, (f"{', '.join(strangers)}: put it into a line of RANKS (tests/test_house"
-                           ".py), below all that import it and above all that it imports, and into"
-                           " the table of rooms")
+def test_every_module_has_a_rank():
+    unranked = [name for name in CODE if rank(name) is None]
+    assert not unranked, (f"{', '.join(unranked)}: put it into a line of RANKS (tests/test_house"
+                          ".py), below all that import it and above all that it imports, and into "
+                          "the table of docs/architecture.md")
 
 
-def test_imports_go_down_only():
+def test_imports_only_go_down():
     assert upwards(CODE) | forbidden(CODE) == IMPORTS, (
-        "more than IMPORTS has: an import that goes up, from its own line, or that the wing may "
+        "more than IMPORTS has: an import that goes up, or within a line, or that the folder may "
         "not know; fewer: take it out of IMPORTS")
 
 
-def test_imports_make_no_circle():
+def test_imports_are_acyclic():
     assert not circle(CODE)
 
 
 @pytest.mark.parametrize("path", TREES, ids=str)
-def test_every_module_says_what_it_does(path):
+def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(TREES[path])
 
 
-def test_functions_fit_a_screen():
+def test_functions_are_short():
     assert not long_functions(TREES)
 
 
@@ -166,7 +166,7 @@ def test_modules_have_few_public_names():
     assert not {name: n for name, n in crowded.items() if n > PUBLIC_NAMES}
 
 
-def test_a_long_function_and_a_crowded_module_are_found():
+def test_long_functions_and_crowded_modules_are_detected():
     body = "\n".join(["    pass"] * FUNCTION_LINES)
     trees = {Path("a.py"): ast.parse(f"def f():\n{body}\n\nclass C:\n    def g(self): ...")}
     assert long_functions(trees) == {"a.py: f": FUNCTION_LINES + 1}
@@ -185,7 +185,7 @@ def parsed(**sources: str) -> dict[str, ast.Module]:
     ("network.search", "from tracking import pipeline", "tracking.pipeline"),
     ("media.video", "import network.encoder as e", "network.encoder"),
     ("media.video", "import preprocess", "preprocess")])
-def test_an_import_that_goes_up_is_found(importer, source, other):
+def test_upward_imports_are_detected(importer, source, other):
     modules = {other: ast.parse(""), importer: ast.parse(source)}
     assert upwards(modules) == {(importer, other)}
 
@@ -196,18 +196,18 @@ def test_an_import_that_goes_up_is_found(importer, source, other):
     ("datasets.demo", "from media import images", "media.images"),
     ("training.samples", "from training import warps", "training.warps"),
     ("davis", "from datasets import download", "datasets.download")])
-def test_an_import_that_goes_down_is_allowed(importer, source, other):
+def test_downward_imports_are_allowed(importer, source, other):
     modules = {other: ast.parse(""), importer: ast.parse(source)}
     assert not upwards(modules) and imported(importer, modules[importer], modules) == {other}
 
 
-def test_what_a_wing_may_not_know_is_found():
+def test_forbidden_imports_are_detected():
     modules = parsed(media__video="import torch.nn.functional as F\nimport numpy",
                      network__search="from os.path import join", train="import torch, os")
     assert forbidden(modules) == {("media.video", "torch"), ("network.search", "os")}
 
 
-def test_a_circle_is_found():
+def test_cyclic_imports_are_detected():
     modules = parsed(network__a="from network import b", network__b="import network.c",
                      network__c="from network.a import f", network__d="import network.a")
     assert set(circle(modules)) == {"network.a", "network.b", "network.c"}

@@ -1,4 +1,4 @@
-"""Masks from files of labelme and COCO, against pycocotools, Matplotlib and by hand."""
+"""Masks from labelme and COCO files, against pycocotools, Matplotlib and by hand."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ SHAPE = (40, 60)
 
 
 def star(rng, shape=SHAPE, points=9):
-    """A polygon without crossings."""
+    """A polygon that does not cross itself."""
     angles = np.sort(rng.random(points)) * 2 * np.pi
     radii = rng.uniform(0.2, 0.6, points) * min(shape)
     return np.stack([shape[1] / 2 + radii * np.cos(angles), shape[0] / 2 + radii * np.sin(angles)],
@@ -33,7 +33,7 @@ def overlap(a, b):
     return np.count_nonzero(a & b) / np.count_nonzero(a | b)
 
 
-def test_polygons_are_filled_by_the_centres_of_pixels():
+def test_a_polygon_covers_pixels_whose_centres_lie_in_it():
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:SHAPE[0], :SHAPE[1]] + 0.5
     for _ in range(20):
@@ -43,7 +43,7 @@ def test_polygons_are_filled_by_the_centres_of_pixels():
                                       inside.reshape(SHAPE))
 
 
-def test_polygons_are_filled_as_pycocotools_does_but_for_the_edge():
+def test_filled_polygons_match_pycocotools_except_at_the_edge():
     coco = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(1)
     for _ in range(10):
@@ -74,7 +74,7 @@ def drawn(**squares):
     return mask
 
 
-def test_labelme_shapes_are_objects_and_groups_are_one(tmp_path, caplog):
+def test_labelme_shapes_are_objects_and_groups_are_one_object(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     small = io.BytesIO()
     Image.fromarray(np.full((10, 10), 255, np.uint8)).save(small, "PNG")
@@ -134,7 +134,7 @@ def test_coco_masks_are_read_as_pycocotools_reads_them(tmp_path):
         np.testing.assert_array_equal(annotation_files.read(path), read.annToMask(read.anns[1]))
 
 
-def test_coco_annotations_are_objects_the_later_one_in_front(tmp_path, caplog):
+def test_each_coco_annotation_is_an_object_and_later_ones_are_in_front(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     boxes = [[0, 0, 10, 0, 10, 10, 0, 10]], [[5, 5, 15, 5, 15, 15, 5, 15]], []
     expected = drawn(_1=(0, 0, 10), _2=(5, 5, 10))
@@ -148,7 +148,7 @@ class Named(Clip):
     path, files, count = Path("clip.mp4"), [Path("clip.mp4")], 100
 
 
-def test_the_toolkits_own_file_gives_back_its_masks(tmp_path):
+def test_an_exported_coco_file_is_read_back_exactly(tmp_path):
     masks = {4: drawn(_1=(0, 0, 10), _7=(20, 0, 10)), 5: drawn(_7=(30, 20, 10))}
     with CocoSink(tmp_path / "a.json", Named(), {1: "cat", 7: "dog"}) as sink:
         for index, mask in masks.items():
@@ -184,7 +184,7 @@ SIZE = {"height": SHAPE[0], "width": SHAPE[1]}
      "annotation 3: runs of"),
     (json.dumps({"images": [{"id": 1, **SIZE}], "annotations": [
         {"image_id": 1, "id": 3, "segmentation": [[1, 2, 3, 4]]}]}), "a polygon of 4 numbers")])
-def test_what_is_no_annotation_file_is_named(content, told, tmp_path):
+def test_a_file_without_annotations_is_named(content, told, tmp_path):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(ValueError, match="m.json: ") as found:
         annotation_files.read(tmp_path / "m.json")

@@ -42,7 +42,7 @@ def names(dataset) -> list[str]:
 
 @pytest.mark.parametrize("level", ["480p", "1080p", "Full-Resolution", "."])
 @pytest.mark.parametrize("suffix", ["jpg", "JPG", "jpeg", "png", "bmp", "webp"])
-def test_frames_of_any_kind_at_any_level(tmp_path, level, suffix):
+def test_frames_of_any_format_are_found_at_any_depth(tmp_path, level, suffix):
     write(tmp_path / "JPEGImages" / level / "ant", tmp_path / "Annotations" / level / "ant",
           suffix=suffix)
     write_list(tmp_path, "2017", "val", ["ant"])
@@ -52,7 +52,7 @@ def test_frames_of_any_kind_at_any_level(tmp_path, level, suffix):
     np.testing.assert_array_equal(ant.mask(4), draw_frame(4, (1, 2))[1])
 
 
-def test_of_two_resolutions_480p_is_read(tmp_path):
+def test_480p_is_preferred_to_other_resolutions(tmp_path):
     for level in ("1080p", "480p"):
         write(tmp_path / "JPEGImages" / level / "ant", tmp_path / "Annotations" / level / "ant")
     write_list(tmp_path, "2016", "val", ["ant"])
@@ -62,7 +62,7 @@ def test_of_two_resolutions_480p_is_read(tmp_path):
 @pytest.mark.parametrize("encode", [
     lambda text: codecs.BOM_UTF8 + text.encode(), lambda text: text.encode("utf-16"),
     lambda text: text.replace("\n", "\r\n").encode()])
-def test_lists_as_windows_writes_them(davis_2017, encode):
+def test_windows_line_endings_in_lists_are_accepted(davis_2017, encode):
     path = davis_2017 / "ImageSets" / "2017" / "train.txt"
     path.write_bytes(encode("bee\nant\n"))
     assert names(Davis(davis_2017, "2017")) == ["bee", "ant"]
@@ -70,7 +70,7 @@ def test_lists_as_windows_writes_them(davis_2017, encode):
 
 @pytest.mark.parametrize("year, set_name", [("2017", "test-dev"), (None, "test-dev"),
                                             ("2017", "mine"), (None, "train")])
-def test_any_list_there_is(davis_2017, year, set_name):
+def test_any_list_in_the_data_set_can_be_used(davis_2017, year, set_name):
     write_list(davis_2017, "2017", set_name, ["bee"])
     if set_name == "train":
         write_list(davis_2017, "2016", "train", ["bee"])
@@ -83,7 +83,7 @@ def test_a_missing_list_is_named_with_the_existing_ones(davis_2017):
     assert "2017/test-dev.txt" in str(caught.value) and "2016/val.txt" in str(caught.value)
 
 
-def test_junk_is_no_frame_and_no_mask(davis_2016):
+def test_junk_files_are_ignored(davis_2016):
     for kind in ("JPEGImages", "Annotations"):
         folder = davis_2016 / kind / "480p"
         suffix = "jpg" if kind == "JPEGImages" else "png"
@@ -108,7 +108,7 @@ def test_frames_are_in_natural_order(tmp_path):
 @pytest.mark.parametrize("frames, masks", [
     ("{}/images", "{}/masks"), ("{}/JPEGImages", "{}/Annotations"), ("images/{}", "masks/{}"),
     ("JPEGImages/{}", "Annotations/{}"), ("JPEGImages/480p/{}", "Annotations/480p/{}")])
-def test_your_own_folders(tmp_path, frames, masks):
+def test_plain_folders_of_frames_and_masks_are_read(tmp_path, frames, masks):
     for name in ("clip10", "clip2"):
         write(tmp_path / frames.format(name), tmp_path / masks.format(name))
     dataset = Davis(tmp_path)
@@ -130,8 +130,8 @@ def test_a_set_may_be_a_folder(tmp_path):
         assert names(Davis(tmp_path, set=set_name)) == [expected]
 
 
-def test_first_masks_only(tmp_path):
-    """As published for evaluation servers of YouTube-VOS, MOSE and LVOS: no frame is scored."""
+def test_sequences_with_only_a_first_mask_are_segmented(tmp_path):
+    """YouTube-VOS, MOSE and LVOS publish such sets for their servers; no frame is scored."""
     for sequence in Davis(youtube(tmp_path, labelled=[0])):
         assert sequence.labelled == (0,) and sequence.scored == ()
         assert sequence.first_frames == {1: 0, 2: 0} and list(sequence.reference_masks()) == [0]
@@ -139,7 +139,7 @@ def test_first_masks_only(tmp_path):
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_an_object_that_appears_later(tmp_path, complete):
+def test_only_the_new_object_of_a_later_mask_is_a_reference(tmp_path, complete):
     """Of a later mask only the new object is a reference."""
     root = youtube(tmp_path, labelled=None if complete else [0, 3], later=3, names=["a"])
     (sequence,) = Davis(root)
@@ -152,7 +152,7 @@ def test_an_object_that_appears_later(tmp_path, complete):
         assert sequence.scored_objects() == [1, 2]
 
 
-def test_in_davis_the_first_mask_names_the_objects(tmp_path):
+def test_in_davis_the_first_mask_defines_the_objects(tmp_path):
     write(tmp_path / "JPEGImages/480p/a", tmp_path / "Annotations/480p/a", later=3)
     write_list(tmp_path, "2017", "val", ["a"])
     (sequence,) = Davis(tmp_path, "2017", "val")
@@ -160,7 +160,7 @@ def test_in_davis_the_first_mask_names_the_objects(tmp_path):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_frames_that_a_server_expects(tmp_path, marked):
+def test_masks_are_written_for_the_frames_a_server_expects(tmp_path, marked):
     root = youtube(tmp_path, count=11, labelled=[0, 5], later=5, names=["a", "b"])
     videos = {"a": {"objects": {"1": {"category": "ant", "frames": ["00000", "00005", "00010"]},
                                 "2": {"category": "bee", "frames": ["00005", "00010"]}}}}
@@ -175,7 +175,7 @@ def test_frames_that_a_server_expects(tmp_path, marked):
                                      '{"videos": {"a": {"objects": {"1": "person"}}}}',
                                      '{"videos": {"a": {"objects": {"1": {"frame_range": '
                                      '{"start": "00001", "end": "00004"}}}}}}'])
-def test_a_meta_file_without_frames(tmp_path, content):
+def test_a_meta_file_may_lack_frames(tmp_path, content):
     (youtube(tmp_path, names=["a"]) / "meta.json").write_text(content)
     assert Davis(tmp_path).sequences[0].output_frames == tuple(range(6))
 
@@ -223,7 +223,7 @@ def test_unusable_sequences_are_skipped_and_named(davis_2016, spoil, words, capl
 
 
 def test_a_listed_sequence_without_its_first_mask_is_named(davis_2016):
-    """Scores from a later start would not compare with published ones."""
+    """Scores from a later start would not be comparable with published ones."""
     mask = davis_2016 / "Annotations" / "480p" / "bee" / "00000.png"
     mask.unlink()
     with pytest.raises(ValueError, match=f"{mask}: no such mask.*first frame of sequence bee"):
@@ -237,13 +237,13 @@ def test_a_mask_without_its_frame_is_named(davis_2016):
         Davis(davis_2016)
 
 
-def test_two_frames_of_one_name_are_refused(davis_2016):
+def test_two_frames_with_the_same_name_are_refused(davis_2016):
     Image.new("RGB", SHAPE[::-1]).save(davis_2016 / "JPEGImages/480p/bee/00002.png")
     with pytest.raises(ValueError, match="bee/00002.*a second file of that name"):
         Davis(davis_2016)
 
 
-def test_sequences_of_one_mask_are_not_trained_on(tmp_path, caplog):
+def test_sequences_with_a_single_mask_are_not_trained_on(tmp_path, caplog):
     youtube(tmp_path, names=["a"], labelled=[0])
     youtube(tmp_path, names=["b"], labelled=[0, 2])
     sequences = Davis(tmp_path).sequences
@@ -309,7 +309,7 @@ def test_sequences_with_ground_truth_are_scored_and_the_rest_segmented(tmp_path,
 
 
 def test_an_object_is_scored_from_its_second_frame_on(tmp_path):
-    """With a perfect mask of the first object only, the second one counts from there on."""
+    """Only the first object is predicted, perfectly; the second counts from its second frame."""
     (sequence,) = Davis(youtube(tmp_path / "set", names=["b"], later=2))
     for i in range(6):
         images.write_mask(tmp_path / "found" / "b" / f"{i:05d}.png",
@@ -324,7 +324,7 @@ def test_an_object_is_scored_from_its_second_frame_on(tmp_path):
     lambda mask: Image.fromarray(mask > 0),
     lambda mask: Image.fromarray((mask > 0).astype(np.uint8) * 255).convert("RGBA")])
 @pytest.mark.parametrize("year", ["2016", "2017"])
-def test_encodings_of_the_same_masks_score_alike(davis_2016, tmp_path, code, year):
+def test_different_encodings_of_a_mask_score_equally(davis_2016, tmp_path, code, year):
     write_list(davis_2016, "2017", "train", ["ant"])
     (ant,) = Davis(davis_2016, year, names=["ant"])
     (tmp_path / "ant").mkdir()
@@ -333,7 +333,7 @@ def test_encodings_of_the_same_masks_score_alike(davis_2016, tmp_path, code, yea
     assert evaluate.score_folder(tmp_path, [ant], 1)["ant"].j == {1: [1.0] * 4}
 
 
-def test_predictions_in_daviss_colours_are_scored(davis_2017, tmp_path):
+def test_predictions_in_davis_colours_are_scored(davis_2017, tmp_path):
     (dog,) = Davis(davis_2017, "2017", "val")
     (tmp_path / "dog").mkdir()
     for i, path in enumerate(dog.masks):
@@ -342,8 +342,8 @@ def test_predictions_in_daviss_colours_are_scored(davis_2017, tmp_path):
     assert evaluate.score_folder(tmp_path, [dog], 1)["dog"].j == {1: [1.0] * 4, 2: [1.0] * 4}
 
 
-def test_void_that_stands_alone_in_some_frames_stays_void(davis_2017, tmp_path):
-    """In the ground truth: a prediction without it is correct."""
+def test_void_in_frames_without_objects_stays_void(davis_2017, tmp_path):
+    """A prediction of only background scores 1 there."""
     folder = davis_2017 / "Annotations/480p/dog"
     for i, path in enumerate(sorted(folder.iterdir())):
         mask = np.array(Image.open(path))

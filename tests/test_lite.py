@@ -1,4 +1,4 @@
-"""The tracker without PyTorch: an export, equal masks, a machine without torch, bad files."""
+"""The tracker without PyTorch: export, equal masks, no torch installed, bad files."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_path):
+def test_a_clip_is_segmented_without_torch(clip, first, exported, tmp_path):
     done = run(clip, first, "-j", tmp_path / "out", "-o", exported, "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "12 frames" in done.stdout and (tmp_path / "out/overlay.mp4").is_file()
@@ -79,7 +79,7 @@ def test_a_clip_is_segmented_where_there_is_no_torch(clip, first, exported, tmp_
 
 
 @pytest.mark.slow
-def test_a_shorter_clip_leaves_no_masks_of_the_one_before(clip, first, exported, tmp_path, capsys):
+def test_a_shorter_clip_removes_masks_of_the_previous_one(clip, first, exported, tmp_path, capsys):
     out, shorter = tmp_path / "out", tmp_path / "shorter"
     arguments = [str(first), "-j", str(out), "-o", str(exported), "--threads", "1"]
     shorter.mkdir()
@@ -89,7 +89,7 @@ def test_a_shorter_clip_leaves_no_masks_of_the_one_before(clip, first, exported,
     by_hand.parent.mkdir(parents=True)
     shutil.copy(first, by_hand)
     assert lite.main([str(shorter), *arguments]) == 0
-    assert by_hand.is_file()  # nothing told that it was this script's
+    assert by_hand.is_file()  # nothing marked it as this script's
     assert lite.main([str(shorter), *arguments]) == 0
     names = ["00000.png", "00001.png", "00002.png"]
     assert sorted(path.name for path in (out / "masks").iterdir()) == names
@@ -103,7 +103,7 @@ def test_a_shorter_clip_leaves_no_masks_of_the_one_before(clip, first, exported,
 
 
 @pytest.mark.slow
-def test_a_folder_that_another_run_writes_is_left_alone(clip, first, exported, tmp_path, capsys):
+def test_a_folder_locked_by_another_run_is_refused(clip, first, exported, tmp_path, capsys):
     with held(tmp_path / "out") as other:
         before = content(tmp_path / "out")
         for given in ([str(first)], ["--box", "14", "10", "44", "36"]):
@@ -120,7 +120,7 @@ SHOWN = [Prompts([(14, 10, 44, 36)]), Prompts(points=[(36, 28)]),
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shown", SHOWN, ids=["box", "click", "all"])
-def test_what_is_shown_gets_the_same_mask(shown, exact, exported):
+def test_prompts_give_the_same_mask_as_pytorch(shown, exact, exported):
     network, image = lite.load(exported, 1), draw_frame(0)[0].repeat(2, 0).repeat(2, 1)
     one, other = (prompting.predict_logits(model, image, shown) for model in (exact, network))
     seen = np.isfinite(one)
@@ -130,7 +130,7 @@ def test_what_is_shown_gets_the_same_mask(shown, exact, exported):
 
 
 @pytest.mark.slow
-def test_a_clip_is_segmented_from_a_box_where_there_is_no_torch(clip, exported, tmp_path):
+def test_a_clip_is_segmented_from_a_box_without_torch(clip, exported, tmp_path):
     done = run(clip, "--box", 14, 10, 44, 36, "-j", tmp_path / "out", "-o", exported)
     assert done.returncode == 0, done.stderr
     shown = np.array(Image.open(tmp_path / "out/mask_00000.png"))
@@ -144,14 +144,14 @@ def test_a_clip_is_segmented_from_a_box_where_there_is_no_torch(clip, exported, 
     (["FIRST", "--box", 1, 2, 3, 4], "expected a mask of the first frame, or else"),
     (["--point", 1, 2, 3], "--point, --not_point: expected pairs of numbers"),
     (["--box", 0, 0, 999, 3], "--box 0 0 999 3: expected a part of the frame")])
-def test_what_is_shown_is_checked(more, message, clip, first, exported, tmp_path, capsys):
+def test_prompts_are_checked(more, message, clip, first, exported, tmp_path, capsys):
     more = [str(first) if value == "FIRST" else str(value) for value in more]
     assert lite.main([str(clip), *more, "-j", str(tmp_path / "out"), "-o", str(exported)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_requirements_name_what_is_there():
+def test_requirements_list_what_is_imported():
     def names(file):
         return set(re.findall(r"^([\w-]+)", (ROOT / file).read_text(), re.MULTILINE))
 
@@ -172,7 +172,7 @@ def followed(exact, exported, frames, given, shape=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, rows", [("stroll", 0), ("meeting", 180)])
-def test_masks_are_those_of_pytorch(name, rows, exact, exported):
+def test_masks_equal_those_of_pytorch(name, rows, exact, exported):
     drawn = list(demo.draw(demo.SCENES["val"][name], frames=9))
     frames = [lite.images.scaled(image, rows) for image, _ in drawn]
     overlaps = []
@@ -184,8 +184,8 @@ def test_masks_are_those_of_pytorch(name, rows, exact, exported):
 
 
 @pytest.mark.slow
-def test_later_masks_and_objects_are_those_of_pytorch(exact, exported):
-    """A second reference frame, with an object that the first hasn't, and one that leaves again."""
+def test_later_masks_and_new_objects_equal_those_of_pytorch(exact, exported):
+    """A second reference frame adds an object, and one is removed again."""
     frames, masks = zip(*(draw_frame(step, (1, 2)) for step in range(8)))
     frames = [image.repeat(2, 0).repeat(2, 1) for image in frames]
     masks = [mask.repeat(2, 0).repeat(2, 1) for mask in masks]
@@ -196,8 +196,8 @@ def test_later_masks_and_objects_are_those_of_pytorch(exact, exported):
         assert difference.max() < 0.02 and difference.mean() < 1e-4
 
 
-def test_objects_that_come_and_go_are_those_of_pytorch(exact, exported):
-    """One is removed, of three and of two, and one comes back."""
+def test_removed_and_returning_objects_equal_those_of_pytorch(exact, exported):
+    """One of three objects is removed, then one of two, and one returns."""
     frames, masks = zip(*(draw_frame(step, (1, 2)) for step in range(9)))
     masks = [np.where((mask == 2) & (np.arange(80) % 40 < 20), 3, mask) for mask in masks]
     network = lite.load(exported, 1)
@@ -231,7 +231,7 @@ def test_object_tokens_and_the_level_of_stride_2_are_exported(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16, 16), (17, 200), (48, 33)])
-def test_frames_of_few_cells(shape, exact, exported):
+def test_tiny_frames_are_tracked(shape, exact, exported):
     random = np.random.default_rng(0)
     frames = list(random.integers(0, 255, (4, *shape, 3), dtype=np.uint8))
     mask = np.zeros(shape, np.uint8)
@@ -258,8 +258,8 @@ def test_a_frame_of_another_size_is_refused(exported):
 
 
 @pytest.mark.slow
-def test_a_video_that_grows_is_followed_in_a_copy_too(exported):
-    """What a copy sees changes nothing in what it was taken from."""
+def test_a_copied_tracker_gives_the_same_masks(exported):
+    """Frames that the copy tracks do not affect the original."""
     network = lite.load(exported, 1)
     follower = Tracker(network)
     frames = [network.normalized(draw_frame(step)[0]) for step in range(8)]
@@ -290,7 +290,7 @@ def damaged(folder, what, tmp_path):
     ("truncated", r"step\.onnx: damaged"), ("missing", r"step\.onnx: no such file"),
     ("version", f"format 99, expected {lite.FORMAT}: export again"), ("no json", "not an export"),
     ("other json", "not an export")])
-def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path, capsys):
+def test_bad_exports_give_one_line(what, message, clip, first, exported, tmp_path, capsys):
     folder = damaged(exported, what, tmp_path)
     assert lite.main([str(clip), str(first), "-j", str(tmp_path / "out"), "-o", str(folder)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
@@ -303,7 +303,7 @@ def test_bad_exports_get_one_line(what, message, clip, first, exported, tmp_path
     ({"--size": "3"}, "--size"), ({"--threads": "-1"}, "--threads"),
     ({"mask": (20, 20)}, "mask of 20x20 pixels, expected 160x96"),
     ({"mask": 0}, "holds no object"), ({"-j": "clip"}, "is an input")])
-def test_what_cannot_be_done_gets_one_line(change, message, clip, first, exported, tmp_path,
+def test_unsupported_requests_give_one_line(change, message, clip, first, exported, tmp_path,
                                            capsys):
     if "mask" in change:
         empty = np.zeros(change["mask"] or (96, 160), np.uint8)
@@ -336,7 +336,7 @@ def test_a_missing_package_is_named():
 
 
 @pytest.mark.slow
-def test_what_main_exports_can_be_loaded(tmp_path, capsys):
+def test_an_export_can_be_loaded(tmp_path, capsys):
     assert main.main(["-m", "export", "--export_dir", str(tmp_path / "lite")]) == 0
     assert "MB" in capsys.readouterr().out
     lite.load(tmp_path / "lite")
@@ -345,7 +345,7 @@ def test_what_main_exports_can_be_loaded(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
+def test_an_8_bit_export_is_smaller_and_gives_the_same_masks(tmp_path):
     folder = tmp_path / "lite8"
     assert main.main(["-m", "export", "--export_dir", str(folder), "--eight_bit"]) == 0
     assert sum(path.stat().st_size for path in folder.glob("*.onnx")) < 6e6  # of 3.4 million
@@ -358,7 +358,7 @@ def test_an_export_of_8_bits_is_smaller_and_finds_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_of_8_bits_that_computes_something_else_is_refused(exact, tmp_path, monkeypatch):
+def test_an_8_bit_export_that_differs_too_much_is_refused(exact, tmp_path, monkeypatch):
     quantized = quantize.quantized
 
     def reversed_scales(values, axis):
@@ -374,8 +374,8 @@ def test_the_docs_have_the_contract_of_the_export(exported):
     assert (exported / export.CONTRACT).read_text() in (ROOT / "docs/lite.md").read_text()
 
 
-def test_no_pooling_is_exported_that_older_onnxruntimes_compute_otherwise(exported):
-    """Before 1.29 they count pixels beyond the border where a side is odd."""
+def test_exported_pooling_works_on_older_onnxruntime(exported):
+    """Before 1.29 they count padding where a side is odd."""
     pools = [{a.name: a.i for a in node.attribute} for path in exported.glob("*.onnx")
              for node in onnx.load(path).graph.node if node.op_type == "AveragePool"]
     assert any(pool.get("ceil_mode") for pool in pools)
@@ -402,7 +402,7 @@ def test_a_checkpoint_without_memory_cannot_be_exported(model, tmp_path, capsys)
 
 @pytest.mark.parametrize("before, after", [((480, 854), (144, 256)), ((90, 70), (128, 96)),
                                            ((90, 70), (40, 90))])
-def test_resizing_without_aliasing(before, after):
+def test_numpy_resizing_is_antialiased_like_pytorch(before, after):
     mask = np.random.default_rng(0).integers(0, 3, before, dtype=np.uint8)
     found = np.float32([mask == 0, mask == 2])
     expected = F.interpolate(torch.from_numpy(found)[None], size=after, mode="bilinear",
@@ -415,7 +415,7 @@ def test_resizing_without_aliasing(before, after):
 
 @pytest.mark.parametrize("shape, cells", [((48, 80), (3, 5)), ((90, 61), (7, 4)), ((9, 9), (9, 9)),
                                           ((854, 480), (53, 30))])
-def test_labels_of_locations(shape, cells):
+def test_location_labels_equal_those_of_pytorch(shape, cells):
     mask = np.zeros(shape, np.uint8)
     mask[2:shape[0] // 2, 1:shape[1] // 3] = 1
     mask[-1, -1], mask[shape[0] // 2:, :2] = 5, 3
@@ -429,12 +429,12 @@ def test_labels_of_locations(shape, cells):
 
 
 @pytest.mark.parametrize("before, after", [(9, 5), (10, 5), (7, 3), (5, 5), (1, 1)])
-def test_adaptive_pooling_as_a_matrix(before, after):
+def test_adaptive_pooling_equals_a_matrix_product(before, after):
     x = torch.rand(1, 1, before, 1)
     torch.testing.assert_close(pooling(before, after) @ x, F.adaptive_avg_pool2d(x, (after, 1)))
 
 
-def test_locations_around_an_object():
+def test_locations_around_an_object_equal_those_of_pytorch():
     cells = np.random.default_rng(0).random((9, 12)) > 0.95
     grown = F.max_pool2d(torch.from_numpy(cells)[None].float(), 5, 1, 2)[0] > 0
     np.testing.assert_array_equal(views.near(cells), grown.numpy())
@@ -442,8 +442,8 @@ def test_locations_around_an_object():
 
 
 @pytest.mark.slow
-def test_a_video_is_followed_by_the_graphs_alone(exact, exported):
-    """What a program in another language has to do: a state that starts empty, and three graphs."""
+def test_the_graphs_alone_track_a_video(exact, exported):
+    """As in another language: three graphs and a state that starts empty."""
     network, frames = lite.load(exported, 1), [draw_frame(step) for step in range(8)]
     expected = Tracker(exact, outlier_removal=False)
     image = network.normalized(frames[0][0])[None]

@@ -48,7 +48,7 @@ def video(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frames(video):
-    """What decoding the file gives."""
+    """The decoded frames of the file."""
     return list(open_clip(video).frames())
 
 
@@ -72,7 +72,7 @@ def once(video, before_frame=lambda _: None):
 
 
 def number_of(image, frames):
-    """Which of the frames an image is."""
+    """The index of an image among the frames."""
     return [np.array_equal(image, frame) for frame in frames].index(True)
 
 
@@ -82,7 +82,7 @@ def number_of(image, frames):
     ("camera:0", True), ("camera:Front", True), ("rtsp://a/b", True), ("http://a/b.mp4", True),
     ("https://a", True), ("udp://@:5000", True), ("tcp://a:1", True), ("clip.mp4", False),
     ("/a/http:/b", False), ("file:///a.mp4", False), ("C:/clip.mp4", False), ("camera.mp4", False)])
-def test_what_is_live(source, expected):
+def test_live_sources_are_recognised(source, expected):
     assert is_live(source) == expected
 
 
@@ -110,7 +110,7 @@ def test_a_slow_reader_gets_the_newest_frame(video, frames):
     assert ages[1] < 0.2, "the frame before the pause was kept instead of the newest"
 
 
-def test_a_gap_is_waited_for_and_shows_in_the_times(video):
+def test_a_gap_is_waited_out_and_kept_in_the_times(video):
     def pause(number):
         if number == 15:
             time.sleep(1.3)
@@ -229,7 +229,7 @@ def test_a_busy_camera_is_one_line(camera_error, monkeypatch, capsys, tmp_path):
     ("darwin", "camera:1", ("1", "avfoundation", {"framerate": "30"})),
     ("win32", "camera:1", ("video=Rear", "dshow", {})),
     ("win32", "camera:Front", ("video=Front", "dshow", {}))])
-def test_the_camera_of_each_system(platform, source, expected, monkeypatch):
+def test_each_platform_has_its_camera_backend(platform, source, expected, monkeypatch):
     devices = [av.DeviceInfo(name, name, False, [kind]) for name, kind in (
         ("Microphone", "audio"), ("Front", "video"), ("Rear", "video"))]
     monkeypatch.setattr(media_live.av, "enumerate_input_devices", lambda form: devices)
@@ -394,7 +394,7 @@ def test_a_box_and_points_are_tracked_and_an_object_is_ended(page):
             assert overlap(mask == i, truth(index, (1, 2)) == i) > 0.8
 
 
-def test_a_box_starts_its_object_anew(page):
+def test_a_new_box_restarts_its_object(page):
     page.show(1)
     do(page, "add")
     do(page, "point", frame=0, object=1, points=[[30, 70]])  # on the other square
@@ -419,7 +419,7 @@ def test_a_frame_is_kept_while_a_user_draws_on_it(page, monkeypatch):
         assert answer.json()["error"] == "the picture has moved on: draw again"
 
 
-def test_what_a_live_clip_lacks_is_refused(page):
+def test_actions_that_need_a_recorded_clip_are_refused(page):
     page.show(1)
     do(page, "add")
     assert do(page, "point", frame=0, object=1, points=[[150, 4]]).json()["error"].startswith(
@@ -443,7 +443,7 @@ def test_what_a_live_clip_lacks_is_refused(page):
     ("--video camera:0 --page --point 1 1", "--page: expected no mask, box or point with it"),
     ("--video a.mp4 --seconds 3 --point 1 1", "--seconds: expected a camera or a stream"),
     ("--video camera:0 --seconds 0 --point 1 1", "argument --seconds: expected a number above 0")])
-def test_flags_that_contradict_a_live_clip(flags, message, capsys):
+def test_flags_that_contradict_a_live_clip_are_refused(flags, message, capsys):
     assert main.main(["-m", "segment", *flags.split()]) == 2
     assert capsys.readouterr().err.startswith(f"main.py: error: {message}")
 
@@ -508,7 +508,7 @@ def test_ctrl_c_completes_the_results(slow_video, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="no chromium and chromium-driver")
-def test_a_live_clip_on_the_page(slow_video, tmp_path):
+def test_the_page_tracks_a_live_clip(slow_video, tmp_path):
     from test_browser import Server, Tab
     with StreamServer(slow_video) as server:
         run = Server(server.url, tmp_path / "out")

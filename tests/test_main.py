@@ -1,4 +1,4 @@
-"""The command line: its flags, its errors in one line, the road from frames to table."""
+"""The command line: flags, one-line errors, the pipeline from frames to table."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def checkpoint(model, tmp_path):
     "-c 0 -m train -t train -s models/vm_resnet.pth -p 416 790 -l 1e-5 -x -en resnet",
     "-c 0 -m eval -t val -u -o models/vm_vgg.pth -j vm_results -v",
 ])
-def test_published_command_lines_parse_and_want_a_gpu_here(line, davis_2016, model, tmp_path,
+def test_published_command_lines_parse_and_ask_for_a_gpu(line, davis_2016, model, tmp_path,
                                                            monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_published_command_lines_run_on_the_cpu(davis_2016, checkpoint, tmp_path
 
 
 @pytest.mark.slow
-def test_training_flags_reach_the_training(davis_2016, weights, tmp_path):
+def test_training_flags_are_applied(davis_2016, weights, tmp_path):
     save = tmp_path / "vm.pth"
     assert main.main(["-m", "train", "-d", str(davis_2016), "-s", str(save), "-b", "2", "-e", "2",
                       "-i", "1", "-lf", "balancedbce", "-a", "-u", "-vs", "0.4", "-r", "1",
@@ -97,7 +97,7 @@ def run(*arguments, cwd):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
+def test_the_demo_is_evaluated(tmp_path):
     result = run("-m", "eval", "--demo", "-q", "hills", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.splitlines()[1].split()[1]) > 0.8
@@ -106,7 +106,7 @@ def test_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_on_the_demo(tmp_path, weights):
+def test_training_runs_on_the_demo(tmp_path, weights):
     result = run("-m", "train", "--demo", "-i", "2", "-p", "96", "160", "--encoder_weights",
                  weights, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -114,7 +114,7 @@ def test_training_on_the_demo(tmp_path, weights):
 
 
 @pytest.mark.slow
-def test_no_traceback_from_the_real_command(tmp_path):
+def test_the_real_command_prints_no_traceback(tmp_path):
     result = run("-d", "nowhere", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
@@ -164,7 +164,7 @@ def test_errors_of_the_toolkit_are_one_line_and_bugs_keep_their_traceback(run):
     assert errors.explained(raised(lambda: run(True))) is None
 
 
-def test_errors_of_libraries_that_nothing_caught_are_bugs():
+def test_uncaught_library_errors_count_as_bugs():
     for bug in (lambda: int("x"), lambda: torch.optim.SGD([], lr=1),
                 lambda: json.loads("{"), lambda: np.zeros((2, 3)).reshape(4)):
         assert errors.explained(raised(bug)) is None

@@ -1,4 +1,4 @@
-"""Mask files that belong together: of a sequence, and a person's own; sizes, orientation, depth."""
+"""Several mask files: of a sequence, and the user's own; sizes, orientation, bit depth."""
 
 import logging
 
@@ -23,7 +23,7 @@ def saved(folder, masks) -> list:
 @pytest.mark.parametrize("values, meaning", [
     ([(0, 1, 255), (0, 255), (0, 255)], 0), ([(0, 255), (0, 255), (0, 1)], 0),
     ([(0,), (0, 255), (0, 1, 255)], 0), ([(0, 255), (0,), (0, 255)], 1)])
-def test_255_means_one_thing_in_a_sequence(values, meaning, tmp_path):
+def test_255_has_the_same_meaning_throughout_a_sequence(values, meaning, tmp_path):
     paths = saved(tmp_path, [np.array(value, np.uint8).repeat(9)[None] for value in values])
     coding = MaskEncoding.detect(paths)
     for path, value in zip(paths, values):
@@ -31,8 +31,8 @@ def test_255_means_one_thing_in_a_sequence(values, meaning, tmp_path):
         np.testing.assert_array_equal(coding.read(path), expected)
 
 
-def test_a_hard_mask_before_soft_ones(tmp_path):
-    """Found masks often begin with the given one; one threshold holds for all of them."""
+def test_hard_and_soft_masks_of_a_sequence_are_read_alike(tmp_path):
+    """Predicted masks often start with the user's hard mask; all share one threshold."""
     hard = (DISK >= 0.5) * 255
     paths = saved(tmp_path, [hard, DISK * 255, DISK * 100])
     coding = MaskEncoding.detect(paths)
@@ -41,7 +41,7 @@ def test_a_hard_mask_before_soft_ones(tmp_path):
     assert not coding.read(paths[2]).any()
 
 
-def test_colours_of_davis_among_ids(tmp_path):
+def test_davis_colours_may_be_mixed_with_ids(tmp_path):
     paths = saved(tmp_path, [davis(GRID), davis(GRID).convert("RGB")])
     coding = MaskEncoding.detect(paths)
     np.testing.assert_array_equal(coding.read(paths[1]), GRID)
@@ -50,7 +50,7 @@ def test_colours_of_davis_among_ids(tmp_path):
         coding.read(tmp_path / "2.png")
 
 
-def test_empty_masks_tell_nothing(tmp_path):
+def test_empty_masks_do_not_affect_the_encoding(tmp_path):
     first, truth = flat(BLACK, RED)
     paths = saved(tmp_path, [np.zeros((96, 160)), first])
     np.testing.assert_array_equal(MaskEncoding.detect(paths).read(paths[1]), truth)
@@ -65,7 +65,7 @@ def files(folder, **masks) -> list:
     return [folder / f"{name}.png" for name in masks]
 
 
-def test_one_white_file_for_each_object_of_a_frame(tmp_path, caplog):
+def test_white_files_of_one_frame_are_separate_objects(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     a, b, c, d = files(tmp_path, a=(DISK >= 0.5) * 255, b=(BALL >= 0.5) * 255,
                        c=(DISK >= 0.5) * 255, d=(BALL >= 0.5) * 255)
@@ -77,19 +77,19 @@ def test_one_white_file_for_each_object_of_a_frame(tmp_path, caplog):
     assert "frame 0: objects a.png 1, b.png 2" in caplog.text
 
 
-def test_ids_of_several_files_are_kept_where_they_are_free(tmp_path):
+def test_ids_of_several_files_are_kept_if_free(tmp_path):
     a, b = files(tmp_path, a=(DISK >= 0.5) * 2, b=(BALL >= 0.5) * 5)
     assert set(np.unique(read_masks({3: [a, b]})[3])) == {0, 2, 5}
-    assert set(np.unique(read_masks({3: [a, a, b]})[3])) == {0, 1, 5}  # a lies under itself
+    assert set(np.unique(read_masks({3: [a, a, b]})[3])) == {0, 1, 5}  # a covers a
 
 
-def test_overlapping_files_are_said(tmp_path, caplog):
+def test_overlapping_files_are_logged(tmp_path, caplog):
     a, b = files(tmp_path, a=np.array([[255, 255, 0]]), b=np.array([[0, 255, 255]]))
     np.testing.assert_array_equal(read_masks({0: [a, b]})[0], [[1, 2, 2]])
     assert "b.png: overlaps the other masks of frame 0 in 1 pixels" in caplog.text
 
 
-def test_white_in_several_frames_is_one_object_and_said(tmp_path, caplog):
+def test_white_in_several_frames_is_one_object_and_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     a, b = files(tmp_path, a=(DISK >= 0.5) * 255, b=(BALL >= 0.5) * 255)
     found = read_masks({0: [a], 5: [b]})
@@ -97,8 +97,8 @@ def test_white_in_several_frames_is_one_object_and_said(tmp_path, caplog):
     assert "a.png, b.png: white is object 1 in each of them, the same object" in caplog.text
 
 
-def test_a_white_first_mask_and_an_id_in_a_later_one(tmp_path):
-    """The later one may be a mask that the toolkit wrote, mended."""
+def test_a_later_id_joins_a_white_first_mask(tmp_path):
+    """The later one may be a corrected mask of the toolkit."""
     a, b = files(tmp_path, a=(DISK >= 0.5) * 255, b=davis((DISK >= 0.5) * 1))
     found = read_masks({0: [a], 57: [b]})
     np.testing.assert_array_equal(found[0], found[57])
@@ -128,7 +128,7 @@ def test_pages_of_a_tiff_are_masks_of_consecutive_frames(form, tmp_path, caplog)
         read_masks({0: [path]})
 
 
-def test_a_stack_beside_a_mask_of_its_own(tmp_path):
+def test_a_stack_may_accompany_another_mask(tmp_path):
     Image.fromarray(ONE).save(tmp_path / "first.png")
     Image.fromarray(0 * GRID).save(tmp_path / "labels.tif", save_all=True,
                                    append_images=[Image.fromarray(GRID)])
@@ -137,7 +137,7 @@ def test_a_stack_beside_a_mask_of_its_own(tmp_path):
     np.testing.assert_array_equal(masks[1], GRID)
 
 
-def test_an_animated_mask_is_its_first_picture_and_said(tmp_path, caplog):
+def test_an_animated_mask_is_its_first_frame_and_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first, second = (Image.fromarray(grid * 255) for grid in (ONE, ONE[::-1].copy()))
     first.save(tmp_path / "mask.gif", save_all=True, append_images=[second])
@@ -157,14 +157,14 @@ def test_masks_of_another_size_are_named(tmp_path, shape):
 
 @pytest.mark.parametrize("side, cell, words", [
     (20, 8, None), (6, 8, ["object 1", "8 pixels", "--size"]), (6, 4, None)])
-def test_small_objects_are_said(side, cell, words):
+def test_small_objects_are_logged(side, cell, words):
     mask = np.zeros((96, 160), np.uint8)
     mask[5:5 + side, 5:5 + side] = 1
     found = mask_warning(mask, cell)
     assert found is None if words is None else all(word in found for word in words)
 
 
-def test_very_many_objects_are_said():
+def test_many_objects_are_logged():
     mask = np.zeros((160, 160), np.uint8)
     for i in range(254):
         mask[10 * (i // 16):10 * (i // 16) + 6, 10 * (i % 16):10 * (i % 16) + 6] = i + 1
@@ -176,7 +176,7 @@ def test_very_many_objects_are_said():
 
 @pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 3), (8, 1)])
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_frames_and_masks_are_turned_as_a_viewer_shows_them(orientation, turns, suffix, tmp_path):
+def test_exif_orientation_is_applied_to_frames_and_masks(orientation, turns, suffix, tmp_path):
     frame, mask = draw_frame(3)
     path = tmp_path / f"file.{suffix}"
     for read, array in ((images.read_image, frame), (read_mask, mask * 255)):

@@ -1,4 +1,4 @@
-"""Mask files as programs write them: a disk stays one object, ids ids, 255 means one thing."""
+"""Mask files as programs write them: soft edges, ids, colours, palettes, alpha."""
 
 import logging
 
@@ -78,7 +78,7 @@ def test_every_kind_of_mask_is_read(tmp_path, kind, own):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_single_object_makes_every_value_one(tmp_path, kind):
+def test_single_object_maps_every_value_to_1(tmp_path, kind):
     image, _, expected = KINDS[kind]
     image.save(tmp_path / "mask.png")
     if "void" in kind:
@@ -94,7 +94,7 @@ MASKS = st.sets(st.integers(0, 255), min_size=1, max_size=4).flatmap(
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(MASKS)
-def test_mask_round_trip(tmp_path_factory, mask):
+def test_a_written_mask_is_read_back(tmp_path_factory, mask):
     """Ids below 255 come back; 255 is object 1 if it is the only one, else void."""
     path = tmp_path_factory.getbasetemp() / "round_trip.png"
     images.write_mask(path, mask)
@@ -130,7 +130,7 @@ def painted(background, *shapes) -> tuple[Image.Image, np.ndarray]:
 
 
 def alike(mask, truth) -> float:
-    """The least IoU of the objects, whatever their numbers; 0 where there are more or fewer."""
+    """The lowest IoU of the objects under any numbering; 0 if their number differs."""
     ids, wanted = (np.unique(m[m > 0]) for m in (mask, truth))
     if len(ids) != len(wanted):
         return 0.0
@@ -175,14 +175,14 @@ def test_a_feathered_grey_shape_is_cut_at_half(tmp_path, values, blur, caplog):
 
 @pytest.mark.parametrize("background", [BLACK, WHITE])
 @pytest.mark.parametrize("saved", ["png", "quantised to 64", "jpg"])
-def test_several_smooth_objects_in_colour(tmp_path, background, saved):
+def test_smooth_objects_in_colour_are_separated(tmp_path, background, saved):
     image, truth = painted(background, (DISK, RED), (BALL, GREEN), (TOUCHING, BLUE))
     path = tmp_path / f"mask.{'jpg' if saved == 'jpg' else 'png'}"
     SAVED.get(saved, SAVED["png"])(image).save(path, quality=92)
     assert alike(read_mask(path, user_drawn=True), truth) > 0.93
 
 
-def test_several_smooth_objects_in_grey(tmp_path):
+def test_smooth_objects_in_grey_are_separated(tmp_path):
     """The edge of the bright one passes through the value of the dark one."""
     image, truth = painted(BLACK, (DISK, (128,) * 3), (BALL, WHITE))
     image.convert("L").save(tmp_path / "mask.png")
@@ -192,7 +192,7 @@ def test_several_smooth_objects_in_grey(tmp_path):
 @pytest.mark.parametrize("values", [(1, 2), (80, 160), (255,), (1, 2, 3), (7, 8, 9, 10)])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("width", [9, 2, 1])
-def test_ids_stay_ids(values, mode, width, tmp_path, caplog):
+def test_ids_are_kept(values, mode, width, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     mask = np.zeros((40, 70), np.uint8)
     for i, value in enumerate(values):
@@ -203,8 +203,8 @@ def test_ids_stay_ids(values, mode, width, tmp_path, caplog):
     assert not caplog.text
 
 
-def test_a_thin_object_between_two_others_stays_one(tmp_path):
-    """In a palette of ids, and among small numbers: a leash, one pixel wide."""
+def test_a_thin_object_between_two_others_is_kept(tmp_path):
+    """A leash, one pixel wide, in a palette of ids and among small numbers."""
     mask = np.zeros((40, 70), np.uint8)
     mask[5:30, 5:20], mask[5:30, 20], mask[5:30, 21:40] = 1, 2, 3
     for image in (grey(mask), davis(mask)):
@@ -212,7 +212,7 @@ def test_a_thin_object_between_two_others_stays_one(tmp_path):
         np.testing.assert_array_equal(read_mask(tmp_path / "ids.png"), mask)
 
 
-def test_254_tiny_objects_stay_apart(tmp_path):
+def test_254_tiny_objects_are_kept_apart(tmp_path):
     mask = np.zeros((160, 160), np.uint8)
     for i in range(254):
         mask[10 * (i // 16):10 * (i // 16) + 6, 10 * (i % 16):10 * (i % 16) + 6] = i + 1
@@ -220,7 +220,7 @@ def test_254_tiny_objects_stay_apart(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "ids.png", user_drawn=True), mask)
 
 
-def test_white_beside_other_objects_is_refused(tmp_path):
+def test_white_next_to_other_ids_is_refused(tmp_path):
     mask = np.zeros((40, 60), np.uint8)
     mask[5:20, 3:12], mask[5:20, 20:30] = 128, 255
     Image.fromarray(mask).save(tmp_path / "two.png")
@@ -231,7 +231,7 @@ def test_white_beside_other_objects_is_refused(tmp_path):
 @pytest.mark.parametrize("save", [
     lambda image, path: image.save(path), lambda image, path: image.convert("L").save(path),
     lambda image, path: image.quantize(64).save(path)])
-def test_a_picture_is_no_mask(tmp_path, save):
+def test_a_photo_is_refused_as_a_mask(tmp_path, save):
     noise = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
     picture = cv2.resize(noise, SIZE, interpolation=cv2.INTER_CUBIC)
     save(Image.fromarray(picture), tmp_path / "frame.png")
@@ -259,7 +259,7 @@ def flat(*colours) -> tuple[Image.Image, np.ndarray]:
 ])
 @pytest.mark.parametrize("kind", ["RGB", "RGBA", "P"])
 def test_flat_colours_are_ids(colours, ids, words, kind, tmp_path, caplog):
-    """As CVAT and labelme export them: DAVIS' colours their own ids, others in order."""
+    """As CVAT and labelme export them: DAVIS colours keep their ids, others are numbered."""
     caplog.set_level(logging.INFO)
     image, truth = flat(*colours)
     if kind == "P":  # with the background last, so that indices mean nothing
@@ -275,7 +275,7 @@ def test_flat_colours_are_ids(colours, ids, words, kind, tmp_path, caplog):
 
 
 def test_colours_keep_their_ids_from_file_to_file(tmp_path):
-    """Also where each file has a palette of its own, as converters make them."""
+    """Also if each file has its own palette, as converters write it."""
     first, truth = flat(BLACK, RED, BLUE)
     second, other = flat(BLACK, GREEN, RED)
     for name, image in (("0.png", first), ("1.png", second)):
@@ -290,7 +290,7 @@ def test_colours_keep_their_ids_from_file_to_file(tmp_path):
 
 @pytest.mark.parametrize("index, colours", [(1, (WHITE, BLACK)), (1, (RED, (9, 9, 9))),
                                             (2, (RED, GREEN, WHITE)), (2, (GREEN, RED, BLACK))])
-def test_a_palette_whose_background_is_not_the_first_entry(index, colours, tmp_path, caplog):
+def test_the_background_need_not_be_the_first_palette_entry(index, colours, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     truth = (DISK >= 0.5).astype(np.uint8)
     if len(colours) > 2:
@@ -301,7 +301,7 @@ def test_a_palette_whose_background_is_not_the_first_entry(index, colours, tmp_p
     assert "mask.png" in caplog.text
 
 
-def test_objects_all_around_the_frame_are_said(tmp_path, caplog):
+def test_objects_along_the_whole_border_are_logged(tmp_path, caplog):
     grey(np.where(DISK >= 0.5, 0, 255)).save(tmp_path / "inverted.png")
     assert read_masks({0: [tmp_path / "inverted.png"]})[0][0, 0] == 1
     assert "inverted.png: objects cover the border" in caplog.text
@@ -318,7 +318,7 @@ def picture() -> np.ndarray:
     ids=["cut-out", "cut-out, black below", "white", "black", "red"])
 @pytest.mark.parametrize("opacity", [255, 128])
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_a_mask_in_the_alpha_channel(colours, opacity, suffix, tmp_path, caplog):
+def test_a_mask_in_the_alpha_channel_is_read(colours, opacity, suffix, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     alpha = (DISK * opacity).round()
     path = tmp_path / f"cutout.{suffix}"
@@ -329,7 +329,7 @@ def test_a_mask_in_the_alpha_channel(colours, opacity, suffix, tmp_path, caplog)
     assert f"cutout.{suffix}: the mask is in the alpha channel" in caplog.text
 
 
-def test_grey_with_alpha_and_a_transparent_palette_entry(tmp_path):
+def test_alpha_in_grey_and_palette_images_is_read(tmp_path):
     with_alpha(np.full(DISK.shape, 255), (DISK * 255).round()).save(tmp_path / "la.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "la.png"), DISK >= 0.5)
     for transparent in (0, 1):

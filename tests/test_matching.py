@@ -16,7 +16,7 @@ def enlarge(features, shape):
 
 
 def similarities(query, references, labels, shape):
-    """For each set, every similarity in float64."""
+    """All similarities with each set, in float64."""
     others = torch.cat([enlarge(r, x.shape) for r, x in zip(references, labels)])
     labels = torch.cat([x.flatten() for x in labels])
     return [enlarge(query, shape) @ others[labels == i].T for i in range(int(labels.max()) + 1)]
@@ -41,7 +41,7 @@ def draw(seed, channels, h, w, factor, sets=2, frames=1):
 def match(query, references, labels, k, factor, enlarge_first=False):
     query, *grids = [Grid(features, factor) for features in (query, *references)]
     for grid in (query, *grids):
-        grid.is_small = grid.is_small and not enlarge_first  # False is the road of a GPU
+        grid.is_small = grid.is_small and not enlarge_first  # False is what a GPU does
     return soft_match(query, Reference(grids, labels, int(labels.max()) + 1), k)
 
 
@@ -55,7 +55,7 @@ SHAPES = [  # channels, h, w, factor
 @pytest.mark.parametrize("channels, h, w, factor", SHAPES)
 @pytest.mark.parametrize("k", [1, 5, 20])
 @pytest.mark.parametrize("chunk", [1, 5000, matching.CHUNK])
-def test_equals_dense(channels, h, w, factor, k, chunk, monkeypatch):
+def test_matching_equals_the_dense_formula(channels, h, w, factor, k, chunk, monkeypatch):
     monkeypatch.setattr(matching, "CHUNK", chunk)
     query, references, labels = draw(h, channels, h, w, factor)
     labels.view(-1)[0] = 1  # the last set is never without a member
@@ -65,7 +65,7 @@ def test_equals_dense(channels, h, w, factor, k, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("enlarge_first", [False, True])
-def test_equals_dense_on_random_shapes(enlarge_first):
+def test_matching_equals_the_dense_formula_on_random_shapes(enlarge_first):
     generator = torch.Generator().manual_seed(0)
 
     def integer(low, high):
@@ -84,7 +84,7 @@ def test_equals_dense_on_random_shapes(enlarge_first):
 
 @pytest.mark.parametrize("factor", [1, 2.5])
 @pytest.mark.parametrize("sizes", [(1, 50), (50, 1), (0, 7), (3, 0, 60)])
-def test_sets_of_any_size(factor, sizes):
+def test_sets_of_any_size_are_matched(factor, sizes):
     query, references, labels = draw(1, 16, 8, 10, factor)
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(2))
     labels.fill_(-1)
@@ -104,7 +104,7 @@ def test_sets_of_any_size(factor, sizes):
 
 @pytest.mark.parametrize("enlarge_first", [False, True])
 @pytest.mark.parametrize("factor", [1, 2.5])
-def test_reference_frames_of_several_sizes(factor, enlarge_first):
+def test_reference_frames_may_differ_in_size(factor, enlarge_first):
     query, (first,), labels = draw(4, 40, 8, 10, factor)
     _, (second,), more = draw(5, 40, 5, 13, factor)
     grids = [Grid(x, factor) for x in (query, first, second)]
@@ -117,7 +117,7 @@ def test_reference_frames_of_several_sizes(factor, enlarge_first):
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_positions_are_those_of_the_similarities(factor):
+def test_positions_belong_to_the_similarities(factor):
     query, references, labels = draw(3, 16, 9, 14, factor, frames=2)
     reference = Reference([Grid(r, factor) for r in references], labels, 2)
     grid = Grid(query, factor)
@@ -132,7 +132,7 @@ def test_positions_are_those_of_the_similarities(factor):
 
 @pytest.mark.parametrize("first", [1, 3, 1000])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_exact_however_many_blocks_are_looked_into_first(first, smooth, monkeypatch):
+def test_results_do_not_depend_on_the_number_of_first_blocks(first, smooth, monkeypatch):
     monkeypatch.setattr(matching, "FIRST_BLOCKS", first)
     query, references, labels = draw(7, 24, 18, 26, 2.5, sets=1)
     if smooth:  # features that hardly differ, as behind random weights
@@ -160,7 +160,7 @@ def test_gradients_equal_dense(factor):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_largest_finds_what_lies_at_the_end_and_in_one_group():
+def test_largest_finds_values_at_the_end_and_in_one_group():
     values = torch.zeros(3, 1000)  # K = 5: groups of 14, every 71st column; 6 columns in none
     values[0, 993:] = torch.arange(1.0, 8)  # five of them in no group
     values[1, 3:500:71] = torch.arange(1.0, 8)  # all in one group
@@ -173,7 +173,7 @@ def test_largest_finds_what_lies_at_the_end_and_in_one_group():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("enlarge_first", [False, True])
-def test_half_precision_is_near_the_dense_scores(dtype, tolerance, enlarge_first):
+def test_half_precision_is_close_to_the_dense_scores(dtype, tolerance, enlarge_first):
     query, references, labels = draw(7, 96, 9, 11, 2)
     expected = dense(query, references, labels, 5, Grid(query, 2).shape)
     scores = match(query.to(dtype), [r.to(dtype) for r in references], labels, 5, 2,
@@ -189,22 +189,22 @@ def test_a_small_set_is_not_padded_with_zeros():
 
 
 def test_features_of_zeros_score_zero():
-    """Behind a ReLU a cell may hold nothing; its cosine is taken as 0, not as a NaN."""
+    """After a ReLU a location may be all zeros; its cosine is 0 instead of NaN."""
     query, references, labels = draw(6, 8, 5, 6, 2)
     scores = match(torch.zeros_like(query), references, labels, 3, 2)
     torch.testing.assert_close(scores, torch.zeros_like(scores))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scale_of_the_features_does_not_matter(scale):
+def test_the_scale_of_features_does_not_matter(scale):
     query, references, labels = draw(8, 8, 5, 6, 2)
     scores = match(query * scale, [r * scale for r in references], labels, 40, 2)
     expected = dense(query, references, labels, 40, scores.shape[1:])
     torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_padding_is_never_found():
-    """Even where every member of a set is as unlike the frame as can be."""
+def test_padding_is_never_selected():
+    """Even if every member of a set is maximally dissimilar to the frame."""
     features = torch.full((4, 5, 6), 1e6)
     grids = [Grid(features, 2), Grid(-features, 2)]
     reference = Reference([grids[1]], torch.zeros(1, 10, 12), sets=1)
@@ -213,7 +213,7 @@ def test_padding_is_never_found():
     assert positions.sort(dim=1).values.tolist() == [list(range(120))] * 120
 
 
-def test_too_little_memory_halves_the_parts(monkeypatch, caplog):
+def test_running_out_of_memory_halves_the_chunks(monkeypatch, caplog):
     drawn = draw(3, 8, 5, 7, 1.0)
     expected = dense(*drawn, 3, (5, 7))
     largest = matching._largest

@@ -1,4 +1,4 @@
-"""The sets of the paper, and their online update."""
+"""The paper's foreground and background sets, and their online update."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_an_update_equals_matching_with_the_larger_sets(factor):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_an_update_that_is_sure_of_nothing_changes_nothing():
+def test_an_update_without_confident_locations_changes_nothing():
     reference, later = draw(7, 2)
     sets = Sets(1, ((reference, torch.zeros(5, 7).long()),))
     assert sets.update(later, torch.full((5, 7), -1)) is sets and not sets.later

@@ -1,4 +1,4 @@
-"""Outlier removal against brute force and by hand; from probabilities to a mask."""
+"""Outlier removal and identities against brute force and by hand; the final decision."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from tracking.tracker import Tracker
 
 
 @pytest.mark.parametrize("distance", [0, 1, 5, 12.5])
-def test_extrude_is_a_disk_dilation(distance):
+def test_extruding_is_a_disk_dilation(distance):
     rng = np.random.default_rng(0)
     mask = rng.random((37, 53)) > 0.995
     ys, xs = np.nonzero(mask)
@@ -65,7 +65,7 @@ def shares_of(mask, object_ids):
 
 
 def probabilities_of(mask, object_ids):
-    """(N+1, H, W): 0.9 for what the mask holds."""
+    """(N+1, H, W) probabilities: 0.9 for the channel of the mask."""
     shares = np.stack([mask == i for i in (0, *object_ids)]).astype(np.float32)
     return (0.9 * shares + 0.1 / len(shares)).astype(np.float32)
 
@@ -94,13 +94,13 @@ def crossing(frames=40, post=0, step=6):
 @pytest.mark.parametrize("post", [0, 14, 24, 70])
 @pytest.mark.parametrize("step", [4, 6])
 def test_objects_that_cross_behind_a_post_keep_their_identities(post, step):
-    """A wide post hides them, a narrow one leaves a part on either side."""
+    """A wide post hides them completely, a narrow one leaves parts on both sides."""
     truths = list(crossing(240 // step - 3, post, step))
     for found, truth in zip(follow(truths), truths[1:], strict=True):
         np.testing.assert_array_equal(found, truth)
 
 
-def test_an_object_comes_out_from_behind_another_that_hid_it():
+def test_an_object_reappears_from_behind_another():
     y, x = np.mgrid[:120, :300]
     truths = []
     for i in range(40):
@@ -113,8 +113,8 @@ def test_an_object_comes_out_from_behind_another_that_hid_it():
         np.testing.assert_array_equal(found, truth)
 
 
-def test_stray_pixels_of_a_hidden_object_do_not_give_it_to_what_hid_it():
-    """A hundredth of its area at the picture's edge is not where it is."""
+def test_stray_pixels_of_a_hidden_object_do_not_join_its_occluder():
+    """A hundredth of its area at the frame's edge is not its position."""
     previous = np.zeros((120, 300), np.uint8)
     previous[20:100, 100:180], previous[60, :3] = 2, 1
     truth = np.where(previous == 1, 0, previous)
@@ -125,7 +125,7 @@ def test_stray_pixels_of_a_hidden_object_do_not_give_it_to_what_hid_it():
 
 
 def test_look_alikes_that_stay_apart_never_swap():
-    """The network takes one for the other, but for the foreground it is right."""
+    """The network swaps the objects, but the foreground is correct."""
     truths = [np.zeros((80, 300), np.uint8) for _ in range(30)]
     for i, mask in enumerate(truths):
         mask[20:40, 20 + 3 * i:60 + 3 * i], mask[20:40, 120 + 3 * i:160 + 3 * i] = 1, 2
@@ -135,7 +135,7 @@ def test_look_alikes_that_stay_apart_never_swap():
 
 
 @pytest.mark.parametrize("distance, other", [(20, True), (21, False)])
-def test_an_object_reaches_half_its_size(distance, other):
+def test_the_search_reaches_half_the_object_size(distance, other):
     assert REACH == 0.5
     previous = np.zeros((60, 200), np.uint8)
     previous[10:50, 10:50], previous[10:50, 49 + distance:89 + distance] = 1, 2
@@ -147,7 +147,7 @@ def test_an_object_reaches_half_its_size(distance, other):
 
 @pytest.mark.slow
 def test_the_demo_keeps_its_identities_backward(shipped):
-    """A creature passes behind a tree; what comes out on the other side touches the other one."""
+    """A creature passes behind a tree and reappears touching the other one."""
     frames = list(demo.draw(demo.SCENES["val"]["meeting"]))[15:10:-1]
     tracker = Tracker(shipped)
     tracker.step(preprocess.to_tensor(frames[0][0]), frames[0][1])
@@ -157,7 +157,7 @@ def test_the_demo_keeps_its_identities_backward(shipped):
             assert jaccard(found == i, truth == i) > 0.9
 
 
-def test_a_body_keeps_the_identity_of_what_was_near():
+def test_a_component_keeps_the_identity_of_a_nearby_object():
     """Three squares: near the first object, near both, near none."""
     previous = np.zeros((60, 160), np.uint8)
     previous[20:30, 10:20], previous[20:30, 60:70], previous[20:30, 70:80] = 3, 3, 7
@@ -179,7 +179,7 @@ def test_a_body_keeps_the_identity_of_what_was_near():
     np.testing.assert_array_equal(probabilities[0], before[0])
 
 
-def test_a_twin_elsewhere_is_not_taken_along_and_the_hidden_come_back():
+def test_distant_look_alikes_are_dropped_and_hidden_objects_return():
     previous = np.zeros((60, 160), np.uint8)
     previous[20:30, 10:20] = 3
     probabilities = np.zeros((2, 60, 160), np.float32)
@@ -195,7 +195,7 @@ def test_a_twin_elsewhere_is_not_taken_along_and_the_hidden_come_back():
         np.testing.assert_array_equal(found, both)
 
 
-def test_a_body_whose_object_is_thought_impossible_stays_foreground():
+def test_a_component_without_a_plausible_object_stays_foreground():
     previous = np.zeros((20, 30), np.uint8)
     previous[5:9, 5:9], previous[5:9, 25:29] = 1, 2
     probabilities = np.zeros((3, 20, 30), np.float32)
@@ -208,7 +208,7 @@ def test_a_body_whose_object_is_thought_impossible_stays_foreground():
 
 @pytest.mark.parametrize("threshold, expected", [(0.2, [9, 4, 9, 9]), (0.5, [0, 4, 0, 9]),
                                                  (0.65, [0, 4, 0, 0]), (0.9, [0, 0, 0, 0])])
-def test_all_objects_together_pass_the_threshold_and_the_likeliest_wins(threshold, expected):
+def test_the_union_is_thresholded_and_the_likeliest_object_wins(threshold, expected):
     probabilities = np.array([[0.6, 0.1, 0.5, 0.4], [0.15, 0.8, 0.2, 0.29],
                               [0.25, 0.1, 0.3, 0.31]])[:, None]
     mask = decide(probabilities, [4, 9], threshold)

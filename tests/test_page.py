@@ -1,4 +1,4 @@
-"""The page without a browser: who is let in, and what is refused."""
+"""The page's server without a browser: access checks and refused requests."""
 
 import errno
 import json
@@ -39,18 +39,18 @@ EVERYWHERE = [("GET", "/"), ("GET", "/state/0"), ("GET", "/frame/0"), ("GET", "/
     ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1.evil.example:8000"}, 421),
     ({"Host": ""}, 421), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
     ({"Origin": "http://127.0.0.1:9"}, 403)])
-def test_strangers_are_refused_everywhere(method, path, headers, status, client):
+def test_every_address_rejects_requests_from_elsewhere(method, path, headers, status, client):
     answer = client.request(method, path, headers=headers)
     assert answer.status_code == status and answer.json()["error"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:9", "[::1]:80", "localhost"])
-def test_this_machine_is_let_in_through_any_port(host, client):
+def test_this_machine_is_accepted_on_any_port(host, client):
     headers = {"Host": host, "Origin": f"http://{host}"}
     assert client.get("/state/0", headers=headers).status_code == 200
 
 
-def test_the_page_asks_for_nothing_from_elsewhere(client):
+def test_the_page_loads_nothing_from_other_sites(client):
     answer = client.get("/", params={"token": TOKEN}, headers={"X-Token": ""})
     assert answer.status_code == 200 and "<canvas" in answer.text
     policy = answer.headers["content-security-policy"]
@@ -74,14 +74,14 @@ def test_the_token_is_exchanged_for_a_cookie(client):
         assert client.get("/state/0", headers={"Cookie": wrong}).status_code == 403
 
 
-def test_the_token_in_an_address_opens_the_page_alone(client):
+def test_the_token_in_an_address_opens_only_the_page(client):
     del client.headers["X-Token"]
     for path in ("/state/0", "/frame/0", "/mask/0"):
         assert client.get(path, params={"token": TOKEN}).status_code == 403
     assert client.post("/", params={"token": TOKEN}).status_code == 403
 
 
-def test_only_pictures_of_this_run_may_be_kept(client):
+def test_only_images_of_this_run_are_cached(client):
     session = re.search('data-session="(.+?)"', client.get("/").text)[1]
     for path in ("/", "/state/0", "/frame/0", "/thumbnail/0", "/mask/0", "/frame/99"):
         assert client.get(path).headers["cache-control"] == "no-store"
@@ -114,7 +114,7 @@ def guarded(client, *hosts):
     ((), "192.168.1.5:8000", 421), (("*",), "192.168.1.5:8000", 200), (("*",), "[fe80::1]:9", 200),
     (("*",), "evil.example", 421), (("*",), "192.168.1.5.evil.example", 421), (("*",), "", 421),
     (("Hub.example",), "hub.EXAMPLE:443", 200), (("hub.example",), "x.hub.example", 421)])
-def test_a_name_is_accepted_if_it_was_named(hosts, host, status, client):
+def test_a_host_name_is_accepted_if_it_was_passed(hosts, host, status, client):
     answer = guarded(client, *hosts).get("/state/0", headers={"Host": host})
     assert answer.status_code == status
     assert status == 200 or "--page_host" in answer.json()["error"]
@@ -134,7 +134,7 @@ def test_a_name_is_accepted_if_it_was_named(hosts, host, status, client):
     ({"Host": "127.0.0.1:8123", "Origin": "http://[::1"}, 403),
     ({"Host": "127.0.0.1:8123", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
      200)])
-def test_behind_a_proxy_other_sites_are_still_refused(headers, status, client):
+def test_other_sites_are_refused_behind_a_proxy(headers, status, client):
     assert guarded(client, "hub.example").post("/do/stop", headers=headers | {
         "Content-Length": "2"}, content=b"{}").status_code == status
 
@@ -150,7 +150,7 @@ def served(client, monkeypatch, capsys, *hosts, port=0):
     return capsys.readouterr().out, opened[0], TestClient(app), name
 
 
-def test_the_browser_is_started_with_a_code_for_once(client, monkeypatch, capsys):
+def test_the_browser_is_opened_with_a_one_time_code(client, monkeypatch, capsys):
     out, opened, browser, _ = served(client, monkeypatch, capsys)
     printed = out.split()[0]
     assert opened != printed and opened.split("?")[0] == printed.split("?")[0]
@@ -166,7 +166,7 @@ def test_the_browser_is_started_with_a_code_for_once(client, monkeypatch, capsys
 @pytest.mark.parametrize("host, listens, shown", [
     ("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("localhost", None, None),
     ("0.0.0.0", "0.0.0.0", "127.0.0.1")])
-def test_the_address_to_listen_on(host, listens, shown, client, monkeypatch, capsys):
+def test_the_server_listens_on_the_given_address(host, listens, shown, client, monkeypatch, capsys):
     out, _, browser, name = served(client, monkeypatch, capsys, host)
     assert listens in (None, name[0]) and (shown or "") in out.split()[0]
     assert ("not encrypted" in out) == (host == "0.0.0.0")
@@ -176,7 +176,7 @@ def test_the_address_to_listen_on(host, listens, shown, client, monkeypatch, cap
         200 if host == "0.0.0.0" else 421)
 
 
-def test_an_address_that_cannot_be_had_is_named(client):
+def test_an_unavailable_address_is_named(client):
     with pytest.raises(OSError, match="--page_host 192.0.2.1.*expected an address of this machine"):
         server.serve(client.session, hosts=["192.0.2.1"])  # of no machine, RFC 5737
     with pytest.raises(OSError, match="--page_host no name: "):
@@ -200,14 +200,14 @@ def test_an_address_that_cannot_be_had_is_named(client):
     ("/mask/99", png(np.ones(SHAPE, np.uint8)), 400, "no frame 99"),
     ("/mask/0", bytes(MAX_MASK + 1), 413, "bytes at most"),
     ("/mask/0", bytes(100_000_000), 413, "bytes at most")])
-def test_what_is_no_mask_of_the_frame_is_refused(path, content, status, message, client):
+def test_an_upload_that_is_no_mask_of_the_frame_is_refused(path, content, status, message, client):
     answer = client.put(path, content=content)
     assert answer.status_code == status and message in answer.json()["error"]
     assert "BytesIO" not in answer.text
     assert not client.session.store.user_frames
 
 
-def test_a_body_without_a_length_is_bounded_too(client):
+def test_a_body_without_a_length_is_limited_too(client):
     def endless():
         for _ in range(MAX_MASK // 2**16 + 2):
             yield bytes(2**16)
@@ -233,14 +233,14 @@ def test_a_body_without_a_length_is_bounded_too(client):
     ("gone", {"frame": 0, "object": 9}, "no object 9"),
     ("export", {"cutout": "../../etc"}, "cutout"), ("export", {"cutout": []}, "cutout"),
     ("export", {"cutout": "transparent", "format": "../x"}, "format: expected one of png")])
-def test_fields_are_checked(action, fields, message, client):
+def test_request_fields_are_checked(action, fields, message, client):
     do(client, "add")
     answer = do(client, action, **fields)
     assert answer.status_code == 400 and message in answer.json()["error"]
     assert "Traceback" not in answer.text
 
 
-def test_odd_bodies_and_actions(client):
+def test_malformed_bodies_and_unknown_actions_are_refused(client):
     for content in (b"[]", b"{", b"\xff", b"[" * 10_000):
         assert client.post("/do/box", content=content).status_code == 400
     assert client.post("/do/box", content=b" " * (MAX_JSON + 1)).status_code == 413
@@ -249,7 +249,7 @@ def test_odd_bodies_and_actions(client):
     assert client.get("/frame/../../etc/passwd").status_code == 404
 
 
-def test_the_page_is_refused_what_it_cannot_do(clip, tmp_path, monkeypatch, capsys):
+def test_flags_that_do_not_fit_the_page_are_refused(clip, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sessions.figures, "has_browser", lambda: False)
     for words, message in (
@@ -269,7 +269,7 @@ def test_a_missing_package_is_named(clip, monkeypatch, capsys):
     assert "--page: expected the package" in capsys.readouterr().err
 
 
-def test_what_lies_on_disk_is_whole_json(client, tmp_path):
+def test_the_session_file_is_complete_json(client, tmp_path):
     client.put("/mask/0", content=png(truth(0)))
     kept = json.loads(Path(tmp_path / "out" / "page" / "session.json").read_text())
     assert kept["pending"] == [0] and kept["objects"][0]["id"] == 1

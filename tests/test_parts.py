@@ -1,4 +1,4 @@
-"""What of a clip is segmented and how it is cut out: parts of it, soft edges, films with alpha."""
+"""Ranges of frames and cut-outs: soft edges, videos with alpha."""
 
 import csv
 import re
@@ -19,7 +19,7 @@ FRAMES = 10
 
 @pytest.fixture
 def clip(tmp_path):
-    """The arguments that segment frames numbered from 5, of 160x96, from the mask of the 8th."""
+    """Arguments that segment 160x96 frames numbered from 5, from the mask of frame 8."""
     for i in range(FRAMES):
         image, mask = (x.repeat(2, 0).repeat(2, 1) for x in draw_frame(i))
         images.write_image(tmp_path / "clip" / f"{i + 5:05d}.png", image)
@@ -42,7 +42,7 @@ def numbers(path):
     ("7:11", [7, 8, 9, 10]), ("8:9", [8]), ("12:", None), (":8", None), (":10", [5, 6, 7, 8, 9]),
     ("8:", list(range(8, 15))), ("6:15", list(range(6, 15))), ("0:9", [5, 6, 7, 8]),
     ("13:50", None)])
-def test_a_part_of_a_clip(part, expected, clip, tmp_path, capsys):
+def test_a_part_of_a_clip_is_segmented(part, expected, clip, tmp_path, capsys):
     status = main.main([*clip, "--frames", part, "--cutout", "transparent"])
     if expected is None:
         assert status == 2 and "frame 8 is not in --frames" in capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_a_part_of_a_clip(part, expected, clip, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_frames_to_review_are_named_by_their_numbers(clip, tmp_path, capsys):
+def test_frames_to_review_are_named_by_their_numbers(clip, tmp_path, capsys):
     for number in range(11, 15):  # where the object is gone
         image = images.read_image(tmp_path / "clip" / f"{number:05d}.png")
         images.write_image(tmp_path / "clip" / f"{number:05d}.png", np.minimum(image, 59))
@@ -70,13 +70,13 @@ def test_the_frames_to_review_are_named_by_their_numbers(clip, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("part", ["", ":", "5", "9:9", "9:7", "a:b", "-3:5", "1:2:3"])
-def test_what_is_no_part(part, clip, capsys):
+def test_an_invalid_range_is_refused(part, clip, capsys):
     assert main.main([*clip, f"--frames={part}"]) == 2
     assert "--frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["3:5", "15:16", "15:"])
-def test_a_part_that_is_not_there(part, clip, capsys):
+def test_a_range_outside_the_clip_is_refused(part, clip, capsys):
     assert main.main([*clip, "--frames", part]) == 2
     assert "numbered 5 to 14" in capsys.readouterr().err
 
@@ -84,7 +84,7 @@ def test_a_part_that_is_not_there(part, clip, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("form, codec, pixels", [
     ("mov", "prores", "yuva444p"), ("webm", "vp9", "yuv")])
-def test_a_cutout_as_one_film_has_the_pictures_alpha(form, codec, pixels, clip, tmp_path):
+def test_a_cutout_video_has_the_alpha_of_the_images(form, codec, pixels, clip, tmp_path):
     assert main.main([*clip, "--cutout", "transparent"]) == 0
     assert main.main([*clip[:-1], str(tmp_path / "film"), "--cutout", "transparent",
                       "--cutout_format", form]) == 0
@@ -107,13 +107,13 @@ def test_a_cutout_as_one_film_has_the_pictures_alpha(form, codec, pixels, clip, 
 def test_edges_come_from_the_probabilities():
     ramp = np.tile(np.linspace(0, 1, 21, dtype=np.float32), (9, 1))
     alpha = drawing.soft(ramp >= 0.5, ramp)
-    # a width of 0.6 about 0.5, and no farther than 2 pixels beside the mask
+    # a ramp of width 0.6 around 0.5, at most 2 pixels outside the mask
     expected = np.clip((ramp[0] - 0.5) / 0.6 + 0.5, 0, 1) * 255
     expected[:8] = 0
     np.testing.assert_allclose(alpha, np.tile(expected, (9, 1)), atol=1)
 
 
-def test_an_alpha_is_on_the_masks_side_whatever_the_probabilities():
+def test_alpha_agrees_with_the_mask_for_any_probabilities():
     rng = np.random.default_rng(0)
     mask, probability = rng.random((40, 50)) > 0.7, rng.random((40, 50), dtype=np.float32)
     for alpha in (drawing.soft(mask), drawing.soft(mask, probability),
@@ -123,7 +123,7 @@ def test_an_alpha_is_on_the_masks_side_whatever_the_probabilities():
 
 
 @pytest.mark.slow
-def test_a_cutouts_edges_are_soft_and_nothing_lies_under_them(clip, tmp_path):
+def test_cutout_edges_are_soft_and_hide_the_background(clip, tmp_path):
     assert main.main([*clip, "--cutout", "transparent"]) == 0
     for number in (5, 8, 14):
         picture = np.array(Image.open(tmp_path / "out" / "cutout" / f"{number:05d}.png"))

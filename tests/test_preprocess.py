@@ -32,7 +32,7 @@ def truncated(path):
     (lambda path: path.touch(), OSError), (lambda path: path.mkdir(), OSError),
     (lambda path: None, FileNotFoundError)])
 @pytest.mark.parametrize("read", [images.read_image, read_mask])
-def test_unreadable_file_is_named(tmp_path, name, damage, error, read):
+def test_an_unreadable_file_is_named(tmp_path, name, damage, error, read):
     damage(tmp_path / name)
     with pytest.raises(error) as caught:
         read(tmp_path / name)
@@ -68,13 +68,13 @@ def test_written_mask_has_the_davis_palette(tmp_path):
     ((255, 255, 255), (2.248908, 2.428571, 2.640000)),
     ((51, 102, 204), (-1.244541, -0.250000, 1.751111)),  # 0.2, 0.4, 0.8
 ])
-def test_to_tensor_by_hand(pixel, expected):
+def test_to_tensor_matches_values_by_hand(pixel, expected):
     tensor = to_tensor(np.array([[pixel, pixel]], np.uint8))
     assert (tensor.shape, tensor.dtype) == ((3, 1, 2), torch.float32)
     np.testing.assert_allclose(tensor[:, 0, 1], expected, atol=1e-5)
 
 
-def test_to_image_is_the_inverse_for_every_value():
+def test_to_image_inverts_to_tensor_for_every_value():
     image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     image[..., 1] = 255 - image[..., 1]
     np.testing.assert_array_equal(to_image(to_tensor(image)), image)
@@ -88,7 +88,7 @@ def test_to_tensor_resizes_as_pillow_does(shape):
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
-def test_resize_mask_by_hand():
+def test_resize_mask_matches_values_by_hand():
     np.testing.assert_array_equal(resize_mask(GRID, (4, 6)), np.kron(GRID, np.ones((2, 2))))
     large = np.random.default_rng(0).integers(0, 5, (9, 15), dtype=np.uint8)
     np.testing.assert_array_equal(resize_mask(large, (3, 5)), large[1::3, 1::3])  # the middles
@@ -116,7 +116,7 @@ def inside(mask: np.ndarray, object_id: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(72, 120), (48, 80), (90, 90), (144, 240)])
-def test_augment_moves_image_and_mask_alike(monkeypatch, shape):
+def test_augment_moves_image_and_mask_together(monkeypatch, shape):
     image, mask = scene()
     augment = Augment(shape)
     monkeypatch.setattr(augment, "colour", lambda image: image)
@@ -134,7 +134,7 @@ def test_augment_moves_image_and_mask_alike(monkeypatch, shape):
             outside = inside((new_mask != object_id).astype(np.uint8), 1)
             assert (decoded[outside][:, channel] < 55).all()
         seen.add(new_mask.tobytes())
-    assert len(seen) == 20  # each call draws anew
+    assert len(seen) == 20  # each call draws new values
 
 
 def test_augment_flips_and_zooms():
@@ -166,8 +166,8 @@ def test_augment_without_randomness_only_resizes(shape):
 
 
 @pytest.mark.parametrize("factor", [3, 5])
-def test_augment_samples_masks_at_the_middle_of_a_pixel(factor):
-    """As images are; otherwise a shrunk mask is up to half a pixel off its image."""
+def test_augment_samples_masks_at_pixel_centres(factor):
+    """Otherwise a downscaled mask is up to half a pixel off its image."""
     mask = np.random.default_rng(0).integers(0, 4, (12 * factor, 20 * factor), dtype=np.uint8)
     image = np.zeros((*mask.shape, 3), np.uint8)
     _, shrunk = Augment((12, 20), random=False)(image, mask)
@@ -176,7 +176,7 @@ def test_augment_samples_masks_at_the_middle_of_a_pixel(factor):
 
 @pytest.mark.parametrize("keep, kept", [(Augment.KEEP, True), (0, False)])
 def test_augment_keeps_a_tiny_object_in_a_corner(monkeypatch, keep, kept):
-    """Without that rule crops would lose it."""
+    """Crops are chosen so that they contain the object."""
     mask = np.zeros((72, 120), np.uint8)
     mask[-4:, -4:] = 3
     augment = Augment(mask.shape)
@@ -188,7 +188,7 @@ def test_augment_keeps_a_tiny_object_in_a_corner(monkeypatch, keep, kept):
     assert all(count >= Augment.KEEP * 16 - 1 for count in pixels) == kept
 
 
-def test_colour_changes_the_image_alone(monkeypatch):
+def test_colour_augmentation_changes_only_the_image(monkeypatch):
     image, mask = draw_frame(0, (1, 2))
     augment = Augment(mask.shape)
     monkeypatch.setattr(augment, "_box", lambda mask: (0, 0, *mask.shape[1:]))  # flips only
@@ -216,7 +216,7 @@ def preview(folder, *arguments, backend="Agg") -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_a_figure_needs_no_backend_of_a_notebook(tmp_path, frame_and_mask):
+def test_a_missing_matplotlib_backend_is_ignored(tmp_path, frame_and_mask):
     result = preview(tmp_path, *frame_and_mask, "--save", "figure.png",
                      backend="module://not_installed.backend")
     assert (result.returncode, result.stderr) == (0, "")
@@ -268,7 +268,7 @@ def test_bad_arguments_are_named(tmp_path, frame_and_mask, monkeypatch, capsys, 
         assert word in message
 
 
-def test_a_clip_zooms_evenly():
+def test_a_clip_zooms_at_a_constant_rate():
     frame = np.zeros((200, 320, 3), np.uint8)
     mask = cv2.circle(np.zeros((200, 320), np.uint8), (160, 100), 22, 1, -1)
     augment = Augment((100, 160))

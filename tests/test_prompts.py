@@ -1,4 +1,4 @@
-"""Masks from boxes and clicks: evidence, decoder, the simulated person, training, command line."""
+"""Masks from boxes and points: input maps, prompt decoder, crops."""
 
 import math
 
@@ -27,7 +27,7 @@ from videomatch import VideoMatch
 
 
 @pytest.fixture
-def shown() -> VideoMatch:
+def promptable() -> VideoMatch:
     torch.manual_seed(0)
     return VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, refined=True, prompts=True).eval()
 
@@ -40,7 +40,7 @@ def seen(model, seed=0, size=(64, 96)):
 
 # evidence
 
-def test_boxes_become_depths():
+def test_boxes_become_depth_maps():
     size, shape = (32, 48), (8, 12)
     boxes = [(8, 4, 16, 20), (30, 10, 12, 8)]
     found = evidence(Prompts(boxes), size, shape)
@@ -55,9 +55,9 @@ def test_boxes_become_depths():
     assert not found[4:].any()
 
 
-def test_clicks_become_nearness():
+def test_clicks_become_proximity_maps():
     points, off = [(3, 5), (40, 20)], [(20, 11)]
-    found = evidence(Prompts(points=points, not_points=off), (32, 48), (8, 12))
+    found = evidence(Prompts(points=points, negative_points=off), (32, 48), (8, 12))
     for row in range(8):
         for column in range(12):
             for channel, given_points in ((4, points), (6, off)):
@@ -69,7 +69,7 @@ def test_clicks_become_nearness():
     assert not found[:4].any() and not found[8:].any()
 
 
-def test_a_mask_becomes_its_share_of_each_cell_and_its_absence_is_told():
+def test_a_mask_becomes_its_fraction_of_each_location():
     mask = np.zeros((32, 48), bool)
     mask[8:16, 16:32] = True
     found = evidence(Prompts([(0, 0, 4, 4)], mask=mask), (32, 48), (8, 12))
@@ -79,7 +79,7 @@ def test_a_mask_becomes_its_share_of_each_cell_and_its_absence_is_told():
     assert (empty[8] == 1).all() and not empty[9].any()
 
 
-def test_points_are_in_cells_and_beside_the_image_in_the_nearest():
+def test_points_map_to_locations_and_are_clamped_to_the_image():
     points = [(0, 0), (47.4, 31.4), (-9, 16), (99, -5), (23, 8)]
     np.testing.assert_array_equal(clicked(points, (32, 48), (8, 12)), [0, 95, 48, 11, 29])
     assert clicked([], (32, 48), (8, 12)).shape == (0,)
@@ -94,7 +94,7 @@ def test_click_similarity_is_the_cosine_with_the_most_similar_click():
     assert not click_similarity(cells, torch.tensor([], dtype=torch.long)).any()
 
 
-def test_similarity_is_the_mean_cosine_with_the_k_most_alike_others_of_a_set():
+def test_similarity_is_the_mean_cosine_with_the_k_most_similar_others_of_a_set():
     cells = torch.nn.functional.normalize(torch.randn(1, 6, 5, 7), dim=1)
     large = torch.zeros(1, 1, 5, 7)
     large.view(-1)[torch.randperm(35)[:12]] = 1
@@ -109,34 +109,34 @@ def test_similarity_is_the_mean_cosine_with_the_k_most_alike_others_of_a_set():
     assert not too_few.any()
 
 
-def test_the_mask_so_far_says_what_is_inside_and_without_one_the_box():
+def test_sets_come_from_the_previous_mask_or_else_the_box():
     mask = np.zeros((32, 48), bool)
     mask[8:16, 16:32] = True
     box = Prompts([(16, 8, 20, 20)])
-    for shown in (box, Prompts(box.boxes, mask=mask), Prompts(points=[(20, 12)])):
+    for one in (box, Prompts(box.boxes, mask=mask), Prompts(points=[(20, 12)])):
         inside, outside = (x[0, 0].numpy() > 0.5 for x in matching_sets(
-            torch.from_numpy(evidence(shown, (32, 48), (8, 12)))[None]))
+            torch.from_numpy(evidence(one, (32, 48), (8, 12)))[None]))
         assert not (inside & outside).any()
-        assert inside.any() == outside.any() == bool(shown.boxes)
-        if shown.mask is not None:
+        assert inside.any() == outside.any() == bool(one.boxes)
+        if one.mask is not None:
             np.testing.assert_array_equal(inside, mask[::4, ::4])
-        elif shown.boxes:  # a margin on both sides of the box's lies in neither
+        elif one.boxes:  # locations near the box's border are in neither set
             assert inside[3:6, 5:8].all() and inside.sum() == 9
             assert (~outside).sum() == 25
 
 
-def test_the_order_of_clicks_and_boxes_says_nothing(shown):
+def test_the_order_of_clicks_and_boxes_does_not_matter(promptable):
     one = Prompts([(5, 5, 30, 20), (50, 10, 20, 30)], [(8, 9), (60, 20)], [(1, 1), (90, 60)])
-    other = Prompts(one.boxes[::-1], one.points[::-1], one.not_points[::-1])
+    other = Prompts(one.boxes[::-1], one.points[::-1], one.negative_points[::-1])
     with torch.no_grad():
-        torch.testing.assert_close(shown.prompts(seen(shown), one),
-                                   shown.prompts(seen(shown), other))
+        torch.testing.assert_close(promptable.prompts(seen(promptable), one),
+                                   promptable.prompts(seen(promptable), other))
 
 
 # decoder
 
 @pytest.mark.parametrize("encoder", ["mobilenet", "vgg", "resnet"])
-def test_decoder_answers_at_half_the_size(encoder):
+def test_the_decoder_predicts_at_half_the_image_size(encoder):
     channels = tuple(Encoder(encoder).spec.levels.values())
     sides = {"mobilenet": (4, 8, 16, 32)}.get(encoder, (4, 8))
     decoder = PromptDecoder(channels)
@@ -148,35 +148,36 @@ def test_decoder_answers_at_half_the_size(encoder):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
 
 
-def test_every_channel_of_evidence_counts(shown):
+def test_every_channel_of_evidence_affects_the_prediction(promptable):
     mask = np.zeros((64, 96), bool)
     base = Prompts([(5, 5, 40, 30)], [(20, 20)], [(80, 50)], mask)
-    changed = [Prompts([(6, 5, 40, 30)], base.points, base.not_points, mask),
-               Prompts(base.boxes, [(22, 20)], base.not_points, mask),
+    changed = [Prompts([(6, 5, 40, 30)], base.points, base.negative_points, mask),
+               Prompts(base.boxes, [(22, 20)], base.negative_points, mask),
                Prompts(base.boxes, base.points, [(80, 40)], mask),
-               Prompts(base.boxes, base.points, base.not_points, ~mask),
-               Prompts(base.boxes, base.points, base.not_points)]
-    view = seen(shown)
+               Prompts(base.boxes, base.points, base.negative_points, ~mask),
+               Prompts(base.boxes, base.points, base.negative_points)]
+    view = seen(promptable)
     with torch.no_grad():
-        answer = shown.prompts(view, base)
-        assert all((shown.prompts(view, other) - answer).abs().max() > 1e-6 for other in changed)
+        answer = promptable.prompts(view, base)
+        assert all((promptable.prompts(view, other) - answer).abs().max() > 1e-6
+                   for other in changed)
 
 
 @pytest.mark.slow
-def test_one_scene_is_learnt_and_only_the_decoder_changes(shown):
+def test_training_fits_one_scene_and_changes_only_the_decoder(promptable):
     image, mask = draw_frame(0)
     truth = np.kron(mask, np.ones((2, 2))) > 0
     picture = preprocess.to_tensor(np.kron(image, np.ones((2, 2, 1), np.uint8)))
-    before = {name: value.clone() for name, value in shown.state_dict().items()}
+    before = {name: value.clone() for name, value in promptable.state_dict().items()}
     box = Prompts([simulated_user.bounding_box(truth)])
-    scene = train_prompts.start_sample(shown, picture, truth, box, [True])
-    optimizer = torch.optim.AdamW(shown.prompts.parameters(), 3e-3)
+    scene = train_prompts.start_sample(promptable, picture, truth, box, [True])
+    optimizer = torch.optim.AdamW(promptable.prompts.parameters(), 3e-3)
     losses = []
     for _ in range(40):
         scene.prompts, scene.rounds = Prompts([simulated_user.bounding_box(truth)]), [True]
-        losses.append(train_prompts.training_step(shown, optimizer, [scene]))
+        losses.append(train_prompts.training_step(promptable, optimizer, [scene]))
     assert losses[-1] < 0.15 < 1 < losses[0]
-    for name, value in shown.state_dict().items():
+    for name, value in promptable.state_dict().items():
         if not name.startswith("prompts."):
             assert torch.equal(value, before[name]), name
 
@@ -194,7 +195,7 @@ def test_prompts_move_with_the_crop():
     assert patch.shape[0] * patch.shape[1] == pytest.approx(prompting.CROP_AREA, rel=0.15)
     tall, wide = patch.shape[0] / 60, patch.shape[1] / 80
     assert moved.boxes[0] == pytest.approx((20 * wide, 20 * tall, 30 * wide, 20 * tall))
-    for (x, y), value in zip((*moved.points, *moved.not_points), (255, 255, 0)):
+    for (x, y), value in zip((*moved.points, *moved.negative_points), (255, 255, 0)):
         assert abs(int(patch[round(y), round(x), 0]) - value) < 100  # borders are interpolated
     assert moved.mask.sum() == 600
 
@@ -210,23 +211,23 @@ def test_a_crop_contains_the_prompts(x, y, w, h, margin):
     assert 0 <= columns.start <= min(x, 1) and max(x + w, 71) <= columns.stop <= 80
 
 
-def test_points_alone_start_with_the_whole_frame_then_crop_to_the_prediction(shown, monkeypatch):
-    looks = []
+def test_points_alone_start_with_the_whole_frame_then_crop(promptable, monkeypatch):
+    crops = []
 
-    def look(model, image, shown_prompts, part):
-        looks.append((part, shown_prompts.mask))
+    def predict_crop(model, image, prompts_in_frame, part):
+        crops.append((part, prompts_in_frame.mask))
         found = np.full(image.shape[:2], -1, np.float32)
         found[10:20, 30:40] = 1
         return found
 
-    monkeypatch.setattr(prompting, "_predict_crop", look)
+    monkeypatch.setattr(prompting, "_predict_crop", predict_crop)
     image = np.zeros((200, 300, 3), np.uint8)
-    mask = prompting.make_prompter(shown)(image, Prompts(points=[(35, 15)]))
-    assert mask.sum() == 100 and len(looks) == 2
-    assert looks[0] == ((slice(0, 200), slice(0, 300)), None)
-    rows, columns = looks[1][0]
+    mask = prompting.make_prompter(promptable)(image, Prompts(points=[(35, 15)]))
+    assert mask.sum() == 100 and len(crops) == 2
+    assert crops[0] == ((slice(0, 200), slice(0, 300)), None)
+    rows, columns = crops[1][0]
     assert rows.stop - rows.start == columns.stop - columns.start == 40
-    assert (looks[1][1] == mask).all()
+    assert (crops[1][1] == mask).all()
 
 
 def test_iou_of_crops():
@@ -242,8 +243,8 @@ def test_components_are_selected_by_points_and_boxes():
         parts[i, 5:25, x:x + w] = True
     found = parts.any(0)
 
-    def kept(**shown_prompts):
-        mask = prompting.select_components(found, Prompts(**shown_prompts))
+    def kept(**prompts_in_frame):
+        mask = prompting.select_components(found, Prompts(**prompts_in_frame))
         assert not (mask & ~found).any()
         return [float((mask & part).sum() / part.sum()) for part in parts]
 
@@ -260,34 +261,34 @@ def test_components_are_selected_by_points_and_boxes():
 
 @pytest.mark.parametrize("wrong, message", [
     (Prompts(), "expected a box or a point on the object"),
-    (Prompts(not_points=[(1, 1)]), "expected a box or a point on the object"),
+    (Prompts(negative_points=[(1, 1)]), "expected a box or a point on the object"),
     (Prompts([(-1, 0, 20, 20)]), "--box -1 0 20 20: expected a part of the frame of 80x48"),
     (Prompts([(0, 0, 500, 20)]), "--box"), (Prompts([(5, 5, 0, 9)]), "--box"),
     (Prompts(points=[(80, 0)]), "--point 80 0: expected a pixel of the frame of 80x48"),
-    (Prompts(points=[(1, 1)], not_points=[(0, -1)]), "--not_point 0 -1"),
+    (Prompts(points=[(1, 1)], negative_points=[(0, -1)]), "--not_point 0 -1"),
     (Prompts(mask=np.ones((4, 5), bool)), "expected a mask of 80x48 pixels, got 5x4"),
 ])
-def test_prompts_must_lie_in_the_frame(shown, wrong, message):
+def test_prompts_must_lie_in_the_frame(promptable, wrong, message):
     with pytest.raises(ValueError, match=message):
-        prompting.make_prompter(shown)(draw_frame(0)[0], wrong)
+        prompting.make_prompter(promptable)(draw_frame(0)[0], wrong)
 
 
-def test_a_model_without_the_part_says_how_to_get_it(model):
+def test_a_model_without_prompt_decoder_names_the_flag_that_adds_it(model):
     with pytest.raises(ValueError, match="-m train --prompts"):
         prompting.make_prompter(model)(np.zeros((48, 80, 3), np.uint8), Prompts([(8, 8, 20, 20)]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (7, 400, 3), (48, 80, 3)])
-def test_frames_of_any_shape_get_a_mask_of_it(shown, shape):
-    found = prompting.make_prompter(shown)(np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
+def test_the_mask_has_the_shape_of_the_frame(promptable, shape):
+    found = prompting.make_prompter(promptable)(np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
     assert found.shape == shape[:2] and found.dtype == bool
 
 
-def test_the_surest_object_gets_a_pixel_and_others_points_are_not_its_own(shown, monkeypatch):
+def test_the_best_object_wins_a_pixel_and_points_of_others_are_negative(promptable, monkeypatch):
     asked = []
 
-    def logits(model, image, shown_prompts):
-        asked.append(shown_prompts)
+    def logits(model, image, prompts_in_frame):
+        asked.append(prompts_in_frame)
         found = np.full((4, 6), -1.0, np.float32)
         found[:, :4 if len(asked) == 1 else 6] = len(asked)
         found[0] = -np.inf
@@ -295,15 +296,15 @@ def test_the_surest_object_gets_a_pixel_and_others_points_are_not_its_own(shown,
         return found
 
     monkeypatch.setattr(prompting, "predict_logits", logits)
-    mask = prompting.predict_masks(shown, np.zeros((4, 6, 3), np.uint8),
+    mask = prompting.predict_masks(promptable, np.zeros((4, 6, 3), np.uint8),
                             [Prompts(points=[(0, 3)]), Prompts([(2, 0, 4, 4)], [(5, 1)])])
     np.testing.assert_array_equal(mask, [[0] * 6, [2] * 6, [2] * 6, [1, 1, 2, 2, 2, 2]])
-    assert asked[0].not_points == [(5, 1)] and asked[1].not_points == [(0, 3)]
+    assert asked[0].negative_points == [(5, 1)] and asked[1].negative_points == [(0, 3)]
 
 
-def test_a_checkpoint_with_another_decoder_is_said_to_be_of_another_version(shown, tmp_path):
-    shown.save(tmp_path / "shown.pth")
-    content = torch.load(tmp_path / "shown.pth", weights_only=True)
+def test_a_checkpoint_with_another_decoder_is_refused_as_another_version(promptable, tmp_path):
+    promptable.save(tmp_path / "model.pth")
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
     content["model"] = {name: value for name, value in content["model"].items()
                         if "attention" not in name}
     torch.save(content, tmp_path / "old.pth")

@@ -1,4 +1,4 @@
-"""Memory read and write against dense float64 formulas, and what a state keeps of which frame."""
+"""Memory readout and update against dense float64 formulas; contents of a state."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def masks(seed, objects):
 
 
 def ids(seed, objects):
-    """(2 * H, 2 * W) object ids, as mixed as can be."""
+    """(2 * H, 2 * W) random object ids."""
     generator = torch.Generator().manual_seed(200 + seed)
     return torch.randint(0, objects + 1, (H * SIDE, W * SIDE), generator=generator)
 
@@ -61,7 +61,7 @@ def empty(reader, objects):
 
 
 def refer(reader, state, seed, objects, closer=True):
-    """With a reference frame, and a part of it seen from closer of which some locations count.
+    """A state with a reference frame and a closer view of which some locations are valid.
 
     Returns:
         The state; and the frames, each its `Features`, masks and labels.
@@ -80,7 +80,7 @@ def refer(reader, state, seed, objects, closer=True):
 
 
 def followed(reader, objects, frames=(1, 2, 3, 4, 5), every=2):
-    """A state after a reference frame and some more, and what a dense formula needs of it.
+    """A state after a reference frame and some more, and the inputs of a dense formula.
 
     Returns:
         The state; all frames that are searched everywhere, as `refer` has them, labels 0 where
@@ -118,7 +118,7 @@ def values_of(reader, seen, found):
 
 
 def dense_read(keys, values, query, k, temperature):
-    """Each query's (n, M, D) read from its k most similar keys, one after the other."""
+    """Dense readout (n, M, D): for each query, of its k most similar keys."""
     similarity = query.double() @ keys.double().T
     rows = []
     for row in similarity:
@@ -131,7 +131,7 @@ def dense_read(keys, values, query, k, temperature):
 
 @pytest.mark.parametrize("objects", [1, 3])
 @pytest.mark.parametrize("frames", [(), (1,), range(1, 14)])
-def test_what_is_read_everywhere_equals_the_dense_formula(reader, objects, frames):
+def test_the_global_readout_equals_the_dense_formula(reader, objects, frames):
     state, given, later, _ = followed(reader, objects, frames)
     query, every = features(reader, 9), [*given, *later]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_what_is_read_everywhere_equals_the_dense_formula(reader, objects, frame
 
 
 @pytest.mark.parametrize("frames", [(), (1, 2, 3)])
-def test_what_is_read_near_by_equals_the_dense_formula(reader, frames, monkeypatch):
+def test_the_local_readout_equals_the_dense_formula(reader, frames, monkeypatch):
     monkeypatch.setattr(module, "RADIUS", 1)
     state, _, _, recent = followed(reader, 2, frames)
     query = features(reader, 9)
@@ -184,7 +184,7 @@ def test_what_is_read_near_by_equals_the_dense_formula(reader, frames, monkeypat
 
 
 def ridge_regression(reader, frames, weights):
-    """(C, N+1) by least squares, with the ridge as rows beside the data."""
+    """(C, N+1) by least squares, with the ridge as additional rows."""
     rows, targets = [], []
     for (seen, found, _), weight in zip(frames, weights):
         x = seen.unit[0].double().detach()
@@ -201,7 +201,7 @@ def ridge_regression(reader, frames, weights):
 @pytest.mark.parametrize("frames, weights", [
     ((), [1]), ((1,), [0.6, 0.4]), ((1, 3), [0.6, 0.4 * 0.7, 0.4 * 0.3]),
     ((1, 3, 5), [0.6, 0.4 * 0.49, 0.4 * 0.21, 0.4 * 0.3])])
-def test_linear_labels_are_those_of_the_ridge_regression(reader, frames, weights):
+def test_linear_labels_equal_ridge_regression(reader, frames, weights):
     state, given, later, _ = followed(reader, 2, frames)
     query = features(reader, 9)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_linear_labels_are_those_of_the_ridge_regression(reader, frames, weights
     torch.testing.assert_close(evidence[2, 3].double(), expected.sum(0), atol=1e-4, rtol=0)
 
 
-def test_linear_labels_weigh_reference_frames_alike(reader):
+def test_linear_labels_weigh_reference_frames_equally(reader):
     state, first = refer(reader, empty(reader, 2), 0, 2)
     state, second = refer(reader, state, 7, 2)
     solution = ridge_regression(reader, [first[0], second[0]], [0.5, 0.5])
@@ -221,8 +221,8 @@ def test_linear_labels_weigh_reference_frames_alike(reader):
 
 @pytest.mark.parametrize("dtype, steps, away", [(torch.float64, 80, 1e-9),
                                                 (torch.float32, module.STEPS, 1e-4)])
-def test_conjugate_gradients_solve_what_a_solver_does(dtype, steps, away):
-    """Of features as alike as those of a frame, with the ridge of the shipped checkpoint."""
+def test_conjugate_gradients_agree_with_a_direct_solver(dtype, steps, away):
+    """Features as similar as those of a frame, and the ridge of the shipped checkpoint."""
     torch.manual_seed(0)
     unit = F.normalize(torch.randn(900, 256) @ torch.diag(0.97 ** torch.arange(256.0)), dim=1)
     matrix, ridge = unit.T @ unit / len(unit), torch.tensor(0.0018)
@@ -234,7 +234,7 @@ def test_conjugate_gradients_solve_what_a_solver_does(dtype, steps, away):
     torch.testing.assert_close(found.double(), expected, atol=away, rtol=0)
 
 
-def test_an_object_is_what_it_is_whatever_its_number(reader):
+def test_the_number_of_an_object_does_not_matter(reader):
     order = [2, 0, 1]  # the object that is first, second and third now
     renamed = torch.tensor([0, *(1 + order.index(i) for i in range(3))])
     seen, later, states = features(reader, 0), features(reader, 1), []
@@ -247,7 +247,7 @@ def test_an_object_is_what_it_is_whatever_its_number(reader):
     torch.testing.assert_close(second, first[[*order, 3]], atol=1e-4, rtol=1e-4)
 
 
-def test_only_so_many_frames_are_kept(reader):
+def test_the_number_of_memory_frames_is_bounded(reader):
     state, *_ = followed(reader, 1, range(1, 30), every=3)
     assert (int(state.frames), int(state.memories)) == (30, 10)
     # the reference frame counts as the first
@@ -265,7 +265,7 @@ def test_only_so_many_frames_are_kept(reader):
         assert torch.equal(*(getattr(x, f"reference_{name}") for x in (state, first)))
 
 
-def test_shapes_depend_on_numbers_only(reader):
+def test_state_shapes_depend_only_on_counts(reader):
     shapes = [tuple(x.shape) for x in followed(reader, 2, ())[0]]
     for seed, long in ((1, False), (2, True), (3, True)):
         state, _ = refer(reader, empty(reader, 2), seed, 2)
@@ -274,7 +274,7 @@ def test_shapes_depend_on_numbers_only(reader):
         assert [tuple(x.shape) for x in state] == shapes
 
 
-def test_an_object_that_comes_later_was_nowhere_before(reader):
+def test_a_new_object_is_absent_from_earlier_frames(reader):
     state, given, *_ = followed(reader, 1)
     mask = ids(7, 2)
     seen = features(reader, 7)
@@ -304,7 +304,7 @@ def test_an_object_that_comes_later_was_nowhere_before(reader):
     assert len(evidence) == 3 and len(scores) == 3
 
 
-def test_a_step_changes_nothing_in_the_state_before(reader):
+def test_a_step_does_not_modify_the_previous_state(reader):
     state, *_ = followed(reader, 1)
     before = [x.clone() for x in state]
     other = reader.remember(state, features(reader, 4), masks(4, 1), long=True)
@@ -312,7 +312,7 @@ def test_a_step_changes_nothing_in_the_state_before(reader):
     assert all(torch.equal(now, then) for now, then in zip(state, before))
 
 
-def test_gradients_reach_all_weights_and_what_was_found_before(reader):
+def test_gradients_reach_all_weights_and_earlier_predictions(reader):
     state, _ = refer(reader, empty(reader, 2), 0, 2, closer=False)
     found = masks(1, 2).requires_grad_()
     generator = torch.Generator().manual_seed(1)
@@ -324,7 +324,7 @@ def test_gradients_reach_all_weights_and_what_was_found_before(reader):
         assert tensor.grad.abs().sum() > 0
 
 
-def test_rows_hold_the_frames_own_locations_first_then_closer_ones():
+def test_rows_hold_the_frame_locations_first_then_those_of_closer_views():
     chosen = torch.zeros(4, 3, 10, dtype=torch.bool)
     chosen[0, 0, [1, 4, 5]] = True  # fits
     chosen[1, 0, 2], chosen[1, 1], chosen[1, 2, :4] = True, True, True  # too many closer ones
@@ -341,7 +341,7 @@ def test_rows_hold_the_frames_own_locations_first_then_closer_ones():
         assert row == sorted(set(row))
 
 
-def test_keys_start_as_the_principal_directions(reader):
+def test_keys_are_initialised_with_principal_components(reader):
     torch.manual_seed(1)
     wide = Reader(100, 40, SIDE)
     samples = torch.randn(500, 100) @ torch.diag(torch.linspace(0.1, 3, 100))
@@ -353,14 +353,14 @@ def test_keys_start_as_the_principal_directions(reader):
     torch.testing.assert_close(kept.square().sum(1), expected.square().sum(1), atol=1e-4, rtol=0)
 
 
-def test_the_best_other_object():
+def test_the_best_other_object_is_found_for_each_object():
     x = torch.tensor([[1.0, 5, 2], [3, 5, 1], [2, 0, 4]])
     assert best_other(x).tolist() == [[3, 5, 4], [2, 5, 4], [3, 5, 2]]
     assert best_other(x[:1]).tolist() == [[0, 0, 0]]
 
 
 def test_the_union_of_objects_is_read_as_a_single_object_would_be(reader):
-    """All but the linear labels, in whose sums each object weighs alike."""
+    """Except the linear labels, in whose sums all objects weigh equally."""
     seen, later, mask, found = features(reader, 0), features(reader, 1), ids(0, 3), masks(1, 3)
     state = reader.start(empty(reader, 3), seen, one_hot(mask, 3)[None], labels(mask)[None])
     state = reader.remember(state, later, found, long=True)
@@ -392,8 +392,8 @@ def test_the_union_decides_what_is_foreground(objects):
 
 
 @pytest.mark.parametrize("objects, channel", [(2, 1), (3, 2), (3, 3)])
-def test_of_a_removed_object_nothing_is_left(reader, objects, channel):
-    """As if it had never been asked for, but for sums in which each object weighs alike."""
+def test_removing_an_object_leaves_no_trace(reader, objects, channel):
+    """Except sums in which all objects weigh equally."""
     kept = [i for i in range(objects + 1) if i != channel]
     fewer = torch.tensor([kept.index(i) if i in kept else -1 for i in range(objects + 1)])
     state, expected = empty(reader, objects), empty(reader, objects - 1)
@@ -423,7 +423,7 @@ def test_of_a_removed_object_nothing_is_left(reader, objects, channel):
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),
                                                     ((4, 8), 1, (12, 6)), ((4,), 0, (6,))])
-def test_decoder_scores_the_finest_level_of_each_object_alone(channels, finer, sides):
+def test_the_decoder_scores_the_finest_level_per_object(channels, finer, sides):
     decoder = Decoder(6, channels, finer)
     levels = [torch.randn(1, c, side, side + 1) for c, side in zip(channels, sides)]
     evidence = torch.randn(3, 6, 6, 7, requires_grad=True)

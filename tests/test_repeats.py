@@ -1,4 +1,4 @@
-"""The same command gives the same results, whatever the threads and the workers."""
+"""The same command repeats exactly, with any number of threads and workers."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_masks_and_table_repeat_exactly(evaluate):
     assert first == second and len(first[1]) == 10
 
 
-def test_the_table_is_the_same_with_more_threads(evaluate, threads):
+def test_the_table_does_not_depend_on_the_number_of_threads(evaluate, threads):
     # in bfloat16, where a processor has it, another order of sums shows in the third digit
     threads(1)
     one, _ = evaluate("one", "--precision", "fp32")
@@ -47,7 +47,7 @@ def test_the_table_is_the_same_with_more_threads(evaluate, threads):
     assert one == two and "bee_2" in one
 
 
-def test_weights_repeat_with_more_workers(davis_2016, tmp_path, threads):
+def test_weights_do_not_depend_on_the_number_of_workers(davis_2016, tmp_path, threads):
     threads(1)
     torch.manual_seed(0)
     torch.save(models.mobilenet_v2().state_dict(), tmp_path / "weights.pth")

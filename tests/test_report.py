@@ -1,4 +1,4 @@
-"""The report: figures by hand, pictures by colour, nothing that is fetched from elsewhere."""
+"""The report: scores by hand, colours of images, no external resources."""
 
 import base64
 import html
@@ -31,7 +31,7 @@ def sequences(davis_2016):
 
 
 def run(name, sequences, better=0.0):
-    """The true masks, with scores that were made up."""
+    """A run of true masks with invented scores."""
     scores = {}
     for sequence in sequences:
         scores[sequence.name] = score = metrics.SequenceScore([1])
@@ -41,7 +41,7 @@ def run(name, sequences, better=0.0):
 
 
 
-def test_one_run(sequences, tmp_path):
+def test_the_report_of_one_run_shows_its_scores(sequences, tmp_path):
     path = report.write(tmp_path / "report.html", sequences, [run("mine", sequences)],
                         {"flags": "--top_k 5 <b>"})
     page = path.read_text()
@@ -57,7 +57,7 @@ def test_one_run(sequences, tmp_path):
         assert cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), 1).shape[1] == 480
 
 
-def test_two_runs_say_who_won(sequences, tmp_path):
+def test_the_report_of_two_runs_compares_them(sequences, tmp_path):
     runs = [run("old", sequences), run("new", sequences, better=0.1)]
     page = report.write(tmp_path / "report.html", sequences, runs, {}).read_text()
     ant = re.search(r"#ant'>ant</a><td>([\d.]+)<td>([\d.]+)<td class=won>([\d.]+)", page)
@@ -66,7 +66,7 @@ def test_two_runs_say_who_won(sequences, tmp_path):
     assert "new, frame 1, largest difference" in page
 
 
-def test_errors_are_told_apart_by_colour():
+def test_false_positives_and_negatives_have_different_colours():
     image = np.full((2, 4, 3), 100, np.uint8)
     truth = np.array([[0, 1, 1, 0], [2, 0, 0, 0]], np.uint8)
     mask = np.array([[0, 1, 0, 1], [1, 0, 0, 0]], np.uint8)
@@ -109,7 +109,7 @@ def test_curves_are_drawn_at_their_frames_and_end_where_an_object_is_not_visible
     assert "frames 92 to 100 of object 2 (not visible)" in page
 
 
-def test_pictures_take_colours_for_the_same_object_in_every_frame(tmp_path):
+def test_an_object_has_the_same_colour_in_every_frame(tmp_path):
     root = tmp_path / "davis"
     write_sequence(root, "ant", ids=(1, 2), value=None)
     write_list(root, "2017", "val", ["ant"])
@@ -137,7 +137,7 @@ def test_pictures_take_colours_for_the_same_object_in_every_frame(tmp_path):
         assert (green - red > 20).any() and not (red - green > 40).any()
 
 
-def test_evaluation_leaves_a_report(model, davis_2016, tmp_path):
+def test_evaluation_writes_a_report(model, davis_2016, tmp_path):
     sequences = Davis(davis_2016, names=["ant"]).sequences
     evaluate.evaluate(model, sequences, evaluate.Options(
         results=tmp_path / "out", metadata={"flags": "--demo"}))
@@ -165,7 +165,7 @@ def test_two_folders_are_compared(tmp_path):
 
 @pytest.fixture
 def ask_browser(tmp_path):
-    """Runs a script in a page as wide as a phone; what the script gives, from JSON."""
+    """Run a script in a page as wide as a phone; returns its result, from JSON."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("there is no Chromium")
@@ -188,7 +188,7 @@ def ask_browser(tmp_path):
 
 
 @pytest.mark.slow
-def test_table_is_sorted_by_a_click(sequences, tmp_path, ask_browser):
+def test_a_click_sorts_the_table(sequences, tmp_path, ask_browser):
     page = report.write(tmp_path / "r.html", sequences, [run("mine", sequences)], {}).read_text()
     orders = ask_browser(page, """
         const names = () => [...page.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)
@@ -199,7 +199,7 @@ def test_table_is_sorted_by_a_click(sequences, tmp_path, ask_browser):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [["mine"], ["old", "new"]])
-def test_a_phone_shows_all_without_moving_sideways(names, sequences, tmp_path, ask_browser):
+def test_the_report_fits_a_phone(names, sequences, tmp_path, ask_browser):
     runs = [run(name, sequences) for name in names]
     page = report.write(tmp_path / "r.html", sequences, runs, {"flags": "-x" * 300}).read_text()
     width, pictures, small = ask_browser(page, """

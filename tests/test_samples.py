@@ -1,4 +1,4 @@
-"""Pairs and clips of frames, and the order in which they are drawn."""
+"""Training pairs and clips, and the order in which they are sampled."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ from training.samples import Clips, Pairs, PairSampler, large_enough
 
 
 def as_is(image, mask):
-    """Replaces an augmentation; changes nothing."""
+    """An augmentation that changes nothing."""
     return torch.from_numpy(image), torch.from_numpy(mask)
 
 
@@ -24,7 +24,7 @@ def all_equal(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_item_is_two_images_with_binary_masks(davis_2017):
+def test_an_item_is_two_images_with_binary_masks(davis_2017):
     pairs = Pairs(Davis(davis_2017, "2017").sequences, Augment((24, 56)))
     assert len(pairs) == 12
     for frame in range(12):
@@ -71,7 +71,7 @@ def test_both_frames_are_of_one_sequence_and_the_index_is_the_test_frame(tmp_pat
     assert len(references) == 12  # any frame can be a reference
 
 
-def test_both_masks_show_the_same_one_of_several_objects(davis_2017):
+def test_both_masks_show_the_same_object(davis_2017):
     (dog,) = Davis(davis_2017, "2017", "val")
     pairs = Pairs([dog], as_is)
     drawn = []
@@ -83,7 +83,7 @@ def test_both_masks_show_the_same_one_of_several_objects(davis_2017):
     assert set(drawn) == {6, 26}
 
 
-def test_reference_always_holds_the_object_though_some_masks_are_empty(tmp_path):
+def test_the_reference_always_contains_the_object(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     for i in (1, 2, 3, 5):
         Image.new("L", SHAPE[::-1]).save((tmp_path / "Annotations/480p/ant") / f"{i:05d}.png")
@@ -96,7 +96,7 @@ def test_reference_always_holds_the_object_though_some_masks_are_empty(tmp_path)
             assert not test.any()
 
 
-def test_sequence_without_any_object_is_named(tmp_path):
+def test_a_sequence_without_objects_is_named(tmp_path):
     write_sequence(tmp_path, "ant", value=0)
     write_list(tmp_path, "2016", "train", ["ant"])
     with pytest.raises(ValueError, match="ant"):
@@ -104,7 +104,7 @@ def test_sequence_without_any_object_is_named(tmp_path):
 
 
 class AsIs:
-    """Replaces an augmentation of clips; changes nothing."""
+    """An augmentation of clips that changes nothing."""
 
     def __call__(self, image, mask):
         return as_is(image, mask)
@@ -143,7 +143,7 @@ def test_a_clip_runs_evenly_through_one_sequence(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
+def test_each_id_is_one_object_native_or_pasted(tmp_path):
     sequences = grey_sequences(tmp_path, "ab", frames=6)
     clips = Clips(sequences, AsIs(), frames=3, paste=1)
     clips.SWARM = clips.LINES = clips.CROSSES = clips.ALONE = 0
@@ -157,7 +157,7 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
                                                 for m in (masks == i).byte().numpy()])) > 0
             # frames of one sequence are darker than those of the other
             foreign = (images[inside].float().mean(1) > 100) != bool(seed % 12 // 6)
-            if len(foreign) > 90:  # a small thing is edges mostly
+            if len(foreign) > 90:  # small objects consist mostly of edges
                 share = foreign.float().mean()
                 assert share < 0.1 or share > 0.9  # edges are mixed
                 own[int(share > 0.5)] += 1
@@ -166,7 +166,7 @@ def test_each_id_is_one_object_the_sequences_own_or_a_pasted_one(tmp_path):
     assert min(counts[1, 0], counts[0, 1], counts[1, 1], counts[1, 2]) > 3
 
 
-def test_all_objects_of_a_sequence_are_tracked_under_any_id(davis_2017):
+def test_all_objects_are_tracked_under_any_id(davis_2017):
     (dog,) = Davis(davis_2017, "2017", "val")
     clips, found = Clips([dog], AsIs(), frames=3, paste=0), set()
     for seed in range(30):
@@ -234,7 +234,7 @@ def test_sequences_with_too_small_objects_are_named_once(squares, caplog):
     assert "dot, small" in second
 
 
-def test_the_same_object_has_to_be_in_two_masks(squares):
+def test_an_object_must_appear_in_two_masks(squares):
     dot, small, whole = squares
     for path in whole.masks[1:]:
         Image.fromarray(np.zeros((200, 300), np.uint8)).save(path)
@@ -246,7 +246,7 @@ def test_the_sampler_refuses_an_empty_set():
         list(PairSampler(0, 3))
 
 
-def test_duplicates_are_pasted_only_without_a_jump(tmp_path):
+def test_duplicates_are_pasted_only_into_clips_without_a_jump(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=3, paste=1)
@@ -270,7 +270,7 @@ def test_duplicates_are_pasted_only_without_a_jump(tmp_path):
     assert len(after_jump) > 5 and not any(after_jump)
 
 
-def test_swarms_are_tracked_and_never_follow_a_jump(tmp_path):
+def test_swarms_are_tracked_and_never_combined_with_a_jump(tmp_path):
     write_sequence(tmp_path, "ant", frames=6)
     write_list(tmp_path, "2016", "train", ["ant"])
     clips = Clips(Davis(tmp_path).sequences, AsIs(), frames=5, paste=1, objects=9)
@@ -289,7 +289,7 @@ def test_a_clip_depends_on_its_index_alone(davis_2016):
 
 
 @pytest.mark.parametrize("frames, count", [(7, 20), (7, 7), (7, 3), (1, 4), (5, 10)])
-def test_sampler_takes_every_frame_once_before_any_again(frames, count):
+def test_the_sampler_draws_every_frame_once_before_repeating(frames, count):
     sampler = PairSampler(frames, count, seed=1)
     drawn = [frame for frame, _ in sampler]
     assert len(drawn) == len(sampler) == count
@@ -299,7 +299,7 @@ def test_sampler_takes_every_frame_once_before_any_again(frames, count):
         assert set(one_pass) <= set(range(frames))
 
 
-def test_sampler_shuffles_each_epoch_differently_unless_disabled():
+def test_the_sampler_shuffles_each_epoch_differently_unless_disabled():
     frames = [frame for frame, _ in PairSampler(20, 40)]
     assert frames[:20] != frames[20:] and frames[:20] != list(range(20))
     in_order = list(PairSampler(3, 7, shuffle=False))
@@ -307,14 +307,14 @@ def test_sampler_shuffles_each_epoch_differently_unless_disabled():
     assert len({seed for _, seed in in_order}) == 7  # a frame's pairs differ between passes
 
 
-def test_sampler_is_fixed_by_its_seed():
+def test_the_sampler_depends_on_its_seed():
     assert list(PairSampler(9, 30, seed=4)) == list(PairSampler(9, 30, seed=4))
     assert list(PairSampler(9, 30, seed=4)) != list(PairSampler(9, 30, seed=5))
     sampler = PairSampler(9, 30)
     assert list(sampler) == list(sampler)
 
 
-def test_real_sequence_with_empty_masks_yields_references_with_the_object(davis_dir):
+def test_references_of_a_real_sequence_contain_the_object(davis_dir):
     (bumps,) = (sequence for sequence in Davis(davis_dir) if sequence.name == "bmx-bumps")
     assert not bumps.mask(65).any()
     pairs = Pairs([bumps], as_is)

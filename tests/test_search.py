@@ -1,4 +1,4 @@
-"""The search for similar cells against dense float64 products."""
+"""The search for similar locations against dense float64 products."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def chosen(similarity, positions):
 
 
 def one_set(keys, members=1):
-    """(m, C) keys in rows of groups, and which of them are there: those of one set of one frame."""
+    """(m, C) keys of one frame's set, in rows of groups, and which of them are valid."""
     groups = -(-len(keys) // members)
     rows = F.pad(keys, (0, 0, 0, members * groups - len(keys)))
     valid = (torch.arange(len(rows)) < len(keys)).float()
@@ -26,7 +26,7 @@ def one_set(keys, members=1):
 
 
 @pytest.mark.parametrize("n, m, k", [(5, 7, 3), (300, 40, 16), (3, 9, 9), (1, 1, 1)])
-def test_of_few_keys_the_best_are_found(n, m, k):
+def test_few_keys_are_searched_exactly(n, m, k):
     query, keys = unit(0, n, 8), unit(1, m, 8)
     with torch.no_grad():
         values, positions = (x[:, 0] for x in nearest(query, *one_set(keys), k))
@@ -40,7 +40,7 @@ def test_of_few_keys_the_best_are_found(n, m, k):
 
 @pytest.mark.parametrize("n, m, k, size", [(3, 1000, 4, 16), (600, 333, 16, 5), (2, 130, 16, 2),
                                            (2, 640, 16, 20)])
-def test_of_many_keys_the_best_of_groups_are_found(n, m, k, size):
+def test_many_keys_are_searched_by_groups(n, m, k, size):
     query, keys = unit(2, n, 16), unit(3, m, 16)
     rows, valid = one_set(keys, size)
     with torch.no_grad():
@@ -56,8 +56,8 @@ def test_of_many_keys_the_best_of_groups_are_found(n, m, k, size):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("members", [1, 4])
-def test_sets_of_several_frames_are_searched_apart(grad, members):
-    """Of each set the best, of all frames together; what isn't valid is never among them."""
+def test_sets_of_several_frames_are_searched_separately(grad, members):
+    """The best of each set over all frames; invalid keys are never selected."""
     query, keys = unit(2, 7, 8), unit(3, 3, 2, members, 6, 8)
     generator = torch.Generator().manual_seed(4)
     valid = (torch.rand(keys.shape[:-1], generator=generator) > 0.4).float()
@@ -85,8 +85,8 @@ def test_sets_of_several_frames_are_searched_apart(grad, members):
 
 @pytest.mark.parametrize("n, frames, sets, members, groups", [
     (50, 1, 1, 20, 40), (7, 3, 2, 4, 17), (1, 2, 3, 1, 16)])
-def test_an_exported_search_finds_the_same(n, frames, sets, members, groups):
-    """With the operators of ONNX, of sizes that needn't be whole numbers of parts."""
+def test_an_exported_search_gives_the_same_result(n, frames, sets, members, groups):
+    """With ONNX operators, for sizes that are no multiples of the group size."""
     query, keys = unit(8, n, 64), unit(9, frames, sets, members, groups, 64)
     generator = torch.Generator().manual_seed(1)
     valid = (torch.rand(keys.shape[:-1], generator=generator) > 0.2).float()
@@ -103,13 +103,13 @@ def test_an_exported_search_finds_the_same(n, frames, sets, members, groups):
                                atol=2e-5, rtol=0)
 
 
-def test_of_no_keys_none_are_found():
+def test_an_empty_set_gives_no_matches():
     keys, _ = one_set(unit(1, 6, 8), 2)
     values, _ = nearest(unit(0, 4, 8), keys, torch.zeros(1, 1, 2, 3), 3)
     assert values.shape == (4, 1, 3) and (values == search.NOTHING).all()
 
 
-def test_half_precision_finds_nearly_the_same():
+def test_half_precision_gives_nearly_the_same_matches():
     query, keys = unit(4, 50, 32, dtype=torch.bfloat16), unit(5, 700, 32, dtype=torch.bfloat16)
     with torch.no_grad():
         values, positions = (x[:, 0] for x in nearest(query, *one_set(keys, 16), 8))
@@ -129,7 +129,7 @@ def dense_windows(query, others, radius):
 
 @pytest.mark.parametrize("h, w", [(1, 1), (5, 7), (4, 8), (9, 17)])
 @pytest.mark.parametrize("frames, k, radius", [(1, 3, 0), (2, 5, 2), (3, 40, 20)])
-def test_windows(h, w, frames, k, radius):
+def test_windows_hold_the_neighbourhood_of_each_location(h, w, frames, k, radius):
     query, *others = unit(6, frames + 1, h, w, 8)
     there = torch.ones(frames)
     values, positions = windows(query, torch.stack(others), there, k, radius)
@@ -145,7 +145,7 @@ def test_windows(h, w, frames, k, radius):
                                rtol=0)
 
 
-def test_windows_of_a_frame_that_is_not_there():
+def test_windows_of_a_missing_frame_are_empty():
     query, *others = unit(6, 3, 5, 7, 8)
     alone = windows(query, torch.stack(others[1:]), torch.ones(1), 5, 2)
     values, positions = windows(query, torch.stack(others), torch.tensor([0.0, 1]), 5, 2)
@@ -157,7 +157,7 @@ def test_windows_of_a_frame_that_is_not_there():
     lambda query, other: [x[:, 0] for x in nearest(
         query.flatten(0, 1), *one_set(other.flatten(0, 1), 4), 3)],
     lambda query, other: windows(query, other[None], torch.ones(1), 3, 2)])
-def test_gradients_are_those_of_the_dense_products(search_):
+def test_gradients_equal_those_of_dense_products(search_):
     query, other = (unit(seed, 4, 5, 6).double().requires_grad_() for seed in (7, 8))
     values, positions = search_(query, other)
     values.square().sum().backward()
@@ -169,5 +169,5 @@ def test_gradients_are_those_of_the_dense_products(search_):
         torch.testing.assert_close(gradient, tensor.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_kept_of_windows_is_bounded():
+def test_the_cache_of_windows_is_bounded():
     assert search._tiles.cache_parameters()["maxsize"] == 8

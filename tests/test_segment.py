@@ -1,4 +1,4 @@
-"""Clips of one's own: the same masks from a video and from a folder, from any frame."""
+"""`-m segment`: equal masks from a video and a folder, masks in any frame, cut-outs."""
 
 
 import cv2
@@ -54,7 +54,7 @@ def overlap(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def test_the_network_sees_every_frame_at_about_one_size():
+def test_frames_are_resized_to_about_one_size():
     for shape, size, expected in [((240, 432), 480, (480, 864)), ((360, 480), 480, (480, 640)),
                                   ((1080, 1920), 480, (480, 853)), ((90, 50), 480, (180, 100)),
                                   ((480, 854), 480, (480, 854)), ((90, 50), 0, (90, 50))]:
@@ -85,7 +85,7 @@ def test_video_and_folder_give_the_same_masks(clip_file, clip_folder, tmp_path):
     assert overlay.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
 
 
-def test_from_a_frame_in_the_middle_it_runs_both_ways(clip_file, tmp_path):
+def test_a_mask_in_the_middle_is_propagated_in_both_directions(clip_file, tmp_path):
     mask = write(tmp_path / "middle.png", truth(5))
     assert main.main(["-m", "segment", "--video", str(clip_file), "--mask", mask, "--mask_frame",
                       "5", "-j", str(tmp_path / "out"), "-p", "192", "320"]) == 0
@@ -95,7 +95,7 @@ def test_from_a_frame_in_the_middle_it_runs_both_ways(clip_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
+def test_an_object_of_a_later_mask_is_tracked_from_there(tmp_path):
     masks = []
     for i in range(FRAMES):
         image, mask = (x.repeat(4, 0).repeat(4, 1) for x in draw_frame(i, (1, 2)))
@@ -116,7 +116,7 @@ def test_an_object_that_appears_later_is_found_from_then_on(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word, after", [("absent", True), ("gone", False)])
-def test_a_later_mask_may_say_that_an_object_is_not_there(word, after, tmp_path):
+def test_a_later_mask_may_mark_an_object_as_absent(word, after, tmp_path):
     masks = []
     for i in range(7):
         image, mask = (x.repeat(4, 0).repeat(4, 1) for x in draw_frame(i, (1, 2)))
@@ -139,7 +139,7 @@ def test_a_later_mask_may_say_that_an_object_is_not_there(word, after, tmp_path)
 
 
 class Counting(video.Folder):
-    """A clip that keeps account of the frames that were read."""
+    """A clip that records which frames were read."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -163,7 +163,7 @@ def test_each_frame_is_decoded_once(first, cutout, model, clip_folder, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1, 5, 8])
-def test_a_film_has_its_frames_in_the_order_of_the_clip(first, model, clip_folder, tmp_path):
+def test_a_video_has_its_frames_in_clip_order(first, model, clip_folder, tmp_path):
     clip = video.open_clip(clip_folder)
 
     def draw(frame):  # a grey for each
@@ -189,7 +189,7 @@ def test_a_sink_that_fails_ends_the_run_with_its_error(model, clip_folder):
 
 @pytest.mark.parametrize("how, expected", [("transparent", None), ("blur", None),
                                            ("#00ff00", (0, 255, 0))])
-def test_cutouts(how, expected, model, clip_folder, tmp_path):
+def test_cutouts_are_written_in_every_format(how, expected, model, clip_folder, tmp_path):
     clip = video.open_clip(clip_folder)
     (tmp_path / "masks").mkdir()
     for i in range(FRAMES):
@@ -239,7 +239,7 @@ def test_cutouts(how, expected, model, clip_folder, tmp_path):
     (["--video", "CLIP", "--box", "1", "1", "9", "9", "--mask_frame", "99"], "ends before it"),
     (["--video", "CLIP", "--mask", "MASK", "--cutout", "pink"], "--cutout: expected transparent"),
 ])
-def test_bad_input_is_one_line(flags, message, clip_file, tmp_path, monkeypatch, capsys):
+def test_bad_input_gives_one_line(flags, message, clip_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "has_browser", lambda: False)
     files = {"CLIP": str(clip_file), "MASK": write(tmp_path / "mask.png", truth(0)),

@@ -39,7 +39,7 @@ def alpha(path):
 
 @pytest.fixture
 def clip(tmp_path):
-    """The arguments that segment a clip from masks of two frames, the later with one object more.
+    """Arguments that segment a clip from masks of two frames, of which the later adds an object.
 
     With the shipped model, so with short-term and long-term memory.
     """
@@ -129,7 +129,7 @@ def test_results_of_other_flags_or_data_are_refused(clip, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_other_masks_replace_the_results_of_a_clip(clip, tmp_path, caplog):
-    """As the last line of a run suggests: correct a mask and run again."""
+    """A run ends with this advice: correct a mask and run again."""
     assert main.main(clip("out", "--cutout", "transparent", masks=["7:7.png"])) == 0
     with caplog.at_level("INFO"):
         assert main.main(clip("out")) == 0
@@ -142,7 +142,7 @@ def test_other_masks_replace_the_results_of_a_clip(clip, tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["transparent", "blur"])
-def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path):
+def test_starting_over_removes_earlier_results(first, clip, tmp_path):
     assert main.main(clip("out", "--cutout", first, masks=["7:7.png"])) == 0
     for i in (14, 15):
         (tmp_path / "clip" / f"{i:05d}.png").unlink()
@@ -158,7 +158,7 @@ def test_a_clip_that_starts_over_leaves_nothing_of_before(first, clip, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_refused_mask_leaves_no_manifest(clip, tmp_path, capsys):
+def test_a_refused_mask_leaves_no_metadata(clip, tmp_path, capsys):
     images.write_mask(tmp_path / "small.png", np.ones((9, 8), np.uint8))
     for wrong in ("7:small.png", "99:7.png"):
         assert main.main(clip("out", masks=[wrong])) == 2
@@ -210,8 +210,8 @@ def test_ctrl_c_after_the_last_frame_is_raised():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_a_second_run_leaves_the_first_ones_files_alone(clip, tmp_path, capsys):
-    """With the same or other flags, while the first one is in the middle of the clip."""
+def test_a_second_run_does_not_touch_files_of_the_first(clip, tmp_path, capsys):
+    """It has the same or other flags and starts in the middle of the first run."""
     out = tmp_path / "out"
     with paused_run(tmp_path, clip("out", "--cutout", "blur")) as first:
         before = content(out)
@@ -287,7 +287,7 @@ def test_files_written_by_two_processes_at_once_are_whole(tmp_path):
 
 
 @pytest.mark.slow
-def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
+def test_the_fingerprint_covers_only_files_of_the_clip(clip, tmp_path, capsys):
     frames = tmp_path / "clip"
     images.write_mask(frames / "mask.png", read_mask(tmp_path / "7.png"))
     again = clip("out", masks=["7:clip/mask.png"])
@@ -304,7 +304,7 @@ def test_only_a_clips_own_files_are_in_its_fingerprint(clip, tmp_path, capsys):
     assert main.main(again) == 2 and "results of other data" in capsys.readouterr().err
 
 
-def test_a_run_that_another_commit_resumes_names_both(tmp_path, caplog):
+def test_resuming_at_another_commit_records_both(tmp_path, caplog):
     made = {"flags": "default", "versions": "videomatch 1.0.0"}
     RunFolder(tmp_path, made | {"commit": "aaa"}).start()
     with caplog.at_level("INFO"):
@@ -318,7 +318,7 @@ def test_a_run_that_another_commit_resumes_names_both(tmp_path, caplog):
         RunFolder(tmp_path, made | {"versions": "videomatch 1.1.0"})
 
 
-def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
+def test_a_mask_file_name_may_contain_a_colon(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "12:30.png").touch()
     assert parse_mask_argument("12:30.png") == (None, "12:30.png")
@@ -327,7 +327,7 @@ def test_a_mask_whose_name_looks_like_a_frame_and_a_file(tmp_path, monkeypatch):
     assert parse_mask_argument("12:30.png") == (12, "30.png")
 
 
-def test_a_stack_of_masks_begins_at_its_frame(tmp_path):
+def test_a_mask_stack_starts_at_its_frame(tmp_path):
     frames = [Image.fromarray(draw_frame(i)[0]) for i in range(6)]
     frames[0].save(tmp_path / "clip.tif", save_all=True, append_images=frames[1:])
     masks = [Image.fromarray(draw_frame(i)[1] * (i % 2)) for i in range(4)]

@@ -37,7 +37,7 @@ def state(client, since=0):
     return client.get(f"/state/{since}").json()
 
 
-def test_a_box_a_click_a_stroke_and_back(client):
+def test_box_click_and_stroke_edit_a_mask_and_can_be_undone(client):
     number = do(client, "add").json()["object"]
     assert do(client, "box", frame=0, object=number, corners=[[8, 6], [66, 52]]).status_code == 200
     assert overlap(shown(client, 0) > 0, truth(0) > 0) > 0.8
@@ -96,7 +96,7 @@ def test_a_coco_file_gives_each_frame_its_own_image_as_mask(client):
     assert answer.status_code == 400 and "called 00007" in answer.json()["error"]
 
 
-def test_objects_come_and_go(client):
+def test_objects_are_added_renamed_and_deleted(client):
     mask = truth(0, (1, 2))
     assert client.put("/mask/0", content=png(mask)).status_code == 200
     assert [obj["id"] for obj in state(client)["objects"]] == [1, 2]
@@ -110,7 +110,7 @@ def test_objects_come_and_go(client):
     np.testing.assert_array_equal(shown(client, 0), mask)
 
 
-def test_the_news_are_what_changed(client):
+def test_the_state_lists_only_changes(client):
     client.put("/mask/0", content=png(truth(0)))
     first = state(client)
     assert list(first["frames"]) == ["0"] and first["frames"]["0"]["user_mask"]
@@ -119,7 +119,7 @@ def test_the_news_are_what_changed(client):
 
 
 @pytest.mark.slow
-def test_segmenting_gives_the_command_lines_masks_and_the_export_says_how(
+def test_the_page_predicts_the_masks_of_its_exported_command(
         clip, client, tmp_path, monkeypatch):
     session = client.session
     client.put("/mask/3", content=png(truth(3)))
@@ -170,7 +170,7 @@ def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monk
     assert opened[1]["objects"][0]["name"] == "dog"
 
 
-def test_frames_have_their_files_numbers(begin, clip, tmp_path):
+def test_frames_are_numbered_as_their_files(begin, clip, tmp_path):
     folder = tmp_path / "numbered from 1, with a gap"
     folder.mkdir()
     for step, number in enumerate((1, 2, 3, 20, 21)):
@@ -203,7 +203,7 @@ def test_frames_have_their_files_numbers(begin, clip, tmp_path):
     assert begin(tmp_path / "third").state()["numbers"] is None  # the frames count from 0
 
 
-def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
+def test_a_cutout_for_editors_is_one_file(client, tmp_path):
     client.put("/mask/0", content=png(truth(0)))
     do(client, "export", cutout="transparent", format="mov")
     run = finished(client.session)
@@ -216,7 +216,7 @@ def test_what_is_exported_for_editors_is_one_file(client, tmp_path):
     assert not (tmp_path / "out" / "cutout.mov").exists()  # whose masks may have been others
 
 
-def test_an_export_leaves_what_another_run_writes_and_what_is_not_of_the_toolkit(client, tmp_path):
+def test_an_export_does_not_touch_files_of_others(client, tmp_path):
     out = tmp_path / "out"
     client.put("/mask/0", content=png(truth(0)))
     (out / "cutout.mov").write_bytes(b"of the other run")
@@ -249,7 +249,7 @@ def _words(command):
 
 
 @pytest.mark.slow
-def test_a_correction_is_done_from_a_state_near_it_up_to_the_next_user_mask(client, monkeypatch):
+def test_a_correction_propagates_from_a_nearby_state_to_the_next_user_mask(client, monkeypatch):
     session = client.session
     for frame in (0, 10):
         client.put(f"/mask/{frame}", content=png(truth(frame)))
@@ -310,7 +310,7 @@ def test_an_empty_user_mask_without_an_earlier_one_is_no_start(begin):
 
 
 @pytest.mark.slow
-def test_where_no_user_mask_is_near_the_predicted_mask_is_a_reference(begin, monkeypatch):
+def test_without_a_nearby_user_mask_the_predicted_mask_is_a_reference(begin, monkeypatch):
     session, references = begin(), []
     session.editor.set_mask(0, truth(0))
     go(session, 0)
@@ -328,7 +328,7 @@ def test_where_no_user_mask_is_near_the_predicted_mask_is_a_reference(begin, mon
     assert references[:3] == [(0, True), (3, True), (4, False)]
 
 
-def test_only_one_thing_at_a_time(client):
+def test_only_one_run_is_allowed_at_a_time(client):
     client.put("/mask/0", content=png(truth(0)))
     do(client, "segment", frame=0, direction="both")
     assert "running" in do(client, "export").json()["error"]
@@ -336,7 +336,7 @@ def test_only_one_thing_at_a_time(client):
     finished(client.session)
 
 
-def test_a_mask_may_say_that_nothing_is_there(client):
+def test_an_empty_mask_means_that_no_object_is_visible(client):
     client.put("/mask/0", content=png(truth(0)))
     client.put("/mask/4", content=png(0 * truth(0)))
     do(client, "segment", frame=4, direction="forward")
@@ -352,7 +352,7 @@ def two(step):
 
 @pytest.fixture
 def pair(begin, tmp_path, tmp_path_factory):
-    """A session on a clip of two objects, of which nothing is segmented yet but frame 0 given."""
+    """A session on a clip of two objects with a user mask in frame 0."""
     folder = tmp_path_factory.mktemp("pair")
     for step in range(FRAMES):
         Image.fromarray(draw_frame(step, (1, 2))[0].repeat(2, 0).repeat(2, 1)).save(
@@ -372,7 +372,7 @@ def ids(session, *frames):
 
 
 @pytest.mark.slow
-def test_an_object_that_is_wiped_out_is_not_in_this_frame(pair):
+def test_erasing_an_object_marks_it_as_absent(pair):
     go(pair, 0)
     assert ids(pair, 5, 6, 7) == [{1, 2}] * 3
     pair.editor.paint(6, 2, [(0, 64), (159, 64)], 24, True)
@@ -415,7 +415,7 @@ def test_an_object_is_gone_from_a_frame_on_until_a_mask_shows_it(pair, tmp_path)
     assert ids(pair, 4, 5) == [{1, 2}] * 2
 
 
-def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_path):
+def test_absence_marks_can_be_undone_and_are_saved(pair, begin, tmp_path):
     client = TestClient(application(pair, TOKEN), base_url="http://127.0.0.1:8000",
                         headers={"X-Token": TOKEN})
     everywhere = state(client)["everywhere"]
@@ -434,7 +434,7 @@ def test_what_is_not_there_can_be_taken_back_and_lies_on_disk(pair, begin, tmp_p
 
 
 @pytest.mark.slow
-def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_path, monkeypatch):
+def test_propagation_never_starts_from_a_state_with_an_outdated_mask(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(sessions.StateCache, "INTERVAL", 1)
     one, fresh = begin(tmp_path / "one"), begin(tmp_path / "fresh")
     bad = np.roll(truth(0), 40, 0)
@@ -457,7 +457,7 @@ def test_a_state_that_holds_a_corrected_mask_is_never_started_from(begin, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
+def test_a_failed_frame_does_not_count_as_tracked(begin, tmp_path, monkeypatch):
     whole, one = begin(tmp_path / "whole"), begin(tmp_path / "one")
     for session in (whole, one):
         session.editor.set_mask(0, truth(0))
@@ -483,7 +483,7 @@ def test_a_frame_that_fails_was_not_seen(begin, tmp_path, monkeypatch):
 
 # long clips
 
-def test_news_cost_no_look_at_all_frames(begin):
+def test_the_cost_of_a_change_does_not_grow_with_the_clip(begin):
     class Untouched(dict):
         def refused(self, *_):
             raise AssertionError("iterated over all frames")
@@ -506,7 +506,7 @@ def test_news_cost_no_look_at_all_frames(begin):
     assert not session.state(version)["review"], "the user marked it as absent"
 
 
-def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
+def test_undo_is_bounded_in_bytes(begin, monkeypatch):
     session = begin()
     noise = np.random.default_rng(0).integers(0, 2, SHAPE, np.uint8)
     session.editor.set_mask(0, noise)
@@ -521,7 +521,7 @@ def test_steps_back_are_bounded_in_bytes(begin, monkeypatch):
     np.testing.assert_array_equal(session.mask(0), before)
 
 
-def test_pictures_from_any_thread_decode_a_clip_once(tmp_path, monkeypatch):
+def test_concurrent_requests_decode_a_clip_once(tmp_path, monkeypatch):
     path = make(tmp_path / "clip.mp4", 48, options={"g": "12"})
     clip, decoded = open_clip(path), []
     read = clip._read
@@ -541,7 +541,7 @@ def test_pictures_from_any_thread_decode_a_clip_once(tmp_path, monkeypatch):
     assert pictures(20) is None and number_of(pictures(20)) == 20
 
 
-def test_the_header_is_not_trusted_for_the_length(begin, tmp_path):
+def test_the_length_in_the_header_is_not_trusted(begin, tmp_path):
     path = make(tmp_path / "clip.avi", 20, "mjpeg", "yuvj420p")
     data = bytearray(path.read_bytes())
     for place in (data.index(b"avih") + 24, data.index(b"strh") + 40):
@@ -555,7 +555,7 @@ def test_the_header_is_not_trusted_for_the_length(begin, tmp_path):
     assert session.state()["count"] == 20
 
 
-def test_a_clip_that_ends_early(client):
+def test_a_truncated_clip_ends_at_its_last_frame(client):
     session = client.session
     session.count += 3
     client.put("/mask/8", content=png(truth(8)))
@@ -564,7 +564,7 @@ def test_a_clip_that_ends_early(client):
     assert state(client)["count"] == FRAMES
 
 
-def test_all_lies_on_disk_and_a_torn_line_is_no_harm(begin, tmp_path):
+def test_the_session_is_on_disk_and_survives_a_torn_line(begin, tmp_path):
     session = begin()
     session.editor.set_mask(2, truth(2))
     session.editor.rename_object(1, "square")
@@ -590,7 +590,7 @@ def test_a_folder_of_another_clip_or_in_use_is_refused(begin, clip, tmp_path):
     begin()
 
 
-def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin, clip, tmp_path):
+def test_a_session_reopens_if_other_files_were_added_to_the_folder(begin, clip, tmp_path):
     frames = tmp_path / "frames"
     shutil.copytree(clip, frames)
     first = begin(source=frames, data=clip_fingerprint(open_clip(frames)))
@@ -607,6 +607,6 @@ def test_a_session_opens_again_though_other_files_lie_among_the_frames_now(begin
     (2, True, {2, 10}, {i: 10 for i in range(3, 10)}, 7),
     (2, True, {2, 10}, {i: 0 for i in range(3, 10)}, 10),
     (8, False, {0, 8}, {i: 0 for i in range(1, 8)}, 3)])
-def test_where_propagation_ends(start, forward, user_frames, origins, end):
+def test_propagation_ends_at_the_next_user_mask(start, forward, user_frames, origins, end):
     found = {frame: Prediction(origin, []) for frame, origin in origins.items()}
     assert sessions.propagation_end(start, forward, user_frames, found, 12) == end

@@ -1,4 +1,4 @@
-"""The simulated user who prompts an object with boxes and clicks; distractors."""
+"""The simulated user, who prompts an object with boxes and clicks; distractors."""
 
 import math
 
@@ -46,7 +46,7 @@ def brute_parts(mask: np.ndarray) -> list[np.ndarray]:
 
 @settings(max_examples=40, deadline=None)
 @given(MASKS)
-def test_distance_to_the_nearest_pixel_outside(mask):
+def test_distances_are_to_the_nearest_pixel_outside(mask):
     np.testing.assert_allclose(simulated_user.distance_to_edge(mask), brute_depth(mask), atol=1e-4)
 
 
@@ -70,7 +70,7 @@ def test_the_next_click_is_the_centre_of_the_largest_error(predicted, truth):
 
 @settings(max_examples=40, deadline=None)
 @given(MASKS.filter(np.any), st.integers(0, 99))
-def test_the_first_click_is_well_inside(mask, seed):
+def test_the_first_click_is_well_inside_the_object(mask, seed):
     x, y = simulated_user.first_click(mask, np.random.default_rng(seed))
     depths = brute_depth(mask)
     assert mask[y, x] and depths[y, x] >= 0.5 * depths.max() - 1e-4
@@ -78,7 +78,7 @@ def test_the_first_click_is_well_inside(mask, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(MASKS.filter(np.any), st.floats(0, 0.5), st.integers(0, 99))
-def test_boxes_are_moved_by_no_more_than_a_share(mask, share, seed):
+def test_boxes_are_jittered_by_at_most_a_fraction_of_their_size(mask, share, seed):
     x, y, w, h = simulated_user.bounding_box(mask)
     rows, columns = mask.nonzero()
     assert (x, y, x + w - 1, y + h - 1) == (columns.min(), rows.min(), columns.max(), rows.max())
@@ -89,7 +89,7 @@ def test_boxes_are_moved_by_no_more_than_a_share(mask, share, seed):
     assert abs(u + a - x - w) <= share * w + 1 and abs(v + b - y - h) <= share * h + 1
 
 
-def test_clicks_end_with_a_perfect_mask():
+def test_a_perfect_mask_ends_the_clicks():
     image, mask = draw_frame(0)
     truth, asked = mask > 0, []
 
@@ -100,10 +100,10 @@ def test_clicks_end_with_a_perfect_mask():
     predicted = list(simulated_user.simulate_clicks(prompt, image, truth, 5,
                                                     np.random.default_rng(0)))
     assert len(predicted) == 5 and len(asked) == 3 and (predicted[4] == truth).all()
-    assert [len(p.points) + len(p.not_points) for p in asked] == [1, 2, 3]
+    assert [len(p.points) + len(p.negative_points) for p in asked] == [1, 2, 3]
     assert asked[0].mask is None and (asked[2].mask == predicted[1]).all()
     assert all(truth[y, x] for p in asked for x, y in p.points)
-    assert not any(truth[y, x] for p in asked for x, y in p.not_points)
+    assert not any(truth[y, x] for p in asked for x, y in p.negative_points)
 
 
 # training
@@ -130,7 +130,7 @@ def test_distractors_hide_little_of_the_target_and_leave_the_rest_unchanged(seed
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (3, 90), (90, 4), (1, 1)])
-def test_a_tiny_object_covers_its_mask_only(shape):
+def test_pasting_a_tiny_object_changes_only_pixels_at_its_mask(shape):
     rng = np.random.default_rng(0)
     background = np.full((96, 128, 3), 60, np.uint8)
     cutout = Cutout(np.full((*shape, 3), 250, np.uint8), np.ones(shape, np.uint8), (0, 0),

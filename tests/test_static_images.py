@@ -19,7 +19,7 @@ COLOURS = ((230, 40, 40), (40, 220, 40), (60, 60, 240))
 
 def write_still(root: Path, name: str, ids: int = 1, size: tuple[int, int] = (90, 120),
                 image: str = ".jpg", mask: str = ".png") -> None:
-    """Discs of plain colours on a dim ramp; the mask is grey 0/255 for one, else a palette."""
+    """Write discs on a dim ramp; the mask of one is grey 0/255, that of several a palette."""
     height, width = size
     picture = np.zeros((*size, 3), np.uint8)
     picture[:] = np.linspace(20, 100, width)[None, :, None]
@@ -62,7 +62,7 @@ def test_images_and_masks_match_by_stem_in_the_order_of_their_names(root):
 @pytest.mark.parametrize("values, expected", [
     ([0, 255], [0, 1]), ([0, 1], [0, 1]), ([0, 1, 4], [0, 1, 4]),  # as in other masks
     ([0, 3, 100, 124, 126, 250], [0, 0, 0, 0, 1, 1])])  # soft edges
-def test_grey_is_ids_or_one_object_with_soft_edges(tmp_path, values, expected):
+def test_grey_masks_are_ids_or_one_soft_object(tmp_path, values, expected):
     write_still(tmp_path, "ant", size=(20, 30))
     grey = np.zeros((20, 30), np.uint8)
     grey[5, :len(values)] = values
@@ -78,7 +78,7 @@ def test_a_mask_may_be_a_jpeg(tmp_path):
     assert exact.any() and (exact != lossy).mean() < 0.002
 
 
-def test_255_of_a_palette_is_not_labelled(tmp_path):
+def test_255_in_a_palette_means_unlabelled(tmp_path):
     write_still(tmp_path, "cat", ids=2)
     path = tmp_path / "masks" / "cat.png"
     mask = np.array(Image.open(path))
@@ -130,7 +130,7 @@ def same_stem(root):
     (break_image, OSError, ["images/cat.webp"]),
     (same_stem, ValueError, ["images/ant.jpg", "images/ant.bmp"]),
 ])
-def test_damage_is_named_at_the_start(root, damage, error, words):
+def test_damaged_files_are_named_at_the_start(root, damage, error, words):
     damage(root)
     with pytest.raises(error) as caught:
         find_static_images(root)
@@ -161,7 +161,7 @@ def test_a_clip_of_a_static_image_has_the_shape_of_all_clips(root):
     assert counts >= {1, 2, 3} and ids_of_red >= {1, 2, 3}
 
 
-def test_the_masks_show_the_objects_wherever_they_are(root):
+def test_masks_follow_the_moving_objects(root):
     """The discs are saturated and the rest is grey, so colours tell what the masks should be."""
     clips = clips_of(root)
     clips.DISTRACTORS, clips.MIN_SHARE, clips.MORE = 0, 0, 0
@@ -205,7 +205,7 @@ def test_a_sample_depends_on_its_index_alone_in_any_worker(root):
 
 
 @pytest.mark.slow
-def test_a_static_image_without_an_object_is_a_background(root):
+def test_an_image_without_objects_serves_as_background(root):
     Image.new("L", (120, 90)).save(root / "masks/ant.png")
     clips = clips_of(root, paste=1)
     for seed in range(10):
@@ -221,7 +221,7 @@ def test_a_single_static_image_gets_duplicates(tmp_path):
     assert max(int(clips[0, seed][1].max()) for seed in range(20)) >= 2
 
 
-def test_ids_of_a_mask_may_be_any(tmp_path):
+def test_a_mask_may_use_any_ids(tmp_path):
     write_still(tmp_path, "cat", ids=2)
     path = tmp_path / "masks/cat.png"
     image = Image.fromarray(np.array([0, 254, 7], np.uint8)[np.array(Image.open(path))])
@@ -231,13 +231,13 @@ def test_ids_of_a_mask_may_be_any(tmp_path):
     assert max(int(clips[0, seed][1].max()) for seed in range(20)) in (2, 3, 4, 5, 6)
 
 
-def test_pairs_of_a_static_image_are_two_views_of_it(root):
+def test_a_pair_shows_two_views_of_a_static_image(root):
     images, masks = Pairs(find_static_images(root), Augment(SHAPE))[0, 3]
     assert images.shape == (2, 3, *SHAPE) and masks.flatten(1).any(1).all()
     assert not torch.equal(images[0], images[1])
 
 
-def test_the_sampler_draws_shares_of_parts_and_each_frame_before_any_again():
+def test_the_sampler_draws_parts_in_proportion_without_repeating_frames():
     drawn = [i for i, _ in PairSampler([30, 5], 600, seed=1, shares=[1, 3])]
     static = [i for i in drawn if i >= 30]
     assert 0.7 < len(static) / 600 < 0.8

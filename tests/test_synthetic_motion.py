@@ -13,7 +13,7 @@ SHAPE = (64, 112)
 COLOURS = ((230, 40, 40), (40, 220, 40), (60, 60, 240))
 
 
-def test_a_cutout_moved_by_whole_pixels_is_copied():
+def test_moving_a_cutout_by_whole_pixels_copies_it():
     rng = np.random.default_rng(0)
     image = np.full((40, 60, 3), 200, np.uint8)
     ids = np.zeros((40, 60), np.uint8)
@@ -34,7 +34,7 @@ def test_a_cutout_moved_by_whole_pixels_is_copied():
     assert (frame[outside] == before[outside]).all()
 
 
-def test_a_part_of_an_object_becomes_an_object():
+def test_a_part_of_an_object_can_become_an_object():
     ids = np.zeros((40, 60), np.uint8)
     ids[5:35, 10:50], ids[:4] = 3, 7
     for seed in range(20):
@@ -47,7 +47,7 @@ def test_a_part_of_an_object_becomes_an_object():
         assert cv2.connectedComponents(new.astype(np.uint8))[0] == 2
 
 
-def test_a_rotation_by_a_quarter_turn_is_exact():
+def test_a_quarter_turn_is_exact():
     image = np.random.default_rng(1).integers(0, 255, (21, 21, 3), dtype=np.uint8)
     turn = warps.linear_maps(np.array([np.pi / 2]), np.ones(1), np.zeros(1))
     pose = warps.affine_poses(turn, np.full(2, 10.0), np.full((1, 2), 10.0))[0]
@@ -67,7 +67,7 @@ def test_shrinking_averages_pixels():
     assert 4 < inside.std() < 22 and abs(inside.mean() - 127) < 5
 
 
-def test_a_constant_bend_is_a_shift_and_a_ramp_stretches():
+def test_a_constant_bend_shifts_and_a_ramp_stretches():
     image = np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (80, 1, 3))
     bend = np.zeros((warps.MESH, warps.MESH, 2), np.float32)
     bend[..., 0] = 5
@@ -79,7 +79,7 @@ def test_a_constant_bend_is_a_shift_and_a_ramp_stretches():
     assert np.abs(found[40, 15:80, 0] - expected[15:80]).max() <= 3
 
 
-def test_a_hole_is_filled_so_that_it_fits():
+def test_a_hole_is_filled_to_match_its_surroundings():
     x, y = np.meshgrid(np.arange(160), np.arange(120))
     rows = 20 + 100 * (y > 60) + 0.3 * x  # a horizon, and light from one side
     image = np.repeat(rows[..., None], 3, 2).astype(np.uint8)
@@ -98,7 +98,7 @@ def test_an_image_without_background_is_filled_too():
     assert found.shape == (30, 40, 3)
 
 
-def test_colours_by_hand():
+def test_colour_changes_match_values_by_hand():
     image = np.random.default_rng(2).integers(30, 120, (8, 9, 3), dtype=np.uint8)
     np.testing.assert_array_equal(preprocess.adjust_colour(image, 1, 1, 1, 0), image)
     half = preprocess.adjust_colour(image, 0.5, 1, 1, 0)
@@ -111,7 +111,7 @@ def test_colours_by_hand():
     assert np.abs(luma[0] - luma[1]).max() <= 2 and np.abs(turned.astype(int) - image).max() > 20
 
 
-def test_objects_that_touch_make_a_group():
+def test_touching_objects_form_a_group():
     ids = np.zeros((40, 90), np.uint8)
     ids[5:20, 5:20], ids[5:20, 22:30], ids[5:20, 60:70], ids[30:38, 25:28] = 4, 2, 7, 1
     ids[30:38, 66:70] = 7
@@ -153,7 +153,7 @@ def test_an_object_cut_by_the_border_stays_at_the_border(far):
     assert bottom > 100
 
 
-def test_an_object_leaves_and_the_reference_frame_keeps_it():
+def test_an_object_may_leave_but_not_the_reference_frame():
     image, ids = np.full((60, 80, 3), 200, np.uint8), np.zeros((60, 80), np.uint8)
     ids[20:40, 30:50] = 1
     gone = back = 0
@@ -174,7 +174,7 @@ def test_an_object_leaves_and_the_reference_frame_keeps_it():
     assert gone > 150 and back > 60
 
 
-def test_objects_that_are_mostly_hidden_in_the_reference_frame():
+def test_objects_mostly_hidden_in_the_reference_frame_are_listed():
     image, ids = np.zeros((60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8)
     ids[20:40, 30:50] = 4
     cutout = warps.cut_out(image, ids)
@@ -194,7 +194,7 @@ def dot(value=1, side=9) -> Cutout:
     return Cutout(np.full((side, side, 3), 200, np.uint8), ids, (0, 0), (False,) * 4)
 
 
-def test_a_duplicate_meets_its_original_once():
+def test_a_duplicate_crosses_its_original_once():
     for seed in range(20):
         path = np.array([[40.0 + 3 * t, 45] for t in range(6)])
         layer = lookalikes.crossing_layer(np.random.default_rng(seed), [dot()] * 6, path, 1.0,
@@ -230,7 +230,7 @@ def test_lines_on_an_object_belong_to_it_and_move_with_it():
     for cutout in (cutouts[0], cutouts[2]):
         assert set(np.unique(cutout.ids)) == {0, 5} and (cutout.ids == 5).sum() > 25
         np.testing.assert_allclose(cutout.center, dot().center)
-        # one thing, of which the object is a part
+        # one body, of which the object is a part
         assert cv2.connectedComponents((cutout.ids > 0).astype(np.uint8))[0] == 2
         part = cutout.ids[-cutout.corner[1]:][:9, -cutout.corner[0]:][:, :9]
         np.testing.assert_array_equal(part[2:-2, 2:-2], dot(5).ids[2:-2, 2:-2])
@@ -246,7 +246,7 @@ def test_a_stationary_layer_stays_in_place():
     np.testing.assert_array_equal(frame[12:20, 10:28], image[12:20, 10:28])
 
 
-def test_the_path_of_an_object_that_is_not_always_visible():
+def test_the_path_of_a_partly_visible_object_is_filled_in():
     masks = [np.zeros((9, 9), np.uint8) for _ in range(3)]
     masks[1][2:5, 3:6] = 4
     np.testing.assert_array_equal(lookalikes.object_path(masks, 4), [[4, 3]] * 3)

@@ -28,7 +28,7 @@ P = torch.stack([1 - ONE, ONE])
 T = torch.tensor([[1, 0], [0, 1]])
 
 
-def test_dice_by_hand():
+def test_dice_matches_values_by_hand():
     intersection, total = 0.9 + 0.6, (0.9 + 0.2 + 0.4 + 0.6) + 2
     assert losses.dice(P, T).item() == pytest.approx(1 - (2 * intersection + 1) / (total + 1))
 
@@ -38,7 +38,7 @@ def test_dice_is_averaged_over_the_objects():
     assert losses.dice(two, T).item() == pytest.approx(losses.dice(P, T).item() / 2)
 
 
-def test_cross_entropy_by_hand():
+def test_cross_entropy_matches_values_by_hand():
     by_hand = -(math.log(0.9) + math.log(0.8) + math.log(0.6) + math.log(0.6)) / 4
     assert losses.cross_entropy(P, T).item() == pytest.approx(by_hand)
     three = torch.tensor([0.2, 0.3, 0.5])[:, None, None].expand(3, 2, 2)
@@ -47,7 +47,7 @@ def test_cross_entropy_by_hand():
     assert found.item() == pytest.approx(by_hand)
 
 
-def test_balanced_cross_entropy_by_hand():
+def test_balanced_cross_entropy_matches_values_by_hand():
     target = torch.tensor([[1, 0], [0, 0]])  # a quarter is foreground
     by_hand = -(0.75 * math.log(0.9) + 0.25 * (math.log(0.8) + math.log(0.6) + math.log(0.4))) / 4
     assert losses.balanced(P, target).item() == pytest.approx(by_hand)
@@ -104,7 +104,7 @@ def test_steps_on_clips_lower_the_loss(sequences):
 
 
 @pytest.mark.slow
-def test_the_memory_method_trains_all_unfrozen_weights_and_saves_them(sequences, options):
+def test_the_memory_method_trains_and_saves_all_unfrozen_weights(sequences, options):
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
     model.extend()
@@ -164,7 +164,7 @@ def test_without_held_out_sequences_the_last_weights_are_saved(model, sequences,
 
 
 @pytest.mark.parametrize("fact, value", [("seed", "1"), ("processes", "2")])
-def test_another_run_is_not_resumed(fact, value, model, sequences, options):
+def test_a_state_of_another_run_is_not_resumed(fact, value, model, sequences, options):
     options.iterations, options.report = 1, 1
     train.train(model, *sequences, options)
     state = torch.load(options.save.with_suffix(".state"), weights_only=True)
@@ -175,14 +175,14 @@ def test_another_run_is_not_resumed(fact, value, model, sequences, options):
         train.train(model, *sequences, options)
 
 
-def test_validation_at_the_end_only(model, sequences, options):
+def test_validation_can_be_limited_to_the_end(model, sequences, options):
     options.report = -1
     train.train(model, *sequences, options)
     assert [line["iteration"] for line in lines_of(options)] == [0, 4]
 
 
 @pytest.mark.slow
-def test_early_stopping(model, sequences, options, monkeypatch):
+def test_training_stops_early_without_improvement(model, sequences, options, monkeypatch):
     scores = iter([0.5, 0.4, 0.6, 0.6, 0.3, 0.9])
     monkeypatch.setattr(report, "validate", lambda *_: [next(scores)])
     options.iterations, options.report, options.patience = 20, 1, 2
@@ -191,7 +191,7 @@ def test_early_stopping(model, sequences, options, monkeypatch):
     assert VideoMatch.load(options.save).facts["iteration"] == 2
 
 
-def test_interrupt_finishes_the_iteration_and_saves(model, sequences, options, monkeypatch):
+def test_an_interrupt_finishes_the_iteration_and_saves(model, sequences, options, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     step = train.step
 
@@ -208,7 +208,7 @@ def test_interrupt_finishes_the_iteration_and_saves(model, sequences, options, m
     assert threading.current_thread() is threading.main_thread()
 
 
-def test_same_seed_same_weights(model, sequences, options):
+def test_the_same_seed_gives_the_same_weights(model, sequences, options):
     def run(workers):
         torch.manual_seed(0)
         fresh = VideoMatch(type(model.encoder)("mobilenet"), top_k=3)
@@ -280,7 +280,7 @@ def test_a_sequence_of_small_objects_is_skipped_with_one_warning(sequences, opti
     assert training[0].name in warning and training[1].name not in warning
 
 
-def test_where_all_objects_are_small_an_error_says_what_helps(sequences, options, model):
+def test_if_all_objects_are_small_the_error_says_what_helps(sequences, options, model):
     for sequence in sequences[0]:
         shrunk(sequence, 1)
     options.augment = False

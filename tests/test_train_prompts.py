@@ -104,7 +104,7 @@ def test_samples_depend_on_seed_and_index_alone(davis_2016, stills_dir):
         assert prompts.points == first[i][2].points
         assert image.shape[1:] == truth.shape and 1 <= len(rounds) <= 8 and rounds == first[i][3]
         size = truth.shape
-        for x, y in (*prompts.points, *prompts.not_points):
+        for x, y in (*prompts.points, *prompts.negative_points):
             assert -0.5 <= x < size[1] and -0.5 <= y < size[0]
         if prompts.mask is None:
             # nearest neighbour moves a border by less than a pixel of what was enlarged
@@ -169,7 +169,7 @@ def clip_dir(tmp_path):
     return tmp_path / "JPEGImages/480p/ant"
 
 
-def test_boxes_and_points_are_objects_in_their_order(clip_dir, checkpoint, tmp_path, monkeypatch,
+def test_boxes_and_points_become_objects_in_order(clip_dir, checkpoint, tmp_path, monkeypatch,
                                                      capsys):
     model = VideoMatch.load(checkpoint)
     train_prompts.add_prompt_decoder(model)
@@ -202,7 +202,7 @@ def test_an_empty_mask_is_reported_in_one_line(clip_dir, checkpoint, tmp_path, c
 
 
 @pytest.mark.slow
-def test_further_training_of_a_tracker_keeps_the_prompt_decoder_working(davis_2016, stills_dir,
+def test_training_the_tracker_further_keeps_the_prompt_decoder_working(davis_2016, stills_dir,
                                                                     checkpoint, tmp_path, caplog,
                                                                     capsys):
     shown, further = tmp_path / "shown.pth", tmp_path / "further.pth"

@@ -1,4 +1,4 @@
-"""What callers of the library pass: taken as it is meant, or refused by a line that names it."""
+"""Arguments of the library: accepted in any sensible form, or refused by name."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ BAD_MASKS = {  # and words of the message
 
 
 @pytest.mark.parametrize("kind", BAD_MASKS)
-def test_a_mask_of_another_kind_is_refused_by_name(kind, model):
+def test_an_invalid_mask_is_refused_by_name(kind, model):
     mask, words = BAD_MASKS[kind]
     with pytest.raises(ValueError, match=f"^mask: .*{words}"):
         Tracker(model).step(preprocess.to_tensor(IMAGE), mask)
@@ -37,7 +37,7 @@ def test_a_mask_of_another_kind_is_refused_by_name(kind, model):
 @pytest.mark.parametrize("as_given", [
     MASK.astype(np.int64), MASK.astype(np.uint16), torch.from_numpy(MASK), MASK[:, ::-1][:, ::-1],
     MASK.tolist()])
-def test_ids_of_any_integer_type_are_the_same_ids(as_given):
+def test_any_integer_type_gives_the_same_ids(as_given):
     found = id_mask(as_given)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, MASK)
@@ -65,7 +65,7 @@ def test_an_image_that_the_network_cannot_take_is_refused_by_name(image, words, 
     (torch.zeros(3, 48, 80), torch.zeros(48, 80).long(), r"^image: .*\(B, 3, H, W\)"),
     (torch.zeros(1, 3, 48, 80), torch.zeros(1, 48, 80).long(), r"^mask: .*\(H, W\)"),
     (torch.zeros(1, 3, 48, 80), torch.zeros(48, 80), "^mask: .*float32")])
-def test_refer_names_what_it_refuses(image, mask, words, model):
+def test_refer_names_the_invalid_argument(image, mask, words, model):
     with pytest.raises(ValueError, match=words):
         model.refer(None, image, mask, [1])
 
@@ -82,12 +82,12 @@ def test_to_tensor_takes_frames_as_they_are_read(image, words):
     (ONE * 0.9, ONE, "^prediction: .*float64"), (ONE, ONE * 0.9, "^truth: .*float64"),
     (MASK, ONE, "^prediction: .*2"), (ONE, ONE[:-1], "^prediction, truth: .*47, 80"),
     (ONE[None], ONE, "^prediction: .*1, 48, 80")])
-def test_measures_name_what_they_refuse(measure, one, other, words):
+def test_measures_name_the_invalid_argument(measure, one, other, words):
     with pytest.raises(ValueError, match=words):
         measure(one, other)
 
 
-def test_a_frame_is_scored_by_ids_alone():
+def test_scores_depend_only_on_ids():
     for prediction, truth, words in ((ONE * 0.9, MASK, "^prediction"), (MASK, ONE * 0.9, "^truth"),
                                      (MASK, MASK[:-1], "^prediction, truth")):
         with pytest.raises(ValueError, match=words):
@@ -106,10 +106,10 @@ def test_a_mask_of_one_object_holds_0_and_1(value):
 @pytest.mark.parametrize("shown, words", [
     (Prompts(boxes=[(1, 2, 3)]), "--box: expected x y width height"),
     (Prompts(points=[(1, 2, 3)]), "--point: expected x y"),
-    (Prompts(points=[(1, 2)], not_points=[7]), "--not_point: expected x y"),
+    (Prompts(points=[(1, 2)], negative_points=[7]), "--not_point: expected x y"),
     (Prompts(mask=MASK), "mask: expected bool, got uint8"),
     (Prompts(mask=ONE[:-1]), "mask of 80x48")])
-def test_prompts_of_another_form_are_refused(shown, words, model):
+def test_malformed_prompts_are_refused(shown, words, model):
     with pytest.raises(ValueError, match=words):
         prompting.predict_mask(model, IMAGE, shown)
 

@@ -1,4 +1,4 @@
-"""Clips as cameras, recorders and editors write them: which frames, how turned, in what order."""
+"""Videos as cameras, recorders and editors write them: frames, order, rotation, times."""
 
 import logging
 import struct
@@ -16,7 +16,7 @@ NEVER = {"g": "1000", "sc_threshold": "0"}  # no key frame but the first
 
 
 def picture(i, shape=SHAPE):
-    """Grey of its own for every number below 50, white in the upper left quarter."""
+    """A grey level for every number below 50, white in the upper left quarter."""
     image = np.full((*shape, 3), 5 * i, np.uint8)
     image[:shape[0] // 2, :shape[1] // 2] = 255
     return image
@@ -55,7 +55,7 @@ def numbers_of(frames):
 
 @pytest.fixture(scope="module")
 def gops(tmp_path_factory):
-    """40 frames with a key frame every 8 and pictures that are decoded before they are shown."""
+    """40 frames with a key frame every 8 and B-frames."""
     return make(tmp_path_factory.mktemp("clips") / "gops.mp4", 40, options={"g": "8", "bf": "2"})
 
 
@@ -65,7 +65,7 @@ def gops(tmp_path_factory):
     (".webm", "libvpx-vp9", "yuv420p"), (".mov", "prores_ks", "yuv422p10le"),
     (".avi", "mjpeg", "yuvj420p"), (".avi", "mpeg4", "yuv420p"), (".mkv", "ffv1", "yuv444p"),
     (".mov", "qtrle", "argb"), (".ts", "mpeg2video", "yuv420p")])
-def test_codecs(suffix, codec, pixels, tmp_path, caplog):
+def test_videos_of_any_codec_are_read(suffix, codec, pixels, tmp_path, caplog):
     shape = (80, 96)  # the least that SVT-AV1 takes is 64
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     clip = video.open_clip(make(tmp_path / f"clip{suffix}", 6, codec, pixels, options,
@@ -80,7 +80,7 @@ def test_codecs(suffix, codec, pixels, tmp_path, caplog):
     assert not caplog.records
 
 
-def test_any_frame_and_any_part(gops):
+def test_any_frame_and_any_range_can_be_read(gops):
     clip = video.open_clip(gops)
     assert numbers_of(clip.frames(13, 17)) == [13, 14, 15, 16]
     assert numbers_of(clip.frames(38)) == [38, 39]
@@ -89,7 +89,7 @@ def test_any_frame_and_any_part(gops):
 
 
 @pytest.mark.parametrize("memory", [1, 3 * 48 * 80 * 5, 10**9])
-def test_backwards_are_the_same_frames(memory, gops, monkeypatch):
+def test_reading_backward_gives_the_same_frames(memory, gops, monkeypatch):
     monkeypatch.setattr(frame_stack, "MEMORY", memory)
     forwards = list(video.open_clip(gops).frames())
     for start in (40, 17, 8, 1, 0):
@@ -98,7 +98,7 @@ def test_backwards_are_the_same_frames(memory, gops, monkeypatch):
         assert all((a == b).all() for a, b in zip(backwards, forwards[:start][::-1]))
 
 
-def test_opening_reads_packets_and_a_late_frame_costs_its_key_frames_distance(
+def test_opening_decodes_nothing_and_seeking_decodes_from_the_key_frame(
         gops, monkeypatch):
     decoded = []
     real = video.Video._decode_from
@@ -112,7 +112,7 @@ def test_opening_reads_packets_and_a_late_frame_costs_its_key_frames_distance(
     assert len(decoded) <= 8
 
 
-def test_threads_may_read_one_clip(gops):
+def test_threads_can_share_a_clip(gops):
     clip = video.open_clip(gops)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda n: numbers_of(clip.frames(n, n + 3)), range(37)))
@@ -124,8 +124,8 @@ def test_threads_may_read_one_clip(gops):
     (".webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "10"}),
     (".m2v", "mpeg2video", {"g": "8", "bf": "2"}), (".avi", "mpeg4", {"g": "8", "bf": "2"}),
     (".h264", "libx264", {"g": "8", "bf": "2"}), (".mkv", "libx265", {"g": "8", "bf": "2"})])
-def test_numbers_are_the_decoders_whatever_packets_tell(suffix, codec, options, tmp_path):
-    """Hidden frames, no times at all, times of the order of decoding: FFmpeg is the judge."""
+def test_frame_numbers_follow_the_decoder_instead_of_packets(suffix, codec, options, tmp_path):
+    """Hidden frames, missing times, times in decoding order, checked against FFmpeg."""
     shape = (80, 96)
     path = make(tmp_path / f"clip{suffix}", 40, codec, options=options, shape=shape)
     with av.open(str(path)) as container:
@@ -144,7 +144,7 @@ def test_numbers_are_the_decoders_whatever_packets_tell(suffix, codec, options, 
 @pytest.mark.parametrize("suffix, codec, options", [
     (".avi", "mjpeg", {}), (".mp4", "libx264", {"g": "8", "bf": "2"}),
     (".mkv", "libvpx-vp9", {"g": "8"})])
-def test_numbers_stay_where_a_frame_cannot_be_decoded(suffix, codec, options, tmp_path):
+def test_frame_numbers_are_kept_if_a_frame_cannot_be_decoded(suffix, codec, options, tmp_path):
     path = make(tmp_path / f"clip{suffix}", 40, codec,
                 "yuvj420p" if codec == "mjpeg" else "yuv420p", options)
     with av.open(str(path)) as container:
@@ -161,7 +161,7 @@ def test_numbers_stay_where_a_frame_cannot_be_decoded(suffix, codec, options, tm
 
 
 class Counting:
-    """How many packets are decoded."""
+    """Counts decoded packets."""
 
     def __init__(self, monkeypatch):
         self.count, packets = 0, video._packets
@@ -176,8 +176,8 @@ class Counting:
 
 @pytest.mark.parametrize("options", [NEVER, {"g": "12"}])
 @pytest.mark.parametrize("memory", [3 * 48 * 80 * 4, 10**9])
-def test_backwards_takes_linear_time(options, memory, tmp_path, monkeypatch):
-    """Whatever key frames there are: at most three packets for each frame, one pass to find it."""
+def test_reading_backward_takes_linear_time(options, memory, tmp_path, monkeypatch):
+    """At most three packets are decoded per frame for any distance of key frames."""
     monkeypatch.setattr(frame_stack, "MEMORY", memory)
     path = make(tmp_path / "clip.mp4", 240, options=options, draw=lambda i, s: picture(i % 50, s))
     clip, packets = video.open_clip(path), Counting(monkeypatch)
@@ -185,7 +185,7 @@ def test_backwards_takes_linear_time(options, memory, tmp_path, monkeypatch):
     assert packets.count < 3.2 * 240
 
 
-def test_seeking_that_leads_elsewhere_is_not_trusted(gops, monkeypatch):
+def test_a_seek_to_the_wrong_frame_is_not_trusted(gops, monkeypatch):
     class Lost:
         def __init__(self, container):
             self.container = container
@@ -220,7 +220,7 @@ def patched(path, kind, offset, form, *values):
     return path
 
 
-TURNS = {  # the display matrix, and where numpy puts a picture that is shown through it
+TURNS = {  # display matrices, and the equivalent NumPy operation
     "0": ((1, 0, 0, 1), lambda image: image),
     "90": ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
     "180": ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
@@ -231,7 +231,7 @@ TURNS = {  # the display matrix, and where numpy puts a picture that is shown th
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_frames_are_turned_by_the_metadata(turn, tmp_path):
+def test_frames_are_rotated_as_the_metadata_say(turn, tmp_path):
     path = make(tmp_path / "phone.mp4", 2, options={"qp": "1"})
     plain = next(video.open_clip(path).frames())
     (a, b, c, d), expected = TURNS[turn]
@@ -263,7 +263,7 @@ def test_pixels_are_made_square(aspect, shape, tmp_path, caplog):
     assert clip.fit(other) is other
 
 
-def test_times_of_a_variable_rate(tmp_path):
+def test_variable_frame_rates_keep_their_times(tmp_path):
     times = [0, 40, 50, 400, 410, 2000]
     for suffix in (".mp4", ".mkv"):
         clip = video.open_clip(make(tmp_path / f"phone{suffix}", 6, times=times))
@@ -272,7 +272,7 @@ def test_times_of_a_variable_rate(tmp_path):
                                                                  abs=1e-3)
 
 
-def test_a_declared_rate_that_the_times_belie(tmp_path, caplog):
+def test_a_frame_rate_that_contradicts_the_times_is_ignored(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = make(tmp_path / "clip.mkv", 12, times=[100 * i for i in range(12)])
     data = path.read_bytes()
@@ -284,7 +284,7 @@ def test_a_declared_rate_that_the_times_belie(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("rate", ["66667/1000", "105611/500", "24000/1001"])
-def test_odd_rates(rate, tmp_path):
+def test_odd_frame_rates_are_read(rate, tmp_path):
     clip = video.open_clip(make(tmp_path / "clip.mp4", 4, rate=Fraction(rate)))
     assert clip.fps == pytest.approx(float(Fraction(rate)), rel=1e-4)
     assert len(list(clip.frames())) == 4
@@ -299,7 +299,7 @@ def grey(level):
     # ITU-R BT.2408, table 1: signals of a grey card (26 cd/m2) and of white (203), and 1000 cd/m2
     ("PQ", 16, {0.0: 0, 0.38: 101, 0.58: 232, 0.7518: 255}),
     ("HLG", 18, {0.0: 0, 0.38: 101, 0.75: 232, 1.0: 255})])
-def test_hdr_is_toned_down(name, transfer, signals, tmp_path, caplog):
+def test_hdr_is_tone_mapped(name, transfer, signals, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     for signal, expected in signals.items():
         path = make(tmp_path / "hdr.mp4", 2, "libx264", "yuv420p10le", {"crf": "4"},
@@ -310,7 +310,7 @@ def test_hdr_is_toned_down(name, transfer, signals, tmp_path, caplog):
         assert f"hdr.mp4: HDR ({name})" in caplog.text
 
 
-def test_brighter_stays_brighter(tmp_path):
+def test_tone_mapping_is_monotonic(tmp_path):
     shown = []
     for level in range(40, 256, 24):
         path = make(tmp_path / "hlg.mp4", 1, "libx264", "yuv420p10le", {"crf": "4"},
@@ -319,7 +319,7 @@ def test_brighter_stays_brighter(tmp_path):
     assert all(b > a + 1 for a, b in zip(shown[:-1], shown[1:]))
 
 
-def test_a_header_with_too_few_frames(tmp_path, caplog):
+def test_a_header_with_too_few_frames_is_not_trusted(tmp_path, caplog):
     path = make(tmp_path / "clip.avi", 20, "mjpeg", "yuvj420p")
     data = bytearray(path.read_bytes())
     struct.pack_into("<I", data, data.index(b"avih") + 24, 5)
@@ -331,8 +331,8 @@ def test_a_header_with_too_few_frames(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_clip_cut_without_encoding_is_no_alarm(gops, caplog):
-    """A list of edits shows frames 5 to 29 of 40, as `ffmpeg -c copy` and phones cut."""
+def test_a_clip_cut_without_re_encoding_gives_no_warning(gops, caplog):
+    """An edit list selects frames 5 to 29 of 40, as `ffmpeg -c copy` and phones write it."""
     path = gops.with_name("cut.mp4")
     path.write_bytes(gops.read_bytes())
     data = path.read_bytes()
@@ -344,7 +344,7 @@ def test_a_clip_cut_without_encoding_is_no_alarm(gops, caplog):
     assert not caplog.records
 
 
-def test_a_stream_that_begins_between_key_frames_is_no_alarm(gops, caplog):
+def test_a_stream_that_starts_between_key_frames_gives_no_warning(gops, caplog):
     path = gops.with_name("cut.ts")
     with av.open(str(gops)) as source, av.open(str(path), "w") as target:
         stream = source.streams.video[0]
@@ -361,7 +361,7 @@ def test_a_stream_that_begins_between_key_frames_is_no_alarm(gops, caplog):
 
 
 @pytest.mark.parametrize("suffix, codec", [(".avi", "mjpeg"), (".mp4", "libx264")])
-def test_a_truncated_file_is_used_as_far_as_it_goes(suffix, codec, tmp_path, caplog):
+def test_a_truncated_file_is_read_to_its_last_frame(suffix, codec, tmp_path, caplog):
     rng = np.random.default_rng(0)
     path = make(tmp_path / f"clip{suffix}", 20, codec,
                 "yuvj420p" if codec == "mjpeg" else "yuv420p",
@@ -386,7 +386,7 @@ def test_a_truncated_file_is_used_as_far_as_it_goes(suffix, codec, tmp_path, cap
     assert len(ends) == 1 and path.name in ends[0]
 
 
-def test_frames_of_another_size_are_brought_to_the_first(tmp_path, caplog):
+def test_frames_of_another_size_are_resized_to_the_first(tmp_path, caplog):
     data = b"".join(make(tmp_path / f"{i}.ts", 6, "mpeg2video", shape=shape).read_bytes()
                     for i, shape in enumerate((SHAPE, (96, 160))))
     (tmp_path / "both.ts").write_bytes(data)
@@ -401,7 +401,7 @@ def test_frames_of_another_size_are_brought_to_the_first(tmp_path, caplog):
     assert "from 80x48 to 160x96" in line
 
 
-def test_frames_that_are_turned_midway_keep_the_first_ones_size(gops, monkeypatch, caplog):
+def test_frames_rotated_midway_keep_the_size_of_the_first(gops, monkeypatch, caplog):
     quarter = np.array([[0, 1], [-1, 0]]) * 65536
     monkeypatch.setattr(video, "_display_matrix",
                         lambda frame: quarter if frame.pts > 20 * 512 else None)
@@ -411,7 +411,7 @@ def test_frames_that_are_turned_midway_keep_the_first_ones_size(gops, monkeypatc
     assert line.startswith(f"{gops}: ") and "90 degrees" in line
 
 
-def test_sound_alone_is_no_clip(tmp_path):
+def test_a_file_with_only_sound_is_refused(tmp_path):
     with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 88200), np.int16), format="s16",
@@ -423,7 +423,7 @@ def test_sound_alone_is_no_clip(tmp_path):
         video.open_clip(tmp_path / "song.m4a")
 
 
-def test_a_full_disk_where_frames_are_put_aside_is_said(gops, monkeypatch):
+def test_a_full_disk_for_temporary_frames_is_one_line(gops, monkeypatch):
     monkeypatch.setattr(frame_stack, "MEMORY", 1)
     with open("/dev/full", "wb") as full:
         monkeypatch.setattr(frame_stack.tempfile, "TemporaryFile", lambda: full)

@@ -1,4 +1,4 @@
-"""The network: probabilities, batches, checkpoints; that no video changes it."""
+"""The network: probabilities, batches, checkpoints, statelessness."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def ids_of(mask):
 
 
 def reference(model, image, mask):
-    """The state of a video whose reference frame this is."""
+    """The state of a video with this reference frame."""
     return model.refer(None, image[None], np.asarray(mask), ids_of(mask))
 
 
@@ -37,7 +37,7 @@ def predict(model, state, image, shape=None):
 
 
 @pytest.mark.parametrize("ids", [(1,), (1, 2), (3, 200)])
-def test_probabilities(model, ids):
+def test_probabilities_sum_to_one(model, ids):
     state = reference(model, *frame(0, ids))
     probabilities = predict(model, state, frame(1)[0], (30, 50))
     assert probabilities.shape == (len(ids) + 1, 30, 50)
@@ -54,7 +54,7 @@ def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkey
 
 
 @pytest.mark.parametrize("refined", [False, True])
-def test_batch_equals_single_frames(refined, model):
+def test_a_batch_equals_single_frames(refined, model):
     if refined:
         torch.manual_seed(0)
         model = VideoMatch(Encoder("mobilenet"), 2.0, refined=True).eval()
@@ -71,7 +71,7 @@ def test_batch_equals_single_frames(refined, model):
             torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_errors(model):
+def test_bad_arguments_raise_named_errors(model):
     with pytest.raises(RuntimeError, match="refer to a reference frame first"):
         predict(model, None, frame(0)[0])
     for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1},
@@ -91,7 +91,7 @@ def test_labels_are_nearest_and_keep_tiny_objects():
     np.testing.assert_array_equal(labels, expected)
 
 
-def test_checkpoint_brings_configuration_and_weights(model, tmp_path):
+def test_a_checkpoint_restores_configuration_and_weights(model, tmp_path):
     model.top_k, model.temperature, model.dilation = 7, 0.1, 33
     model.save(tmp_path / "new" / "vm.pth", held_out_iou=0.5, held_out=["bear"])
     loaded = VideoMatch.load(tmp_path / "new" / "vm.pth").eval()
@@ -109,7 +109,7 @@ class Malicious:
 
 @pytest.mark.parametrize("content", [b"", b"text", {"model": {}}, [1], Malicious(),
                                      {"config": {"encoder": "vgg"}, "model": {}, "facts": {}}])
-def test_bad_checkpoints_are_named_and_never_run(content, tmp_path, monkeypatch):
+def test_bad_checkpoints_are_named_and_never_executed(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -119,7 +119,7 @@ def test_bad_checkpoints_are_named_and_never_run(content, tmp_path, monkeypatch)
     assert not (tmp_path / "ran_code").exists()
 
 
-def test_a_checkpoint_of_earlier_frames_matched_otherwise_is_refused(model, tmp_path):
+def test_a_checkpoint_of_an_earlier_memory_is_refused(model, tmp_path):
     path = tmp_path / "old.pth"
     model.save(path)
     checkpoint = torch.load(path, weights_only=True)
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_earlier_frames_matched_otherwise_is_refused(model, tmp_
         VideoMatch.load(path)
 
 
-def test_missing_checkpoint(tmp_path):
+def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pth"):
         VideoMatch.load(tmp_path / "none.pth")
 
@@ -145,7 +145,7 @@ def script(*arguments, cwd):
 
 
 @pytest.mark.slow
-def test_script_saves_figures(davis_2016, model, tmp_path):
+def test_the_script_saves_figures(davis_2016, model, tmp_path):
     images, masks = (davis_2016 / kind / "480p" / "ant" for kind in ("JPEGImages", "Annotations"))
     model.save(tmp_path / "vm.pth")
     run = script(images / "00000.jpg", masks / "00000.png", images / "00001.jpg",
@@ -159,7 +159,7 @@ def test_script_saves_figures(davis_2016, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_script_without_a_display_saves_and_says_where(davis_2016, model, tmp_path):
+def test_without_a_display_the_script_saves_figures_and_prints_where(davis_2016, model, tmp_path):
     model.save(tmp_path / "vm.pth")
     image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
     mask = davis_2016 / "Annotations/480p/ant/00000.png"
@@ -169,7 +169,7 @@ def test_script_without_a_display_saves_and_says_where(davis_2016, model, tmp_pa
 
 
 @pytest.mark.slow
-def test_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
+def test_the_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
     model.save(tmp_path / "vm.pth")
     image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
     run = script(image, tmp_path / "none.png", image, "-o", tmp_path / "vm.pth", cwd=tmp_path)
@@ -177,7 +177,7 @@ def test_script_names_bad_input_in_one_line(davis_2016, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_script_names_a_test_frame_of_another_size(davis_2016, tmp_path):
+def test_the_script_names_a_test_frame_of_another_size(davis_2016, tmp_path):
     image = davis_2016 / "JPEGImages/480p/ant/00000.jpg"
     mask = davis_2016 / "Annotations/480p/ant/00000.png"
     Image.open(image).resize((200, 90)).save(tmp_path / "wide.jpg")
@@ -186,7 +186,7 @@ def test_script_names_a_test_frame_of_another_size(davis_2016, tmp_path):
     assert "wide.jpg: image: expected the size of the reference frame" in run.stderr
 
 
-def test_zoom_enlarges_frames_in_use_only():
+def test_zoom_enlarges_frames_only_at_inference():
     torch.manual_seed(0)
     model = VideoMatch(Encoder("mobilenet"), 1.0, top_k=3).eval()
     images = torch.randn(2, 3, 64, 96)
@@ -204,7 +204,7 @@ def test_zoom_enlarges_frames_in_use_only():
 
 @pytest.mark.parametrize("box", [(20, 40, 30, 60), (0, 3, 90, 96), (0, 64, 0, 96), (63, 64, 0, 1)])
 @pytest.mark.parametrize("scale", [1.0, 2.0, 4.0, 100.0])
-def test_a_closer_part_has_the_object_in_its_middle(box, scale):
+def test_a_closer_view_is_centred_on_the_object(box, scale):
     top, bottom, left, right = box
     mask = np.zeros((64, 96), bool)
     mask[top:bottom, left:right] = True

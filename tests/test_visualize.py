@@ -9,7 +9,7 @@ from PIL import Image
 from media import drawing, figures
 
 
-def test_palette_by_hand():
+def test_the_palette_matches_values_by_hand():
     """PASCAL VOC's colours of ids 0-8, 21 and 255."""
     expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128),
                 (0, 128, 128), (128, 128, 128), (64, 0, 0), (128, 64, 128), (224, 224, 192)]
@@ -28,7 +28,7 @@ def objects() -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def test_overlay_leaves_background_and_its_arguments_alone():
+def test_overlay_changes_neither_background_nor_arguments():
     image, mask = objects()
     copies = image.copy(), mask.copy()
     result = drawing.overlay(image, mask)
@@ -72,7 +72,7 @@ BLUE, GREEN = (31, 119, 180), (44, 160, 44)  # of matplotlib's first line, and i
 
 
 @pytest.mark.parametrize("losses, drawn", [([None, 0.7, 0.4, 0.3], True), ([None], False)])
-def test_curves_draw_loss_and_iou(tmp_path, no_display, losses, drawn):
+def test_curves_show_loss_and_iou(tmp_path, no_display, losses, drawn):
     history = [{"iteration": 100 * i, "loss": loss, "held_out_iou": 0.3 + 0.1 * i}
                for i, loss in enumerate(losses)]
     figures.curves(tmp_path / "curves.png", history)
@@ -96,7 +96,7 @@ def test_grid_shows_each_panel_under_its_title(no_display):
 
 
 @pytest.mark.parametrize("name", ["deep/er/figure.png", None])
-def test_figure_is_saved_where_told_or_without_display_by_default(
+def test_a_figure_is_saved_to_the_given_file_or_by_default_without_a_display(
         tmp_path, no_display, capsys, name):
     path = tmp_path / (name or "default.png")
     panels = [("red", np.full((20, 30, 3), (200, 10, 10), np.uint8))]
@@ -109,7 +109,7 @@ def test_figure_is_saved_where_told_or_without_display_by_default(
 @pytest.mark.parametrize("environment, expected", [
     ({}, False), ({"DISPLAY": ":0"}, True), ({"WAYLAND_DISPLAY": "wayland-0"}, True),
     ({"DISPLAY": ":0", "MPLBACKEND": "Agg"}, False)])
-def test_display_is_told_from_the_environment(monkeypatch, environment, expected):
+def test_a_display_is_detected_from_the_environment(monkeypatch, environment, expected):
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)

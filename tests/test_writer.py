@@ -1,4 +1,4 @@
-"""Videos that are written: read back by OpenCV and by FFmpeg's own decoders."""
+"""Written videos, read back by OpenCV and by FFmpeg's decoders."""
 
 import logging
 import resource
@@ -38,7 +38,7 @@ def read_by_opencv(path):
 
 
 def colours_of(path):
-    """Frames as players show them: OpenCV 4 takes no notice of the colour space in the file."""
+    """Frames as players show them; OpenCV 4 ignores the colour space in the file."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
@@ -52,12 +52,12 @@ def stream_of(path):
 
 
 @pytest.mark.parametrize("height, width", [(48, 80), (49, 80), (48, 81), (51, 83), (1, 1)])
-def test_what_browsers_play_is_read_back(tmp_path, height, width):
+def test_browser_videos_are_read_back(tmp_path, height, width):
     path = write(tmp_path / "video.mp4", shape=(height, width), fps=10)
     assert stream_of(path)[:3] == ("h264", "yuv420p", 10)
     frames, fps = read_by_opencv(path)
     assert fps == pytest.approx(10) and len(frames) == 5
-    # odd sides are padded, by what lies at the border
+    # odd sides are padded with border pixels
     assert {frame.shape for frame in frames} == {(height + height % 2, width + width % 2, 3)}
     for frame, colour in zip(colours_of(path), COLOURS, strict=True):
         assert np.abs(frame.mean((0, 1)) - colour).max() < 12
@@ -66,7 +66,7 @@ def test_what_browsers_play_is_read_back(tmp_path, height, width):
     assert data.index(b"moov") < data.index(b"mdat")  # plays before it is loaded to the end
 
 
-def test_pictures_stay_upright(tmp_path):
+def test_videos_stay_upright(tmp_path):
     frame = np.zeros((65, 97, 3), np.uint8)
     frame[:32, :48] = 255
     with VideoWriter(tmp_path / "video.mp4") as video:
@@ -76,27 +76,27 @@ def test_pictures_stay_upright(tmp_path):
 
 
 @pytest.mark.parametrize("fps", [66.667, 211.222, 30000 / 1001, 23.976, 0.5, 12345.678, 240])
-def test_any_frame_rate(fps, tmp_path):
+def test_any_frame_rate_is_written(fps, tmp_path):
     *_, rate, times = stream_of(write(tmp_path / "video.mp4", fps=fps))
     assert float(rate) == pytest.approx(fps, rel=1e-4)
     assert times == pytest.approx([i / fps for i in range(5)], rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("fps", [0, float("nan"), float("inf"), -3])
-def test_a_rate_that_is_none(fps, tmp_path):
+def test_an_invalid_frame_rate_becomes_24(fps, tmp_path):
     assert stream_of(write(tmp_path / "video.mp4", fps=fps))[2] == 24
 
 
 @pytest.mark.parametrize("shape, expected", [((8200, 16), (8200, 16)), ((2, 9001), (2, 9002)),
                                              ((16500, 33), (16384, 32))])
-def test_any_side(shape, expected, tmp_path):
+def test_any_frame_size_is_written(shape, expected, tmp_path):
     path = write(tmp_path / "video.mp4", 2, shape)
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     assert [(frame.height, frame.width) for frame in frames] == [expected] * 2
 
 
-def test_times_of_the_clip_are_kept(tmp_path):
+def test_frame_times_are_kept(tmp_path):
     times = [7.5, 7.54, 7.55, 9, 9.1]
     found = stream_of(write(tmp_path / "video.mp4", fps=2.5, times=times))[3]
     assert found == pytest.approx([time - 7.5 for time in times], abs=1e-4)
@@ -117,7 +117,7 @@ def test_a_gap_that_no_player_would_wait_for_is_closed(suffix, tmp_path, caplog)
 
 @pytest.mark.parametrize("suffix, decoder", [(".mov", "prores"), (".webm", "libvpx-vp9")])
 @pytest.mark.parametrize("shape", [(48, 80), (49, 81)])
-def test_transparency(suffix, decoder, shape, tmp_path):
+def test_transparent_videos_keep_their_alpha(suffix, decoder, shape, tmp_path):
     image = np.zeros((*shape, 4), np.uint8)
     image[8:24, 16:48], image[24:40, 16:48] = (220, 40, 30, 255), (30, 200, 40, 128)
     path = tmp_path / f"cutout{suffix}"
@@ -141,7 +141,7 @@ def test_transparency(suffix, decoder, shape, tmp_path):
 
 
 def with_sound(path, video, audio, rate=48000, seconds=2, layout="stereo", tracks=1):
-    """25 frames a second, and a tone that begins at 1 s."""
+    """A video of 25 frames per second with a tone from 1 s on."""
     with av.open(str(path), "w") as container:
         pictures = container.add_stream(video, rate=25)
         pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
@@ -186,7 +186,7 @@ def sound_of(path):
                                                        ".mov", "pcm_s16le"),
     ("tv.ts", "libx264", "mp2", ".mp4", "aac"), ("stream.ts", "libx264", "aac", ".mp4", "aac")])
 @pytest.mark.parametrize("start", [0, 20])
-def test_sound_is_taken_along(name, video, audio, suffix, expected, start, tmp_path, caplog):
+def test_sound_is_copied(name, video, audio, suffix, expected, start, tmp_path, caplog):
     source = with_sound(tmp_path / name, video, audio)
     times = stream_of(source)[3][start:]
     path = write(tmp_path / f"out{suffix}", len(times), times=times, fps=25, sound=source)
@@ -212,7 +212,8 @@ def test_sound_ends_with_the_frames(tmp_path):
     ("phone.mp4", "libx264", "alac", 44100, "stereo"), ("voice.avi", "mpeg4", "adpcm_ms", 8000,
                                                         "mono"),
     ("archive.mkv", "ffv1", "libmp3lame", 12000, "mono")])
-def test_any_codec_rate_and_layout(name, video, audio, rate, layout, tmp_path, caplog):
+def test_sound_of_any_codec_rate_and_layout_is_written(name, video, audio, rate, layout,
+                                                       tmp_path, caplog):
     source = with_sound(tmp_path / name, video, audio, rate, layout=layout)
     for suffix in (".mp4", ".mov", ".webm"):
         path = write(tmp_path / f"out{suffix}", 50, fps=25, sound=source)
@@ -226,7 +227,7 @@ PIECE = 4800  # samples at 48 kHz, 0.1 s
 
 
 def played(times, monkeypatch, start=0.0):
-    """The number of the piece that is heard in each 0.1 s, 0 for silence.
+    """The number of the tone in each 0.1 s, 0 for silence.
 
     Piece n is constant and n / 100 loud, and its timestamp is the nth of `times`, in seconds.
     """
@@ -281,8 +282,8 @@ def test_sound_that_runs_slower_than_its_timestamps_stays_in_step(monkeypatch):
 
 
 @pytest.mark.parametrize("rates", [(48000, 48000), (32000, 48000)])
-def test_parts_joined_byte_by_byte_keep_picture_and_sound(rates, tmp_path, caplog):
-    """As cameras' and recorders' .ts files are: timestamps begin again, and the rate changes."""
+def test_concatenated_files_keep_picture_and_sound(rates, tmp_path, caplog):
+    """In joined .ts files of cameras, timestamps restart and the rate changes."""
     for i, rate in enumerate(rates):
         with_sound(tmp_path / f"{i}.ts", "mpeg2video", "mp2", rate)
     source = tmp_path / "joined.ts"
@@ -318,8 +319,9 @@ def test_repeated_timestamps_keep_picture_and_sound(tmp_path):
 @pytest.mark.parametrize("name, audio, known, unknown", [
     ("camera.mkv", "ac3", b"A_AC3", b"A_XYZ"), ("phone.mp4", "ac3", b"ac-3", b"zzzz")])
 @pytest.mark.parametrize("tracks", [1, 2])
-def test_sound_that_nothing_decodes(name, audio, known, unknown, tracks, tmp_path, caplog):
-    """The other track is used; where there is none, one warning says so."""
+def test_undecodable_sound_is_replaced_or_dropped(name, audio, known, unknown, tracks, tmp_path,
+                                                  caplog):
+    """Without another track, one warning is logged."""
     source = with_sound(tmp_path / name, "libx264", audio, tracks=tracks)
     data = source.read_bytes()
     place = data.index(known)
@@ -331,8 +333,8 @@ def test_sound_that_nothing_decodes(name, audio, known, unknown, tracks, tmp_pat
     assert [("can't be decoded" in text) for text in caplog.messages] == [True] * (2 - tracks)
 
 
-def test_channels_that_cannot_be_mixed(tmp_path, caplog):
-    """Cameras for 360 degrees record ambisonic sound, whose first channel is what all hear."""
+def test_only_the_first_of_unmixable_channels_is_used(tmp_path, caplog):
+    """360-degree cameras record ambisonic sound; its first channel has all directions."""
     values = np.linspace(-0.5, 0.5, 4 * 4800, dtype=np.float32).reshape(4, 4800)
     for form, array in (("fltp", values), ("flt", values.T.reshape(1, -1))):
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(array), format=form,
@@ -344,7 +346,7 @@ def test_channels_that_cannot_be_mixed(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".tif", ".png"])
-def test_pictures_have_no_sound_and_it_goes_without_saying(suffix, tmp_path, caplog):
+def test_image_folders_have_no_sound_and_no_warning(suffix, tmp_path, caplog):
     path = tmp_path / f"clip{suffix}"
     images = [Image.fromarray(flat(colour)) for colour in COLOURS]
     images[0].save(path, save_all=True, append_images=images[1:])
@@ -353,7 +355,7 @@ def test_pictures_have_no_sound_and_it_goes_without_saying(suffix, tmp_path, cap
 
 
 @pytest.mark.parametrize("source", ["silent.mp4", "broken.mp4", "nowhere.mp4", "."])
-def test_what_has_no_sound_is_left_silent(source, tmp_path, caplog):
+def test_a_silent_clip_stays_silent(source, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     write(tmp_path / "silent.mp4")
     (tmp_path / "broken.mp4").write_bytes(b"hello")
@@ -373,7 +375,7 @@ def test_damaged_sound_does_not_cost_the_video(tmp_path):
         assert len(stream_of(write(tmp_path / f"out{suffix}", 50, fps=25, sound=source))[3]) == 50
 
 
-def test_a_video_that_cannot_be_written_fails_at_once_and_is_named(tmp_path):
+def test_an_unwritable_video_fails_at_once_and_is_named(tmp_path):
     path = tmp_path / "a folder.mp4"
     (path / "with something").mkdir(parents=True)
     with pytest.raises(OSError, match="a folder.mp4"), VideoWriter(path) as video:
@@ -387,13 +389,13 @@ def test_a_video_that_cannot_be_written_fails_at_once_and_is_named(tmp_path):
         VideoWriter(tmp_path / "video.xyz")
 
 
-def test_no_frame_no_file(tmp_path):
+def test_without_frames_no_file_is_written(tmp_path):
     with VideoWriter(tmp_path / "video.mp4"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_whole_or_not_at_all(tmp_path):
+def test_a_video_is_written_completely_or_not_at_all(tmp_path):
     write(tmp_path / "video.mp4", 2)
     before = (tmp_path / "video.mp4").read_bytes()
     with pytest.raises(KeyError), VideoWriter(tmp_path / "video.mp4") as video:
@@ -407,7 +409,7 @@ def test_whole_or_not_at_all(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """No file may be larger than 20 KB, which a write notices as it does a full disk."""
+    """Limits files to 20 KB, which fails like a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
     yield
@@ -415,7 +417,7 @@ def full_disk():
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
-def test_a_full_disk(suffix, tmp_path, full_disk):
+def test_a_full_disk_is_named(suffix, tmp_path, full_disk):
     path, rng = tmp_path / f"out{suffix}", np.random.default_rng(0)
     with pytest.raises(OSError) as found, VideoWriter(path) as video:
         for _ in range(40):
@@ -424,7 +426,7 @@ def test_a_full_disk(suffix, tmp_path, full_disk):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_constant_rate_has_no_jitter(tmp_path):
+def test_a_constant_frame_rate_has_no_jitter(tmp_path):
     path = write(tmp_path / "video.mp4", 50, fps=30000 / 1001,
                  times=[i * 1001 / 30000 + 3 for i in range(50)])
     with av.open(str(path)) as container:

@@ -72,7 +72,7 @@ def predict_logits(model: Any, image: np.ndarray, prompts: Prompts) -> np.ndarra
     for _ in range(MAX_CROPS):
         logits = _predict_crop(model, image, current, crop)
         mask = select_components(logits > 0, prompts)
-        current = Prompts(prompts.boxes, prompts.points, prompts.not_points, mask)
+        current = Prompts(prompts.boxes, prompts.points, prompts.negative_points, mask)
         previous, crop = crop, crop_around(current, image.shape[:2])
         if not mask.any() or crop_iou(previous, crop) > SAME_CROP:
             break
@@ -129,7 +129,7 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
         raise ValueError("--point, --box: expected a box or a point on the object, found none")
     for name, kind, count, entries in (("box", "x y width height", 4, prompts.boxes),
                                        ("point", "x y", 2, prompts.points),
-                                       ("not_point", "x y", 2, prompts.not_points)):
+                                       ("not_point", "x y", 2, prompts.negative_points)):
         for entry in entries:
             if np.shape(entry) != (count,):
                 raise ValueError(f"--{name}: expected {kind}, got {entry}")
@@ -137,7 +137,7 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
         if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
             raise ValueError(f"--box {x} {y} {w} {h}: expected a part of the frame of "
                              f"{width}x{height} pixels, as x y width height")
-    for name, points in (("point", prompts.points), ("not_point", prompts.not_points)):
+    for name, points in (("point", prompts.points), ("not_point", prompts.negative_points)):
         for x, y in points:
             if not (0 <= x < width and 0 <= y < height):
                 raise ValueError(f"--{name} {x} {y}: expected a pixel of the frame of "
@@ -191,7 +191,7 @@ def crop_around(prompts: Prompts, shape: tuple[int, int],
         extents.append((x, y, x + w, y + h))
     if not extents:
         return slice(0, shape[0]), slice(0, shape[1])
-    extents += [(x, y, x + 1, y + 1) for x, y in (*prompts.points, *prompts.not_points)]
+    extents += [(x, y, x + 1, y + 1) for x, y in (*prompts.points, *prompts.negative_points)]
     left, top, right, bottom = (choose(side) for choose, side in
                                 zip((min, min, max, max), zip(*extents)))
     width, height = right - left, bottom - top
@@ -232,7 +232,7 @@ def predict_masks(model: Any, image: np.ndarray, objects: list[Prompts]) -> np.n
     for i, prompts in enumerate(objects):
         others = [point for j, other in enumerate(objects) if j != i for point in other.points]
         logits.append(predict_logits(model, image, Prompts(
-            prompts.boxes, prompts.points, [*prompts.not_points, *others], prompts.mask)))
+            prompts.boxes, prompts.points, [*prompts.negative_points, *others], prompts.mask)))
     mask = np.stack([np.zeros_like(logits[0]), *logits]).argmax(0).astype(np.uint8)
     for i in range(1, len(objects) + 1):
         if not (mask == i).any():

@@ -178,7 +178,7 @@ class Tracker:
         features, before, after = self._find(image, shape)
         probabilities = model.array(after)
         if model.method == "paper":
-            self.memory = model.update_online(self.memory, features, before, probabilities)
+            self.memory = model.online_update(self.memory, features, before, probabilities)
         elif model.method == "memory":
             frames = int(self.memory.frames) + 1
             self.memory = model.remember(self.memory, features, probabilities,

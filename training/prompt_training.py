@@ -91,7 +91,7 @@ class PromptSamples(Dataset):
         truth, mask = (None if mask is None else cv2.resize(
             mask.astype(np.uint8), patch.shape[1::-1],
             interpolation=cv2.INTER_NEAREST_EXACT) > 0 for mask in (truth[region], prompts.mask))
-        prompts = Prompts(prompts.boxes, prompts.points, prompts.not_points, mask)
+        prompts = Prompts(prompts.boxes, prompts.points, prompts.negative_points, mask)
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(rng.integers(2**31)))
@@ -154,7 +154,7 @@ def initial_prompts(truth: np.ndarray, rng,
         if mask.any() and click is not None:
             point, positive = click
             prompts = Prompts(mask=mask)
-            (prompts.points if positive else prompts.not_points).append(point)
+            (prompts.points if positive else prompts.negative_points).append(point)
     return prompts, region, rounds
 
 

@@ -101,7 +101,7 @@ def add_click(prompts: Prompts, predicted: np.ndarray, truth: np.ndarray,
         return None
     point, positive = click
     return Prompts(prompts.boxes, [*prompts.points, *[point] * positive],
-                   [*prompts.not_points, *[point] * (not positive)],
+                   [*prompts.negative_points, *[point] * (not positive)],
                    predicted if with_mask else None)
 
 
