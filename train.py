@@ -234,7 +234,7 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
         memory = model.start(None, first, model.array(pixels[None]),
                              model.array(labels_of(mask, grid, object_ids)[None]))
     if first.matched.requires_grad:
-        sets = model.refer_sets(None, first.matched[0], mask, object_ids)
+        sets = model.add_to_sets(None, first.matched[0], mask, object_ids)
     counted = max(1, len(images) - GRADIENT_FRAMES) if model.method == "memory" else 1
     with torch.no_grad():
         for t in range(1, counted):

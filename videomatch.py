@@ -1,10 +1,12 @@
-"""The VideoMatch network: segments a frame by matching it with reference frames.
+"""The VideoMatch network: segments a frame by matching it with reference frames and a memory.
 
 Hu, Huang, Schwing: VideoMatch: Matching based Video Object Segmentation, ECCV 2018.
 
 `VideoMatch` holds weights and settings only. Everything known about a video is a `State` (or, for
-the methods "matching" and "paper", a `Sets`) that the caller keeps and every call replaces. Run
-as a script, the module shows probabilities:
+the methods "matching" and "paper", a `Sets`) that the caller keeps: methods take one and return the
+next. `tracking.tracker.Tracker` does so frame by frame.
+
+As a script it shows the probabilities of single frames:
     python videomatch.py REF.jpg REF_MASK.png TEST.jpg [TEST.jpg ...] [--save DIR]
 """
 
@@ -38,6 +40,7 @@ from network.views import labels_of, reference
 from system import errors
 from tracking.tracker import Tracker
 
+# The checkpoints in models/, by the name of their encoder
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
 METHODS = ("matching", "paper", "memory")
 
@@ -50,10 +53,12 @@ def load_tracker(checkpoint: str | Path = SHIPPED["mobilenet"],
         tracker.step(first_frame, first_mask)
         mask = tracker.step(next_frame).mask
 
+    Frames are (H, W, 3) uint8 RGB, masks (H, W) object ids; see `Tracker.step`.
+
     Args:
         checkpoint: file written by training; defaults to the one in models/.
         device: "cpu", "cuda", "cuda:1" or "mps".
-        settings: of `Tracker`, such as `size` and `threshold`.
+        settings: arguments of `Tracker`, such as `size` and `threshold`.
 
     Raises:
         FileNotFoundError, ValueError: as `VideoMatch.load`.
@@ -64,7 +69,7 @@ def load_tracker(checkpoint: str | Path = SHIPPED["mobilenet"],
 class VideoMatch(Checkpointed):
     """Encodes frames, matches them with the memory of their video and decodes masks.
 
-    Nothing in it changes during inference, so any number of videos and threads may share one.
+    Nothing in it changes during inference, so any number of videos and threads may share a network.
 
     Args:
         encoder: computes features from images.
@@ -76,20 +81,21 @@ class VideoMatch(Checkpointed):
         dilation: outlier removal keeps pixels within this distance, in pixels, of the object's
             previous mask (100 in the paper).
         refined: add a `Reader` and a `Decoder`, which the method "memory" needs.
-        zoom: enlargement of the frames before the encoder, > 0, at inference only. More finds
-            smaller objects, at a cost in proportion to its square.
+        zoom: enlargement of the frames before the encoder, > 0, at inference only. A larger one
+            finds smaller objects, at a cost in proportion to its square.
         prompts: add a `PromptDecoder`, which turns boxes and points into masks; tracking doesn't
             use it.
-        object_tokens: add `ObjectTokens` to the memory.
-        edges: add a level of stride 2 to the decoder.
+        object_tokens: add `ObjectTokens` to the memory readout.
+        edges: add a level of stride 2 to the decoder, for thin parts.
 
     Attributes:
-        method: "matching": soft matching with the reference frames decides. "paper": the same, but
-            the sets grow during the video by the paper's online update. "memory", the default of a
+        method: "matching": soft matching with the reference frames only. "paper": the same, but the
+            sets grow during the video by the paper's online update. "memory", the default of a
             `refined` network: the memory readout and finer features of the frame are decoded.
-        confidence: c, the probability above which the online update adds a pixel to an object's set
-            (0.95 in the paper).
-        precision: data type of the encoder and of matrix products; everything else is float32.
+        confidence: c, the probability above which the online update adds a location to an object's
+            set (0.95 in the paper).
+        precision: data type of the encoder, the decoder and the memory's keys; everything else is
+            float32.
     """
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
@@ -128,22 +134,23 @@ class VideoMatch(Checkpointed):
     def extend(self) -> None:
         """Add object tokens and the level of stride 2 to a network that lacks them.
 
-        They have no effect until they are trained, so training can start from older checkpoints.
+        They have no effect until they are trained, so training can start from an older checkpoint.
         """
         spec = self.encoder.spec
-        whole = VideoMatch(self.encoder, refined=True, object_tokens=True, edges=bool(spec.stem))
+        extended = VideoMatch(self.encoder, refined=True, object_tokens=True, edges=bool(spec.stem))
         if not self.object_tokens:
-            self.object_tokens, self.reader.tokens = True, whole.reader.tokens.to(self.device)
+            self.object_tokens, self.reader.tokens = True, extended.reader.tokens.to(self.device)
         if not self.edges and spec.stem:
-            self.edges, self.decoder.edges = True, whole.decoder.edges.to(self.device)
+            self.edges, self.decoder.edges = True, extended.decoder.edges.to(self.device)
 
     def for_inference(self, precision_name: str | None = None) -> Self:
-        """Fold BatchNorm into convolutions and choose the precision; training is over then.
+        """Fold BatchNorm into convolutions and choose the precision.
 
-        The digest of the weights before folding goes into `facts`, as it identifies the checkpoint.
+        The network can't be trained afterwards. The digest of the weights before folding is kept in
+        `facts`, since it identifies the checkpoint.
 
         Args:
-            precision_name: a key of `precision.NAMES`; None takes the fastest one that has no
+            precision_name: a key of `precision.NAMES`; None chooses the fastest one that has no
                 visible effect on masks on this device.
 
         Returns:
@@ -168,7 +175,8 @@ class VideoMatch(Checkpointed):
         """
         image, size = image.to(self.device), image.shape[-2:]
         scale = 1.0 if self.training else self.zoom
-        if self.method == "memory":  # whole locations, so that every level's grid divides the next
+        if self.method == "memory":
+            # sides are multiples of the stride, so that finer levels divide evenly into locations
             stride = self.encoder.spec.stride
             grid = grid or [max(1, round(side * scale / stride)) for side in size]
             image = _resized(image, [side * stride for side in grid],
@@ -246,14 +254,15 @@ class VideoMatch(Checkpointed):
         """
         return self.reader.remember(state, features, probabilities, long)
 
-    # any method
+    # for any method
 
-    def refer(self, state: Any, image: torch.Tensor, mask: np.ndarray,
+    def add_reference(self, state: Any, image: torch.Tensor, mask: np.ndarray,
               object_ids: Sequence[int]) -> State | Sets:
         """Add a reference frame.
 
         Args:
-            state: a `State`, or `Sets` if the method is not "memory"; None before the first frame.
+            state: a `State`, or `Sets` if the method is not "memory"; None before the first
+                reference frame.
             image: (1, 3, H, W) float32, ImageNet-normalised.
             mask: (H, W) object ids; its size may differ from the image's. Pixels with other ids
                 than `object_ids` are ignored.
@@ -261,7 +270,7 @@ class VideoMatch(Checkpointed):
 
         Raises:
             ValueError: image or mask has other dimensions or another type, the image is not
-                normalised, or (method "memory") its size is not that of the first one.
+                normalised, or (method "memory") its size is not that of the first reference frame.
         """
         check_normalized(image, dimensions=4)
         mask = id_mask(mask)
@@ -270,23 +279,23 @@ class VideoMatch(Checkpointed):
             if state is not None:
                 state.check_size(features)
             return self.start(state, features, *(self.array(x) for x in rest))
-        return self.refer_sets(state, self.encode(image).matched[0], mask, object_ids)
+        return self.add_to_sets(state, self.encode(image).matched[0], mask, object_ids)
 
-    def refer_sets(self, state: Sets | None, features: torch.Tensor, mask: np.ndarray,
+    def add_to_sets(self, state: Sets | None, features: torch.Tensor, mask: np.ndarray,
                    object_ids: Sequence[int]) -> Sets:
         """Add the (C, h, w) features of a reference frame to foreground and background sets.
 
-        Other arguments as for `refer`.
+        Other arguments as for `add_reference`.
         """
         grid, sets = self._grid(features), len(object_ids) + 1
         labels = self.array(labels_of(mask, grid.shape, object_ids))
-        return (state or Sets(sets)).refer(grid, labels, sets)
+        return (state or Sets(sets)).add_reference(grid, labels, sets)
 
     def predict(self, state: Any, features: Features, shape: tuple[int, int]) -> torch.Tensor:
         """Predict the probabilities of a frame, by any method.
 
         Args:
-            state: as `refer` returns it.
+            state: as `add_reference` returns it.
             features: of one frame.
             shape: (H, W) of the probabilities.
 
@@ -298,20 +307,20 @@ class VideoMatch(Checkpointed):
             ValueError: method "memory": the frame has another size than the reference frame.
         """
         if state is None:
-            raise RuntimeError("nothing to match with: refer to a reference frame first")
+            raise RuntimeError("nothing to match with: add a reference frame first")
         if self.method == "memory":
             state.check_size(features)
             return self.enlarged(self.step(state, features)[0], shape)
         return self.enlarged(self.match(features, state) / self.temperature, shape)
 
     def match(self, features: Features, sets: Sets) -> torch.Tensor:
-        """Return the (N+1, h, w) scores of soft matching (section 3.1), cosines in [-1, 1]."""
+        """Return the (N+1, h, w) scores of soft matching (section 3.1), mean cosines in [-1, 1]."""
         return soft_match(self._grid(features.matched[0]), sets.reference, self.top_k)
 
     def _grid(self, features: torch.Tensor) -> Grid:
         """Prepare (C, h, w) features for matching.
 
-        Where they only serve an auxiliary loss, as with method "memory", they are not upsampled.
+        Method "memory" needs soft matching for an auxiliary loss only and doesn't upsample them.
         """
         return Grid(features, 1.0 if self.method == "memory" else self.upsample_factor)
 
@@ -325,17 +334,21 @@ class VideoMatch(Checkpointed):
             return self.reader.revalued(without(state, channel))
         return state.without(channel)
 
-    def saved(self, state: State | Sets) -> dict:
-        """Return a state as numbers, lists and tensors, which load without running code."""
+    def serialize(self, state: State | Sets) -> dict:
+        """Convert a state to numbers, lists and tensors, which load without running code."""
         return state._asdict() if isinstance(state, State) else state.plain()
 
-    def restored(self, kept: dict) -> State | Sets:
-        """Return the state that was `saved`; KeyError, TypeError or ValueError if it is not one."""
-        return State(**kept) if self.method == "memory" else Sets.from_plain(kept)
+    def deserialize(self, plain: dict) -> State | Sets:
+        """Convert the output of `serialize` back.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is malformed.
+        """
+        return State(**plain) if self.method == "memory" else Sets.from_plain(plain)
 
     @property
     def side(self) -> int:
-        """Pixels per side of a location at which the memory stores masks."""
+        """Pixels along each side of a location in the masks that the memory stores."""
         return self.reader.side
 
     concatenate = staticmethod(torch.cat)
@@ -354,7 +367,7 @@ class VideoMatch(Checkpointed):
 
         A location joins an object's set if its probability exceeds `confidence` after outlier
         removal, so only within the extruded previous mask. It joins the background's set if it was
-        foreground before outlier removal and is confident background after it: those are the
+        foreground before outlier removal and is confidently background after it: those are the
         distractors that the next frames should not match.
 
         Args:
@@ -380,10 +393,11 @@ class VideoMatch(Checkpointed):
         return logits.cpu().numpy()
 
     def configuration(self) -> dict:
+        """Return the constructor's arguments, as a checkpoint stores them."""
         # absent parts are left out, so that the digests of older checkpoints stay valid
-        parts = {name: True for name, there in (
+        parts = {name: True for name, present in (
             ("prompts", self.prompts is not None), ("object_tokens", self.object_tokens),
-            ("edges", self.edges)) if there}
+            ("edges", self.edges)) if present}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
@@ -391,6 +405,11 @@ class VideoMatch(Checkpointed):
 
     @classmethod
     def configured(cls, config: dict) -> "VideoMatch":
+        """Build a network with random weights from a checkpoint's `configuration`.
+
+        Raises:
+            ValueError: the configuration is that of an incompatible earlier version.
+        """
         config = dict(config)
         encoder, layer = Encoder(config.pop("encoder")), config.pop("layer")
         if config.pop("recent", 0):
@@ -407,6 +426,7 @@ def _with_background(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:
+    """Resize images to (height, width) `size`; one that has this size already is not copied."""
     if list(image.shape[-2:]) == list(size):
         return image
     return F.interpolate(image, list(size), mode="bilinear", antialias=antialias)
@@ -428,6 +448,7 @@ def main():
 
 @torch.no_grad()
 def show(args) -> None:
+    """Predict each test frame from the reference frame alone; save or show its figure."""
     if len({path.stem for path in args.tests}) < len(args.tests):
         raise ValueError("TEST: two test frames have the same name, so their figures would "
                          "overwrite each other")
@@ -435,7 +456,7 @@ def show(args) -> None:
     image = images.read_image(args.reference)
     mask = read_masks({0: [args.mask]}, image.shape[:2], args.reference)[0]
     object_ids = [i for i in np.unique(mask).tolist() if i]
-    state = model.refer(None, preprocess.to_tensor(image)[None], mask, object_ids)
+    state = model.add_reference(None, preprocess.to_tensor(image)[None], mask, object_ids)
     for path in args.tests:
         test = images.read_image(path)
         features = model.encode(preprocess.to_tensor(test)[None])

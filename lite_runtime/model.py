@@ -1,6 +1,6 @@
-"""`VideoMatch` of method "memory" without PyTorch: runs the graphs of an export.
+"""`VideoMatch` with method "memory", without PyTorch: runs the graphs of an export.
 
-The graphs compute everything that involves weights (see `lite_runtime.graphs`).
+The graphs compute everything that involves weights (see `lite_runtime.graphs`). Arrays are NumPy's.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,18 @@ NEXT = "next_"  # prefix of outputs that are fields of the next state; ONNX name
 class LiteVideoMatch:
     """The network of an export, with the methods of `VideoMatch` that a tracker calls.
 
+    All arguments but `run` are entries of the export's description.
+
     Args:
         run: runs a graph.
-        stride: pixels per location, in the enlarged frame.
+        stride: pixels along each side of a location, in the enlarged frame.
         zoom: enlargement of frames before the encoder, at least 1.
-        dilation: extrusion of outlier removal, in pixels.
-        mean, std: of the RGB channels, to normalise images; for colours in [0, 1].
-        shown: there is a prompt decoder.
-        edges: the first level has stride 2.
+        dilation: outlier removal keeps pixels within this distance, in pixels, of the object's
+            previous mask.
+        mean, std: of the RGB channels, in [0, 1], to normalise images.
+        shown: whether the export has a prompt decoder.
+        edges: whether the decoder has a level of stride 2, which is then the first of
+            `Features.levels`.
         widths: see `Widths`.
     """
 
@@ -60,6 +64,7 @@ class LiteVideoMatch:
         size, image = image.shape[:2], np.ascontiguousarray(self.normalized(image)[None])
         features = self._encoded(image)
         shapes = features.near.shape[1:3], features.levels[int(self.edges)].shape[2:]
+        # at the coarse level, then at the finest one, as in `PromptDecoder.decode`
         names = "points", "not_points", "fine_points", "fine_not_points"
         clicks = [clicked(points, size, shape) for shape in shapes
                   for points in (prompts.points, prompts.negative_points)]
@@ -67,10 +72,11 @@ class LiteVideoMatch:
                         **dict(zip(names, clicks)), **_named(features))["logits"]
 
     def encode(self, image: np.ndarray, grid: tuple[int, int] | None = None) -> Features:
-        """Encode an image, (1, 3, H, W) float32, normalised.
+        """Compute the features of an image.
 
         Args:
-            grid: (h, w) of the features; defaults to the image's size * zoom / stride.
+            image: (1, 3, H, W) float32, ImageNet-normalised.
+            grid: size (h, w) of the feature map; defaults to the image's size * zoom / stride.
         """
         grid = grid or [max(1, round(side * self.zoom / self.stride)) for side in image.shape[2:]]
         height, width = (side * self.stride for side in grid)
@@ -79,17 +85,18 @@ class LiteVideoMatch:
         return self._encoded(np.ascontiguousarray(large.transpose(2, 0, 1))[None])
 
     def _encoded(self, image: np.ndarray) -> Features:
+        """Run the encoder on an image whose sides are multiples of the stride."""
         outputs = self.run("encode", image=image)
         levels = tuple(x for name, x in outputs.items() if name.startswith("level"))
         return Features(None, levels=levels, **{
             name: x for name, x in outputs.items() if not name.startswith("level")})
 
-    def refer(self, state: State | None, image: np.ndarray, mask: np.ndarray,
+    def add_reference(self, state: State | None, image: np.ndarray, mask: np.ndarray,
               object_ids: Sequence[int]) -> State:
-        """Add a reference frame with its (H, W) mask; `state` is None for the first one.
+        """Add a reference frame; arguments as for `VideoMatch.add_reference`.
 
         Raises:
-            ValueError: the frame has another size than the first one.
+            ValueError: the frame has another size than the first reference frame.
         """
         features, masks, labels = reference(self, image, mask, object_ids)
         if state is None:
@@ -98,7 +105,7 @@ class LiteVideoMatch:
         return self._changed("start", state, features, masks=masks, labels=labels)
 
     def predict(self, state: State, features: Features, shape: tuple[int, int]) -> np.ndarray:
-        """Probabilities (N+1, H, W) of a frame at size `shape`.
+        """Predict the (N+1, H, W) probabilities of a frame; `shape` is (H, W).
 
         Raises:
             ValueError: the frame has another size than the reference frame.
@@ -112,44 +119,50 @@ class LiteVideoMatch:
 
     def remember(self, state: State, features: Features, probabilities: np.ndarray,
                  long: bool) -> State:
-        """Add a frame with its probabilities to short-term or also to `long`-term memory."""
+        """Return the state after a frame with its (N+1, H, W) probabilities.
+
+        The frame enters the short-term memory and, if `long`, also the long-term memory.
+        """
         return self._changed("remember_long" if long else "remember", state, features,
                              probabilities=probabilities)
 
     def _changed(self, graph: str, state: State, features: Features, **more) -> State:
-        """The state after running a graph on a frame."""
+        """Run a graph on a state and a frame; returns the next state."""
         return _next(state, self.run(graph, **state._asdict(), **_named(features), **more))
 
     def without(self, state: State, channel: int) -> State:
-        """The state after removing the object of a channel."""
+        """Return a state without one object; `channel` is its channel in the probabilities."""
         state = without(state, channel)
         return _next(state, self.run("revalue", **state._asdict()))
 
     @staticmethod
-    def saved(state: State) -> dict[str, np.ndarray]:
-        """Serialize a state to arrays, for `restored`."""
+    def serialize(state: State) -> dict[str, np.ndarray]:
+        """Convert a state to a dict of arrays."""
         return state._asdict()
 
     @staticmethod
-    def restored(kept: dict[str, np.ndarray]) -> State:
-        return State(**kept)
+    def deserialize(plain: dict[str, np.ndarray]) -> State:
+        """Convert the output of `serialize` back; TypeError if malformed."""
+        return State(**plain)
 
     @staticmethod
     def array(x: np.ndarray) -> np.ndarray:
+        """Return the array: with PyTorch this copies it to the network's device."""
         return x
 
 
 def _next(state: State, outputs: dict[str, np.ndarray]) -> State:
-    """Update the fields of a state that a graph returned."""
+    """Replace the fields of a state that a graph returned."""
     return state._replace(**{name.removeprefix(NEXT): x for name, x in outputs.items()})
 
 
 def _named(features: Features) -> dict[str, np.ndarray]:
-    """Features as inputs of a graph, by name."""
+    """Return features as inputs of a graph, by name."""
     named = {name: x for name, x in features._asdict().items()
              if name != "levels" and x is not None}
     return named | {f"level{i}": x for i, x in enumerate(features.levels)}
 
 
 def _zeros(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return zeros for a field of the state, see `blank`."""
     return np.zeros(shape, np.int64 if name in INTEGERS else np.float32)

@@ -20,32 +20,32 @@ class Sets:
 
     Args:
         sets: number of sets, 1 for the background plus one per object.
-        given: reference frames as pairs of a grid and (H, W) integer labels: the set of each
+        references: reference frames as pairs of a grid and (H, W) integer labels: the set of each
             location, -1 for none.
-        later: frames added by the online update, in the same form, oldest first.
-        frames: maximum number of frames in `later`, >= 1; the oldest is dropped first. Each frame
+        updates: frames added by the online update, in the same form, oldest first.
+        frames: maximum number of frames in `updates`, >= 1; the oldest is dropped first. Each frame
             adds to the time of matching. Reference frames are never dropped.
     """
 
     sets: int
-    given: tuple[View, ...] = ()
-    later: tuple[View, ...] = ()
+    references: tuple[View, ...] = ()
+    updates: tuple[View, ...] = ()
     frames: int = 5
 
     @cached_property
     def reference(self) -> Reference:
         """All features to match with. Cached: with `--method matching` the sets rarely change."""
-        grids, labels = zip(*self.given, *self.later)
+        grids, labels = zip(*self.references, *self.updates)
         return Reference(list(grids), labels, self.sets)
 
-    def refer(self, grid: Grid, labels: torch.Tensor, sets: int) -> Self:
+    def add_reference(self, grid: Grid, labels: torch.Tensor, sets: int) -> Self:
         """Add a reference frame.
 
         Args:
             labels: (H, W) integers, the set of each location, -1 for none.
             sets: new number of sets, at least the current one.
         """
-        return replace(self, sets=sets, given=(*self.given, (grid, labels)))
+        return replace(self, sets=sets, references=(*self.references, (grid, labels)))
 
     def update(self, grid: Grid, labels: torch.Tensor) -> Self:
         """Add the confident features of a predicted frame (the paper's online update).
@@ -57,7 +57,7 @@ class Sets:
         """
         if not (labels >= 0).any():
             return self
-        return replace(self, later=(*self.later, (grid, labels))[-self.frames:])
+        return replace(self, updates=(*self.updates, (grid, labels))[-self.frames:])
 
     def without(self, channel: int) -> Self:
         """Remove an object; the channels after it move up by one.
@@ -72,18 +72,20 @@ class Sets:
             return tuple((grid, torch.where(labels == channel, -1, labels - (labels > channel) * 1))
                          for grid, labels in views)
 
-        return replace(self, sets=self.sets - 1, given=removed(self.given),
-                       later=removed(self.later))
+        return replace(self, sets=self.sets - 1, references=removed(self.references),
+                       updates=removed(self.updates))
 
     def plain(self) -> dict:
         """Convert to numbers, lists and tensors, which `torch.load(weights_only=True)` accepts."""
-        given, later = ([(grid.features, grid.factor, labels) for grid, labels in views]
-                        for views in (self.given, self.later))
-        return {"sets": self.sets, "given": given, "later": later}
+        references, updates = ([(grid.features, grid.factor, labels) for grid, labels in views]
+                               for views in (self.references, self.updates))
+        # names in files that exist
+        return {"sets": self.sets, "given": references, "later": updates}
 
     @classmethod
     def from_plain(cls, plain: dict) -> Self:
         """Convert the output of `plain` back; KeyError, TypeError or ValueError if malformed."""
-        given, later = (tuple((Grid(features, factor), labels) for features, factor, labels in
-                              plain[name]) for name in ("given", "later"))
-        return cls(plain["sets"], given, later)
+        references, updates = (tuple((Grid(features, factor), labels)
+                                     for features, factor, labels in plain[name])
+                               for name in ("given", "later"))
+        return cls(plain["sets"], references, updates)

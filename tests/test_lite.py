@@ -447,7 +447,7 @@ def test_the_graphs_alone_track_a_video(exact, exported):
     network, frames = lite.load(exported, 1), [draw_frame(step) for step in range(8)]
     expected = Tracker(exact, outlier_removal=False)
     image = network.normalized(frames[0][0])[None]
-    state = network.refer(None, image, frames[0][1], [1])
+    state = network.add_reference(None, image, frames[0][1], [1])
     expected.step(torch.from_numpy(image[0]), frames[0][1])
     for number, (image, _) in enumerate(frames[1:], start=2):
         image = network.normalized(image)[None]

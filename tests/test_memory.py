@@ -36,4 +36,4 @@ def test_an_update_equals_matching_with_the_larger_sets(factor):
 def test_an_update_without_confident_locations_changes_nothing():
     reference, later = draw(7, 2)
     sets = Sets(1, ((reference, torch.zeros(5, 7).long()),))
-    assert sets.update(later, torch.full((5, 7), -1)) is sets and not sets.later
+    assert sets.update(later, torch.full((5, 7), -1)) is sets and not sets.updates

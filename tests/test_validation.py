@@ -67,7 +67,7 @@ def test_an_image_that_the_network_cannot_take_is_refused_by_name(image, words, 
     (torch.zeros(1, 3, 48, 80), torch.zeros(48, 80), "^mask: .*float32")])
 def test_refer_names_the_invalid_argument(image, mask, words, model):
     with pytest.raises(ValueError, match=words):
-        model.refer(None, image, mask, [1])
+        model.add_reference(None, image, mask, [1])
 
 
 @pytest.mark.parametrize("image, words", [

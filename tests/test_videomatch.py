@@ -29,7 +29,7 @@ def ids_of(mask):
 
 def reference(model, image, mask):
     """The state of a video with this reference frame."""
-    return model.refer(None, image[None], np.asarray(mask), ids_of(mask))
+    return model.add_reference(None, image[None], np.asarray(mask), ids_of(mask))
 
 
 def predict(model, state, image, shape=None):
@@ -72,7 +72,7 @@ def test_a_batch_equals_single_frames(refined, model):
 
 
 def test_bad_arguments_raise_named_errors(model):
-    with pytest.raises(RuntimeError, match="refer to a reference frame first"):
+    with pytest.raises(RuntimeError, match="add a reference frame first"):
         predict(model, None, frame(0)[0])
     for arguments in ({"top_k": 0}, {"temperature": 0.0}, {"dilation": -1},
                       {"upsample_factor": 0}, {"upsample_factor": float("nan")}):

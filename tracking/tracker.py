@@ -111,7 +111,7 @@ class Tracker:
 
     def state(self) -> dict:
         """Return everything but network and settings, as numbers, lists and tensors."""
-        return {"memory": None if self.memory is None else self.model.saved(self.memory),
+        return {"memory": None if self.memory is None else self.model.serialize(self.memory),
                 "previous": self.model.array(self.previous), "shares": list(self.shares.items())}
 
     def load_state(self, state: dict) -> None:
@@ -121,7 +121,7 @@ class Tracker:
             KeyError, TypeError, ValueError: not such a state.
         """
         memory = state["memory"]
-        self.memory = None if memory is None else self.model.restored(memory)
+        self.memory = None if memory is None else self.model.deserialize(memory)
         self.previous, self.shares = to_numpy(state["previous"]), dict(state["shares"])
 
     def step(self, image: Array | Image.Image, mask: np.ndarray | None = None,
@@ -212,7 +212,7 @@ class Tracker:
         if not ids and self.memory is None:  # a later empty mask means that no object is visible
             raise ValueError("mask: the reference mask holds no object, all of its pixels are 0")
         object_ids = tuple(dict.fromkeys((*self.object_ids, *ids)))
-        self.memory = self.model.refer(self.memory, image[None], mask, object_ids)
+        self.memory = self.model.add_reference(self.memory, image[None], mask, object_ids)
         self.shares = {i: float((mask == i).mean()) or self.shares.get(i, 0.0)
                        for i in object_ids}
         self.previous = mask
