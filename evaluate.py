@@ -36,9 +36,9 @@ from videomatch import VideoMatch
 
 log = logging.getLogger(__name__)
 
-NAMED = 5  # sequences that a warning lists: a wrong id usually runs through the whole set
-# Frames per job of the worker processes. Each job costs a message between processes; large jobs
-# leave processes idle at the end of a small set.
+MAX_LOGGED = 5  # sequences in a warning: a wrong id usually runs through the whole set
+# Frames per job of the worker processes that score a folder. Each job costs a message between
+# processes; with larger jobs, processes are idle at the end of a small set.
 CHUNK = 8
 
 Scores = dict[str, metrics.SequenceScore]  # by the sequence's name
@@ -149,12 +149,12 @@ def _segment(model: VideoMatch, todo: list[Sequence], folder: RunFolder,
     with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
                   disable=distributed.rank() > 0) as bar:
         def on_frame(frame: pipeline.Frame) -> None:
-            folder.start(mask_folders)  # only now: a refused first frame leaves no manifest behind
+            folder.start(mask_folders)  # only now: a rejected first frame leaves no manifest
             bar.update(frame.index > 0)
 
         for sequence in todo:
             bar.set_description(sequence.name)
-            # Taken before the work: a file that changes meanwhile makes the next run repeat it.
+            # Before the work: if an input changes meanwhile, the next run segments it again.
             start, data = time.monotonic(), _fingerprint(sequence)
             score = segment_sequence(model, sequence, options, on_frame)
             folder.finish(sequence.name, {"seconds": time.monotonic() - start, "j": score.j,
@@ -183,7 +183,7 @@ def _is_finished(folder: RunFolder, sequence: Sequence, video: bool) -> bool:
 
 
 def _score(folder: RunFolder, name: str) -> metrics.SequenceScore:
-    """The scores in a finished sequence's entry."""
+    """Return the scores recorded in a finished sequence's entry."""
     entry, score = folder.finished[name], metrics.SequenceScore([])
     score.j, score.f = ({int(i): values for i, values in entry[key].items()} for key in "jf")
     return score
@@ -209,7 +209,7 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
         checkpoint = pipeline.TrackerCheckpoint(masks, sequence).load(model)
         sinks += [writers.MaskSink(masks, sequence),
                   ConfidenceSink(_confidence_path(options.results, sequence), sequence,
-                             checkpoint.index is not None)]
+                                 checkpoint.index is not None)]
         if options.videos:
             sinks.append(writers.VideoSink(video, sequence, lambda frame:
                                            drawing.overlay(frame.image, frame.mask)))
@@ -218,16 +218,16 @@ def segment_sequence(model: VideoMatch, sequence: Sequence, options: Options,
     frames = pipeline.track(model, sequence, sequence.reference_masks(), options, checkpoint)
     pipeline.drain(frames, sinks, checkpoint, on_frame)
     if options.results:
-        # A data set may ask for the masks of some frames only; the others served resuming.
+        # A data set may ask for the masks of some frames only; the others were needed to resume.
         for i in set(range(len(sequence))) - set(sequence.output_frames):
             (options.results / sequence.name / sequence.mask_name(i)).unlink(missing_ok=True)
     return scoring.score
 
 
 class ScoreSink(pipeline.Sink):
-    """Scores predicted masks in all frames with ground truth but the first and the last.
+    """Scores predicted masks in all frames with ground truth except the first and the last.
 
-    The official DAVIS code leaves these two out, so `Sequence.scored` does.
+    The official DAVIS code leaves these two out, and so does `Sequence.scored`.
     """
 
     def __init__(self, sequence: Sequence):
@@ -254,66 +254,73 @@ def score_folder(results: Path, sequences: list[Sequence], workers: int | None =
     """
     scores: Scores = {}
     ids: dict[str, tuple[set[int], set[int]]] = {}
-    frames = [(coding, results / sequence.name / sequence.mask_name(frame), sequence.mask_encoding,
-               sequence.masks[frame], sequence.scored_objects(frame))
-              for sequence in sequences for coding in [sequence.result_encoding(results)]
+    frames = [(encoding, results / sequence.name / sequence.mask_name(frame),
+               sequence.mask_encoding, sequence.masks[frame], sequence.scored_objects(frame))
+              for sequence in sequences for encoding in [sequence.result_encoding(results)]
               for frame in sequence.scored]
     with _workers(workers or _cores()) as pool:
-        results_of_frames = pool.map(_score_file, frames, chunksize=CHUNK)
+        scored_frames = pool.map(_score_file, frames, chunksize=CHUNK)
         for sequence in progress(sequences, desc="sequences"):
             score = metrics.SequenceScore(sequence.scored_objects())
-            predicted, true = set[int](), {*sequence.first_frames}
+            predicted_ids, true_ids = set[int](), {*sequence.first_frames}
             for frame in sequence.scored:
-                measures, *ids_in_frame = next(results_of_frames)
+                measures, *ids_in_frame = next(scored_frames)
                 score.add(measures, sequence.scored_objects(frame))
-                predicted |= ids_in_frame[0]
-                true |= ids_in_frame[1]
-            scores[sequence.name], ids[sequence.name] = score, (predicted, true)
-    _warn_of_ids(results, ids)
+                predicted_ids |= ids_in_frame[0]
+                true_ids |= ids_in_frame[1]
+            scores[sequence.name], ids[sequence.name] = score, (predicted_ids, true_ids)
+    _warn_about_ids(results, ids)
     return scores
 
 
 def _score_file(job: tuple[MaskEncoding, Path, MaskEncoding, Path, list[int]]
                 ) -> tuple[list[tuple[float, float]], set[int], set[int]]:
-    """J and F of each object, the ids in the predicted mask, and the ids in the ground truth."""
-    coding, path, true_coding, true_path, object_ids = job
-    prediction, truth = coding.read(path), true_coding.read(true_path, keep_void=True)
+    """Score a frame.
+
+    Args:
+        job: encoding and path of the predicted mask, the same of the ground truth, object ids.
+
+    Returns:
+        J and F of each object, the ids in the predicted mask, and the ids in the ground truth.
+    """
+    encoding, path, true_encoding, true_path, object_ids = job
+    prediction, truth = encoding.read(path), true_encoding.read(true_path, keep_void=True)
     images.check_same_shape(true_path, truth.shape, path, prediction.shape)
-    predicted, true = ({*np.flatnonzero(np.bincount(mask.ravel())).tolist()} - {0, VOID}
-                       for mask in (prediction, truth))
-    return metrics.score_frame(prediction, truth, object_ids), predicted, true
+    predicted_ids, true_ids = ({*np.flatnonzero(np.bincount(mask.ravel())).tolist()} - {0, VOID}
+                               for mask in (prediction, truth))
+    return metrics.score_frame(prediction, truth, object_ids), predicted_ids, true_ids
 
 
-def _warn_of_ids(results: Path, ids: dict[str, tuple[set[int], set[int]]]) -> None:
-    """Warn about predicted ids that the ground truth lacks, and about all-empty sequences.
+def _warn_about_ids(results: Path, ids: dict[str, tuple[set[int], set[int]]]) -> None:
+    """Warn about predicted ids that the ground truth lacks, and about sequences of empty masks.
 
     Args:
         ids: for each sequence the ids in its predictions, and those in its ground truth.
     """
-    def listed(parts: list[str]) -> str:
-        return "; ".join(parts[:NAMED]) + (f"; and {len(parts) - NAMED} more" if parts[NAMED:]
-                                           else "")
+    def joined(parts: list[str]) -> str:
+        more = len(parts) - MAX_LOGGED
+        return "; ".join(parts[:MAX_LOGGED]) + (f"; and {more} more" if more > 0 else "")
 
-    def numbers(some: set[int]) -> str:
-        return ", ".join(map(str, sorted(some)))
+    def numbers(ids: set[int]) -> str:
+        return ", ".join(map(str, sorted(ids)))
 
     unknown = [f"sequence {name} has {numbers(predicted - true)}, its ground truth {numbers(true)}"
                for name, (predicted, true) in ids.items() if predicted - true]
     if unknown:
         log.warning("%s: object ids that the ground truth lacks are not scored: %s", results,
-                    listed(unknown))
+                    joined(unknown))
     empty = [name for name, (predicted, true) in ids.items() if true and not predicted]
     if empty:
-        log.warning("%s: all masks are empty, none contains an object: %s", results, listed(empty))
+        log.warning("%s: all masks are empty, none contains an object: %s", results, joined(empty))
 
 
 def _cores() -> int:
-    """Number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _workers(count: int) -> Executor:
-    """Workers that score frames: forked processes on Linux, threads elsewhere.
+    """Return workers that score frames: forked processes on Linux, threads elsewhere.
 
     A forked process starts without importing torch again, which would take longer than scoring a
     short set. Forking is safe here because `_score_file` takes no lock of torch or OpenCV.
@@ -326,7 +333,7 @@ def _workers(count: int) -> Executor:
 
 
 def table(scores: Scores) -> Table:
-    """A row of measures per sequence, named NAME, or NAME_ID for each of several objects."""
+    """Return a row of measures per sequence, named NAME, or NAME_ID for each of several objects."""
     rows = {}
     for name, score in scores.items():
         measures = score.conclude()
@@ -335,11 +342,12 @@ def table(scores: Scores) -> Table:
 
 
 def _mean(table: Table) -> dict[str, float]:
+    """Return the mean of a table's rows."""
     return metrics.average(list(table.values()))
 
 
 def print_table(table: Table) -> None:
-    """Print the table."""
+    """Print a table of scores, with the mean of all rows at the end."""
     width = max(len(name) for name in ("sequence", *table))
     print(f"{'sequence':{width}}  " + "  ".join(f"{m:>8}" for m in metrics.MEASURES))
     for name, row in (*table.items(), ("all", _mean(table))):
@@ -347,7 +355,7 @@ def print_table(table: Table) -> None:
 
 
 def write_tables(table: Table, results: Path, set_name: str) -> None:
-    """Write the table as two CSV files with the official evaluation code's names and columns."""
+    """Write a table as two CSV files, with names and columns of the official evaluation code."""
     _write_csv(results / f"global_results-{set_name}.csv", {"": _mean(table)}, key=None)
     _write_csv(results / f"per-sequence_results-{set_name}.csv", table, key="Sequence")
 
@@ -439,7 +447,7 @@ def compare(folders: list[Path], sequences: list[Sequence], set_name: str,
 
 
 def folder_labels(folders: list[Path]) -> list[str]:
-    """A name for each folder: the shortest ends of their paths that are different."""
+    """Return a name for each folder: the shortest ends of their paths that differ."""
     paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]

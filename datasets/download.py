@@ -1,4 +1,4 @@
-"""Download the official DAVIS archives: resume, verify, unpack.
+"""Download the official DAVIS archives: resumes, verifies and unpacks them.
 
     python davis.py --download DIR [--year 2017]
 """
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from media import files
 
-TRIES = 5  # consecutive attempts that receive no byte before giving up
-WAIT = 2.0  # seconds per failed attempt, so that a busy server gets more time after each one
+TRIES = 5  # attempts in a row without a single byte before giving up
+WAIT = 2.0  # seconds, times the number of failed attempts: a busy server gets more time each time
 BLOCK = 1 << 20  # bytes per read: few system calls, yet a steady progress bar
 
 
@@ -29,7 +29,7 @@ class Archive:
     """An archive's address and checksum."""
 
     url: str
-    sha256: str | None  # None if nobody published one; the ZIP's own checksums are verified anyway
+    sha256: str | None  # None if none is published; the ZIP's own ones are always verified
 
 
 ARCHIVES = {
@@ -44,11 +44,11 @@ ARCHIVES = {
 def download(folder: Path, year: str) -> None:
     """Download an archive and unpack its 480p frames and masks into a DAVIS folder.
 
-    After an interruption the same call resumes. The archive is deleted in the end.
+    After an interruption the same call resumes. The archive is deleted afterwards.
 
     Raises:
         OSError: the server can't be reached, the disk is full, or `folder` holds a data set.
-        ValueError: the downloaded file is not the archive.
+        ValueError: the downloaded file is not the archive, or damaged.
     """
     archive = ARCHIVES[year]
     if (folder / "JPEGImages").exists():
@@ -60,13 +60,13 @@ def download(folder: Path, year: str) -> None:
             check(path, archive.sha256)
             unpack(path, folder)
         except ValueError:
-            path.unlink()  # broken: the next call downloads it again
+            path.unlink()  # so that the next call downloads it again
             raise
         path.unlink()
 
 
 def fetch(url: str, path: Path) -> None:
-    """Download `url` to `path`, by way of `path`.part, from which an interrupted call resumes.
+    """Download `url` to `path`. Data go to `path`.part first, where an interrupted call resumes.
 
     Raises:
         OSError: the server can't be reached or answers with an error.
@@ -92,25 +92,29 @@ def fetch(url: str, path: Path) -> None:
                   f"resume after {after >> 20} MB")
 
 
-def _fetch_rest(url: str, part: Path, have: int) -> bool:
-    """Append the missing bytes to `part`, which has `have`; False if the connection broke early."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        if answer.status != 206:  # no partial content: the server sends the whole file
-            have = 0
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with part.open("ab" if have else "wb") as file, \
-                tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True,
+def _fetch_rest(url: str, part: Path, offset: int) -> bool:
+    """Append the bytes from `offset` on to `part`; returns False if the connection broke early."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.status != 206:  # no partial content: the server sends the whole file
+            offset = 0
+        length = response.headers.get("Content-Length")
+        total = offset + int(length) if length else None
+        with part.open("ab" if offset else "wb") as file, \
+                tqdm(total=total, initial=offset, desc=part.stem, unit="B", unit_scale=True,
                      disable=None) as bar:
-            while block := answer.read(BLOCK):
+            while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
             return total is None or file.tell() == total
 
 
 def check(path: Path, sha256: str | None) -> None:
-    """Raise a ValueError unless the file is a ZIP archive and has this checksum (None for any)."""
+    """Check that a file is a ZIP archive with this checksum (None: with any).
+
+    Raises:
+        ValueError: it is not.
+    """
     if sha256 is not None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,10 +125,10 @@ def check(path: Path, sha256: str | None) -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack the contents of DAVIS/ into `folder`, completely or not at all.
+    """Unpack the contents of the archive's DAVIS/ into `folder`, completely or not at all.
 
-    Frames above 480p are left out: published scores refer to 480p, and they take several times
-    the space.
+    Frames of more than 480p are left out: they take several times the space, and published scores
+    refer to 480p.
 
     Raises:
         OSError: there is not enough space on the disk.
@@ -151,13 +155,13 @@ def unpack(path: Path, folder: Path) -> None:
         for part in sorted(temporary.iterdir(), key=lambda part: part.name == "JPEGImages"):
             part.replace(folder / part.name)
     except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: a broken archive ({error})") from error
+        raise ValueError(f"{path}: damaged archive ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _target(member: zipfile.ZipInfo, path: Path) -> PurePosixPath:
-    """Return the path of an archive's member in the data set; without the leading DAVIS/."""
+    """Return the path of an archive's member within the data set: without the leading DAVIS/."""
     relative = PurePosixPath(member.filename.replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or ":" in relative.parts[0]:
         raise ValueError(f"{path}: {member.filename!r} would be written outside of the folder")

@@ -1,6 +1,7 @@
-"""Decides which object each value of a mask file means, once for all files of a sequence.
+"""Detect which object each number or colour in mask files stands for, and read such files.
 
-`soft_edges` tells flat values, which are objects, from the soft edges between them.
+It is detected once for all files of a sequence. `soft_edges` separates flat values, which are
+objects, from the soft edges between them.
 """
 
 import logging
@@ -17,19 +18,20 @@ from media.drawing import PALETTE
 log = logging.getLogger(__name__)
 
 VOID = 255  # "not labelled" in masks that hold object ids
+# File types that may be compressed with loss, which changes values a little
 LOSSY = (".jpg", ".jpeg", ".webp", ".avif")
-# Largest difference, per channel, between a colour in a file with soft edges and the colour of
-# DAVIS that it stands for: lossy files change colours a little. DAVIS colours are 64 apart.
+# Largest difference, per channel, between a colour in a file with soft edges and the DAVIS colour
+# that it stands for: lossy compression changes colours a little. DAVIS colours are 64 apart.
 COLOUR_TOLERANCE = 10
-# Number of DAVIS colours that are recognised in files with soft edges. With all 255 of them, blends
-# of two objects would often match one.
+# Number of DAVIS colours that are recognised in files with soft edges, background included. With
+# all 256 of them, the blend of two objects would often match a third one.
 SOFT_PALETTE = 22
 MAX_LOGGED = 8  # ids in one log line
 
 
 @dataclass(frozen=True, eq=False)
 class MaskEncoding:
-    """What the values of a mask file, or of all files of a sequence, mean.
+    """The object that each value stands for, in a mask file or in all files of a sequence.
 
     Either `id_table` or `values` and `ids` are set.
 
@@ -64,8 +66,9 @@ class MaskEncoding:
             single_object: everything but the background is object 1, and there is no void, as in
                 DAVIS-2016.
             user_drawn: a user drew them: 255 next to other numbers is an error rather than void,
-                and if no pixel is 0, the value along the border is the background.
-            assigned: ids of colours in other files of the user; those of these files are added.
+                and if no pixel is 0, the most common value along the border is the background.
+            assigned: ids of colours in the user's other files; the colours of these files are
+                added.
 
         Raises:
             OSError: a file can't be read.
@@ -96,7 +99,7 @@ class MaskEncoding:
         return mask if keep_void else np.where(mask == VOID, 0, mask)
 
     def _ids(self, path: str | Path) -> np.ndarray:
-        """(H, W) uint8 ids of a mask file, with `VOID` where a pixel is not labelled."""
+        """Read a mask file as (H, W) uint8 ids, with `VOID` where a pixel is not labelled."""
         pixels = channels.read(path, self.kind)
         if self.id_table is not None and pixels.ndim == 2:
             if pixels.max(initial=0) >= len(self.id_table):
@@ -110,16 +113,19 @@ class MaskEncoding:
             ids = ids if self.id_table is None else self.id_table[ids]
         if self.soft:
             return soft_edges.nearest(pixels.reshape(*pixels.shape[:2], -1), values, ids)
-        mask, other = soft_edges.look_up(pixels, values, ids)
-        if other is not None:
-            raise ValueError(f"{path}: holds the colour {other}, which no other mask of the "
+        mask, unknown = soft_edges.look_up(pixels, values, ids)
+        if unknown is not None:
+            raise ValueError(f"{path}: holds the colour {unknown}, which no other mask of the "
                              "sequence has, expected an id or a flat colour for each object")
         return mask
 
 
 def _detect(paths: list[Path], single_object: bool, user_drawn: bool,
             assigned: dict[tuple, int]) -> MaskEncoding:
-    """Detect the encoding, with the objects told apart also if `single_object` is set."""
+    """Detect the encoding; keeps several objects apart even if `single_object` is set.
+
+    Among masks of numbers, the first one that holds more than 0 and 255 decides.
+    """
     where = paths[0] if len(paths) == 1 else paths[0].parent
     kind, has_255 = None, False
     for path in paths:
@@ -127,7 +133,7 @@ def _detect(paths: list[Path], single_object: bool, user_drawn: bool,
         image_kind = kind or channels.kind_of(image, user_drawn)
         pixels = channels.pixels_of(path, image, image_kind)
         if not pixels.any() or kind and pixels.ndim == 3:
-            continue  # empty, or a colour image among grey ones, which tells nothing about numbers
+            continue  # empty, or a colour image among grey ones, which says nothing about numbers
         if kind is None:
             kind = image_kind
             if kind == "numbers" and image.mode == "P" and not channels.same_palettes(paths):
@@ -147,7 +153,7 @@ def _detect(paths: list[Path], single_object: bool, user_drawn: bool,
 
 
 def _identity_table(id_of_255: int = VOID) -> np.ndarray:
-    """A table in which each number is its own id, but for 255."""
+    """Return an `id_table` in which each number except 255 is its own id."""
     table = np.arange(256, dtype=np.uint8)
     table[VOID] = id_of_255
     return table
@@ -155,12 +161,12 @@ def _identity_table(id_of_255: int = VOID) -> np.ndarray:
 
 def _from_numbers(paths: list[Path], where: Path, path: Path, pixels: np.ndarray, kind: str,
                   user_drawn: bool, indices: bool) -> MaskEncoding:
-    """The encoding of masks of numbers.
+    """Return the encoding of masks of numbers.
 
     Args:
         where: the file or folder to name in messages.
         path, pixels: the first mask that holds more than 0 and 255, (H, W).
-        indices: they are palette indices, which have no soft edges.
+        indices: the numbers are palette indices, which have no soft edges.
     """
     levels, codes = np.unique(pixels, return_inverse=True)
     codes, background = codes.reshape(pixels.shape), 0
@@ -191,7 +197,7 @@ def _from_numbers(paths: list[Path], where: Path, path: Path, pixels: np.ndarray
 
 
 def _from_16_bits(paths: list[Path], where: Path, background: int, kind: str) -> MaskEncoding:
-    """The encoding of 16-bit masks; reads all files, because later ones may add objects."""
+    """Return the encoding of 16-bit masks; reads all files, as later ones may add objects."""
     levels = {level for path in paths for level in np.unique(channels.read(path, kind)).tolist()}
     ids = sorted(levels - {0, background})
     if len(ids) > VOID - 1:
@@ -205,6 +211,12 @@ def _from_16_bits(paths: list[Path], where: Path, background: int, kind: str) ->
 
 def _from_soft_numbers(where: Path, levels: np.ndarray, flat: soft_edges.FlatValues,
                        background: int, kind: str) -> MaskEncoding:
+    """Return the encoding of masks of numbers with soft edges.
+
+    Args:
+        levels: all numbers in the mask; `background` is the index of the background's.
+        flat: those that are objects.
+    """
     values = np.concatenate([[levels[background]], np.sort(levels[flat.indices])])[:, None]
     if len(values) == 2:
         log.info("%s: soft edges, so pixels at least half as bright as the object (%d) belong to "
@@ -217,7 +229,7 @@ def _from_soft_numbers(where: Path, levels: np.ndarray, flat: soft_edges.FlatVal
 
 
 def _from_colours(paths: list[Path], where: Path, assigned: dict[tuple, int]) -> MaskEncoding:
-    """The encoding of colour masks; reads all files, because later ones may add objects."""
+    """Return the encoding of colour masks; reads all files, as later ones may add objects."""
     background, soft, colours = None, False, {}
     for path in paths:
         pixels = channels.read(path, "colours")
@@ -254,7 +266,12 @@ def _from_colours(paths: list[Path], where: Path, assigned: dict[tuple, int]) ->
 
 
 def _background(where: Path, table: np.ndarray, codes: np.ndarray) -> tuple:
-    """Black if any pixel is black, else the most common colour along the border."""
+    """Return the background's colour: black if any pixel is, else the most common on the border.
+
+    Args:
+        table: (M, 3) the colours of a mask.
+        codes: (H, W) the index of each pixel's colour in `table`.
+    """
     if not table.any(1).all():
         return (0, 0, 0)
     colour = tuple(table[np.bincount(channels.border(codes)).argmax()].tolist())
@@ -264,15 +281,17 @@ def _background(where: Path, table: np.ndarray, codes: np.ndarray) -> tuple:
 
 
 def _davis_id(colour: tuple, soft: bool) -> int | None:
-    """The id that a colour has in DAVIS; None if it has none."""
-    off = np.abs(PALETTE.astype(int) - colour).max(1)
+    """Return the id of a colour in the palette of DAVIS; None if it is not one of its colours."""
+    difference = np.abs(PALETTE.astype(int) - colour).max(1)
     if soft:
-        off[SOFT_PALETTE:] = 255
-    return int(off.argmin()) if off.min() <= (COLOUR_TOLERANCE if soft else 0) else None
+        difference[SOFT_PALETTE:] = 255
+    closest = int(difference.argmin())
+    return closest if difference[closest] <= (COLOUR_TOLERANCE if soft else 0) else None
 
 
 def _find_flat_values(path: Path, codes: np.ndarray, table: np.ndarray,
                       background: int) -> soft_edges.FlatValues:
+    """Like `soft_edges.find_flat_values`, but errors name the file."""
     try:
         return soft_edges.find_flat_values(codes, table, background, path.suffix.lower() in LOSSY)
     except ValueError as error:
@@ -281,6 +300,7 @@ def _find_flat_values(path: Path, codes: np.ndarray, table: np.ndarray,
 
 
 def _format_ids(pairs) -> str:
+    """Format (value, id) pairs for the log."""
     pairs = list(pairs)
     return (", ".join(f"{value} is {i}" for value, i in pairs[:MAX_LOGGED])
             + (", ..." if len(pairs) > MAX_LOGGED else ""))

@@ -135,7 +135,7 @@ def broken(data):
 
 @pytest.mark.parametrize("data, sha256, words", [
     (archive(), "0" * 64, "expected 0000"), (b"<html>moved</html>", None, "not a ZIP archive"),
-    (broken(archive()), None, "broken archive"), (archive()[:-30], None, "ZIP|broken")])
+    (broken(archive()), None, "damaged archive"), (archive()[:-30], None, "ZIP|damaged")])
 def test_a_wrong_archive_is_refused(data, sha256, words, serve, tmp_path):
     serve(data, sha256)
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""Synthetic motion: a camera over a static image, objects that move on their own, lighting.
+"""Synthetic motion: a camera that pans over a static image, moving objects, changing light.
 
 Draws random paths and turns cut-outs into layers (`warps.Layer`). `samples` decides which images
 and objects go into a clip.
@@ -14,11 +14,13 @@ from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
 
 LEAVES = 0.12  # chance that an object leaves the frame once and returns
 MOTION_BLUR = 0.3  # chance that an object has motion blur
-SIZE = (0.05, 0.5)  # of a pasted object: square root of its share of the frame's area
-MAX_SCALE = 1.6  # magnification of pasted objects, which get blurred beyond it
-TOUCHING = 9  # pixels; objects that are closer than about this move as one
-PART = (0.1, 0.5)  # share of an object that becomes an object of its own
-MIN_VISIBLE = 0.15  # visible share of an object in the reference frame; below, it is not a target
+SIZE = (0.05, 0.5)  # range of a pasted object's size: square root of its share of the frame
+MAX_SCALE = 1.6  # largest magnification of pasted objects: beyond it they look blurred
+TOUCHING = 9  # pixels; objects closer than about this move as one, such as a rider and a horse
+PART = (0.1, 0.5)  # range of the share of an object that becomes an object of its own
+# Smallest visible share of an object in the reference frame for it to be a target: less does not
+# say what the object is.
+MIN_VISIBLE = 0.15
 
 
 def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tuple[int, int],
@@ -32,18 +34,19 @@ def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tup
         shape: (H, W) of the frames.
         focus: (x, y) in the image that is to be visible.
     """
-    whole, frame = np.array(size[::-1]), np.array(shape[::-1])  # x and y
-    cover, contain = (frame / whole).max(), (frame / whole).min()
+    image, frame = np.array(size[::-1]), np.array(shape[::-1])  # x and y
+    cover, contain = (frame / image).max(), (frame / image).min()
     poses = []
     for shot in _shots(frames, jump):
         count = len(shot)
-        # from 0.6 of covering the frame, where the image is mirrored beyond its border, to 1.8
+        # 0.6 to 1.8 times the zoom at which the image just covers the frame; below 1, the image is
+        # continued beyond its border by mirroring
         zoom = np.exp(rng.uniform(*np.log((max(contain, 0.6 * cover), 1.8 * cover))))
         mirror = rng.choice((-1, 1))
         crop = frame / zoom
         center = focus + rng.uniform(-0.4, 0.4, 2) * crop
-        inside = np.clip(center, crop / 2, np.maximum(whole - crop / 2, crop / 2))
-        center = np.where(crop < whole, inside, whole / 2 + rng.uniform(-0.1, 0.1, 2) * crop)
+        inside = np.clip(center, crop / 2, np.maximum(image - crop / 2, crop / 2))
+        center = np.where(crop < image, inside, image / 2 + rng.uniform(-0.1, 0.1, 2) * crop)
         zoom = zoom * np.exp(random_path(rng, count, 0.02))
         # a camera moves less than objects do: a quarter of their rotation, half of their shift
         linear = linear_maps(random_path(rng, count, warps.TURN / 4), zoom,
@@ -55,26 +58,26 @@ def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tup
 
 
 def _shots(frames: int, jump: bool) -> list[range]:
-    """Return runs of consecutive frames: all, or with a jump the first and the rest."""
+    """Return the continuous shots of a clip: all frames or, with a jump, the first and the rest."""
     return [range(1), range(1, frames)] if jump else [range(frames)]
 
 
 def touching_groups(ids: np.ndarray) -> list[list[int]]:
-    """Group the object ids of an (H, W) mask; objects that touch each other share a group."""
+    """Group the object ids of an (H, W) mask: those of objects that touch are in one group."""
     near = cv2.dilate((ids > 0).astype(np.uint8), np.ones((TOUCHING, TOUCHING), np.uint8))
     regions = cv2.connectedComponents(near)[1]
-    joined: list[set[int]] = []  # object ids, and the regions they lie in as negative numbers
+    groups: list[set[int]] = []  # object ids, and the regions they lie in as negative numbers
     for i in np.unique(ids[ids > 0]).tolist():
-        members = {i} | {-int(p) for p in np.unique(regions[ids == i])}
-        apart = [other for other in joined if not other & members]
-        joined = [*apart, members.union(*(other for other in joined if other & members))]
-    return [sorted(i for i in group if i > 0) for group in joined]
+        members = {i} | {-int(region) for region in np.unique(regions[ids == i])}
+        separate = [group for group in groups if not group & members]
+        groups = [*separate, members.union(*(group for group in groups if group & members))]
+    return [sorted(i for i in group if i > 0) for group in groups]
 
 
 def split_part(rng, ids: np.ndarray, new: int) -> np.ndarray:
-    """Give a part of a random object in an (H, W) mask the id `new`.
+    """Return an (H, W) mask in which a part of a random object has the id `new`.
 
-    The part is a disc around a random point of the object, and moves with it, like a bag that
+    The part lies in a disc around a random point of the object, and moves with it, like a bag that
     someone carries.
     """
     rows, columns = np.nonzero(ids == rng.choice(np.unique(ids[ids > 0])))
@@ -88,7 +91,7 @@ def split_part(rng, ids: np.ndarray, new: int) -> np.ndarray:
 
 def object_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tuple[int, int],
                  jump: bool) -> Layer:
-    """Return a layer of a static image's own objects, moving in front of its background.
+    """Return a layer of a static image's own objects, which move in front of its background.
 
     Args:
         cutouts: T, from the static image.
@@ -104,13 +107,13 @@ def object_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray, shape: tu
 
 def layer_path(layer: Layer) -> np.ndarray:
     """Return (T, 2), x and y of the centre of a layer's first cut-out in each frame."""
-    middle = next(c for c in layer.cutouts if c).center
-    return layer.poses[:, :, :2] @ middle + layer.poses[:, :, 2]
+    center = next(c for c in layer.cutouts if c).center
+    return layer.poses[:, :, :2] @ center + layer.poses[:, :, 2]
 
 
 def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
                  shape: tuple[int, int], jump: bool, duplicate: bool = False) -> Layer:
-    """Return a layer of an object of another image or video, at a random place.
+    """Return a layer of an object from another image or video, at a random position.
 
     Args:
         cutouts: T, one for each frame.
@@ -118,18 +121,18 @@ def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
             camera motion is unknown.
         shape: (H, W) of the frames.
         jump: the first frame is an independent view.
-        duplicate: the object is the clip's own, and keeps about its size there.
+        duplicate: the object is a copy of one in the clip, and keeps about its size.
     """
     frames, (height, width) = len(cutouts), shape
     first = cutouts[0] or next(c for c in cutouts if c)
-    root = np.sqrt(np.count_nonzero(first.ids)) / np.sqrt(height * width)
+    side = np.sqrt(np.count_nonzero(first.ids)) / np.sqrt(height * width)
     longest = max(first.ids.shape) / width
     if duplicate:
         scale = np.exp(rng.normal(0, 0.15))
         if poses is not None:
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
-        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / root, MAX_SCALE, 1.2 / longest)
+        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / side, MAX_SCALE, 1.2 / longest)
     linears, positions = [], []
     for shot in _shots(frames, jump):
         position = rng.uniform(0.1, 0.9, 2) * (width, height)
@@ -140,7 +143,7 @@ def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
         position = change @ (position - background[0, :, 2]) + background[:, :, 2]
         linears.append(np.broadcast_to(change @ linear, (len(shot), 2, 2)))
         positions.append(np.broadcast_to(position, (len(shot), 2)))
-    # a duplicate stays in sight: only its position tells it from the original
+    # a duplicate stays in the frame, as only its position distinguishes it from the original
     return moving_layer(rng, cutouts, np.concatenate(linears), np.concatenate(positions), shape,
                         jump, leaves=0 if duplicate else LEAVES)
 
@@ -156,12 +159,13 @@ def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, position
             first cut-out's centre lies, x and y.
         shape: (H, W) of the frames.
         jump: the first frame is an independent view.
-        natural: frame in which the object is exactly where the base motion has it.
+        natural: frame in which the object is exactly where the base motion puts it, for a static
+            image its original place; None: in no frame.
         leaves: chance that the object leaves the frame and returns.
     """
     frames, (height, width) = len(cutouts), shape
-    pace = min(np.exp(rng.normal(-0.3, 0.6)), 2)  # most objects are slow, a few twice as fast
-    paths = [random_path(rng, frames, pace * step, jump, size) for step, size in
+    speed_factor = min(np.exp(rng.normal(-0.3, 0.6)), 2)  # most objects are slow, few at the limit
+    paths = [random_path(rng, frames, speed_factor * step, jump, size) for step, size in
              ((warps.TURN, ()), (warps.GROWTH, ()), (warps.STRETCH, ()),
               (warps.SHIFT * width, (2,)))]
     bends = random_path(rng, frames, warps.BEND, jump, (warps.MESH, warps.MESH, 2))
@@ -169,7 +173,7 @@ def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, position
         paths = [path - path[natural] for path in paths]
     turn, growth, stretch, shift = paths
     first = next(c for c in cutouts if c)
-    # limits, so that a long clip does not fold an object over or turn it into a line
+    # limits, so that in a long clip an object neither folds over nor shrinks to a line
     bends = (bends.clip(-0.06, 0.06) * np.sqrt(first.ids.size)).astype(np.float32)
     linear = linear_maps(turn, np.exp(growth.clip(-0.4, 0.4)), stretch.clip(-0.15, 0.15)) @ linear
     position = _reflected(position + shift, np.array([width, height]))
@@ -188,14 +192,15 @@ def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, position
 
 
 def _reflected(position: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Reflect (T, 2) positions at the borders of a frame of (W, H) `size`."""
+    """Reflect (T, 2) positions at the borders of a frame whose (W, H) is `size`."""
     return size - np.abs(size - position % (2 * size))
 
 
 def anchors(cutouts: list[Cutout | None], jump: bool) -> np.ndarray:
-    """Return (T, 2) centres of the first cut-out; after a jump those of the second one.
+    """Return (T, 2) points by which cut-outs are placed: the first one's centre in all frames.
 
-    One anchor for a whole shot keeps the motion that an object of a video has there.
+    After a jump it is the second one's. With one anchor for a whole shot, an object from a video
+    keeps its motion in that video.
     """
     centers = [c.center for c in cutouts if c]
     first = np.repeat(centers[0][None], len(cutouts), 0)
@@ -222,10 +227,10 @@ def _leave(rng, frames: int, position: np.ndarray, cutout: Cutout, linear: np.nd
 
 def _hide_cut_side(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
                    shape: tuple[int, int]) -> np.ndarray:
-    """Return the (2,) shift that moves an object's cut side out of the frame.
+    """Return the (2,) shift in x and y that moves an object's truncated side out of the frame.
 
-    Where the border of its image cuts an object off, the straight edge would give it away. An
-    object that is cut at two opposite sides stays where it is.
+    Where the border of its image truncates an object, the straight edge would give the object away.
+    One that is truncated at two opposite sides stays where it is.
     """
     # top left, top right, bottom left, bottom right
     corners = cutout.box @ pose[:, :2].T + pose[:, 2]
@@ -245,9 +250,7 @@ def _hide_cut_side(cutout: Cutout, pose: np.ndarray, bend: np.ndarray,
 
 
 def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> list[int]:
-    """Return the ids that are mostly occluded or outside of the first frame.
-
-    Less than `MIN_VISIBLE` of an object in the reference mask does not say what the object is.
+    """Return the ids of which less than `MIN_VISIBLE` is visible in the first frame.
 
     Args:
         layers: those that were pasted.
@@ -259,8 +262,8 @@ def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> li
         if cutout:
             scale = np.abs(np.linalg.det(layer.poses[0, :, :2]))
             whole += scale * areas(np.ascontiguousarray(cutout.ids))
-    left = areas(after)
-    return [i for i in range(1, 256) if left[i] < MIN_VISIBLE * whole[i]]
+    visible = areas(after)
+    return [i for i in range(1, 256) if visible[i] < MIN_VISIBLE * whole[i]]
 
 
 def vary_lighting(rng, images: list[np.ndarray], jump: bool) -> list[np.ndarray]:
@@ -279,7 +282,7 @@ def vary_lighting(rng, images: list[np.ndarray], jump: bool) -> list[np.ndarray]
     result = []
     for image, (brightness, contrast, saturation, hue), sigma in zip(images, values, blur):
         image = preprocess.adjust_colour(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-        if sigma > 0.3:  # less is not visible
+        if sigma > 0.3:  # a smaller one is not visible
             image = cv2.GaussianBlur(image, (0, 0), min(sigma, 1.5))
         result.append(image)
     return result
