@@ -116,7 +116,7 @@ def contract(folder: Path, names: list[str]) -> str:
                 if not role or name in RETURNED:
                     kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
                     kinds[name] = f"{kind} | ({RETURNED.get(name, shape)})"
-    order = {name: i for i, name in enumerate((*State._fields, *graphs.SEEN))}
+    order = {name: i for i, name in enumerate((*State._fields, *graphs.FIELDS))}
     lines = ["| tensor | type | shape | input of | output of |", "|---|---|---|---|---|"]
     for name in sorted(users, key=lambda name: order.get(name, len(order))):
         lines.append(" | ".join((f"| `{name}`", kinds[name], *(
@@ -130,18 +130,18 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     encode = graphs.Encode(model.encoder, model.reader, model.edges)
     image = torch.rand(2, 3, h * spec.stride, w * spec.stride)
     names = [f"level{i}" for i in range(len(spec.levels) + model.edges)]
-    frame, view = (dict(zip((*graphs.SEEN, *names), encode(x[None]))) for x in image)
+    frame, view = (dict(zip((*graphs.FIELDS, *names), encode(x[None]))) for x in image)
     views = frame | {name: torch.cat([frame[name], view[name]]) for name in ("key", "shared")}
     masks = torch.rand(2, 3, h * model.side, w * model.side).softmax(1)
     labels = torch.randint(-1, 3, (2, h, w))
     state = None
     for _ in range(2):  # two reference frames: with one the tracer would fix their number
-        state = model.start(state, Features(None, *(views[name] for name in graphs.SEEN)), masks,
+        state = model.start(state, Features(None, *(views[name] for name in graphs.FIELDS)), masks,
                             labels)
-    features = Features(None, *(frame[name] for name in graphs.SEEN))
+    features = Features(None, *(frame[name] for name in graphs.FIELDS))
     state = model.remember(state, features, masks[0], long=True)
     fields = state._asdict()
-    parts = {"encode": (encode, {"image": image[:1]}, [*graphs.SEEN, *names]),
+    parts = {"encode": (encode, {"image": image[:1]}, [*graphs.FIELDS, *names]),
              "step": (graphs.Graph(model, model.step), fields | frame, ["logits", "scores"])}
     for name, long in (("remember", False), ("remember_long", True)):
         after = model.remember(state, features, masks[0], long)
@@ -149,10 +149,10 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
                         if new is not old)
         function = partial(model.remember, long=long)
         parts[name] = (graphs.Graph(model, function, ("probabilities",), changed),
-                       fields | {part: frame[part] for part in graphs.SEEN}
+                       fields | {part: frame[part] for part in graphs.FIELDS}
                        | {"probabilities": masks[0]}, [NEXT + field for field in changed])
     parts["start"] = (graphs.Graph(model, model.start, ("masks", "labels"), State._fields),
-                      fields | {part: views[part] for part in graphs.SEEN}
+                      fields | {part: views[part] for part in graphs.FIELDS}
                       | {"masks": masks, "labels": labels}, [NEXT + x for x in State._fields])
     parts["revalue"] = (graphs.Revalue(model.reader), fields,
                         [NEXT + field for field in graphs.Revalue.changed])
@@ -163,7 +163,8 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
         prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *finest)}
         inputs = {"image": image[:1], "unit": frame["unit"]} | prompts | clicks
         inputs |= {name: frame[name] for name in names}
-        parts["show"] = graphs.Show(model.prompts, spec.finer, model.edges), inputs, ["logits"]
+        segment = graphs.SegmentFromPrompts(model.prompts, spec.finer, model.edges)
+        parts["show"] = segment, inputs, ["logits"]
     return parts
 
 

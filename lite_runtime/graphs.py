@@ -13,7 +13,7 @@ from torch import nn
 from network.prompt_decoder import PromptDecoder, PromptFeatures
 from network.state import Features, State
 
-SEEN = ("unit", "key", "near", "shared")  # fields of `Features`, before its levels
+FIELDS = ("unit", "key", "near", "shared")  # of `Features`, which are followed by its levels
 # Dynamic axes of each tensor, one letter per axis: f reference frames, r their views, m members of
 # their rows, s members of a long-term memory frame's rows, g groups, o objects and their union, n
 # objects and background, h, w locations, c all locations, y, x mask pixels, v views of a frame,
@@ -52,9 +52,9 @@ class Graph(nn.Module):
     def forward(self, *inputs):
         """Fields of the state and of the features, levels, further tensors -> changed fields."""
         state, rest = State(*inputs[:len(State._fields)]), inputs[len(State._fields):]
-        seen, rest = rest[:len(SEEN)], rest[len(SEEN):]
+        fields, rest = rest[:len(FIELDS)], rest[len(FIELDS):]
         levels, more = rest[:len(rest) - len(self.more)], rest[len(rest) - len(self.more):]
-        result = self.function(state, Features(None, *seen, levels=tuple(levels)), *more)
+        result = self.function(state, Features(None, *fields, levels=tuple(levels)), *more)
         if not isinstance(result, State):
             return result
         return tuple(getattr(result, name) for name in self.changed)
@@ -82,12 +82,12 @@ class Encode(nn.Module):
         self.encoder, self.reader, self.edges = encoder, reader, edges
 
     def forward(self, image):
-        """(1, 3, H, W) normalised -> the fields `SEEN` of `Features`, and the levels."""
+        """(1, 3, H, W) normalised -> the `FIELDS` of its `Features`, then their levels."""
         features = self.reader.describe(*self.encoder.pyramid(image, self.edges))
-        return *(getattr(features, name) for name in SEEN), *features.levels
+        return *(getattr(features, name) for name in FIELDS), *features.levels
 
 
-class Show(nn.Module):
+class SegmentFromPrompts(nn.Module):
     """Segment a prompted object in a frame."""
 
     def __init__(self, prompts: PromptDecoder, finer: int, edges: bool):
@@ -96,7 +96,7 @@ class Show(nn.Module):
 
     def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
                 *levels):
-        """Logits, (H/2, W/2).
+        """Predict the (H/2, W/2) logits of the object.
 
         Args:
             image: (1, 3, H, W) normalised; sides are multiples of the coarsest level's stride.
