@@ -121,7 +121,7 @@ class Page:
             time.sleep(0.2)
 
     def idle(self) -> None:
-        """Wait until the page has done what it was told."""
+        """Wait until the page has finished."""
         self.wait("!app.busy && !app.running", "the page to finish")
 
     def open_demo(self) -> None:

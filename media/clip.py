@@ -118,7 +118,7 @@ class Folder(Clip):
         first = images.image_shape(self.files[0], "a frame")
         for file in self.files:
             if (other := names.setdefault(file.stem, file)) != file:
-                raise ValueError(f"{file}: a second frame of that name beside {other.name}, "
+                raise ValueError(f"{file}: a second frame of that name, next to {other.name}, "
                                  "expected frames alone, without their masks")
             # before the work, not in the middle of it: 0.03 ms a file, 3 s for an hour of frames
             images.check_same_shape(self.files[0], first, file,

@@ -55,8 +55,8 @@ def curves(path: str | Path, history: list[dict]) -> None:
     bottom.set_xlabel("iteration")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    with atomic_path(path) as beside:
-        figure.savefig(beside, dpi=100)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: Path) -> None:
@@ -77,8 +77,8 @@ def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: 
         formats = figure.canvas.get_supported_filetypes()
         if path.suffix[1:].lower() not in formats:
             raise ValueError(f"{path}: expected an image format, one of {', '.join(formats)}")
-        with atomic_path(path) as beside:
-            figure.savefig(beside, dpi=100)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=100)
         print(f"saved {path}")
 
 

@@ -57,16 +57,16 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 RGB in the format of the path's suffix."""
-    with atomic_path(path) as beside:
-        Image.fromarray(image).save(beside, quality=90)
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, quality=90)
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:
     """Write a (H, W) uint8 mask as PNG with the DAVIS palette."""
     image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
     image.putpalette(PALETTE.tobytes())  # turns a grey image into a palette image
-    with atomic_path(path) as beside:
-        image.save(beside, format="PNG")
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def image_shape(path: str | Path, what: str) -> tuple[int, int]:

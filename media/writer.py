@@ -74,11 +74,11 @@ class VideoWriter:
         self._last = -1  # in units
         self._cut = 0  # units that were taken out of the clip's times
         with ExitStack() as files:
-            beside = files.enter_context(atomic_path(path))
-            beside.touch()  # av.open creates it only at the first frame
+            temporary = files.enter_context(atomic_path(path))
+            temporary.touch()  # av.open creates it only at the first frame
             # the index in front lets a browser play the file before all of it is loaded
             options = {"movflags": "+faststart"} if self.path.suffix != ".webm" else {}
-            self._container = av.open(f"file:{beside}", "w", options=options)
+            self._container = av.open(f"file:{temporary}", "w", options=options)
             files.push(self._close)
             self._files = files.pop_all()
 

@@ -44,7 +44,7 @@ EVIDENCE = BOX + CLICKS + MASK + SIMILARITIES  # channels of the decoder's input
 
 @dataclass
 class PromptFeatures:
-    """What the decoder needs of an image, whatever the prompts: computed once for many clicks.
+    """What the decoder needs of an image for any prompts: computed once for many clicks.
 
     Args:
         image: (1, 3, H, W) ImageNet-normalised.

@@ -12,7 +12,7 @@ ROWS = 256  # query locations per matrix product, so that the product stays in a
 # Matrix products per search in an exported graph, for the same reason. A graph has no loop over the
 # queries, so their number is fixed instead of their size.
 PARTS = 8
-# Members of a group that can be told apart, a power of 2 and at least `state.MEMBERS`. The member's
+# Members a group can have, a power of 2 and at least `state.MEMBERS`. The member's
 # index replaces the last bits of a similarity: 5 of the 23 bits of a float's mantissa, after which
 # cosines, stored plus 2, are exact to 8e-6. Larger makes them less exact.
 MAX_MEMBERS = 32

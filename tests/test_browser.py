@@ -586,9 +586,9 @@ def test_ctrl_c_with_an_open_tab_exits_quietly(server, tab):
     page = tab()
     page.draw((8, 6), (66, 52))
     time.sleep(0.5)  # by then the tab waits for news, which the server answers after 15 seconds
-    told = server.end()
+    errors = server.end()
     assert server.process.returncode == 0
-    assert "Traceback" not in told and "ERROR" not in told and "Cancel" not in told, told
+    assert "Traceback" not in errors and "ERROR" not in errors and "Cancel" not in errors, errors
     page.wait("at('status').textContent.includes('Is main.py still running')")
 
 

@@ -147,8 +147,8 @@ def test_frame_numbers_come_from_file_names(names, numbers, tmp_path, caplog):
     clip = video.open_clip(folder(tmp_path / "clip", names))
     assert [clip.number(i) for i in range(clip.count)] == numbers
     assert [clip.index(number) for number in numbers] == list(range(len(names)))
-    told = f"(frame {numbers[0]})" in caplog.text
-    assert told == (numbers != list(range(len(names))))
+    logged = f"(frame {numbers[0]})" in caplog.text
+    assert logged == (numbers != list(range(len(names))))
     with pytest.raises(ValueError, match=f"no frame {numbers[-1] + 1}, .* {len(names)} frames, "
                                          f"numbered {numbers[0]} to {numbers[-1]}"):
         clip.index(numbers[-1] + 1)
@@ -189,7 +189,7 @@ def test_frames_may_have_mask_in_their_names(tmp_path):
 def test_folders_without_a_clip_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="empty: no frames there"):
         video.open_clip(folder(tmp_path / "empty", []))
-    with pytest.raises(ValueError, match="a.png: a second frame of that name beside a.jpg"):
+    with pytest.raises(ValueError, match="a.png: a second frame of that name, next to a.jpg"):
         video.open_clip(folder(tmp_path / "twins", ["a.jpg", "a.png"]))
     path = folder(tmp_path / "sizes", ["0.png", "1.png"])
     images.write_image(path / "1.png", picture(0, (40, 60)))

@@ -166,7 +166,7 @@ def test_an_exported_coco_file_is_read_back_exactly(tmp_path):
 SIZE = {"height": SHAPE[0], "width": SHAPE[1]}
 
 
-@pytest.mark.parametrize("content, told", [
+@pytest.mark.parametrize("content, message", [
     ("{", "not JSON"), ("[]", "expected a file of labelme"), ('{"a": 1}', "expected a file of"),
     ('{"shapes": []}', "imageHeight"), ('{"shapes": [{}], "imageHeight": 9, "imageWidth": 9}',
                                         "KeyError: 'label'"),
@@ -184,8 +184,8 @@ SIZE = {"height": SHAPE[0], "width": SHAPE[1]}
      "annotation 3: runs of"),
     (json.dumps({"images": [{"id": 1, **SIZE}], "annotations": [
         {"image_id": 1, "id": 3, "segmentation": [[1, 2, 3, 4]]}]}), "a polygon of 4 numbers")])
-def test_a_file_without_annotations_is_named(content, told, tmp_path):
+def test_a_file_without_annotations_is_named(content, message, tmp_path):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(ValueError, match="m.json: ") as found:
         annotation_files.read(tmp_path / "m.json")
-    assert told in str(found.value) and "\n" not in str(found.value)
+    assert message in str(found.value) and "\n" not in str(found.value)

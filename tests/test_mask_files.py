@@ -113,7 +113,7 @@ def test_an_empty_mask_is_refused_first_and_allowed_later(tmp_path):
 
 @pytest.mark.parametrize("form", [np.uint8, np.uint16, np.float32])
 def test_pages_of_a_tiff_are_masks_of_consecutive_frames(form, tmp_path, caplog):
-    """As napari and ImageJ export labels; pages that nobody labelled are empty."""
+    """As napari and ImageJ export labels; pages without labels are empty."""
     caplog.set_level(logging.INFO)
     pages = [Image.fromarray((GRID * (i in (1, 3))).astype(form)) for i in range(5)]
     path = tmp_path / "labels.tif"

@@ -529,7 +529,7 @@ def test_concurrent_requests_decode_a_clip_once(tmp_path, monkeypatch):
         decoded.append(1) or image for image in read(start)))
     pictures = sessions.FrameReader(clip)
     assert [number_of(pictures(frame)) for frame in range(48)] == list(range(48))
-    assert len(decoded) == 48, "playing goes on from where it is"
+    assert len(decoded) == 48, "playback continues from the current frame"
     monkeypatch.setattr(sessions, "CACHE_BYTES", 3 * pictures(0).nbytes)
     pictures = sessions.FrameReader(clip)
     with ThreadPoolExecutor(8) as pool:
