@@ -135,7 +135,7 @@ class Clips(Pairs):
     # Probabilities. Those of hard cases trade names among look-alikes, which they improve, for
     # time spent on ordinary clips.
     JUMPS = 0.35  # the reference frame is from another time: appearance without position
-    DUPLICATES = 0.6  # a pasted object is a duplicate, distinguished from the original only by position
+    DUPLICATES = 0.6  # a pasted object is a duplicate, which differs only in position
     CROSSES = 0.6  # a duplicate meets its original
     BEHIND = 0.5  # ... and in a video is occluded by it
     SWARM = 0.2  # a clip without a jump has a swarm of small look-alikes
