@@ -33,7 +33,7 @@ from network.matching import Grid, soft_match
 from network.object_tokens import ObjectTokens
 from network.outliers import decide
 from network.prompt_decoder import PromptDecoder, segment_from_prompts
-from network.reader import EVIDENCE, Reader, foreground_first, rivals, with_union
+from network.reader import READOUT, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
 from network.state import INTEGERS, KEYS, Features, State, blank, without
 from network.views import labels_of, reference
@@ -122,9 +122,9 @@ class VideoMatch(Checkpointed):
         if refined:
             self.reader = Reader(spec.channels, spec.finest, 2 ** spec.finer)
             if object_tokens:
-                self.reader.tokens = ObjectTokens(spec.channels, EVIDENCE)
+                self.reader.tokens = ObjectTokens(spec.channels, READOUT)
             # NHWC, as in the encoder
-            self.decoder = Decoder(EVIDENCE, channels, spec.finer,
+            self.decoder = Decoder(READOUT, channels, spec.finer,
                                    spec.stem[1] if edges else 0).to(
                                        memory_format=torch.channels_last)
         self.object_tokens, self.edges = object_tokens, edges
@@ -229,16 +229,16 @@ class VideoMatch(Checkpointed):
             logits and scores as `step` returns them, and (N+1, h, w) logits of coarse masks, None
             without object tokens. Differentiable.
         """
-        evidence, scores = self.reader.read(state, features)
-        before, coarse = state.previous[1:], None
+        readout, scores = self.reader.read(state, features)
+        previous, coarse = state.previous[1:], None
         if self.object_tokens:
-            evidence, coarse = self.reader.tokens(features.unit[0], state.tokens, evidence,
-                                                  self.reader.shares(before))
+            readout, coarse = self.reader.tokens(features.unit[0], state.tokens, readout,
+                                                 self.reader.shares(previous))
             coarse = _with_background(coarse)
         with self._in_precision():
-            logits = self.decoder(evidence, torch.stack([with_union(before), rivals(before)], 1),
+            logits = self.decoder(readout, torch.stack([with_union(previous), rivals(previous)], 1),
                                   features.levels)
-        logits = foreground_first(logits.float(), before.shape[0])
+        logits = foreground_first(logits.float(), previous.shape[0])
         return _with_background(logits), scores, coarse
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,

@@ -21,7 +21,7 @@ from lite_runtime import graphs, quantize
 from lite_runtime.model import NEXT
 from media import files
 from media.prompts import Prompts
-from network.evidence import BOX, CLICKS, MASK
+from network.prompt_maps import BOX, CLICKS, MASK
 from network.state import Features, State
 from tracking.tracker import Tracker
 from videomatch import VideoMatch

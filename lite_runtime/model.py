@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from media.prompts import Prompts
-from network.evidence import clicked, evidence
+from network.prompt_maps import clicked_locations, prompt_maps
 from network.state import INTEGERS, Features, State, Widths, blank, without
 from network.views import reference
 
@@ -66,9 +66,9 @@ class LiteVideoMatch:
         shapes = features.near.shape[1:3], features.levels[int(self.edges)].shape[2:]
         # at the coarse level, then at the finest one, as in `PromptDecoder.decode`
         names = "points", "not_points", "fine_points", "fine_not_points"
-        clicks = [clicked(points, size, shape) for shape in shapes
+        clicks = [clicked_locations(points, size, shape) for shape in shapes
                   for points in (prompts.points, prompts.negative_points)]
-        return self.run("show", image=image, known=evidence(prompts, size, shapes[1])[None],
+        return self.run("show", image=image, known=prompt_maps(prompts, size, shapes[1])[None],
                         **dict(zip(names, clicks)), **_named(features))["logits"]
 
     def encode(self, image: np.ndarray, grid: tuple[int, int] | None = None) -> Features:

@@ -108,7 +108,7 @@ class ObjectTokens(nn.Module):
 
     Args:
         channels: feature channels of a location.
-        readout: channels of the memory readout, `reader.EVIDENCE`.
+        readout: channels of the memory readout, `reader.READOUT`.
     """
 
     memory_size = TOKENS * (WIDTH + 1)  # numbers per object in the object memory
@@ -152,39 +152,39 @@ class ObjectTokens(nn.Module):
         each = (weights[:, :, None] * projected[:, None]).flatten(1)
         return shares @ each / unit.shape[0]
 
-    def forward(self, unit: torch.Tensor, sums: torch.Tensor, evidence: torch.Tensor,
-                before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, unit: torch.Tensor, sums: torch.Tensor, readout: torch.Tensor,
+                previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Correct the memory readout of a frame.
 
         Args:
             unit: (n, C) features of the frame's n = h*w locations, of unit length.
             sums: (N+1, TOKENS * (WIDTH + 1)) object memory, see `sums`.
-            evidence: (M, E, h, w) memory readout of N objects and, where N > 1, of their union.
-            before: (N, n) the objects' shares of each location in the previous frame, in [0, 1].
+            readout: (M, E, h, w) memory readout of N objects and, where N > 1, of their union.
+            previous: (N, n) the objects' shares of each location in the previous frame, in [0, 1].
 
         Returns:
             (M, E, h, w) corrected readout, and (N, h, w) logits of coarse masks, for a loss in
             training; the background's logit is 0.
         """
-        (h, w), objects = evidence.shape[2:], before.shape[0]
-        before = with_union(before)  # (M, n)
+        (h, w), objects = readout.shape[2:], previous.shape[0]
+        previous = with_union(previous)  # (M, n)
         axes = _axes(h, w, unit)
-        extent = _extent(before, axes)
+        extent = _extent(previous, axes)
         locations = self.normal(self.see(unit)) + self.place(_waves(*axes))
         places = _relative_position(extent, axes)  # (M, PLACES, n)
-        readout = torch.cat([evidence.flatten(2), places, rivals(places[:objects])], 1)
-        readout = F.relu(self.readout(readout.transpose(1, 2)))  # (M, n, READOUT)
-        masks = self.mask(readout)[..., 0]
+        projected = torch.cat([readout.flatten(2), places, rivals(places[:objects])], 1)
+        projected = F.relu(self.readout(projected.transpose(1, 2)))  # (M, n, READOUT)
+        masks = self.mask(projected)[..., 0]
         tokens = self.start(sums, extent)
         for layer in self.layers:
             tokens, affinity, masks = layer(tokens, locations, masks, objects)
         values = affinity.transpose(1, 2).softmax(2) @ self.value(tokens)  # (M, n, WIDTH)
         scores = torch.cat([affinity, rivals(affinity[:objects]), masks[:, None],
                             rivals(masks[:objects])[:, None]], 1)
-        joined = F.relu(self.join(torch.cat([readout, scores.transpose(1, 2), values], 2)))
-        correction = self.correction(joined).transpose(1, 2).reshape(evidence.shape)
+        joined = F.relu(self.join(torch.cat([projected, scores.transpose(1, 2), values], 2)))
+        correction = self.correction(joined).transpose(1, 2).reshape(readout.shape)
         coarse = foreground_first(masks.reshape(-1, h, w), objects)
-        return evidence + correction, coarse
+        return readout + correction, coarse
 
     def start(self, sums: torch.Tensor, extent: torch.Tensor) -> torch.Tensor:
         """Return the (M, TOKENS, WIDTH) initial tokens of a frame.

@@ -1,8 +1,8 @@
 """Prompt decoder: segments one object of a frame from boxes, points and a previous mask.
 
 A second decoder on the features of the same encoder. Its inputs are maps of the prompts (position
-in the box, proximity to points; see `network.evidence`) and similarity maps: of every location to
-the clicked locations and, by soft matching (section 3.1), to the locations inside and outside of
+in the box, proximity to points; see `network.prompt_maps`) and similarity maps: of every location
+to the clicked locations and, by soft matching (section 3.1), to the locations inside and outside of
 the box or the previous mask.
 
 Names of layers are keys of checkpoints and therefore stay as they are, even where a better word is
@@ -17,7 +17,7 @@ from torch import nn
 
 from media.prompts import Prompts
 from network.decoder import Block, halved, resized
-from network.evidence import BOX, CLICKS, MASK, clicked, evidence
+from network.prompt_maps import BOX, CLICKS, MASK, clicked_locations, prompt_maps
 
 # Except for K, INNER and OUTER, all of these fix shapes of weights: another value needs newly
 # trained prompts (`-m train --prompts`).
@@ -31,15 +31,15 @@ SIMILARITIES = 6  # similarity maps: positive and negative points at two levels,
 # Top-k of soft matching. Less than the paper's 20, as a small box contains few locations; the
 # similarity to a set of at most K locations is 0.
 K = 5
-# Depth in a box, in box sides (see `evidence`): locations deeper than INNER are its foreground set,
-# those less deep than OUTER, so outside of the box, the background set. Those in between are in
-# neither: a narrower border puts locations into the wrong set where the box is inexact, a wider one
-# empties the sets of small boxes.
+# Depth in a box, in box sides (see `prompt_maps`): locations deeper than INNER are its foreground
+# set, those less deep than OUTER, so outside of the box, the background set. Those in between are
+# in neither: a narrower border puts locations into the wrong set where the box is inexact, a wider
+# one empties the sets of small boxes.
 INNER, OUTER = 0.2, -0.05
 EXCLUDED = -2.0  # similarity of locations that must not be among the top-k: below every cosine
 # Attention layers, heads of each, and expansion of their feed-forward networks
 ATTENTION_LAYERS, HEADS, EXPANSION = 2, 4, 2
-EVIDENCE = BOX + CLICKS + MASK + SIMILARITIES  # channels of the decoder's input
+INPUTS = BOX + CLICKS + MASK + SIMILARITIES  # channels of the decoder's input
 
 
 @dataclass
@@ -99,7 +99,7 @@ class PromptDecoder(nn.Module):
         widths = (*WIDTHS[:len(channels)], CONTEXT)
         channels = (*channels, channels[-1])
         below = (*widths[1:], 0)
-        self.blocks = nn.ModuleList(Block(c, EVIDENCE + b, w)
+        self.blocks = nn.ModuleList(Block(c, INPUTS + b, w)
                                     for c, b, w in zip(channels, below, widths))
         self.attention = nn.Sequential(*(Attention(widths[-3]) for _ in range(ATTENTION_LAYERS)))
         self.stem = nn.Conv2d(3, STEM, 3, stride=2, padding=1)
@@ -123,10 +123,11 @@ class PromptDecoder(nn.Module):
     def forward(self, features: PromptFeatures, prompts: Prompts) -> torch.Tensor:
         """Predict the (H/2, W/2) logits of the object; `prompts` are in pixels of the image."""
         size, device = tuple(features.image.shape[-2:]), features.image.device
-        maps = torch.from_numpy(evidence(prompts, size, tuple(features.levels[0].shape[-2:])))
-        clicks = [torch.from_numpy(clicked(points, size, tuple(unit.shape[-2:]))).to(device)
+        maps = torch.from_numpy(prompt_maps(prompts, size, tuple(features.levels[0].shape[-2:])))
+        clicks = [clicked_locations(points, size, tuple(unit.shape[-2:]))
                   for unit in features.unit for points in (prompts.points, prompts.negative_points)]
-        return self.decode(features, maps[None].to(device), clicks)
+        return self.decode(features, maps[None].to(device),
+                           [torch.from_numpy(indices).to(device) for indices in clicks])
 
     def decode(self, features: PromptFeatures, maps: torch.Tensor,
                clicks: list[torch.Tensor]) -> torch.Tensor:
@@ -135,9 +136,9 @@ class PromptDecoder(nn.Module):
         Args:
             features: of the image.
             maps: (1, BOX + CLICKS + MASK, h, w) maps of the prompts at the finest level, see
-                `evidence`.
-            clicks: four tensors of flat indices, see `clicked`: positive and negative points at
-                the coarse level, then at the finest one.
+                `prompt_maps`.
+            clicks: four tensors of flat indices, see `clicked_locations`: positive and negative
+                points at the coarse level, then at the finest one.
 
         Returns:
             (H/2, W/2) logits.
@@ -158,7 +159,7 @@ class PromptDecoder(nn.Module):
     @staticmethod
     def _inputs(features: PromptFeatures, maps: torch.Tensor,
                 clicks: list[torch.Tensor]) -> torch.Tensor:
-        """Return the maps of prompts and similarities, (1, EVIDENCE, h, w) at the finest level."""
+        """Return the maps of prompts and similarities, (1, INPUTS, h, w) at the finest level."""
         coarse, fine = features.unit
         similarities = [click_similarity(unit, points)
                         for unit, points in zip((coarse, coarse, fine, fine), clicks)]
@@ -186,7 +187,7 @@ def matching_sets(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The previous mask defines them or, without one, the box.
 
     Args:
-        maps: (1, BOX + CLICKS + MASK, h, w) maps of the prompts, see `evidence`.
+        maps: (1, BOX + CLICKS + MASK, h, w) maps of the prompts, see `prompt_maps`.
 
     Returns:
         Two (1, 1, h, w) float32: the fraction of each location in the set; 0 everywhere if there
@@ -229,7 +230,7 @@ def click_similarity(unit: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
     Args:
         unit: (1, C, h, w) L2-normalised features.
-        points: flat indices of the clicked locations, see `clicked`.
+        points: flat indices of the clicked locations, see `clicked_locations`.
 
     Returns:
         (1, 1, h, w); 0 if there are no clicks.

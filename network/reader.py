@@ -50,7 +50,7 @@ LEAST = 0.02
 # float32 (see `conjugate_gradients`); the rest is a margin.
 STEPS = 50
 SCALARS = 15  # channels of the memory readout other than values, see `_assemble`
-EVIDENCE = SCALARS + 2 * VALUE  # channels of the memory readout per object and location
+READOUT = SCALARS + 2 * VALUE  # channels of the memory readout per object and location
 
 
 class Reader(nn.Module):
@@ -300,7 +300,7 @@ class Reader(nn.Module):
         """Read the memory for one frame.
 
         Returns:
-            (M, EVIDENCE, h, w) memory readout of N objects and, where N > 1, of their union (see
+            (M, READOUT, h, w) memory readout of N objects and, where N > 1, of their union (see
             `with_union`); and (N+1, h, w) scores of soft matching with the reference sets (Hu,
             Huang, Schwing, section 3.1, on keys instead of features), cosines, 0 for an empty set.
         """
@@ -314,9 +314,9 @@ class Reader(nn.Module):
         linear = (features.unit[0] @ state.linear).T
         parts = [scores, linear, before, best.amax(1), close[0].amax(1),
                  *_by_object(distant), *_by_object(recent)]
-        evidence = _assemble(*parts)
+        readout = _assemble(*parts)
         grid = features.near.shape[1:3]
-        return (evidence.reshape(*evidence.shape[:2], *grid),
+        return (readout.reshape(*readout.shape[:2], *grid),
                 scores[:before.shape[0] + 1].reshape(-1, *grid))
 
     def _global_candidates(self, state: State, key: torch.Tensor):
@@ -509,7 +509,7 @@ def _by_object(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _assemble(scores, linear, before, far_similarity, close_similarity, far, far_label, close,
               close_label) -> torch.Tensor:
-    """Assemble the (M, EVIDENCE, n) memory readout of N objects and, where N > 1, their union.
+    """Assemble the (M, READOUT, n) memory readout of N objects and, where N > 1, their union.
 
     Args:
         scores: (M+1, n) soft matching, of the background first.

@@ -24,7 +24,7 @@ from lite_runtime import browser
 from masks.read import read_mask
 from media import images
 from media.prompts import Prompts
-from network import evidence, outliers, state, views
+from network import outliers, prompt_maps, state, views
 from tracking import prompting
 from tracking.tracker import Tracker
 from videomatch import SHIPPED, VideoMatch
@@ -267,9 +267,9 @@ def test_the_scripts_are_short_and_have_the_constants_of_python():
     text = "\n".join(line for part in lines.values() for line in part)
     constants = dict(re.findall(r"\b([A-Z][A-Z_]+) = ([\d.e*-][\d.e* -]*|\[[\d., ]+\])[,;]", text))
     python = {name: getattr(module, name) for module in (
-        state, outliers, views, evidence, prompting, images)
+        state, outliers, views, prompt_maps, prompting, images)
         for name in constants if hasattr(module, name)}
-    python |= {"THRESHOLD": 0.5, "MAPS": evidence.BOX + evidence.CLICKS + evidence.MASK}
+    python |= {"THRESHOLD": 0.5, "MAPS": prompt_maps.BOX + prompt_maps.CLICKS + prompt_maps.MASK}
     assert {"MEM_EVERY", "CLOSER", "REACH_ALONE", "CROP_AREA", "NEAR", "ENLARGED"} <= set(constants)
     for name, value in constants.items():
         assert np.allclose(eval(value), python[name]), name

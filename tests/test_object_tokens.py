@@ -92,43 +92,43 @@ def test_object_memory_is_linear_in_the_masks_and_equals_a_loop(tokens):
 
 
 def test_order_of_objects_does_not_matter(tokens):
-    unit, shares, evidence, before = frame(3)
+    unit, shares, readout, previous = frame(3)
     order = [2, 0, 1]
     sums = tokens.sums(unit, shares.mean(0))
-    readout, coarse = tokens(unit, sums, evidence, before)
+    corrected, coarse = tokens(unit, sums, readout, previous)
     other, other_coarse = tokens(unit, sums[[0, *(1 + i for i in order)]],
-                                 evidence[[*order, 3]], before[order])
-    assert readout.shape == evidence.shape and coarse.shape == (3, H, W)
-    torch.testing.assert_close(other, readout[[*order, 3]], atol=1e-4, rtol=1e-4)
+                                 readout[[*order, 3]], previous[order])
+    assert corrected.shape == readout.shape and coarse.shape == (3, H, W)
+    torch.testing.assert_close(other, corrected[[*order, 3]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other_coarse, coarse[order], atol=1e-4, rtol=1e-4)
 
 
 def test_distractors_are_distinguished_by_position(tokens):
     """Two objects of equal memory and readout, at different positions in the previous frame."""
-    unit, shares, evidence, before = frame(2)
+    unit, shares, readout, previous = frame(2)
     sums = tokens.sums(unit, shares.mean(0))
     sums[2] = sums[1]
-    evidence[1] = evidence[0]
-    before = torch.zeros(2, H, W)
-    before[0, :, :3], before[1, :, -3:] = 1, 1
-    readout, _ = tokens(unit, sums, evidence, before.flatten(1))
-    assert (readout[0] - readout[1]).abs().max() > 0.01
-    before[1] = before[0]
-    readout, _ = tokens(unit, sums, evidence, before.flatten(1))
-    torch.testing.assert_close(readout[0], readout[1])
+    readout[1] = readout[0]
+    previous = torch.zeros(2, H, W)
+    previous[0, :, :3], previous[1, :, -3:] = 1, 1
+    corrected, _ = tokens(unit, sums, readout, previous.flatten(1))
+    assert (corrected[0] - corrected[1]).abs().max() > 0.01
+    previous[1] = previous[0]
+    corrected, _ = tokens(unit, sums, readout, previous.flatten(1))
+    torch.testing.assert_close(corrected[0], corrected[1])
 
 
 def test_absent_objects_give_finite_outputs(tokens):
-    unit, shares, evidence, before = frame(2)
-    for absent in (0 * before, before * torch.tensor([[0.0], [1]])):
-        for output in tokens(unit, 0 * tokens.sums(unit, shares[0]), evidence, absent):
+    unit, shares, readout, previous = frame(2)
+    for absent in (0 * previous, previous * torch.tensor([[0.0], [1]])):
+        for output in tokens(unit, 0 * tokens.sums(unit, shares[0]), readout, absent):
             assert output.isfinite().all()
 
 
 def test_gradients_reach_all_weights(tokens):
-    unit, shares, evidence, before = frame(2)
-    readout, coarse = tokens(unit, tokens.sums(unit, shares.mean(0)), evidence, before)
-    (readout.square().sum() + coarse.square().sum()).backward()
+    unit, shares, readout, previous = frame(2)
+    corrected, coarse = tokens(unit, tokens.sums(unit, shares.mean(0)), readout, previous)
+    (corrected.square().sum() + coarse.square().sum()).backward()
     for name, parameter in tokens.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -139,13 +139,13 @@ def test_untrained_edges_enlarge_the_logits_and_receive_gradients():
     without, with_edges = (Decoder(6, channels, 2, stem) for stem in (0, 5))
     with_edges.load_state_dict(without.state_dict(), strict=False)
     levels = [torch.randn(1, c, s, s + 1) for c, s in zip((5, *channels), (48, *sides))]
-    evidence, previous = torch.randn(3, 6, 6, 7), torch.rand(3, 2, 24, 25)
-    small, large = without(evidence, previous, levels[1:]), with_edges(evidence, previous, levels)
+    readout, previous = torch.randn(3, 6, 6, 7), torch.rand(3, 2, 24, 25)
+    small, large = without(readout, previous, levels[1:]), with_edges(readout, previous, levels)
     expected = torch.nn.functional.interpolate(small[:, None], size=levels[0].shape[2:],
                                                mode="bilinear")[:, 0]
     torch.testing.assert_close(large, expected)
     torch.nn.init.normal_(with_edges.edges.score.weight)
-    with_edges(evidence, previous, levels).sum().backward()
+    with_edges(readout, previous, levels).sum().backward()
     assert all(p.grad is not None for p in with_edges.edges.parameters())
 
 
@@ -170,10 +170,10 @@ class Exported(torch.nn.Module):
         super().__init__()
         self.tokens, self.decoder = tokens, decoder
 
-    def forward(self, unit, shares, evidence, before, previous, *levels):
+    def forward(self, unit, shares, readout, before, previous, *levels):
         sums = self.tokens.sums(unit, shares)
-        evidence, coarse = self.tokens(unit, sums, evidence, before)
-        return self.decoder(evidence, previous, list(levels)), coarse
+        readout, coarse = self.tokens(unit, sums, readout, before)
+        return self.decoder(readout, previous, list(levels)), coarse
 
 
 @pytest.mark.slow
@@ -192,11 +192,11 @@ def test_export_for_any_number_of_objects_and_any_size(tokens):
                 torch.rand(channels, 2, 4 * h, 4 * w), *levels)
 
     graph, file = Exported(tokens, decoder), io.BytesIO()
-    names = ["unit", "shares", "evidence", "before", "previous", *(f"level{i}" for i in range(5))]
+    names = ["unit", "shares", "readout", "before", "previous", *(f"level{i}" for i in range(5))]
     traced = inputs(2, 6, 10)
     # in inputs of four axes, the channels and the leading 1 of the levels are fixed
     axes = {name: {i: f"{name}_{i}" for i in range(x.dim()) if x.dim() < 4 or i != 1 and (
-        i or name in ("evidence", "previous"))} for name, x in zip(names, traced)}
+        i or name in ("readout", "previous"))} for name, x in zip(names, traced)}
     torch.onnx.export(graph, traced, file, dynamo=False, opset_version=18, input_names=names,
                       output_names=["logits", "coarse"], dynamic_axes=axes)
     session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])

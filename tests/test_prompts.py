@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import preprocess
 from media.prompts import Prompts
 from network.encoder import Encoder
-from network.evidence import FAR, NEAR, clicked, evidence
 from network.prompt_decoder import (
     K,
     PromptDecoder,
@@ -20,6 +19,7 @@ from network.prompt_decoder import (
     matching_sets,
     set_similarities,
 )
+from network.prompt_maps import FAR, NEAR, clicked_locations, prompt_maps
 from tracking import prompting
 from training import prompt_training as train_prompts
 from training import simulated_user
@@ -38,12 +38,12 @@ def seen(model, seed=0, size=(64, 96)):
         return model.prompts.prepare(image, *model.encoder.pyramid(image))
 
 
-# evidence
+# maps of the prompts
 
 def test_boxes_become_depth_maps():
     size, shape = (32, 48), (8, 12)
     boxes = [(8, 4, 16, 20), (30, 10, 12, 8)]
-    found = evidence(Prompts(boxes), size, shape)
+    found = prompt_maps(Prompts(boxes), size, shape)
     for row in range(8):
         for column in range(12):
             x, y = 4 * column + 2, 4 * row + 2
@@ -57,7 +57,7 @@ def test_boxes_become_depth_maps():
 
 def test_clicks_become_proximity_maps():
     points, off = [(3, 5), (40, 20)], [(20, 11)]
-    found = evidence(Prompts(points=points, negative_points=off), (32, 48), (8, 12))
+    found = prompt_maps(Prompts(points=points, negative_points=off), (32, 48), (8, 12))
     for row in range(8):
         for column in range(12):
             for channel, given_points in ((4, points), (6, off)):
@@ -72,17 +72,17 @@ def test_clicks_become_proximity_maps():
 def test_a_mask_becomes_its_fraction_of_each_location():
     mask = np.zeros((32, 48), bool)
     mask[8:16, 16:32] = True
-    found = evidence(Prompts([(0, 0, 4, 4)], mask=mask), (32, 48), (8, 12))
+    found = prompt_maps(Prompts([(0, 0, 4, 4)], mask=mask), (32, 48), (8, 12))
     assert (found[8] == 1).all() and found[9, 2:4, 5:7].min() > 0.8
     assert found[9].mean() == pytest.approx(mask.mean(), abs=0.01)
-    empty = evidence(Prompts([(0, 0, 4, 4)], mask=0 * mask), (32, 48), (8, 12))
+    empty = prompt_maps(Prompts([(0, 0, 4, 4)], mask=0 * mask), (32, 48), (8, 12))
     assert (empty[8] == 1).all() and not empty[9].any()
 
 
 def test_points_map_to_locations_and_are_clamped_to_the_image():
     points = [(0, 0), (47.4, 31.4), (-9, 16), (99, -5), (23, 8)]
-    np.testing.assert_array_equal(clicked(points, (32, 48), (8, 12)), [0, 95, 48, 11, 29])
-    assert clicked([], (32, 48), (8, 12)).shape == (0,)
+    np.testing.assert_array_equal(clicked_locations(points, (32, 48), (8, 12)), [0, 95, 48, 11, 29])
+    assert clicked_locations([], (32, 48), (8, 12)).shape == (0,)
 
 
 def test_click_similarity_is_the_cosine_with_the_most_similar_click():
@@ -115,7 +115,7 @@ def test_sets_come_from_the_previous_mask_or_else_the_box():
     box = Prompts([(16, 8, 20, 20)])
     for one in (box, Prompts(box.boxes, mask=mask), Prompts(points=[(20, 12)])):
         inside, outside = (x[0, 0].numpy() > 0.5 for x in matching_sets(
-            torch.from_numpy(evidence(one, (32, 48), (8, 12)))[None]))
+            torch.from_numpy(prompt_maps(one, (32, 48), (8, 12)))[None]))
         assert not (inside & outside).any()
         assert inside.any() == outside.any() == bool(one.boxes)
         if one.mask is not None:
@@ -148,7 +148,7 @@ def test_the_decoder_predicts_at_half_the_image_size(encoder):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
 
 
-def test_every_channel_of_evidence_affects_the_prediction(promptable):
+def test_every_channel_of_the_prompt_maps_affects_the_prediction(promptable):
     mask = np.zeros((64, 96), bool)
     base = Prompts([(5, 5, 40, 30)], [(20, 20)], [(80, 50)], mask)
     changed = [Prompts([(6, 5, 40, 30)], base.points, base.negative_points, mask),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from network import reader as module
 from network.decoder import Decoder
 from network.reader import (
-    EVIDENCE,
+    READOUT,
     VALUE,
     Reader,
     best_other,
@@ -135,9 +135,9 @@ def test_the_global_readout_equals_the_dense_formula(reader, objects, frames):
     state, given, later, _ = followed(reader, objects, frames)
     query, every = features(reader, 9), [*given, *later]
     with torch.no_grad():
-        evidence, scores = reader.read(state, query)
+        readout, scores = reader.read(state, query)
     several = objects > 1
-    assert evidence.shape == (objects + several, EVIDENCE, H, W)
+    assert readout.shape == (objects + several, READOUT, H, W)
     assert scores.shape == (objects + 1, H, W)
     sets = torch.cat([x[2].flatten() for x in every])
     keys = torch.cat([x[0].key[0] for x in every]).detach()
@@ -146,20 +146,20 @@ def test_the_global_readout_equals_the_dense_formula(reader, objects, frames):
                                       module.TEMPERATURE)
     expected = expected.view(H, W, objects + several, VALUE + 1).permute(2, 3, 0, 1)
     far = module.SCALARS
-    torch.testing.assert_close(evidence[:, far:far + VALUE].double(), expected[:, :-1],
+    torch.testing.assert_close(readout[:, far:far + VALUE].double(), expected[:, :-1],
                                atol=1e-4, rtol=0)
-    torch.testing.assert_close(evidence[:, 6].double(), expected[:, -1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(evidence[0, 8].double(), similarity.view(H, W), atol=1e-5, rtol=0)
+    torch.testing.assert_close(readout[:, 6].double(), expected[:, -1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(readout[0, 8].double(), similarity.view(H, W), atol=1e-5, rtol=0)
     # the score of a set: the mean of its best
     sets = torch.cat([x[2].flatten() for x in given])
     keys = torch.cat([x[0].key[0] for x in given]).detach()
     wanted = [sets == i for i in range(objects + 1)] + [sets > 0] * several
-    found = [*scores, scores[0] + evidence[-1, 0] / 5]
+    found = [*scores, scores[0] + readout[-1, 0] / 5]
     for which, score in zip(wanted, found):
         products = query.key[0].double() @ keys[which].double().T
         mean = products.sort(1, descending=True).values[:, :module.K_SET].mean(1)
         torch.testing.assert_close(score.double(), mean.view(H, W), atol=1e-5, rtol=0)
-    torch.testing.assert_close(evidence[:objects, 0], 5 * (scores[1:] - scores[0]))
+    torch.testing.assert_close(readout[:objects, 0], 5 * (scores[1:] - scores[0]))
 
 
 @pytest.mark.parametrize("frames", [(), (1, 2, 3)])
@@ -168,7 +168,7 @@ def test_the_local_readout_equals_the_dense_formula(reader, frames, monkeypatch)
     state, _, _, recent = followed(reader, 2, frames)
     query = features(reader, 9)
     with torch.no_grad():
-        evidence, _ = reader.read(state, query)
+        readout, _ = reader.read(state, query)
     y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
     near = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs()) <= 1
     keys = torch.cat([seen.near[0].flatten(0, 1) for seen, _, _ in recent]).double()
@@ -179,8 +179,8 @@ def test_the_local_readout_equals_the_dense_formula(reader, frames, monkeypatch)
     weights = (best / module.TEMPERATURE).softmax(1)
     expected = (weights[..., None, None] * values[where]).sum(1).view(H, W, 3, VALUE + 1)
     expected = expected.permute(2, 3, 0, 1).detach()
-    torch.testing.assert_close(evidence[:, -VALUE:].double(), expected[:, :-1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(evidence[:, 9].double(), expected[:, -1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(readout[:, -VALUE:].double(), expected[:, :-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(readout[:, 9].double(), expected[:, -1], atol=1e-4, rtol=0)
 
 
 def ridge_regression(reader, frames, weights):
@@ -205,11 +205,11 @@ def test_linear_labels_equal_ridge_regression(reader, frames, weights):
     state, given, later, _ = followed(reader, 2, frames)
     query = features(reader, 9)
     with torch.no_grad():
-        evidence, _ = reader.read(state, query)
+        readout, _ = reader.read(state, query)
     solution = ridge_regression(reader, [given[0], *later], weights)
     expected = (query.unit[0].double() @ solution).T[1:].view(2, H, W).detach()
-    torch.testing.assert_close(evidence[:2, 3].double(), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(evidence[2, 3].double(), expected.sum(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(readout[:2, 3].double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(readout[2, 3].double(), expected.sum(0), atol=1e-4, rtol=0)
 
 
 def test_linear_labels_weigh_reference_frames_equally(reader):
@@ -300,8 +300,8 @@ def test_a_new_object_is_absent_from_earlier_frames(reader):
         elif name == "memory_values":
             now, then = (x[wide.memory_valid > 0] for x in (now, then))
         torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-4)
-    evidence, scores = reader.read(wide, features(reader, 9))
-    assert len(evidence) == 3 and len(scores) == 3
+    readout, scores = reader.read(wide, features(reader, 9))
+    assert len(readout) == 3 and len(scores) == 3
 
 
 def test_a_step_does_not_modify_the_previous_state(reader):
@@ -318,8 +318,8 @@ def test_gradients_reach_all_weights_and_earlier_predictions(reader):
     generator = torch.Generator().manual_seed(1)
     seen = torch.randn(1, C, H, W, generator=generator).requires_grad_()
     state = reader.remember(state, reader.describe(seen), found, long=True)
-    evidence, scores = reader.read(state, features(reader, 2))
-    (evidence.square().sum() + scores.square().sum()).backward()
+    readout, scores = reader.read(state, features(reader, 2))
+    (readout.square().sum() + scores.square().sum()).backward()
     for tensor in (found, seen, *reader.parameters()):
         assert tensor.grad.abs().sum() > 0
 
@@ -368,12 +368,12 @@ def test_the_union_of_objects_is_read_as_a_single_object_would_be(reader):
     alone = reader.start(empty(reader, 1), seen, one_hot(mask, 1)[None], labels(mask)[None])
     alone = reader.remember(alone, later, torch.stack([found[0], found[1:].sum(0)]), long=True)
     with torch.no_grad():
-        evidence, expected = (reader.read(x, features(reader, 9))[0] for x in (state, alone))
-    assert len(evidence) == 4 and len(expected) == 1
+        readout, expected = (reader.read(x, features(reader, 9))[0] for x in (state, alone))
+    assert len(readout) == 4 and len(expected) == 1
     fitted = [3, 4]
-    others = [i for i in range(EVIDENCE) if i not in fitted]
-    torch.testing.assert_close(evidence[3:, others], expected[:, others], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(evidence[3:, fitted], 0 * expected[:, fitted])
+    others = [i for i in range(READOUT) if i not in fitted]
+    torch.testing.assert_close(readout[3:, others], expected[:, others], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(readout[3:, fitted], 0 * expected[:, fitted])
 
 
 @pytest.mark.parametrize("objects", [1, 2, 5])
@@ -416,9 +416,9 @@ def test_removing_an_object_leaves_no_trace(reader, objects, channel):
             torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.linear, state.linear[:, kept])
     with torch.no_grad():
-        evidence, scores = reader.read(found, features(reader, 9))
+        readout, scores = reader.read(found, features(reader, 9))
         torch.testing.assert_close(scores, reader.read(expected, features(reader, 9))[1])
-    assert len(evidence) == objects - 1 + (objects > 2)
+    assert len(readout) == objects - 1 + (objects > 2)
 
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),
@@ -426,12 +426,12 @@ def test_removing_an_object_leaves_no_trace(reader, objects, channel):
 def test_the_decoder_scores_the_finest_level_per_object(channels, finer, sides):
     decoder = Decoder(6, channels, finer)
     levels = [torch.randn(1, c, side, side + 1) for c, side in zip(channels, sides)]
-    evidence = torch.randn(3, 6, 6, 7, requires_grad=True)
+    readout = torch.randn(3, 6, 6, 7, requires_grad=True)
     previous = torch.rand(3, 2, sides[0], sides[0] + 1, requires_grad=True)
-    logits = decoder(evidence, previous, levels)
+    logits = decoder(readout, previous, levels)
     assert logits.shape == (3, sides[0], sides[0] + 1)
-    alone = decoder(evidence[2:], previous[2:], levels)
+    alone = decoder(readout[2:], previous[2:], levels)
     torch.testing.assert_close(alone[0], logits[2], atol=1e-5, rtol=1e-4)
     logits.sum().backward()
-    assert evidence.grad.abs().sum() > 0 and (finer == 0) == (previous.grad is None)
+    assert readout.grad.abs().sum() > 0 and (finer == 0) == (previous.grad is None)
     assert all(p.grad is not None for p in decoder.parameters())

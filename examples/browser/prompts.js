@@ -1,4 +1,4 @@
-// Turns boxes and points in one frame into a mask, as tracking/prompting.py and network/evidence.py,
+// Turns boxes and points in one frame into a mask, as tracking/prompting.py and network/prompt_maps.py,
 // which say what the constants are for.
 import {components, crop, fromPixels, resize, round} from './picture.js';
 
@@ -40,7 +40,7 @@ async function predictCrop(network, picture, prompts, at) {
   const clicked = (points, [h, w]) => network.tensor(BigInt64Array.from(points, ([x, y]) => BigInt(
     clamp(Math.floor((y + 0.5) * h / rows), h) * w + clamp(Math.floor((x + 0.5) * w / columns), w))), [points.length]);
   const {logits} = await network.run('show', {...features, image,
-    known: network.tensor(evidence(moved, [rows, columns], fine), [1, MAPS, ...fine]),
+    known: network.tensor(promptMaps(moved, [rows, columns], fine), [1, MAPS, ...fine]),
     points: clicked(moved.points, coarse), not_points: clicked(moved.notPoints, coarse),
     fine_points: clicked(moved.points, fine), fine_not_points: clicked(moved.notPoints, fine)});
   const [height, width] = logits.dims;
@@ -54,8 +54,8 @@ async function predictCrop(network, picture, prompts, at) {
 
 const clamp = (i, count) => Math.min(Math.max(i, 0), count - 1);
 
-// Ten maps of the prompts in a picture of [rows, columns] at [h, w] locations, see network/evidence.py.
-function evidence({boxes, points, notPoints, mask}, [rows, columns], [h, w]) {
+// Ten maps of the prompts in a picture of [rows, columns] at [h, w] locations, see network/prompt_maps.py.
+function promptMaps({boxes, points, notPoints, mask}, [rows, columns], [h, w]) {
   const maps = Array.from({length: MAPS}, () => new Float32Array(h * w));
   if (mask) {
     maps[8].fill(1);

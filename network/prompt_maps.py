@@ -8,7 +8,7 @@ import numpy as np
 from media.prompts import Prompts
 from network.views import bilinear
 
-# Channels of each kind of prompt: weights depend on their number and order, see `evidence`
+# Channels of each kind of prompt: weights depend on their number and order, see `prompt_maps`
 BOX, CLICKS, MASK = 4, 4, 2
 # Widths in pixels of a click's two maps, a narrow Gaussian and a wide exponential: the first says
 # which small part was clicked, the second reaches the rest of the object. Part of what the decoder
@@ -16,7 +16,7 @@ BOX, CLICKS, MASK = 4, 4, 2
 NEAR, FAR = 8.0, 64.0
 
 
-def evidence(prompts: Prompts, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+def prompt_maps(prompts: Prompts, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """Describe the prompts at each location; independent of the image's content.
 
     Args:
@@ -67,7 +67,7 @@ def _distance(points, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return distance
 
 
-def clicked(points, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+def clicked_locations(points, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """(p,) int64 flat indices of the locations, in a feature map (h, w), that contain the points.
 
     Points outside of the image, of `size` (H, W), are clamped to its border.
