@@ -124,27 +124,30 @@ class LiveClip(Clip):
 
     def _receive(self) -> None:
         """Receive frames until the clip is closed or the stream ends; run by the thread."""
-        while not self._closing.is_set():
-            finished, error = False, None
-            try:
-                finished = self._receive_connection()
-            except (av.FFmpegError, OSError, ValueError) as caught:
-                error = caught
-                log.debug("%s: %s", self.name, caught)
-            with self._changed:
+        broke = 0.0  # when the last connection that gave frames ended
+        try:
+            while not self._closing.is_set():
+                finished, error, before = False, None, self._last
+                try:
+                    finished = self._receive_connection()
+                except (av.FFmpegError, OSError, ValueError) as caught:
+                    error = caught
+                    log.debug("%s: %s", self.name, caught)
                 if self._began is None:
                     self._error = _explained(error, self.source.startswith(CAMERA))
-                    break
-                silent = time.monotonic() - self._last
-            if self._closing.is_set():
-                break
-            if finished or silent > RETURN:
-                log.info("%s: the stream has ended", self.name)
-                break
-            self._closing.wait(RETRY)
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+                    return
+                if self._last != before:
+                    broke = time.monotonic()
+                if self._closing.is_set():
+                    return
+                if finished or time.monotonic() - broke > RETURN:
+                    log.info("%s: the stream has ended", self.name)
+                    return
+                self._closing.wait(RETRY)
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
 
     def _receive_connection(self) -> bool:
         """Receive frames until the connection ends; whether that was the end of a recording."""

@@ -142,6 +142,24 @@ def test_a_stream_that_returns_is_resumed_and_one_that_does_not_ends(video, capl
     assert ended == f"{clip.name}: the stream has ended"
 
 
+def test_a_stream_that_falls_silent_is_reopened(video, monkeypatch, caplog):
+    monkeypatch.setattr(media_live, "SILENCE", 1)
+    monkeypatch.setattr(media_live, "RETURN", 1)  # counted from the end of the silence
+    caplog.set_level("INFO")
+    pauses = [1.3]
+
+    def pause_once(number):
+        if number == 15 and pauses:
+            time.sleep(pauses.pop())
+
+    with StreamServer(video, pause_once, loop=True) as server, LiveClip(server.url, 20) as clip:
+        for _ in clip.frames():
+            if "the stream is back after" in caplog.text:
+                break
+        else:
+            pytest.fail("it was not reopened")
+
+
 def test_a_recording_behind_a_url_is_read_once(video, frames):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=video.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
