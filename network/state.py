@@ -186,7 +186,8 @@ def extra(members: int) -> int:
     Args:
         members: members per group of a whole frame.
     """
-    return max(1, members // 4)
+    # max(1, members // 4), without `max`, which would be a constant in an exported graph
+    return members // 4 + (members < 4)
 
 
 def without(state: State, channel: int) -> State:

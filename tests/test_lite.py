@@ -249,6 +249,21 @@ def test_frames_of_few_locations(shape, exact, exported):
         assert difference.max() < 0.02 and difference.mean() < 1e-3
 
 
+def test_larger_frames_have_the_same_memory(exact, exported):
+    """Sizes of the memory that the frame determines must not be those of the traced frame."""
+    image = np.random.default_rng(0).integers(0, 255, (288, 448, 3), dtype=np.uint8)
+    mask = np.zeros((288, 448), np.uint8)
+    mask[40:250, 60:400] = 1  # more locations than groups
+    network = lite.load(exported, 1)
+    found = network.add_reference(None, network.normalized(image)[None], mask, [1])
+    with torch.no_grad():
+        expected = exact.add_reference(None, preprocess.to_tensor(image)[None], mask, [1])
+    assert expected.memory_valid.shape[1] >= 8
+    for name, value in expected._asdict().items():
+        assert found._asdict()[name].shape == tuple(value.shape), name
+    assert (found.reference_valid == expected.reference_valid.numpy()).all()
+
+
 def test_a_frame_of_another_size_is_refused(exported):
     network = lite.load(exported, 1)
     tracker = Tracker(network)
