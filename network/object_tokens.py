@@ -69,6 +69,8 @@ class Layer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        # names of layers are keys of checkpoints; `look`: cross-attention to the frame, `compare`:
+        # self-attention among all tokens, `think`: feed-forward
         self.look, self.compare = Attention(width), Attention(width)
         self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
                                    nn.Linear(2 * width, width))
@@ -115,6 +117,8 @@ class ObjectTokens(nn.Module):
 
     def __init__(self, channels: int, readout: int):
         super().__init__()
+        # names of layers are keys of checkpoints; `see` projects features, `place` and `extent`
+        # encode positions, `kind` and `union` are learned embeddings of a token and of the union
         self.see = nn.Linear(channels, WIDTH)
         self.normal = nn.LayerNorm(WIDTH)
         self.weights = nn.Linear(WIDTH, TOKENS)
