@@ -385,13 +385,23 @@ def test_stop_takes_the_place_of_segment(server, tab):
     finger.drag_in_frame((8, 6), (66, 52))
     page.wait("frames.has(0) && !at('sheet').classList.contains('waiting')")
     before = finger.box("#directions")
-    finger.tap("[data-direction=both]")
-    page.wait("busy()")
-    page.driver.execute_script("show()")
-    if page.ask("busy()"):
-        assert abs(finger.box("#run")["y"] - before["y"]) < 3
-    page.wait("!busy()")
-    page.wait("at('run').hidden && !at('directions').hidden")
+    # a run that stays in progress, as nothing from the server is applied any more
+    page.driver.execute_script("take = () => {}; clip.run = {kind: 'segment', number: 1, done: 1, "
+                               "total: 9, seconds: 1, ended: null}; show()")
+    assert abs(finger.box("#run")["y"] - before["y"]) < 3
+    page.driver.execute_script("act = (name) => { called = name; }; called = '';")
+    finger.tap("#stop")
+    page.wait("called === 'stop'")
+    page.driver.execute_script("clip.run.ended = 'done'; show()")
+    assert page.ask("at('run').hidden") and finger.box("#directions") == before
+
+
+def test_a_tap_right_after_a_stroke_is_a_click(server, tab):
+    page = tab()
+    finger = Finger(page, server.address, 390, 844)
+    finger.drag_in_frame((8, 6), (66, 52))
+    finger.tap("#add")
+    page.wait("clip.objects.length === 2", seconds=20)
 
 
 def test_an_upright_clip_uses_the_height_of_an_upright_screen(tmp_path, tab):
