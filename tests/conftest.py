@@ -22,6 +22,10 @@ sys.path.insert(0, str(ROOT))
 from network.encoder import Encoder  # noqa: E402
 from videomatch import SHIPPED, VideoMatch  # noqa: E402
 
+# Shells start background jobs with Ctrl+C ignored, and children inherit that; some tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 SHAPE = (48, 80)
 TOKEN = "a token"  # of the page
 
