@@ -66,8 +66,31 @@ def serve(folder: Path, isolated: bool = True) -> Iterator[str]:
         server.shutdown()
 
 
+def stroke(driver, element, offsets: list[tuple[int, int]], alt: bool = False) -> None:
+    """Press the mouse button over an element, move, and release it.
+
+    Args:
+        driver: a Selenium WebDriver.
+        offsets: x and y from the element's centre, in CSS pixels: where to press, then where to
+            move.
+        alt: hold the Alt key meanwhile.
+    """
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+    actions = ActionChains(driver, duration=20)
+    if alt:
+        actions.key_down(Keys.ALT)
+    actions.move_to_element_with_offset(element, *offsets[0]).click_and_hold()
+    for offset in offsets[1:]:
+        actions.move_to_element_with_offset(element, *offset)
+    actions.release()
+    if alt:
+        actions.key_up(Keys.ALT)
+    actions.perform()
+
+
 class Page:
-    """The page in a headless Chromium, and the hands to work it. A context manager.
+    """Operates the page in a headless Chromium. A context manager.
 
     Args:
         address: of the page; may have a query.
@@ -116,7 +139,7 @@ class Page:
         end = time.monotonic() + PATIENCE
         while not self.ask(script):
             if time.monotonic() > end or self.ask("at('problem').textContent"):
-                raise TimeoutError(f"waited in vain for {what or script}: " + self.ask(
+                raise TimeoutError(f"timed out waiting for {what or script}: " + self.ask(
                     "at('status').textContent + at('problem').textContent"))
             time.sleep(0.2)
 
@@ -136,24 +159,13 @@ class Page:
 
     def draw(self, *places: tuple[float, float], alt: bool = False) -> None:
         """Press at the first pixel of the frame, move through the others, let go; wait for it."""
-        from selenium.webdriver import ActionChains
-        from selenium.webdriver.common.keys import Keys
         view = self.find("#view")
         width, height = self.ask("[app.clip.width, app.clip.height]")
         scale = min(view.rect["width"] / width, view.rect["height"] / height)
         offsets = [(round((x + 0.5 - width / 2) * scale), round((y + 0.5 - height / 2) * scale))
                    for x, y in places]
-        actions = ActionChains(self.driver, duration=20)
-        if alt:
-            actions.key_down(Keys.ALT)
-        actions.move_to_element_with_offset(view, *offsets[0]).click_and_hold()
-        for offset in offsets[1:]:
-            actions.move_to_element_with_offset(view, *offset)
-        actions.release()
-        if alt:
-            actions.key_up(Keys.ALT)
         before = self.ask("[...app.edits.values()].map(edit => edit.actions.length)")
-        actions.perform()
+        stroke(self.driver, view, offsets, alt)
         self.wait(f"JSON.stringify([...app.edits.values()].map(edit => edit.actions.length)) !== "
                   f"'{json.dumps(before, separators=(',', ':'))}'", "the prompt")
         self.idle()

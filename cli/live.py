@@ -12,7 +12,7 @@ import numpy as np
 
 from cli import setup
 from masks.read import read_masks
-from media import images
+from media import figures, images
 from media.background import progress
 from media.files import lock_folder
 from media.live import LiveClip
@@ -78,7 +78,7 @@ def show_page(args: argparse.Namespace, page: LiveSession) -> int:
     from webapp import server  # here, because only the page needs its packages
 
     def serve() -> None:
-        server.serve(page, args.page or 0, session.figures.has_browser(),
+        server.serve(page, args.page or 0, figures.has_browser(),
                      args.page_host or ["127.0.0.1"])
 
     return until_stopped(page.clip, page.run, serve)

@@ -64,7 +64,7 @@ def show_or_save(panels: list[Panel], columns: int, path: Path | None, default: 
 
     Raises:
         OSError: the file can't be written.
-        ValueError: matplotlib knows no format with the suffix of `path`.
+        ValueError: matplotlib can't write the format that the suffix of `path` names.
     """
     figure = grid(panels, columns, window=path is None and has_display())
     if path is None and not has_display():

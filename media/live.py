@@ -1,4 +1,4 @@
-"""A camera or network stream as a clip without end, of which only the newest frame is kept."""
+"""A camera or network stream as a clip without end; only the newest frame is held."""
 
 import logging
 import re

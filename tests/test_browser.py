@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT, overlap, truth
 from PIL import Image
 
+from benchmarks.browser import stroke
 from masks.read import read_mask
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -91,7 +92,7 @@ class Tab:
     def wait(self, script, seconds=PATIENCE):
         end = time.monotonic() + seconds
         while not self.ask(script):
-            assert time.monotonic() < end, f"waited in vain for {script}; {self.log()}"
+            assert time.monotonic() < end, f"timed out waiting for {script}; {self.log()}"
             time.sleep(0.05)
 
     def log(self):
@@ -103,23 +104,12 @@ class Tab:
     def draw(self, *points, alt=False,
              answered="(frames.get(view.frame)?.version ?? 0) > before"):
         """Press at the first pixel of the frame, move through the others, release."""
-        from selenium.webdriver import ActionChains
-        from selenium.webdriver.common.keys import Keys
         before, hand = self.ask("clip.version"), self.find("#hand")
         width, height = self.ask("clip.width"), self.ask("clip.height")
         places = [(round((x + 0.5 - width / 2) * hand.rect["width"] / width),
                    round((y + 0.5 - height / 2) * hand.rect["height"] / height))
                   for x, y in points]
-        actions = ActionChains(self.driver, duration=20)
-        if alt:
-            actions.key_down(Keys.ALT)
-        actions.move_to_element_with_offset(hand, *places[0]).click_and_hold()
-        for place in places[1:]:
-            actions.move_to_element_with_offset(hand, *place)
-        actions.release()
-        if alt:
-            actions.key_up(Keys.ALT)
-        actions.perform()
+        stroke(self.driver, hand, places, alt)
         self.wait(answered.replace("before", str(before)))
         self.wait("!hand.down && !at('sheet').classList.contains('waiting')")
 

@@ -288,7 +288,7 @@ class Scripted:
 
 
 def image(step, ids=(1,)):
-    """The frame of which `truth` is the mask."""
+    """Return the frame whose mask `truth` returns."""
     return draw_frame(step, ids)[0].repeat(2, 0).repeat(2, 1)
 
 
@@ -347,7 +347,7 @@ class Collected(Sink):
 
 @pytest.fixture
 def page(shipped, tmp_path):
-    """A client of the page of a clip, of which `page.show(n)` lets n frames pass."""
+    """A client of the page of a live clip; `page.show(n)` makes the next n frames arrive."""
     from starlette.testclient import TestClient
     allowed, sink = threading.Semaphore(0), Collected()
     clip = Scripted(100, lambda _: allowed.acquire(), (1, 2))

@@ -61,7 +61,7 @@ def empty(reader, objects):
 
 
 def refer(reader, state, seed, objects, closer=True):
-    """A state with a reference frame and a closer view of which some locations are valid.
+    """Return a state with a reference frame and a zoomed crop, some of whose locations are valid.
 
     Returns:
         The state; and the frames, each its `Features`, masks and labels.

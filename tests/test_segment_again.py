@@ -39,7 +39,7 @@ def alpha(path):
 
 @pytest.fixture
 def clip(tmp_path):
-    """Arguments that segment a clip from masks of two frames, of which the later adds an object.
+    """Arguments that segment a clip from masks of two frames; the later mask adds an object.
 
     With the shipped model, so with short-term and long-term memory.
     """

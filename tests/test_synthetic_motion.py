@@ -230,7 +230,7 @@ def test_lines_on_an_object_belong_to_it_and_move_with_it():
     for cutout in (cutouts[0], cutouts[2]):
         assert set(np.unique(cutout.ids)) == {0, 5} and (cutout.ids == 5).sum() > 25
         np.testing.assert_allclose(cutout.center, dot().center)
-        # one body, of which the object is a part
+        # object and lines form one connected component
         assert cv2.connectedComponents((cutout.ids > 0).astype(np.uint8))[0] == 2
         part = cutout.ids[-cutout.corner[1]:][:9, -cutout.corner[0]:][:, :9]
         np.testing.assert_array_equal(part[2:-2, 2:-2], dot(5).ids[2:-2, 2:-2])

@@ -18,7 +18,7 @@ MAX_STRETCH = 1.3  # largest change of the aspect ratio
 IN_FRONT = 0.25
 MIN_VISIBLE = 0.7  # share of the target that stays visible at least
 # Longer side of a tiny object, as a share of the frame's shorter side: from a ball 16 pixels wide
-# in a frame of 720 rows up to the size of which ordinary samples have enough objects.
+# in a frame of 720 rows up to a size that is common in ordinary samples.
 TINY_SIDE = (0.015, 0.12)
 EDGE_BLUR = 0.7  # pixels; standard deviation, so that no hard edge gives pasted objects away
 
@@ -52,8 +52,7 @@ def add_distractors(image: np.ndarray, mask: np.ndarray, others: list[Cutout],
             mask[region] &= ~hidden
         else:
             alpha = np.where(mask[region], 0, alpha)
-        image[region] = (image[region] * (1 - alpha[..., None]) + picture[part] * alpha[..., None]
-                         ).round().astype(np.uint8)
+        _blend(image, region, picture[part], alpha)
     return image, mask
 
 
@@ -81,9 +80,15 @@ def paste_tiny(background: np.ndarray, cutout: Cutout,
     image, mask = background.copy(), np.zeros(background.shape[:2], bool)
     alpha = cv2.GaussianBlur(inside, (0, 0), EDGE_BLUR)[part]
     mask[region] = alpha >= min(0.5, alpha.max())
-    image[region] = (image[region] * (1 - alpha[..., None]) + picture[part] * alpha[..., None]
-                     ).round().astype(np.uint8)
+    _blend(image, region, picture[part], alpha)
     return image, mask
+
+
+def _blend(image: np.ndarray, region: tuple[slice, slice], picture: np.ndarray,
+           alpha: np.ndarray) -> None:
+    """Blend a picture into a region of an image, in place; (h, w) alpha in [0, 1]."""
+    alpha = alpha[..., None]
+    image[region] = (image[region] * (1 - alpha) + picture * alpha).round().astype(np.uint8)
 
 
 def resize_cutout(cutout: Cutout, height: float, rng) -> tuple[np.ndarray, np.ndarray]:
