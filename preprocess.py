@@ -52,7 +52,7 @@ def to_tensor(image: np.ndarray, shape: tuple[int, int] | None = None,
 
 def _normalize(image: torch.Tensor) -> torch.Tensor:
     """Normalise (..., 3, H, W) uint8 to float32 with ImageNet's mean and standard deviation."""
-    return TF.normalize(image.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    return TF.normalize(image.float().div_(255), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 
 
 def to_image(tensor: torch.Tensor) -> np.ndarray:

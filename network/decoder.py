@@ -35,9 +35,26 @@ class Block(nn.Module):
         """Project a frame's channels for `forward`: (1, S, h, w) -> (1, width, h, w)."""
         return F.conv2d(shared, self.project.weight[:, :shared.shape[1]], self.project.bias)
 
-    def forward(self, projected: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """(1, width, h, w) of the frame, (N, E, h, w) of N objects -> (N, width, h, w)."""
-        x = projected + F.conv2d(own, self.project.weight[:, -own.shape[1]:])
+    def forward(self, projected: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+        """Combine a frame's channels with those of N objects.
+
+        Args:
+            projected: (1, width, h, w), see `project_shared`.
+            own: the objects' channels in parts, (N, E, ., .) each, which are resized.
+
+        Returns:
+            (N, width, h, w).
+        """
+        channels = [part.shape[1] for part in own]
+        weights = self.project.weight[:, -sum(channels):].split(channels, 1)
+        x = projected
+        for part, weight in zip(own, weights):
+            if part.shape[-2] < x.shape[-2]:
+                # The projection commutes with bilinear resizing, and before it there are fewer
+                # locations to project and afterwards fewer channels to resize.
+                x = x + resized(F.conv2d(part, weight), x)
+            else:
+                x = x + F.conv2d(resized(part, x), weight)
         return x + self.layers(x)
 
 
@@ -109,10 +126,8 @@ class Decoder(nn.Module):
         x = None
         shared = shared if self.edges is None else shared[1:]
         for i in reversed(range(len(shared))):
-            own = [resized(previous if i < self.finer else readout, shared[i])]
-            if x is not None:
-                own.append(resized(x, shared[i]))
-            x = self.blocks[i](shared[i], torch.cat(own, 1))
+            own = previous if i < self.finer else readout
+            x = self.blocks[i](shared[i], *((own,) if x is None else (own, x)))
         x = F.relu(x)
         return x, self.score(x)
 

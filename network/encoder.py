@@ -24,6 +24,24 @@ from torchvision.models.vgg import cfgs, make_layers
 log = logging.getLogger(__name__)
 
 
+class ReLU6(nn.Module):
+    """min(max(x, 0), 6), in place, of float tensors of any shape; fast in bfloat16.
+
+    PyTorch clamps bfloat16 on a CPU by way of float32, element by element, which took a quarter of
+    the encoder's time. Without gradients the bits are clamped as integers instead: those of
+    numbers >= 0 sort like the numbers, and those of negative numbers are negative integers. The
+    result is the same, except that NaN becomes 0 or 6.
+    """
+
+    SIX = 0x40C0  # the bits of 6 in bfloat16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16 or x.requires_grad:
+            return F.relu6(x, inplace=True)
+        x.view(torch.int16).clamp_(0, self.SIX)
+        return x
+
+
 def _vgg19():
     return make_layers(cfgs["E"], batch_norm=False)[:27]
 
@@ -35,7 +53,12 @@ def _resnet101():
 
 
 def _mobilenet_v2():
-    return models.mobilenet_v2(weights=None).features[:17]
+    layers = models.mobilenet_v2(weights=None).features[:17]
+    for module in list(layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU6):
+                setattr(module, name, ReLU6())
+    return layers
 
 
 @dataclass(frozen=True)

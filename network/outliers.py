@@ -152,9 +152,14 @@ def decide(probabilities: np.ndarray, object_ids: Sequence[int],
     """
     if not object_ids:
         return np.zeros(probabilities.shape[1:], np.uint8)
+    foreground = (probabilities[0] < 1 - threshold).view(np.uint8)
+    left, top, width, height = cv2.boundingRect(foreground)
+    window = slice(top, top + height), slice(left, left + width)
     # channel by channel: `argmax` along the first axis takes many times as long
-    mask, best = np.full(probabilities.shape[1:], object_ids[0], np.uint8), probabilities[1]
-    for object_id, channel in zip(object_ids[1:], probabilities[2:]):
+    best, *others = (channel[window] for channel in probabilities[1:])
+    mask = np.full(best.shape, object_ids[0], np.uint8)
+    for object_id, channel in zip(object_ids[1:], others):
         np.copyto(mask, object_id, where=channel > best)
         best = np.maximum(best, channel)
-    return mask * (probabilities[0] < 1 - threshold)
+    foreground[window] *= mask
+    return foreground

@@ -147,9 +147,8 @@ class PromptDecoder(nn.Module):
         levels = [*features.levels, halved(features.levels[-1])]
         x = None
         for i in reversed(range(len(levels))):
-            own = [inputs] if x is None else [inputs, x]
-            own = torch.cat([resized(part, levels[i]) for part in own], 1)
-            x = self.blocks[i](self.blocks[i].project_shared(levels[i]), own)
+            own = (inputs,) if x is None else (inputs, x)
+            x = self.blocks[i](self.blocks[i].project_shared(levels[i]), *own)
             if i == len(levels) - 3:  # coarse enough: the cost of attention is quadratic
                 x = self.attention(x)
         fine = self.stem(features.image)

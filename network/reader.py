@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from network.decoder import antialiased
-from network.search import LOWEST, nearest, windows
+from network.search import LOWEST, largest, nearest, windows
 from network.state import MASKS, TOKENS, Features, State, Widths, extra
 
 # KEY, NEAR, VALUE and WIDTH fix shapes of weights: another value needs a newly trained checkpoint.
@@ -306,7 +306,7 @@ class Reader(nn.Module):
         """
         global_temperature, local_temperature = self.log_temperatures.exp()
         scores, values, best, rows = self._global_candidates(state, features.key[0])
-        best, chosen = best.topk(K, dim=1, sorted=False)
+        best, chosen = largest(best, K, features.key)
         distant = _weighted_sum(values, best, rows.gather(1, chosen), global_temperature)
         close = windows(features.near[0], state.recent_keys, state.recent_valid, K_NEAR, RADIUS)
         recent = _weighted_sum(state.recent_values.flatten(0, 1), *close, local_temperature)

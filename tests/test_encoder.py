@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from network.encoder import BACKBONES, Encoder
+from network.encoder import BACKBONES, Encoder, ReLU6
 
 
 def whole_network(name):
@@ -111,6 +111,17 @@ def test_folded_batchnorm_gives_the_same_features(name):
         after = encoder.fold_batchnorm()(image)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * before.abs().max().item())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in encoder.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu6_clamps_to_6(dtype):
+    numbers = [-torch.inf, -7, -6, -1e-20, -0.0, 0, 1e-20, 0.5, 5.97, 6, 6.03, 1e30, torch.inf]
+    x = torch.tensor(numbers, dtype=dtype).reshape(1, 1, 1, -1)
+    expected = [min(max(number, 0), 6) for number in x.flatten().tolist()]
+    assert ReLU6()(x.clone()).flatten().tolist() == expected
+    x.requires_grad_()
+    ReLU6()(x * 1).sum().backward()
+    assert x.grad.flatten().tolist() == [float(0 < y < 6) for y in x.flatten().tolist()]
 
 
 def test_weights_are_read_from_the_torch_hub_cache(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from network import reader as module
-from network.decoder import Decoder
+from network.decoder import Block, Decoder
 from network.reader import (
     READOUT,
     VALUE,
@@ -419,6 +419,20 @@ def test_removing_an_object_leaves_no_trace(reader, objects, channel):
         readout, scores = reader.read(found, features(reader, 9))
         torch.testing.assert_close(scores, reader.read(expected, features(reader, 9))[1])
     assert len(readout) == objects - 1 + (objects > 2)
+
+
+@pytest.mark.parametrize("sizes", [[(12, 20), (6, 10)], [(3, 5), (6, 10)], [(6, 10), (2, 2)]])
+def test_a_block_projects_the_resized_channels_of_frame_and_objects(sizes):
+    """Against one convolution of all channels, resized and concatenated, in float64."""
+    torch.manual_seed(0)
+    block = Block(5, 7, 8).double()
+    shared = torch.randn(1, 5, 6, 10).double()
+    own = [torch.randn(3, channels, *size).double() for channels, size in zip((4, 3), sizes)]
+    resized = [F.adaptive_avg_pool2d(x, (6, 10)) if x.shape[2] > 6 else
+               F.interpolate(x, size=(6, 10), mode="bilinear", align_corners=False) for x in own]
+    expected = block.project(torch.cat([shared.expand(3, -1, -1, -1), *resized], 1))
+    expected = expected + block.layers(expected)
+    torch.testing.assert_close(block(block.project_shared(shared), *own), expected)
 
 
 @pytest.mark.parametrize("channels, finer, sides", [((4, 8, 16, 20), 2, (24, 12, 6, 3)),

@@ -17,6 +17,9 @@ def chosen(similarity, positions):
     return similarity.gather(1, positions).sort(1, descending=True).values
 
 
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # of similarities
+
+
 def one_set(keys, members=1):
     """(m, C) keys of one frame's set, in rows of groups, and which of them are valid."""
     groups = -(-len(keys) // members)
@@ -54,11 +57,13 @@ def test_many_keys_are_searched_by_groups(n, m, k, size):
     assert all(len(row.unique()) == k for row in positions % groups)
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad, dtype", [
+    (False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
 @pytest.mark.parametrize("members", [1, 4])
-def test_sets_of_several_frames_are_searched_separately(grad, members):
+def test_sets_of_several_frames_are_searched_separately(grad, members, dtype):
     """The best of each set over all frames; invalid keys are never selected."""
-    query, keys = unit(2, 7, 8), unit(3, 3, 2, members, 6, 8)
+    query, keys = unit(2, 7, 8, dtype=dtype), unit(3, 3, 2, members, 6, 8, dtype=dtype)
+    tolerance = TOLERANCE[dtype]
     generator = torch.Generator().manual_seed(4)
     valid = (torch.rand(keys.shape[:-1], generator=generator) > 0.4).float()
     valid[:, 1, :, 2:] = 0  # six groups with anything, of which some may be empty, too
@@ -76,11 +81,11 @@ def test_sets_of_several_frames_are_searched_separately(grad, members):
             similarity = similarity.unflatten(1, valid.shape)[:, :, i].flatten(1)
         expected = similarity.sort(1, descending=True).values[:, :6]
         torch.testing.assert_close(values[:, i].double().sort(1, descending=True).values,
-                                   expected, atol=1e-5, rtol=0)
+                                   expected, atol=tolerance, rtol=0)
         real = values[:, i] > -2
         assert there[positions[:, i][real]].all()
         torch.testing.assert_close(dense.gather(1, positions[:, i])[real],
-                                   values[:, i][real].double(), atol=1e-5, rtol=0)
+                                   values[:, i][real].double(), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("n, frames, sets, members, groups", [
@@ -103,18 +108,42 @@ def test_an_exported_search_gives_the_same_result(n, frames, sets, members, grou
                                atol=2e-5, rtol=0)
 
 
-def test_an_empty_set_gives_no_matches():
-    keys, _ = one_set(unit(1, 6, 8), 2)
-    values, _ = nearest(unit(0, 4, 8), keys, torch.zeros(1, 1, 2, 3), 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_set_gives_no_matches(dtype):
+    keys, _ = one_set(unit(1, 6, 8, dtype=dtype), 2)
+    with torch.no_grad():
+        values, positions = nearest(unit(0, 4, 8, dtype=dtype), keys, torch.zeros(1, 1, 2, 3), 3)
+    assert (positions < 6).all()
     assert values.shape == (4, 1, 3) and (values == search.NOTHING).all()
 
 
-def test_half_precision_gives_nearly_the_same_matches():
-    query, keys = unit(4, 50, 32, dtype=torch.bfloat16), unit(5, 700, 32, dtype=torch.bfloat16)
+@pytest.mark.parametrize("count", [700, 1 << 16, 70_000])  # beyond 16 bits for the index, too
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_nearly_the_same_matches(count, dtype):
+    query, keys = unit(4, 5, 32, dtype=dtype), unit(5, count, 32, dtype=dtype)
     with torch.no_grad():
-        values, positions = (x[:, 0] for x in nearest(query, *one_set(keys, 16), 8))
-    exact = (query.double() @ keys.double().T).gather(1, positions)
-    torch.testing.assert_close(values.double(), exact, atol=4e-3, rtol=0)
+        rows, valid = one_set(keys, 16)
+        values, positions = (x[:, 0] for x in nearest(query, rows, valid, 8))
+    dense = query.double() @ keys.double().T
+    torch.testing.assert_close(values.double(), dense.gather(1, positions), atol=4e-3, rtol=0)
+    dense = F.pad(dense, (0, valid.numel() - count), value=-9)
+    best = dense.unflatten(1, (16, -1)).amax(1).sort(1, descending=True).values[:, :8]
+    torch.testing.assert_close(values.double().sort(1, descending=True).values, best, atol=4e-3,
+                               rtol=0)
+
+
+@pytest.mark.parametrize("count", [40, 1 << 16, 70_000])
+def test_the_largest_of_bfloat16_values_are_those_of_a_sort(count):
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    values = unit(0, 9, count, dtype=torch.bfloat16).float()
+    values[:, 5:20] = search.NOTHING
+    with torch.no_grad():
+        best, columns = search.largest(values, 30, like)
+    expected = values.sort(1, descending=True).values[:, :30]
+    torch.testing.assert_close(best.sort(1, descending=True).values.clamp(min=-2),
+                               expected.clamp(min=-2), atol=0, rtol=0)
+    real = best > -2
+    torch.testing.assert_close(values.gather(1, columns)[real], best[real], atol=0, rtol=0)
 
 
 def dense_windows(query, others, radius):
@@ -129,20 +158,23 @@ def dense_windows(query, others, radius):
 
 @pytest.mark.parametrize("h, w", [(1, 1), (5, 7), (4, 8), (9, 17)])
 @pytest.mark.parametrize("frames, k, radius", [(1, 3, 0), (2, 5, 2), (3, 40, 20)])
-def test_windows_hold_the_neighbourhood_of_each_location(h, w, frames, k, radius):
-    query, *others = unit(6, frames + 1, h, w, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_hold_the_neighbourhood_of_each_location(h, w, frames, k, radius, dtype):
+    query, *others = unit(6, frames + 1, h, w, 8, dtype=dtype)
+    tolerance = TOLERANCE[dtype]
     there = torch.ones(frames)
-    values, positions = windows(query, torch.stack(others), there, k, radius)
+    with torch.no_grad():
+        values, positions = windows(query, torch.stack(others), there, k, radius)
     dense = dense_windows(query, others, radius)
     expected = dense.sort(1, descending=True).values[:, :k]
     expected = F.pad(expected, (0, k - expected.shape[1]), value=-torch.inf)
     found = values.sort(1, descending=True).values.double()
-    torch.testing.assert_close(found.masked_fill(found < -2, -torch.inf), expected, atol=1e-5,
-                               rtol=0)
+    torch.testing.assert_close(found.masked_fill(found < -2, -torch.inf), expected,
+                               atol=tolerance, rtol=0)
     assert values.shape == (h * w, k) and set(values[values < -2].tolist()) <= {search.NOTHING}
     real = values > -2
-    torch.testing.assert_close(dense.gather(1, positions)[real], values[real].double(), atol=1e-5,
-                               rtol=0)
+    torch.testing.assert_close(dense.gather(1, positions)[real], values[real].double(),
+                               atol=tolerance, rtol=0)
 
 
 def test_windows_of_a_missing_frame_are_empty():
