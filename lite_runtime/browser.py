@@ -1,12 +1,15 @@
 """Build the static page that tracks objects in a browser: `-m export --browser DIR`.
 
 The page is `examples/browser`, the runtime is the npm package onnxruntime-web, and the network is
-an export. Any server that hands out files can host the folder.
+an export. Any server that hands out files can host the folder: what compresses well is stored
+compressed, and the page decompresses it, because many static hosts don't compress such files.
 """
 
+import gzip
 import itertools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from datasets import demo
@@ -41,13 +44,19 @@ def build(model: VideoMatch, folder: Path, bits: int = 16) -> dict[str, int]:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, expected onnxruntime-web: npm ci "
                                     f"--omit=dev --ignore-scripts --prefix {PAGE}")
-    export(model, folder / "network", bits)
+    with tempfile.TemporaryDirectory() as exported:
+        export(model, Path(exported), bits)
+        for path in sorted(Path(exported).iterdir()):
+            _compress(path, folder / "network")
     page = [PAGE / "index.html", *(PAGE / f"{name}.js" for name in ("loop", "picture", "prompts"))]
     for path in page:
         files.write(folder / path.name, path.read_bytes())
     (folder / "ort").mkdir(exist_ok=True)
     for path in runtime:
-        shutil.copyfile(path, folder / "ort" / path.name)
+        if path.suffix == ".wasm":
+            _compress(path, folder / "ort")
+        else:
+            shutil.copyfile(path, folder / "ort" / path.name)
     names = []
     for i, (image, _) in enumerate(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), 24)):
         names.append(f"{i:05d}.jpg")
@@ -56,5 +65,11 @@ def build(model: VideoMatch, folder: Path, bits: int = 16) -> dict[str, int]:
     sizes = {"page": sum(path.stat().st_size for path in page)}
     for name in ("network", "demo"):
         sizes[name] = sum(path.stat().st_size for path in (folder / name).iterdir())
-    return sizes | {flavour: sum((folder / "ort" / name).stat().st_size for name in names)
+    return sizes | {flavour: sum(path.stat().st_size for name in names
+                                 for path in (folder / "ort").glob(f"{name}*"))
                     for flavour, names in FLAVOURS.items()}
+
+
+def _compress(path: Path, folder: Path) -> None:
+    """Write a file, compressed, to a folder; without a time stamp, so that it is reproducible."""
+    files.write(folder / f"{path.name}.gz", gzip.compress(path.read_bytes(), mtime=0))

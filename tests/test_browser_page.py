@@ -20,7 +20,7 @@ import main
 import preprocess
 from benchmarks import browser as benchmark
 from datasets import demo
-from lite_runtime import browser
+from lite_runtime import browser, export
 from masks.read import read_mask
 from media import images
 from media.prompts import Prompts
@@ -242,15 +242,16 @@ def test_a_missing_runtime_is_named(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_node_finds_the_same(exact, site, tmp_path):
+def test_node_finds_the_same(exact, tools, tmp_path):
     """Two objects; the sixth frame is remembered for long."""
     frames, truths = zip(*itertools.islice(demo.draw(demo.SCENES["val"]["meeting"]), 8))
     (tmp_path / "frames").mkdir()
     for i, image in enumerate(frames):
         Image.fromarray(image).save(tmp_path / "frames" / f"{i:05d}.ppm")
     Image.fromarray(truths[0]).save(tmp_path / "first.pgm")
-    command = ["node", ROOT / "examples/browser/track.mjs", site / "network", tmp_path / "frames",
-               tmp_path / "first.pgm", tmp_path / "out", str(ROWS)]
+    export.export(exact, tmp_path / "export")
+    command = ["node", ROOT / "examples/browser/track.mjs", tmp_path / "export",
+               tmp_path / "frames", tmp_path / "first.pgm", tmp_path / "out", str(ROWS)]
     subprocess.run(command, check=True, capture_output=True)
     for i, mask in enumerate(pytorch_masks(exact, frames, truths[0])):
         found = np.array(Image.open(tmp_path / "out" / f"{i:05d}.pgm"))
