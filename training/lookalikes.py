@@ -12,9 +12,16 @@ from training import warps
 from training.synthetic_motion import MAX_SCALE, moving_layer
 from training.warps import Cutout, Layer, linear_maps
 
-SPEED = (0.02, 0.15)  # of duplicates that pass their original: shares of the width per frame
-SMALL = (0.03, 0.1)  # size of a swarm's members, as `synthetic_motion.SIZE`
-SPREAD = (0.08, 0.3)  # standard deviation of a swarm's positions: share of the frame's width
+# Range of the speed of duplicates that pass their original, in widths of the frame per frame of the
+# clip: from lingering in front of it to passing within a frame.
+SPEED = (0.02, 0.15)
+# Standard deviation of the distance at which it passes, in sizes of the duplicate: most overlap.
+PASSING = 0.35
+# Size of a swarm's members, as `synthetic_motion.SIZE`: fish, birds, people seen from afar.
+SMALL = (0.03, 0.1)
+# Standard deviation of a swarm's positions, as a share of the frame's width: from a crowd in which
+# all touch to one spread over the frame.
+SPREAD = (0.08, 0.3)
 VANISHES = 0.12  # chance that a pasted object is not visible for a frame or two
 LINE = (0.4, 1.6)  # length of a line on an object, relative to the object's longer side
 LINE_WIDTH = (2, 5)  # pixels of a cut-out; thinner lines would not survive its soft edges
@@ -36,7 +43,7 @@ def crossing_layer(rng, cutouts: list[Cutout | None], path: np.ndarray, scale: f
     meeting = int(rng.integers(1, frames))
     angle, speed = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(*np.log(SPEED))) * width
     steps = np.arange(frames)[:, None] - meeting
-    offset = rng.normal(0, 0.35, 2) * first.ids.shape[::-1] * scale
+    offset = rng.normal(0, PASSING, 2) * first.ids.shape[::-1] * scale
     direction = np.array([np.cos(angle), np.sin(angle)])
     position = path[meeting] + offset + steps * speed * direction
     linear = linear_maps(rng.normal(0, warps.TURN, 1), np.array([scale]), np.zeros(1))

@@ -15,12 +15,36 @@ from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
 LEAVES = 0.12  # chance that an object leaves the frame once and returns
 MOTION_BLUR = 0.3  # chance that an object has motion blur
 SIZE = (0.05, 0.5)  # range of a pasted object's size: square root of its share of the frame
+# An object longer than 1.2 times the frame's width would leave nothing but object in view.
+LONGEST = 1.2
+# Standard deviation of the logarithm of a duplicate's size relative to its original's: much larger,
+# and the size alone would tell them apart.
+DUPLICATE_SIZE = 0.15
 MAX_SCALE = 1.6  # largest magnification of pasted objects: beyond it they look blurred
 TOUCHING = 9  # pixels; objects closer than about this move as one, such as a rider and a horse
 PART = (0.1, 0.5)  # range of the share of an object that becomes an object of its own
 # Smallest visible share of an object in the reference frame for it to be a target: less does not
 # say what the object is.
 MIN_VISIBLE = 0.15
+# Zoom of the camera, relative to the one at which the image just covers the frame. Below 1 the
+# image continues beyond its border by mirroring, of which a lower limit would show too much; above
+# 1.8, images of about 400 pixels look blurred.
+CAMERA_ZOOM = (0.6, 1.8)
+# What the camera is to show lies at most this share of the view away from its centre, so that it
+# is visible, but not always in the middle.
+OFF_CENTRE = 0.4
+# Standard deviations of the camera's zoom (logarithm), aspect (logarithm) and shift (share of the
+# frame's width) from frame to frame: half of an object's at most, since cameras follow objects.
+CAMERA_GROWTH, CAMERA_STRETCH, CAMERA_SHIFT = 0.02, 0.005, 0.015
+# Largest bend (share of an object's size), growth and stretch (logarithms) during a clip, so that
+# in a long one an object neither folds over nor shrinks to a line.
+MAX_BEND, MAX_GROWTH, MAX_STRETCH = 0.06, 0.4, 0.15
+# Range of the change of brightness, contrast, saturation (shares) and hue (radians) of a clip, and
+# the standard deviation from frame to frame. Videos differ by as much, but change slowly.
+LIGHTING, LIGHTING_STEP = 0.3, 0.03
+# Chance that a clip loses focus now and then, in which case its edges are blurred; and the blur's
+# step from frame to frame and largest value in pixels, beyond which small objects disappear.
+DEFOCUS, DEFOCUS_STEP, MAX_DEFOCUS = 0.15, 0.5, 1.5
 
 
 def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tuple[int, int],
@@ -39,20 +63,19 @@ def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tup
     poses = []
     for shot in _shots(frames, jump):
         count = len(shot)
-        # 0.6 to 1.8 times the zoom at which the image just covers the frame; below 1, the image is
-        # continued beyond its border by mirroring
-        zoom = np.exp(rng.uniform(*np.log((max(contain, 0.6 * cover), 1.8 * cover))))
+        low, high = CAMERA_ZOOM
+        zoom = np.exp(rng.uniform(*np.log((max(contain, low * cover), high * cover))))
         mirror = rng.choice((-1, 1))
         crop = frame / zoom
-        center = focus + rng.uniform(-0.4, 0.4, 2) * crop
+        center = focus + rng.uniform(-OFF_CENTRE, OFF_CENTRE, 2) * crop
         inside = np.clip(center, crop / 2, np.maximum(image - crop / 2, crop / 2))
         center = np.where(crop < image, inside, image / 2 + rng.uniform(-0.1, 0.1, 2) * crop)
-        zoom = zoom * np.exp(random_path(rng, count, 0.02))
-        # a camera moves less than objects do: a quarter of their rotation, half of their shift
+        zoom = zoom * np.exp(random_path(rng, count, CAMERA_GROWTH))
+        # a quarter of an object's rotation: a camera that rolls more looks unnatural
         linear = linear_maps(random_path(rng, count, warps.TURN / 4), zoom,
-                             random_path(rng, count, 0.005))
+                             random_path(rng, count, CAMERA_STRETCH))
         linear[..., 0] *= mirror
-        position = frame / 2 + random_path(rng, count, 0.015 * frame[0], size=(2,))
+        position = frame / 2 + random_path(rng, count, CAMERA_SHIFT * frame[0], size=(2,))
         poses.append(affine_poses(linear, center, position))
     return np.concatenate(poses)
 
@@ -128,11 +151,11 @@ def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
     side = np.sqrt(np.count_nonzero(first.ids)) / np.sqrt(height * width)
     longest = max(first.ids.shape) / width
     if duplicate:
-        scale = np.exp(rng.normal(0, 0.15))
+        scale = np.exp(rng.normal(0, DUPLICATE_SIZE))
         if poses is not None:
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
-        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / side, MAX_SCALE, 1.2 / longest)
+        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / side, MAX_SCALE, LONGEST / longest)
     linears, positions = [], []
     for shot in _shots(frames, jump):
         position = rng.uniform(0.1, 0.9, 2) * (width, height)
@@ -173,9 +196,9 @@ def moving_layer(rng, cutouts: list[Cutout | None], linear: np.ndarray, position
         paths = [path - path[natural] for path in paths]
     turn, growth, stretch, shift = paths
     first = next(c for c in cutouts if c)
-    # limits, so that in a long clip an object neither folds over nor shrinks to a line
-    bends = (bends.clip(-0.06, 0.06) * np.sqrt(first.ids.size)).astype(np.float32)
-    linear = linear_maps(turn, np.exp(growth.clip(-0.4, 0.4)), stretch.clip(-0.15, 0.15)) @ linear
+    bends = (bends.clip(-MAX_BEND, MAX_BEND) * np.sqrt(first.ids.size)).astype(np.float32)
+    linear = linear_maps(turn, np.exp(growth.clip(-MAX_GROWTH, MAX_GROWTH)),
+                         stretch.clip(-MAX_STRETCH, MAX_STRETCH)) @ linear
     position = _reflected(position + shift, np.array([width, height]))
     if frames > 2 and rng.random() < leaves:
         position = position + _leave(rng, frames, position, first, linear, width)
@@ -221,6 +244,7 @@ def _leave(rng, frames: int, position: np.ndarray, cutout: Cutout, linear: np.nd
     distance = -(x + half) if x < width / 2 else width - x + half
     shift = np.zeros((frames, 2))
     for t in range(1, frames):
+        # 0.6: in the frames next to the one outside, four tenths of the way: partly in view
         shift[t, 0] = distance * max(0, 1 - 0.6 * abs(t - away))
     return shift
 
@@ -274,15 +298,17 @@ def vary_lighting(rng, images: list[np.ndarray], jump: bool) -> list[np.ndarray]
         jump: the first image changes independently of the others.
     """
     frames = len(images)
-    values = random_path(rng, frames, 0.03, size=(4,)) + rng.uniform(-0.3, 0.3, 4)
+    values = random_path(rng, frames, LIGHTING_STEP, size=(4,))
+    values += rng.uniform(-LIGHTING, LIGHTING, 4)
     if jump:
-        values[0] = rng.uniform(-0.3, 0.3, 4)
-    # a few clips lose focus now and then
-    blur = np.abs(random_path(rng, frames, 0.5)) if rng.random() < 0.15 else np.zeros(frames)
+        values[0] = rng.uniform(-LIGHTING, LIGHTING, 4)
+    blur = np.zeros(frames)
+    if rng.random() < DEFOCUS:
+        blur = np.abs(random_path(rng, frames, DEFOCUS_STEP))
     result = []
     for image, (brightness, contrast, saturation, hue), sigma in zip(images, values, blur):
         image = preprocess.adjust_colour(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
         if sigma > 0.3:  # a smaller one is not visible
-            image = cv2.GaussianBlur(image, (0, 0), min(sigma, 1.5))
+            image = cv2.GaussianBlur(image, (0, 0), min(sigma, MAX_DEFOCUS))
         result.append(image)
     return result
