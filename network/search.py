@@ -70,9 +70,11 @@ def _by_groups(query, keys, valid, k):
     Each similarity carries its key's index in its last bits (`_by_index`), or its member's index,
     so that a maximum or a partial sort of similarities yields both.
     """
-    # the last channel adds NOTHING to the similarity of empty rows, at no cost
-    query = F.pad(query, (0, 1), value=1)
-    flat = torch.cat([keys, ((valid - 1) * -NOTHING)[..., None].to(keys.dtype)], -1).flatten(0, 3)
+    # More channels add NOTHING to the similarity of empty rows, which costs less than a sum. Two,
+    # because bfloat16 products take channels in pairs.
+    query = F.pad(query, (0, 2), value=1)
+    empty = ((valid - 1) * (-NOTHING / 2))[..., None].expand(*valid.shape, 2)
+    flat = torch.cat([keys, empty.to(keys.dtype)], -1).flatten(0, 3)
     by_index = _by_index(query, len(flat))
     numbers = (torch.arange(len(flat), dtype=torch.int32, device=query.device) if by_index else
                torch.arange(valid.shape[2], dtype=torch.int32, device=query.device)[:, None])

@@ -437,6 +437,19 @@ def test_objects_are_added_hidden_deleted_and_keys_navigate(server, tab):
     page.wait("clip.objects.length === 2")
 
 
+def test_an_added_object_stays_selected_when_older_news_arrive(server, tab):
+    """News on their way when an object was added list the objects before it."""
+    page = tab()
+    page.draw((8, 6), (66, 52))
+    page.ask("(globalThis.older = {...clip, frames: {}}, 0)")
+    page.ask("(view.object = 2, take(older), 0)")
+    assert page.ask("view.object") == 2
+    page.click("#add")
+    page.wait("clip.objects.length === 2 && view.object === 2")
+    page.find(".object:last-child button[aria-label^=Delete]").click()
+    page.wait("clip.objects.length === 1 && view.object === 1")
+
+
 def frame_seen(page):
     """The (H, W, 3) uint8 pixels of the frame that the page shows."""
     page.drawn()
