@@ -18,6 +18,9 @@ PARTS = 8
 # the last bits of a similarity: 5 of the 23 bits of a float's mantissa, after which cosines are
 # exact to 4e-6. Larger makes them less exact.
 MAX_MEMBERS = 32
+# Channels added to keys to mark empty rows. One would do, but matrix units of CPUs take channels in
+# pairs, those of GPUs in eights.
+PADDING = 8
 # Locations (rows, columns) whose windows share one product. Larger tiles mean fewer products, but
 # more similarities outside the windows, which are computed and discarded.
 TILE = (4, 8)
@@ -70,10 +73,9 @@ def _by_groups(query, keys, valid, k):
     Each similarity carries its key's index in its last bits (`_by_index`), or its member's index,
     so that a maximum or a partial sort of similarities yields both.
     """
-    # More channels add NOTHING to the similarity of empty rows, which costs less than a sum. Two,
-    # because bfloat16 products take channels in pairs.
-    query = F.pad(query, (0, 2), value=1)
-    empty = ((valid - 1) * (-NOTHING / 2))[..., None].expand(*valid.shape, 2)
+    # More channels add NOTHING to the similarity of empty rows, which costs less than a sum.
+    query = F.pad(query, (0, PADDING), value=1)
+    empty = ((valid - 1) * (-NOTHING / PADDING))[..., None].expand(*valid.shape, PADDING)
     flat = torch.cat([keys, empty.to(keys.dtype)], -1).flatten(0, 3)
     by_index = _by_index(query, len(flat))
     numbers = (torch.arange(len(flat), dtype=torch.int32, device=query.device) if by_index else
