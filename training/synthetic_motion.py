@@ -15,11 +15,6 @@ from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
 LEAVES = 0.12  # chance that an object leaves the frame once and returns
 MOTION_BLUR = 0.3  # chance that an object has motion blur
 SIZE = (0.05, 0.5)  # range of a pasted object's size: square root of its share of the frame
-# An object longer than 1.2 times the frame's width would leave nothing but object in view.
-LONGEST = 1.2
-# Standard deviation of the logarithm of a duplicate's size relative to its original's: much larger,
-# and the size alone would tell them apart.
-DUPLICATE_SIZE = 0.15
 MAX_SCALE = 1.6  # largest magnification of pasted objects: beyond it they look blurred
 TOUCHING = 9  # pixels; objects closer than about this move as one, such as a rider and a horse
 PART = (0.1, 0.5)  # range of the share of an object that becomes an object of its own
@@ -151,11 +146,13 @@ def pasted_layer(rng, cutouts: list[Cutout | None], poses: np.ndarray | None,
     side = np.sqrt(np.count_nonzero(first.ids)) / np.sqrt(height * width)
     longest = max(first.ids.shape) / width
     if duplicate:
-        scale = np.exp(rng.normal(0, DUPLICATE_SIZE))
+        # differs little from its original, or the size alone would tell them apart
+        scale = np.exp(rng.normal(0, 0.15))
         if poses is not None:
             scale *= np.sqrt(np.abs(np.linalg.det(poses[0, :, :2])))
     else:
-        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / side, MAX_SCALE, LONGEST / longest)
+        # an object longer than 1.2 times the frame's width would leave nothing else in view
+        scale = min(np.exp(rng.uniform(*np.log(SIZE))) / side, MAX_SCALE, 1.2 / longest)
     linears, positions = [], []
     for shot in _shots(frames, jump):
         position = rng.uniform(0.1, 0.9, 2) * (width, height)
