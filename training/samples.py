@@ -12,7 +12,7 @@ from davis import Sequence
 from media.drawing import areas
 from preprocess import Augment, to_tensor
 from system import distributed
-from training import lookalikes, synthetic_motion, warps
+from training import lighting, lookalikes, synthetic_motion, warps
 from training.static_images import StaticImage
 from training.warps import Layer
 
@@ -277,7 +277,7 @@ class Clips(Pairs):
             images.append(frame)
             masks.append(mask)
         if self.augment.random:
-            images = synthetic_motion.vary_lighting(rng, images, jump)
+            images = lighting.vary_lighting(rng, images, jump)
         return (torch.stack([to_tensor(x) for x in images]), torch.from_numpy(np.array(masks)),
                 synthetic_motion.hidden_ids(layers, np.zeros(shape, np.uint8), masks[0]))
 

@@ -1,4 +1,4 @@
-"""Synthetic motion: a camera that pans over a static image, moving objects, changing light.
+"""Synthetic motion: a camera that pans over a static image, and moving objects.
 
 Draws random paths and turns cut-outs into layers (`warps.Layer`). `samples` decides which images
 and objects go into a clip.
@@ -7,7 +7,6 @@ and objects go into a clip.
 import cv2
 import numpy as np
 
-import preprocess
 from media.drawing import areas
 from training import warps
 from training.warps import Cutout, Layer, affine_poses, linear_maps, random_path
@@ -34,12 +33,6 @@ CAMERA_GROWTH, CAMERA_STRETCH, CAMERA_SHIFT = 0.02, 0.005, 0.015
 # Largest bend (share of an object's size), growth and stretch (logarithms) during a clip, so that
 # in a long one an object neither folds over nor shrinks to a line.
 MAX_BEND, MAX_GROWTH, MAX_STRETCH = 0.06, 0.4, 0.15
-# Range of the change of brightness, contrast, saturation (shares) and hue (radians) of a clip, and
-# the standard deviation from frame to frame. Videos differ by as much, but change slowly.
-LIGHTING, LIGHTING_STEP = 0.3, 0.03
-# Chance that a clip loses focus now and then, in which case its edges are blurred; and the blur's
-# step from frame to frame and largest value in pixels, beyond which small objects disappear.
-DEFOCUS, DEFOCUS_STEP, MAX_DEFOCUS = 0.15, 0.5, 1.5
 
 
 def camera_poses(rng, frames: int, jump: bool, size: tuple[int, int], shape: tuple[int, int],
@@ -285,27 +278,3 @@ def hidden_ids(layers: list[Layer], before: np.ndarray, after: np.ndarray) -> li
             whole += scale * areas(np.ascontiguousarray(cutout.ids))
     visible = areas(after)
     return [i for i in range(1, 256) if visible[i] < MIN_VISIBLE * whole[i]]
-
-
-def vary_lighting(rng, images: list[np.ndarray], jump: bool) -> list[np.ndarray]:
-    """Change brightness, contrast, colour and sharpness of a clip, smoothly over time.
-
-    Args:
-        images: (H, W, 3) uint8 RGB each.
-        jump: the first image changes independently of the others.
-    """
-    frames = len(images)
-    values = random_path(rng, frames, LIGHTING_STEP, size=(4,))
-    values += rng.uniform(-LIGHTING, LIGHTING, 4)
-    if jump:
-        values[0] = rng.uniform(-LIGHTING, LIGHTING, 4)
-    blur = np.zeros(frames)
-    if rng.random() < DEFOCUS:
-        blur = np.abs(random_path(rng, frames, DEFOCUS_STEP))
-    result = []
-    for image, (brightness, contrast, saturation, hue), sigma in zip(images, values, blur):
-        image = preprocess.adjust_colour(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-        if sigma > 0.3:  # a smaller one is not visible
-            image = cv2.GaussianBlur(image, (0, 0), min(sigma, MAX_DEFOCUS))
-        result.append(image)
-    return result
