@@ -450,6 +450,147 @@ def test_an_added_object_stays_selected_when_older_news_arrive(server, tab):
     page.wait("clip.objects.length === 1 && view.object === 1")
 
 
+def test_what_is_drawn_before_an_object_is_added_belongs_to_it(server, tab):
+    page = tab()
+    page.driver.execute_script(
+        "const real = fetch; window.fetch = async (url, ...rest) => "
+        "(url.includes('do/add') ? await sleep(800) : 0, real(url, ...rest))")
+    page.draw((30, 30), answered="!at('trouble').hidden")
+    assert "too small" in page.find("#trouble").text and page.ask("view.tool") == "box"
+    page.click(".object button[aria-label^=Delete]")
+    page.wait("!clip.objects.length")
+    page.click("[data-tool=point]")
+    for place in (-20, 20):
+        stroke(page.driver, page.find("#hand"), [(place, 0)])
+    page.wait("frames.has(0) && clip.undo === 3")  # with the deletion
+    assert page.ask("clip.objects.map(object => object.id)") == [2], "two clicks, one object"
+    page.click("[data-tool=brush]")
+    page.click("#add")
+    page.draw((120, 80), (140, 80))
+    assert server.masks("given")[0][80, 130] == 3
+    page.driver.execute_script("act('add'); act('rename', {object: 3, name: 'cup'})")
+    page.wait("clip.objects.some(object => object.name === 'cup')")
+    assert page.ask("at('sheet').classList.contains('waiting')"), "one answer of two is there"
+    page.wait("!at('sheet').classList.contains('waiting')")
+
+
+def test_playback_keeps_its_pace_and_shows_each_frame(server, tab):
+    """Also if it was paused and resumed while it waited for a frame, and if masks take a while."""
+    page = tab()
+    page.driver.execute_script(
+        "const real = go; times = []; go = (...all) => { times.push(performance.now()); "
+        "real(...all); }; clip.fps = 2; play(); play(); play()")
+    page.wait("times.length > 5")
+    times = np.array(page.ask("times"))
+    assert np.diff(times)[1:].min() > 450
+
+    page.driver.execute_script(
+        "view.playing = false; take = () => 0; clip.fps = 24; go(0); shown = new Set(); "
+        "new MutationObserver(() => shown.add(view.shown)).observe(at('stage'), "
+        "{attributeFilter: ['data-shown']}); const real = maskOf; "
+        "maskOf = async frame => (await sleep(200), real(frame)); play()")
+    page.wait("view.frame === 11 && !view.playing")
+    assert page.ask("shown.size") > 8
+
+
+def test_a_run_is_followed_although_masks_take_longer_than_its_frames(server, tab):
+    page = tab()
+    page.driver.execute_script("""
+        shown = new Set();
+        new MutationObserver(() => shown.add(view.shown)).observe(
+          at('stage'), {attributeFilter: ['data-shown']});
+        const mask = maskOf, asked = ask;
+        maskOf = async frame => (await sleep(300), mask(frame));
+        let frame = 0;
+        ask = async (path, ...rest) => {
+          if (!path.startsWith('state') || frame === 11) return asked(path, ...rest);
+          await sleep(50);
+          frame++;
+          const entry = { user_mask: false, version: frame, confidence: { 1: .9 } };
+          return { json: async () => ({ ...clip, frames: { [frame]: entry },
+                                        run: { kind: 'segment', ended: '' } }) };
+        };
+        view.following = true;
+        act('add');""")
+    page.wait("view.frame === 11")
+    assert page.ask("shown.size") > 8
+
+
+def test_lists_keep_what_is_clicked_selected_and_typed(server, tab):
+    from selenium.webdriver.common.keys import Keys
+    page = tab()
+    for count in (1, 2, 3):
+        page.click("#add")
+        page.wait(f"clip.objects.length === {count} && view.object === {count}")
+    selected = "[...document.querySelectorAll('.object[aria-selected=true] input')]" \
+               ".map(input => input.value)"
+    page.find(".object button[aria-label='Delete object 2']").click()
+    page.wait("clip.objects.length === 2")
+    page.click(".object button")
+    page.wait("hidden.has(1)")
+    assert page.ask("view.object") == 3 and page.ask(selected) == ["object 3"]
+    field = page.find(".object input")
+    field.click()
+    assert page.ask("view.object") == 1 and page.ask(selected) == ["object 1"]
+    field.send_keys("x", Keys.ENTER)
+    page.wait("clip.objects[0].name === 'object 1x' && document.activeElement === document.body")
+    page.find(".object input").send_keys("\N{NO-BREAK SPACE}", Keys.ENTER)
+    page.wait("!at('trouble').hidden")
+    page.wait("document.querySelector('.object input').value === 'object 1x'")
+
+    page.driver.execute_script(
+        "clip.review = [{object_id: 2, first: 3, last: 5, confidence: null}]; "
+        "clip.run = {kind: 'export', number: 1, ended: 'done', folder: 'out', command: 'main.py'};"
+        "clip.pending = [1]; show(); before = [...document.querySelectorAll("
+        "'#review .stretch, #pending button, #exported code')]; show()")
+    assert page.ask("before.map(element => element.isConnected)") == [True, True, True]
+    page.click("#review .stretch")
+    assert page.ask("[view.frame, view.object]") == [3, 1], "object 2 is deleted"
+
+
+def test_news_of_a_shorter_clip_an_error_or_a_live_frame(server, tab):
+    page = tab()
+    page.go(11)
+    page.driver.execute_script("take({...clip, frames: {}, count: 8})")
+    assert page.ask("view.frame") == 7
+    page.driver.execute_script("take({...clip, frames: {}, run: {kind: 'segment', number: 1, "
+                               "ended: 'error', error: 'no object'}})")
+    assert page.find("#warning").text == "no object" and not page.find("#exported").text
+    page.driver.execute_script(
+        "at('file').click = () => 0; view.following = view.playing = true; at('bring').click()")
+    assert not page.ask("view.following || view.playing"), "the file is for the frame on screen"
+
+    page.go(0)
+    page.draw((8, 6), (66, 52))
+    page.wait("kept.get(0)?.key.startsWith(`0 ${frames.get(0)?.version} `)")
+    page.driver.execute_script(
+        "window.real = maskOf; maskOf = () => Promise.reject(new Error('broken')); act('stroke', "
+        "{frame: 0, object: 1, radius: 5, points: [[20, 80]]})")
+    page.wait("!at('trouble').hidden")
+    page.driver.execute_script("maskOf = real; show()")
+    page.wait("kept.get(0).key.startsWith(`0 ${frames.get(0).version} `)")
+
+    page.driver.execute_script(
+        "for (const frame of [0, 1, 2]) frames.set(frame, {}); view.shown = 1; "
+        "clip.live = {frame: 2}; followLive()")
+    assert page.ask("[...frames.keys()]") == [1, 2], "the one on screen may be drawn on"
+
+
+def test_a_double_click_starts_one_run_and_a_lost_connection_is_named(server, tab):
+    page = tab()
+    page.draw((8, 6), (66, 52))
+    page.driver.execute_script("for (let i = 0; i < 2; i++) document.querySelector("
+                               "'[data-direction=forward]').click()")
+    page.wait("clip.run && !busy()")
+    page.driver.execute_script("at('export').click(); at('export').click()")
+    page.wait("clip.run.kind === 'export' && !busy()")
+    assert page.ask("at('trouble').hidden")
+    page.driver.execute_script("window.fetch = () => Promise.reject(new TypeError('Failed'));"
+                               "act('add')")
+    page.wait("!at('trouble').hidden")
+    assert page.find("#trouble").text == "The server can't be reached"
+
+
 def frame_seen(page):
     """The (H, W, 3) uint8 pixels of the frame that the page shows."""
     page.drawn()
