@@ -135,7 +135,8 @@ export class Tracker {
     const ids = [...new Set([...this.ids, ...present])];
     if (!ids.length) throw new Error('the mask of the first frame is empty');
     this.state = await this.network.refer(this.state, picture, mask, ids);
-    for (const id of present) this.shares[id] = mask.data.filter(x => x === id).length / mask.data.length;
-    return Object.assign(this, {ids, previous: mask}).previous;
+    const shares = {...this.shares};  // a copy, because those of the tracker have the same object
+    for (const id of present) shares[id] = mask.data.filter(x => x === id).length / mask.data.length;
+    return Object.assign(this, {ids, shares, previous: mask}).previous;
   }
 }
