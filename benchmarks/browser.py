@@ -157,15 +157,19 @@ class Page:
         self.wait(f"app.clip?.count === {len(paths)} && app.frame", "the frames")
         self.idle()
 
-    def draw(self, *places: tuple[float, float], alt: bool = False) -> None:
-        """Press at the first pixel of the frame, move through the others, let go; wait for it."""
+    def stroke(self, *places: tuple[float, float], alt: bool = False) -> None:
+        """Press at the first pixel of the frame, move through the others, let go."""
         view = self.find("#view")
         width, height = self.ask("[app.clip.width, app.clip.height]")
         scale = min(view.rect["width"] / width, view.rect["height"] / height)
         offsets = [(round((x + 0.5 - width / 2) * scale), round((y + 0.5 - height / 2) * scale))
                    for x, y in places]
-        before = self.ask("[...app.edits.values()].map(edit => edit.actions.length)")
         stroke(self.driver, view, offsets, alt)
+
+    def draw(self, *places: tuple[float, float], alt: bool = False) -> None:
+        """Like `stroke`, and wait for the mask."""
+        before = self.ask("[...app.edits.values()].map(edit => edit.actions.length)")
+        self.stroke(*places, alt=alt)
         self.wait(f"JSON.stringify([...app.edits.values()].map(edit => edit.actions.length)) !== "
                   f"'{json.dumps(before, separators=(',', ':'))}'", "the prompt")
         self.idle()

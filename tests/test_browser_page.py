@@ -181,6 +181,118 @@ def test_prompts_are_taken_back(page, clip):
     assert not masks_of(page) and not page.find("#undo").is_enabled()
 
 
+def visit(page, frame):
+    page.driver.execute_script("const line = document.getElementById('timeline');"
+                               "line.value = arguments[0]; line.oninput()", frame)
+
+
+@pytest.mark.slow
+def test_a_prompt_is_for_the_frame_and_object_that_it_was_drawn_for(page, clip):
+    """The user may go on before the network is loaded, and before a slow frame is on screen."""
+    page.open_frames(sorted(clip.glob("*.png"))[:6])
+    page.click("#add")
+    page.click("#objects button")
+    page.driver.execute_script("app.loaded = new Promise(done => { globalThis.loaded = done; });")
+    page.stroke((14, 10), (58, 46))
+    page.wait("app.busy")
+    button = page.find("#objects button:last-child")
+    button.click()
+    visit(page, 3)
+    page.wait("app.shown === 3")
+    page.driver.execute_script("loaded()")
+    page.idle()
+    (frame, mask), = masks_of(page).items()
+    assert frame == 0 and set(np.unique(mask)) == {0, 1} and page.ask("app.view") == 3
+    assert button.get_attribute("aria-pressed") == "true", "still the same button"
+
+    page.driver.execute_script(
+        "const {picture} = app.clip; asked = []; app.clip.picture = async i => "
+        "{ asked.push(i); await new Promise(done => setTimeout(done, 3000)); return picture(i); }")
+    for i in (1, 2, 4, 5):
+        visit(page, i)
+    page.stroke((20, 20))
+    page.wait("app.user.size === 2")
+    assert sorted(masks_of(page)) == [0, 3] and page.ask("app.view") == 3
+    visit(page, 4)
+    visit(page, 5)
+    page.wait("app.shown === 5")
+    assert 2 not in page.ask("asked"), "frames that were passed are left out"
+
+
+@pytest.mark.slow
+def test_stop_may_be_clicked_twice(page):
+    page.open_demo()
+    page.draw_box(*benchmark.BOX)
+    page.click("#track")
+    page.wait("app.next > 1")
+    page.driver.execute_script("const button = document.getElementById('track');"
+                               "button.click(); button.click()")
+    page.wait("!app.tasks")
+    assert page.find("#status").text == "Stopped" and page.ask("app.next") < 24
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_taken_back_leaves_no_trace(page, clip):
+    page.open_frames(sorted(clip.glob("*.png"))[:6])
+    page.draw_box(14, 10, 44, 36)
+    visit(page, 4)
+    page.wait("app.shown === 4")
+    page.draw((120, 80))
+    page.click("#undo")
+    page.idle()
+    assert sorted(masks_of(page)) == [0] and page.ask("[...app.user.keys()]") == [0]
+    assert not page.find("#problem").text and not page.find("#status").text
+    page.track()
+    assert page.ask("Object.keys(app.trackers.get(0).shares)") == [], "it has seen no mask yet"
+    visit(page, 2)
+    page.wait("app.shown === 2")
+    page.draw((140, 20), alt=True)
+    page.track()
+    visit(page, 0)
+    page.wait("app.shown === 0")
+    page.click("#undo")
+    page.idle()
+    assert sorted(masks_of(page)) == [2, 3, 4, 5] and page.ask("app.next") == 2
+    assert page.ask("[...app.trackers.keys()]") == [0], "later ones have seen the mask of frame 0"
+
+
+@pytest.mark.slow
+def test_two_fingers_draw_nothing(page, clip):
+    page.open_frames(sorted(clip.glob("*.png"))[:1])
+    send = page.driver.execute_cdp_cmd
+    send("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 2})
+    box = page.find("#view").rect
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for places in (((-20, 0),), ((-20, 0), (20, 0)), ((-60, 0), (60, 0)), ()):
+        kind = "touchMove" if places and places[0][0] == -60 else (
+            "touchStart" if places else "touchEnd")
+        send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
+            {"x": x + u, "y": y + v, "id": i} for i, (u, v) in enumerate(places)]})
+    page.idle()
+    assert not page.ask("app.edits.size")
+
+
+@pytest.mark.slow
+def test_a_clip_stays_if_another_one_cannot_be_opened(page, clip, tmp_path):
+    page.open_frames(sorted(clip.glob("*.png"))[:2])
+    assert page.ask("at('frames').files.length") == 0, "else they couldn't be opened again"
+    with av.open(str(tmp_path / "sound.webm"), "w") as container:
+        stream = container.add_stream("libopus", rate=48000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), "flt", "mono")
+        sound.sample_rate = 48000
+        for part in (*stream.encode(sound), *stream.encode()):
+            container.mux(part)
+    page.find("#video").send_keys(str(tmp_path / "sound.webm"))
+    end = time.monotonic() + 20
+    while "has no picture" not in page.find("#problem").text:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    page.driver.get_log("browser")  # has that error, too
+    page.driver.execute_script("document.getElementById('problem').textContent = ''")
+    page.draw_box(14, 10, 44, 36)
+    assert overlap(masks_of(page)[0] == 1, truth(0) == 1) > 0.8
+
+
 @pytest.mark.slow
 def test_a_video_file_has_all_its_frames(page, clip, tmp_path):
     path = tmp_path / "my clip.webm"
