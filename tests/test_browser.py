@@ -852,8 +852,8 @@ def test_an_object_out_of_frame_is_labelled_not_visible(tmp_path, tab):
             go(2);""")
         assert "not visible" in page.find("#where").text
         rows = [row.text for row in page.driver.find_elements("css selector", "#review .stretch")]
-        assert rows == ["Frames 2–3 · cat · not visible", "Frame 1 · cat · 90 %"]
-        assert "0 %" not in page.find("#where").text
+        assert rows == ["Frames 2–3 · cat · not visible", "Frame 1 · cat · 90%"]
+        assert "0%" not in page.find("#where").text
     finally:
         server.end()
 
