@@ -133,9 +133,8 @@ def prepare(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
     """
     if model.prompts is not None:
         freeze_encoder(model)
-    if model.refined:
+    if model.refined and not model.facts:  # new weights: a checkpoint is trained as it is
         model.extend()
-    if model.refined and not model.facts:  # new weights: a loaded checkpoint has trained keys
         initialise_keys(model, sources, shape)
 
 

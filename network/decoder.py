@@ -99,37 +99,54 @@ class Decoder(nn.Module):
         """
         if torch.onnx.is_in_onnx_export():  # a trace of the loop would fix N
             shared = self.shared(list(levels))
-            return self.sharpened(*self.decode(readout, previous, shared), shared)
+            coarse = self.coarse(readout, previous, shared)
+            return self.sharpened(*self.finest(coarse, readout, previous, shared), shared)
         readout, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
             for x in (readout, previous, *levels))
         shared = self.shared(levels)
-        # one object at a time: five at once exceed the caches and take longer. `split` keeps NHWC
-        parts = [self.decode(*own, shared) for own in zip(readout.split(1), previous.split(1))]
+        # the finest level one object at a time: five at once exceed the caches and take longer.
+        # `split` keeps NHWC
+        coarse = self.coarse(readout, previous, shared)
+        parts = [self.finest(*own, shared) for own in zip(
+            coarse.split(1), readout.split(1), previous.split(1))]
         return self.sharpened(parts[-1][0], torch.cat([logits for _, logits in parts]), shared)
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the part of the decoder that is common to all objects, an input of `decode`."""
+        """Compute what is common to all objects, an input of `coarse` and `finest`."""
         fine = [] if self.edges is None else [self.edges.stem(levels[0])]
         levels = [*levels[len(fine):], halved(levels[-1])]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
         return fine + [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
-    def decode(self, readout: torch.Tensor, previous: torch.Tensor,
+    def coarse(self, readout: torch.Tensor, previous: torch.Tensor,
+               shared: list[torch.Tensor]) -> torch.Tensor:
+        """Decode N objects up to the second finest level of `channels`: (N, C, ., .) features."""
+        x = None
+        for level in reversed(range(1, len(self.blocks))):
+            x = self._decoded(level, x, readout, previous, shared)
+        return x
+
+    def finest(self, coarse: torch.Tensor, readout: torch.Tensor, previous: torch.Tensor,
                shared: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode several objects at once, up to the finest level of `channels`.
+        """Decode N objects at the finest level of `channels`.
+
+        Args:
+            coarse: as `coarse` returns it; other arguments as there.
 
         Returns:
             (N, C, H, W) features and (N, 1, H, W) logits.
         """
-        x = None
-        shared = shared if self.edges is None else shared[1:]
-        for i in reversed(range(len(shared))):
-            own = previous if i < self.finer else readout
-            x = self.blocks[i](shared[i], *((own,) if x is None else (own, x)))
-        x = F.relu(x)
+        x = F.relu(self._decoded(0, coarse, readout, previous, shared))
         return x, self.score(x)
+
+    def _decoded(self, level: int, below: torch.Tensor | None, readout: torch.Tensor,
+                 previous: torch.Tensor, shared: list[torch.Tensor]) -> torch.Tensor:
+        """Run the block of a level, with the features of the level below it, if there is one."""
+        own = previous if level < self.finer else readout
+        projected = shared[level - len(self.blocks)]  # from the end: the stem may come first
+        return self.blocks[level](projected, *((own,) if below is None else (own, below)))
 
     def sharpened(self, x: torch.Tensor, logits: torch.Tensor,
                   shared: list[torch.Tensor]) -> torch.Tensor:
@@ -139,7 +156,7 @@ class Decoder(nn.Module):
         decides between foreground and background; the others only compete inside of it.
 
         Args:
-            x: features of `decode`, of the last entry or of all.
+            x: features of `finest`, of the last entry or of all.
             logits: (N, 1, H, W).
             shared: as `shared` returns it.
 
