@@ -98,7 +98,7 @@ def assert_equal_from_a_box(page, model, frames):
 def test_masks_of_the_demo_are_those_of_pytorch(page, site, exact):
     page.open_demo()
     page.draw_box(*benchmark.BOX)
-    frames = [images.read_image(path) for path in sorted((site / "demo").glob("*.jpg"))]
+    frames = [images.read_image(path) for path in sorted((site / "demo").glob("*.webp"))]
     assert_equal_from_a_box(page, exact, frames)
 
 
