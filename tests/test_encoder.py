@@ -48,7 +48,8 @@ def test_features_equal_those_of_the_whole_network(name, tmp_path):
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         found, expected = encoder(image), features(image)
-    torch.testing.assert_close(found, expected)
+    # the layouts of memory differ, and with them the order of sums: 1.1e-5 was seen on AVX2
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     spec = BACKBONES[name]
     channels = {"vgg": 512, "resnet": 512, "mobilenet": 96 + 160}[name]
     assert found.shape == (1, channels, 64 // spec.stride, 96 // spec.stride)
