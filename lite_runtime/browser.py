@@ -6,18 +6,15 @@ compressed, and the page decompresses it, because many static hosts don't compre
 """
 
 import gzip
-import io
 import itertools
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
-from PIL import Image
-
 from datasets import demo
 from lite_runtime.export import export
-from media import files
+from media import files, images
 from videomatch import VideoMatch
 
 PAGE = Path(__file__).parents[1] / "examples" / "browser"
@@ -64,9 +61,7 @@ def build(model: VideoMatch, folder: Path, bits: int = 16) -> dict[str, int]:
     names = []
     for i, (image, _) in enumerate(itertools.islice(demo.draw(demo.SCENES["val"]["stroll"]), 24)):
         names.append(f"{i:05d}.webp")
-        content = io.BytesIO()
-        Image.fromarray(image).save(content, format="WEBP", quality=DEMO_QUALITY)
-        files.write(folder / "demo" / names[-1], content.getvalue())
+        images.write_image(folder / "demo" / names[-1], image, DEMO_QUALITY)
     files.write(folder / "demo" / "demo.json", json.dumps({"fps": DEMO_FPS, "frames": names}))
     sizes = {"page": sum(path.stat().st_size for path in page)}
     for name in ("network", "demo"):

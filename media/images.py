@@ -55,10 +55,14 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (values.clip(0, whole_range) * (255 / whole_range)).round().astype(np.uint8)
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 RGB in the format of the path's suffix."""
+def write_image(path: str | Path, image: np.ndarray, quality: int = 90) -> None:
+    """Write (H, W, 3) uint8 RGB in the format of the path's suffix.
+
+    Args:
+        quality: of lossy formats, up to 100.
+    """
     with atomic_path(path) as temporary:
-        Image.fromarray(image).save(temporary, quality=90)
+        Image.fromarray(image).save(temporary, quality=quality)
 
 
 def write_mask(path: str | Path, mask: np.ndarray) -> None:

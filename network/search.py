@@ -18,6 +18,9 @@ PARTS = 8
 # the last bits of a similarity: 5 of the 23 bits of a float's mantissa, after which cosines are
 # exact to 4e-6. Larger makes them less exact.
 MAX_MEMBERS = 32
+# Indices that fit into the last bits of a similarity: those of a bfloat16 product, stored as
+# float32, are 16 zeros, so it stays exact. More keys than that carry their member's index instead.
+INDICES = 1 << 16
 # Channels added to keys to mark empty rows. One would do, but matrix units of CPUs take channels in
 # pairs, those of GPUs in eights.
 PADDING = 8
@@ -105,7 +108,7 @@ def _by_index(values: torch.Tensor, count: int) -> bool:
 
     Those of bfloat16 products on a CPU have 16 bits to spare.
     """
-    return (values.dtype == torch.bfloat16 and values.device.type == "cpu" and count <= 1 << 16
+    return (values.dtype == torch.bfloat16 and values.device.type == "cpu" and count <= INDICES
             and not torch.is_grad_enabled())
 
 
@@ -122,7 +125,7 @@ def _partitioned(values: torch.Tensor, k: int) -> torch.Tensor:
 def _separated(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split float32 values into bfloat16 values, as float32, and the int64 index in the rest."""
     bits = values.contiguous().view(torch.int32)
-    return (bits & -1 << 16).view(torch.float32), (bits & (1 << 16) - 1).long()
+    return (bits & -INDICES).view(torch.float32), (bits & INDICES - 1).long()
 
 
 def largest(values: torch.Tensor, k: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -272,6 +272,16 @@ def test_two_fingers_draw_nothing(page, clip):
     assert not page.ask("app.edits.size")
 
 
+def refuse_video(page, path: Path, problem: str) -> None:
+    """Open a file that is no video, and wait until the page says so."""
+    page.find("#video").send_keys(str(path))
+    end = time.monotonic() + 20
+    while problem not in page.find("#problem").text:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    page.driver.get_log("browser")  # has that error, too
+
+
 @pytest.mark.slow
 def test_a_clip_stays_if_another_one_cannot_be_opened(page, clip, tmp_path):
     page.open_frames(sorted(clip.glob("*.png"))[:2])
@@ -282,12 +292,7 @@ def test_a_clip_stays_if_another_one_cannot_be_opened(page, clip, tmp_path):
         sound.sample_rate = 48000
         for part in (*stream.encode(sound), *stream.encode()):
             container.mux(part)
-    page.find("#video").send_keys(str(tmp_path / "sound.webm"))
-    end = time.monotonic() + 20
-    while "has no picture" not in page.find("#problem").text:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    page.driver.get_log("browser")  # has that error, too
+    refuse_video(page, tmp_path / "sound.webm", "has no picture")
     page.driver.execute_script("document.getElementById('problem').textContent = ''")
     page.draw_box(14, 10, 44, 36)
     assert overlap(masks_of(page)[0] == 1, truth(0) == 1) > 0.8
@@ -310,12 +315,7 @@ def test_a_video_file_has_all_its_frames(page, clip, tmp_path):
     page.track()
     found = masks_of(page)
     assert all(overlap(found[i] == 1, truth(i) == 1) > 0.6 for i in range(12))
-    page.find("#video").send_keys(str(clip / "00000.png"))
-    end = time.monotonic() + 20
-    while "can't read it" not in page.find("#problem").text:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    page.driver.get_log("browser")  # has that error, too
+    refuse_video(page, clip / "00000.png", "can't read it")
 
 
 @pytest.mark.slow

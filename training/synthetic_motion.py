@@ -21,8 +21,8 @@ PART = (0.1, 0.5)  # range of the share of an object that becomes an object of i
 # say what the object is.
 MIN_VISIBLE = 0.15
 # Zoom of the camera, relative to the one at which the image just covers the frame. Below 1 the
-# image continues beyond its border by mirroring, of which a lower limit would show too much; above
-# 1.8, images of about 400 pixels look blurred.
+# image is mirrored at its border, and below 0.6 too much of the frame would be a mirror image.
+# Above 1.8, images of about 400 pixels look blurred.
 CAMERA_ZOOM = (0.6, 1.8)
 # What the camera is to show lies at most this share of the view away from its centre, so that it
 # is visible, but not always in the middle.
