@@ -751,6 +751,7 @@ def test_two_fingers_zoom_and_pan_without_drawing(server, tab):
     page = tab()
     page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled",
                                 {"enabled": True, "maxTouchPoints": 2})
+    page.open(server.address)  # as on a touch screen, with larger buttons from the beginning
 
     def touch(kind, *points):
         page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
