@@ -33,7 +33,7 @@ from tracking.tracker import Tracker
 
 PROGRAM = "lite.py"  # in manifest.json, to distinguish a run of this script from one of main.py
 DESCRIPTION = "videomatch.json"
-FORMAT = 4  # of an export; increased when graphs change such that another lite.py must run them
+FORMAT = 5  # of an export; increased when graphs change such that another lite.py must run them
 DEFAULT = Path("models/lite")
 
 

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 # Learning rates relative to the encoder's, which starts from ImageNet weights and must not lose
 # what it learned there. The rest starts from random weights and has to move faster.
 DECODER_RATE = 10
-NEW_RATE = 25  # object tokens and edge level, which start without effect and have most to learn
 KEY_RATE = 3  # key projections: they start from the features' principal axes, which work already
 
 # Weights of the auxiliary losses; that of the decoded mask has weight 1. Each gives a direct
@@ -36,7 +35,6 @@ KEY_RATE = 3  # key projections: they start from the features' principal axes, w
 # better on its own at the expense of the decoded mask.
 KEY_WEIGHT = 0.3  # soft matching of keys alone
 FEATURE_WEIGHT = 0.15  # soft matching of encoder features, which `--method matching` uses
-COARSE_WEIGHT = 0.3  # object tokens alone
 GROUPING_WEIGHT = 0.25  # union of objects, and their identities given the foreground
 
 # Gradients flow through the last frames of a clip only; the frames before them run forward only,
@@ -134,7 +132,6 @@ def prepare(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
     if model.prompts is not None:
         freeze_encoder(model)
     if model.refined and not model.facts:  # new weights: a checkpoint is trained as it is
-        model.extend()
         initialise_keys(model, sources, shape)
 
 
@@ -170,12 +167,10 @@ def make_optimizer(model: VideoMatch, options: Options):
     parts = [(list(model.encoder.parameters()), 1)]
     if model.refined:
         keys = model.reader.comparing()
-        new = [p for part in (model.reader.tokens, model.decoder.edges) if part is not None
-               for p in part.parameters()]
-        apart = {id(p) for p in (*keys, *new)}
+        apart = {id(p) for p in keys}
         others = [p for part in (model.reader, model.decoder) for p in part.parameters()
                   if id(p) not in apart]
-        parts += [(keys, KEY_RATE), (others, DECODER_RATE), (new, NEW_RATE)]
+        parts += [(keys, KEY_RATE), (others, DECODER_RATE)]
     rates = [times * options.learning_rate for _, times in parts]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in parameters if p.requires_grad], "lr": rate}
@@ -260,16 +255,16 @@ def _loss_of_frame(model: VideoMatch, frame: Features, mask: torch.Tensor, memor
     outputs = []
     if sets is not None:
         weight = FEATURE_WEIGHT if model.method == "memory" else 1
-        outputs.append((model.match(frame, sets) / model.temperature, mask, weight))
+        matched = model.match(frame, sets) / model.temperature
+        outputs.append((model.enlarged(matched, mask.shape), mask, weight))
     if memory is not None:
-        logits, scores, coarse = model.refine(memory, frame)
-        outputs += [(logits, mask, 1), (scores / model.temperature, small, KEY_WEIGHT)]
-        if coarse is not None:
-            outputs.append((coarse, small, COARSE_WEIGHT))
+        logits, scores = model.step(memory, frame)
+        keys = model.enlarged(scores / model.temperature, small.shape)
+        outputs += [(model.enlarged(logits, mask.shape, cubic=True), mask, 1),
+                    (keys, small, KEY_WEIGHT)]
         memory = _remembered(model, memory, frame, logits)
     total = torch.zeros(())
-    for output, truth, weight in outputs:
-        probabilities = model.enlarged(output, truth.shape)
+    for probabilities, truth, weight in outputs:
         total = total + weight * (sum(LOSSES[name](probabilities, truth) for name in losses)
                                   + GROUPING_WEIGHT * grouping(probabilities, truth))
     return total, memory

@@ -30,7 +30,6 @@ from network.checkpoint import Checkpointed
 from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
-from network.object_tokens import ObjectTokens
 from network.outliers import decide
 from network.prompt_decoder import PromptDecoder, segment_from_prompts
 from network.reader import READOUT, Reader, foreground_first, rivals, with_union
@@ -39,6 +38,8 @@ from network.state import INTEGERS, KEYS, Features, State, blank, without
 from network.views import labels_of, reference
 from system import errors
 from tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 # The checkpoints in models/, by the name of their encoder
 SHIPPED = {"mobilenet": Path(__file__).parent / "models" / "videomatch_mobilenet.pth"}
@@ -85,8 +86,6 @@ class VideoMatch(Checkpointed):
             finds smaller objects, at a cost in proportion to its square.
         prompts: add a `PromptDecoder`, which turns boxes and points into masks; tracking doesn't
             use it.
-        object_tokens: add `ObjectTokens` to the memory readout.
-        edges: add a level of stride 2 to the decoder, for thin parts.
 
     Attributes:
         method: "matching": soft matching with the reference frames only. "paper": the same, but the
@@ -100,8 +99,7 @@ class VideoMatch(Checkpointed):
 
     def __init__(self, encoder: Encoder, upsample_factor: float = 1.0, top_k: int = 20,
                  temperature: float = 0.05, dilation: int = 100, refined: bool = False,
-                 zoom: float = 1.0, prompts: bool = False, object_tokens: bool = False,
-                 edges: bool = False):
+                 zoom: float = 1.0, prompts: bool = False):
         super().__init__()
         if not upsample_factor > 0:
             raise ValueError(f"upsample factor must be above 0, got {upsample_factor}")
@@ -121,27 +119,11 @@ class VideoMatch(Checkpointed):
         channels = tuple(spec.levels.values())
         if refined:
             self.reader = Reader(spec.channels, spec.finest, 2 ** spec.finer)
-            if object_tokens:
-                self.reader.tokens = ObjectTokens(spec.channels, READOUT)
             # NHWC, as in the encoder
-            self.decoder = Decoder(READOUT, channels, spec.finer,
-                                   spec.stem[1] if edges else 0).to(
-                                       memory_format=torch.channels_last)
-        self.object_tokens, self.edges = object_tokens, edges
+            self.decoder = Decoder(READOUT, channels, spec.finer).to(
+                memory_format=torch.channels_last)
         self.prompts = PromptDecoder(channels) if prompts else None
         self.precision = torch.float32
-
-    def extend(self) -> None:
-        """Add object tokens and the level of stride 2 to a network that lacks them.
-
-        They have no effect until they are trained, so training can start from an older checkpoint.
-        """
-        spec = self.encoder.spec
-        extended = VideoMatch(self.encoder, refined=True, object_tokens=True, edges=bool(spec.stem))
-        if not self.object_tokens:
-            self.object_tokens, self.reader.tokens = True, extended.reader.tokens.to(self.device)
-        if not self.edges and spec.stem:
-            self.edges, self.decoder.edges = True, extended.decoder.edges.to(self.device)
 
     def for_inference(self, precision_name: str | None = None) -> Self:
         """Fold BatchNorm into convolutions and choose the precision.
@@ -185,7 +167,7 @@ class VideoMatch(Checkpointed):
             image = F.interpolate(image, scale_factor=scale, mode="bilinear",
                                   align_corners=False, antialias=scale < 1)
         with self._in_precision():
-            features, levels = self.encoder.pyramid(image, self.edges)
+            features, levels = self.encoder.pyramid(image)
         if self.method != "memory":
             return Features(features)
         precision = torch.float32 if self.training else self.precision
@@ -216,30 +198,16 @@ class VideoMatch(Checkpointed):
         """Predict the logits of a frame from the state; `remember` then returns the next state.
 
         Returns:
-            (N+1, H/4, W/4) logits, (N+1, H/2, W/2) with `edges`, channel 0 the background with
-            logit 0; (N+1, h, w) scores of soft matching, cosines in [-1, 1].
-        """
-        return self.refine(state, features)[:2]
-
-    def refine(self, state: State, features: Features
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Like `step`, but also return the object tokens' logits, for a training loss.
-
-        Returns:
-            logits and scores as `step` returns them, and (N+1, h, w) logits of coarse masks, None
-            without object tokens. Differentiable.
+            (N+1, H/4, W/4) logits, channel 0 the background with logit 0; (N+1, h, w) scores of
+            soft matching, cosines in [-1, 1]. Differentiable.
         """
         readout, scores = self.reader.read(state, features)
-        previous, coarse = state.previous[1:], None
-        if self.object_tokens:
-            readout, coarse = self.reader.tokens(features.unit[0], state.tokens, readout,
-                                                 self.reader.shares(previous))
-            coarse = _with_background(coarse)
+        previous = state.previous[1:]
         with self._in_precision():
             logits = self.decoder(readout, torch.stack([with_union(previous), rivals(previous)], 1),
                                   features.levels)
         logits = foreground_first(logits.float(), previous.shape[0])
-        return _with_background(logits), scores, coarse
+        return F.pad(logits, (0, 0, 0, 0, 1, 0)), scores  # with the background's
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,
                  long: bool) -> State:
@@ -310,7 +278,7 @@ class VideoMatch(Checkpointed):
             raise RuntimeError("nothing to match with: add a reference frame first")
         if self.method == "memory":
             state.check_size(features)
-            return self.enlarged(self.step(state, features)[0], shape)
+            return self.enlarged(self.step(state, features)[0], shape, cubic=True)
         return self.enlarged(self.match(features, state) / self.temperature, shape)
 
     def match(self, features: Features, sets: Sets) -> torch.Tensor:
@@ -355,10 +323,17 @@ class VideoMatch(Checkpointed):
     inference = staticmethod(torch.no_grad)
 
     @staticmethod
-    def enlarged(logits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Turn (N+1, h, w) logits into probabilities of size `shape`, (N+1, H, W)."""
-        logits = F.interpolate(logits[None], size=tuple(shape), mode="bilinear",
-                               align_corners=False)
+    def enlarged(logits: torch.Tensor, shape: tuple[int, int], cubic: bool = False) -> torch.Tensor:
+        """Turn (N+1, h, w) logits into probabilities of size `shape`, (N+1, H, W).
+
+        Args:
+            cubic: bicubic interpolation instead of bilinear, for decoded masks: between two
+                locations bilinear interpolation flattens the peaks that thin parts consist of.
+        """
+        # `antialias` has no effect on an enlargement, but chooses a separable implementation, five
+        # times as fast, and the kernel that Pillow has too (see lite_runtime/model.py)
+        logits = F.interpolate(logits[None], size=tuple(shape), align_corners=False,
+                               mode="bicubic" if cubic else "bilinear", antialias=cubic)
         return logits.softmax(1)[0]
 
     def online_update(self, sets: Sets, features: Features, before: torch.Tensor,
@@ -394,10 +369,8 @@ class VideoMatch(Checkpointed):
 
     def configuration(self) -> dict:
         """Return the constructor's arguments, as a checkpoint stores them."""
-        # absent parts are left out, so that the digests of older checkpoints stay valid
-        parts = {name: True for name, present in (
-            ("prompts", self.prompts is not None), ("object_tokens", self.object_tokens),
-            ("edges", self.edges)) if present}
+        # left out if absent, so that the digests of older checkpoints stay valid
+        parts = {} if self.prompts is None else {"prompts": True}
         return {"encoder": self.encoder.name, "layer": self.encoder.spec.layer,
                 "upsample_factor": self.upsample_factor, "top_k": self.top_k,
                 "temperature": self.temperature, "dilation": self.dilation,
@@ -419,10 +392,19 @@ class VideoMatch(Checkpointed):
             raise ValueError(f"features of layer {layer}, expected {encoder.spec.layer}")
         return cls(encoder, **config)
 
+    @classmethod
+    def upgraded(cls, config: dict, weights: dict) -> tuple[dict, dict]:
+        """Leave out parts that earlier versions had although they changed no mask.
 
-def _with_background(logits: torch.Tensor) -> torch.Tensor:
-    """Prepend the background's logit, which is 0: (N, h, w) -> (N+1, h, w)."""
-    return F.pad(logits, (0, 0, 0, 0, 1, 0))
+        See docs/log/2026-11-29-faster-step.md.
+        """
+        parts = {"object_tokens": "reader.tokens.", "edges": "decoder.edges."}
+        present = [part for part in parts if config.get(part)]
+        if present:
+            log.info("ignored, since this version has no such parts: %s", ", ".join(present))
+        prefixes = tuple(parts.values())
+        return ({name: value for name, value in config.items() if name not in parts},
+                {name: x for name, x in weights.items() if not name.startswith(prefixes)})
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:

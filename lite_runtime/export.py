@@ -76,7 +76,7 @@ def export(model: VideoMatch, folder: Path, bits: int = 32) -> None:
         "network": {"stride": model.encoder.spec.stride, "zoom": model.zoom,
                     "mean": preprocess.IMAGENET_MEAN, "std": preprocess.IMAGENET_STD,
                     "dilation": model.dilation, "widths": model.reader.widths._asdict(),
-                    "edges": model.edges, "shown": model.prompts is not None},
+                    "shown": model.prompts is not None},
         "graphs": written}, indent=1))
     files.write(folder / CONTRACT, contract(folder, list(written)))
     most, mean = _differences(model, lite.load(folder))
@@ -127,9 +127,9 @@ def contract(folder: Path, names: list[str]) -> str:
 def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], list[str]]]:
     """Each graph's module, example inputs to trace it with, and names of its outputs."""
     (h, w), spec = TRACED_SHAPE, model.encoder.spec
-    encode = graphs.Encode(model.encoder, model.reader, model.edges)
+    encode = graphs.Encode(model.encoder, model.reader)
     image = torch.rand(2, 3, h * spec.stride, w * spec.stride)
-    names = [f"level{i}" for i in range(len(spec.levels) + model.edges)]
+    names = [f"level{i}" for i in range(len(spec.levels))]
     frame, view = (dict(zip((*graphs.FIELDS, *names), encode(x[None]))) for x in image)
     views = frame | {name: torch.cat([frame[name], view[name]]) for name in ("key", "shared")}
     masks = torch.rand(2, 3, h * model.side, w * model.side).softmax(1)
@@ -159,11 +159,10 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     if model.prompts is not None:
         clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),
                           (torch.arange(count) for count in (2, 3, 4, 5))))
-        finest = frame[names[int(model.edges)]].shape[2:]
-        prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *finest)}
+        prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *frame[names[0]].shape[2:])}
         inputs = {"image": image[:1], "unit": frame["unit"]} | prompts | clicks
         inputs |= {name: frame[name] for name in names}
-        segment = graphs.SegmentFromPrompts(model.prompts, spec.finer, model.edges)
+        segment = graphs.SegmentFromPrompts(model.prompts, spec.finer)
         parts["show"] = segment, inputs, ["logits"]
     return parts
 

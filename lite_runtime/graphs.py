@@ -26,11 +26,11 @@ AXES = {
     "memory_keys": ".sg.", "memory_valid": ".sg", "memory_values": ".sgo.",
     "memory_shared": "..hw", "memory_masks": ".nyx", "recent_keys": ".hw.", "recent_valid": ".",
     "recent_values": ".co.", "recent_shared": "..hw", "recent_masks": ".nyx",
-    "reference_squares": "..", "reference_labels": ".n", "reference_tokens": "n.",
-    "memory_squares": "..", "memory_labels": ".n", "memory_tokens": "n.", "linear": ".n",
-    "tokens": "n.", "frames": "", "memories": "", "unit": ".c.", "key": "vc.", "near": ".hw.",
-    "shared": "v.hw", "masks": "vnyx", "labels": "vhw", "probabilities": "nYX", "image": "..YX",
-    "known": "..kl", "points": "p", "not_points": "q", "fine_points": "P", "fine_not_points": "Q"}
+    "reference_squares": "..", "reference_labels": ".n", "memory_squares": "..",
+    "memory_labels": ".n", "linear": ".n", "frames": "", "memories": "", "unit": ".c.",
+    "key": "vc.", "near": ".hw.", "shared": "v.hw", "masks": "vnyx", "labels": "vhw",
+    "probabilities": "nYX", "image": "..YX", "known": "..kl", "points": "p", "not_points": "q",
+    "fine_points": "P", "fine_not_points": "Q"}
 
 
 class Graph(nn.Module):
@@ -77,22 +77,22 @@ class Revalue(nn.Module):
 class Encode(nn.Module):
     """Encode a frame whose sides are multiples of the stride."""
 
-    def __init__(self, encoder: nn.Module, reader: nn.Module, edges: bool):
+    def __init__(self, encoder: nn.Module, reader: nn.Module):
         super().__init__()
-        self.encoder, self.reader, self.edges = encoder, reader, edges
+        self.encoder, self.reader = encoder, reader
 
     def forward(self, image):
         """(1, 3, H, W) normalised -> the `FIELDS` of its `Features`, then their levels."""
-        features = self.reader.describe(*self.encoder.pyramid(image, self.edges))
+        features = self.reader.describe(*self.encoder.pyramid(image))
         return *(getattr(features, name) for name in FIELDS), *features.levels
 
 
 class SegmentFromPrompts(nn.Module):
     """Segment a prompted object in a frame."""
 
-    def __init__(self, prompts: PromptDecoder, finer: int, edges: bool):
+    def __init__(self, prompts: PromptDecoder, finer: int):
         super().__init__()
-        self.prompts, self.finer, self.edges = prompts, finer, edges
+        self.prompts, self.finer = prompts, finer
 
     def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
                 *levels):
@@ -103,7 +103,6 @@ class SegmentFromPrompts(nn.Module):
             unit, levels: the image's outputs of `Encode`.
             known, points, ...: see `PromptDecoder.decode`; not_points are negative points.
         """
-        levels = levels[int(self.edges):]  # prompts don't use the level of stride 2
         coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])
         features = PromptFeatures(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
         return self.prompts.decode(features, known,

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from media.prompts import Prompts
 from network.prompt_maps import clicked_locations, prompt_maps
@@ -32,8 +33,6 @@ class LiteVideoMatch:
             previous mask.
         mean, std: of the RGB channels, in [0, 1], to normalise images.
         shown: whether the export has a prompt decoder.
-        edges: whether the decoder has a level of stride 2, which is then the first of
-            `Features.levels`.
         widths: see `Widths`.
     """
 
@@ -42,10 +41,10 @@ class LiteVideoMatch:
     inference = nullcontext
 
     def __init__(self, run: Run, stride: int, zoom: float, dilation: int, mean: list[float],
-                 std: list[float], shown: bool, edges: bool, widths: dict[str, int]):
+                 std: list[float], shown: bool, widths: dict[str, int]):
         self.run, self.stride, self.zoom, self.dilation = run, stride, zoom, dilation
         self.mean, self.std = np.float32(mean), np.float32(std)
-        self.shown, self.edges, self.widths = shown, edges, Widths(**widths)
+        self.shown, self.widths = shown, Widths(**widths)
         self.side = self.widths.side
 
     def normalized(self, image: np.ndarray) -> np.ndarray:
@@ -63,7 +62,7 @@ class LiteVideoMatch:
                              "takes boxes and clicks")
         size, image = image.shape[:2], np.ascontiguousarray(self.normalized(image)[None])
         features = self._encoded(image)
-        shapes = features.near.shape[1:3], features.levels[int(self.edges)].shape[2:]
+        shapes = features.near.shape[1:3], features.levels[0].shape[2:]
         # at the coarse level, then at the finest one, as in `PromptDecoder.decode`
         names = "points", "not_points", "fine_points", "fine_not_points"
         clicks = [clicked_locations(points, size, shape) for shape in shapes
@@ -112,7 +111,8 @@ class LiteVideoMatch:
         """
         state.check_size(features)
         logits = self.run("step", **state._asdict(), **_named(features))["logits"]
-        logits = np.stack([cv2.resize(channel, shape[::-1], interpolation=cv2.INTER_LINEAR)
+        # by Pillow, whose bicubic kernel is that of PyTorch; OpenCV's overshoots more
+        logits = np.stack([Image.fromarray(channel).resize(shape[::-1], Image.Resampling.BICUBIC)
                            for channel in logits])
         odds = np.exp(logits - logits.max(0))
         return odds / odds.sum(0)

@@ -31,6 +31,11 @@ class Checkpointed(nn.Module):
         """Build a network from its `configuration`; raises a ValueError if that is invalid."""
         raise NotImplementedError
 
+    @classmethod
+    def upgraded(cls, config: dict, weights: dict) -> tuple[dict, dict]:
+        """Return the configuration and weights of a checkpoint as this version has them."""
+        return config, weights
+
     def save(self, path: str | Path, **facts) -> None:
         """Write weights, configuration and metadata to a checkpoint."""
         save(path, {"config": self.configuration(), "facts": facts, "model": self.state_dict()})
@@ -57,9 +62,10 @@ class Checkpointed(nn.Module):
                                     "--model_save")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            model = cls.configured(checkpoint["config"])
+            config, weights = cls.upgraded(checkpoint["config"], checkpoint["model"])
+            model = cls.configured(config)
             try:
-                model.load_state_dict(checkpoint["model"])
+                model.load_state_dict(weights)
             except RuntimeError as error:  # its message lists every parameter, hundreds of lines
                 raise ValueError("of another version, whose weights differ: train again, or "
                                  "use the one in models/") from error

@@ -8,9 +8,6 @@ from torch import nn
 # must be narrow
 WIDTHS = (16, 32, 96, 128)
 CONTEXT = 64  # channels of an extra level at half the coarsest features' resolution, for context
-# Channels at stride 2, where one costs most; the largest convolution there is computed once for all
-# objects
-EDGES = 8
 GROUPS = 8  # of GroupNorm, as batches are too small for BatchNorm
 PREVIOUS = 2  # channels of the previous prediction: the object, and the most likely other object
 
@@ -68,11 +65,9 @@ class Decoder(nn.Module):
         readout: channels of an object's memory readout.
         channels: channels of the features, finest level first; at most as many as `WIDTHS`.
         finer: number of levels finer than the memory readout.
-        stem: channels of one more level at twice the resolution, which sharpens edges and thin
-            parts; 0 if there is none.
     """
 
-    def __init__(self, readout: int, channels: tuple[int, ...], finer: int, stem: int = 0):
+    def __init__(self, readout: int, channels: tuple[int, ...], finer: int):
         super().__init__()
         self.finer = finer
         widths = (*WIDTHS[:len(channels)], CONTEXT)
@@ -83,7 +78,6 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(s, o + b, w)
                                     for s, o, b, w in zip(shared, own, below, widths))
         self.score = nn.Conv2d(widths[0], 1, 3, padding=1)
-        self.edges = Edges(stem, widths[0]) if stem else None
 
     def forward(self, readout: torch.Tensor, previous: torch.Tensor,
                 levels: list[torch.Tensor]) -> torch.Tensor:
@@ -92,15 +86,15 @@ class Decoder(nn.Module):
         Args:
             readout: (N, E, h, w) memory readout.
             previous: (N, PREVIOUS, H, W) previous prediction, at the finest level of `channels`.
-            levels: (1, C, ., .) features, finest first; the stem, if any, before all others.
+            levels: (1, C, ., .) features, finest first.
 
         Returns:
-            (N, H, W), or (N, 2H, 2W) with a stem.
+            (N, H, W), at the finest level of `channels`.
         """
         if torch.onnx.is_in_onnx_export():  # a trace of the loop would fix N
             shared = self.shared(list(levels))
             coarse = self.coarse(readout, previous, shared)
-            return self.sharpened(*self.finest(coarse, readout, previous, shared), shared)
+            return self.finest(coarse, readout, previous, shared)
         readout, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
             for x in (readout, previous, *levels))
@@ -108,17 +102,15 @@ class Decoder(nn.Module):
         # the finest level one object at a time: five at once exceed the caches and take longer.
         # `split` keeps NHWC
         coarse = self.coarse(readout, previous, shared)
-        parts = [self.finest(*own, shared) for own in zip(
-            coarse.split(1), readout.split(1), previous.split(1))]
-        return self.sharpened(parts[-1][0], torch.cat([logits for _, logits in parts]), shared)
+        return torch.cat([self.finest(*own, shared) for own in zip(
+            coarse.split(1), readout.split(1), previous.split(1))])
 
     def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Compute what is common to all objects, an input of `coarse` and `finest`."""
-        fine = [] if self.edges is None else [self.edges.stem(levels[0])]
-        levels = [*levels[len(fine):], halved(levels[-1])]
+        levels = [*levels, halved(levels[-1])]
         for i, layer in enumerate(self.detail):
             levels[i] = torch.cat([levels[i], F.relu(layer(levels[i]))], 1)
-        return fine + [block.project_shared(level) for block, level in zip(self.blocks, levels)]
+        return [block.project_shared(level) for block, level in zip(self.blocks, levels)]
 
     def coarse(self, readout: torch.Tensor, previous: torch.Tensor,
                shared: list[torch.Tensor]) -> torch.Tensor:
@@ -129,75 +121,19 @@ class Decoder(nn.Module):
         return x
 
     def finest(self, coarse: torch.Tensor, readout: torch.Tensor, previous: torch.Tensor,
-               shared: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode N objects at the finest level of `channels`.
+               shared: list[torch.Tensor]) -> torch.Tensor:
+        """Decode N objects at the finest level of `channels`: (N, H, W) logits.
 
         Args:
             coarse: as `coarse` returns it; other arguments as there.
-
-        Returns:
-            (N, C, H, W) features and (N, 1, H, W) logits.
         """
-        x = F.relu(self._decoded(0, coarse, readout, previous, shared))
-        return x, self.score(x)
+        return self.score(F.relu(self._decoded(0, coarse, readout, previous, shared)))[:, 0]
 
     def _decoded(self, level: int, below: torch.Tensor | None, readout: torch.Tensor,
                  previous: torch.Tensor, shared: list[torch.Tensor]) -> torch.Tensor:
         """Run the block of a level, with the features of the level below it, if there is one."""
         own = previous if level < self.finer else readout
-        projected = shared[level - len(self.blocks)]  # from the end: the stem may come first
-        return self.blocks[level](projected, *((own,) if below is None else (own, below)))
-
-    def sharpened(self, x: torch.Tensor, logits: torch.Tensor,
-                  shared: list[torch.Tensor]) -> torch.Tensor:
-        """Return the final logits, corrected at stride 2 where there is such a level.
-
-        Only those of the last entry are corrected: the union of all objects, or a single object. It
-        decides between foreground and background; the others only compete inside of it.
-
-        Args:
-            x: features of `finest`, of the last entry or of all.
-            logits: (N, 1, H, W).
-            shared: as `shared` returns it.
-
-        Returns:
-            (N, H, W), or (N, 2H, 2W) with a level of stride 2.
-        """
-        if self.edges is None:
-            return logits[:, 0]
-        correction = self.edges(x[-1:], logits[-1:], shared[0])
-        logits = resized(logits, shared[0])
-        return torch.cat([logits[:-1], logits[-1:] + correction])[:, 0]
-
-
-class Edges(nn.Module):
-    """Correct logits at twice their resolution by features of that resolution.
-
-    Args:
-        stem: channels of these features.
-        width: channels of the decoder's finest level.
-    """
-
-    def __init__(self, stem: int, width: int):
-        super().__init__()
-        self.stem = nn.Conv2d(stem, EDGES, 3, padding=1)
-        self.own = nn.Conv2d(width + 1, EDGES, 1)
-        self.score = nn.Conv2d(EDGES, 1, 3, padding=1)
-        nn.init.zeros_(self.score.weight)  # no effect until trained
-        nn.init.zeros_(self.score.bias)
-
-    def forward(self, x: torch.Tensor, logits: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-        """Return what to add to the upsampled logits, (N, 1, 2H, 2W).
-
-        Args:
-            x: (N, C, H, W) features of each object.
-            logits: (N, 1, H, W).
-            fine: (1, EDGES, 2H, 2W), the output of `stem`.
-        """
-        # clamped to +-6 and scaled to +-2: only logits near 0 are at an edge, and large ones would
-        # dominate the features
-        own = resized(self.own(torch.cat([x, logits.clamp(-6, 6) / 3], 1)), fine)
-        return self.score(F.relu(own + fine))
+        return self.blocks[level](shared[level], *((own,) if below is None else (own, below)))
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:

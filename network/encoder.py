@@ -78,7 +78,6 @@ class Backbone:
     factor: float = 1.0
     top_k: int = 20
     zoom: float = 1.0
-    stem: tuple[int, int] | None = None  # index and channels of a layer of stride 2
 
     @property
     def finest(self) -> int:
@@ -104,7 +103,7 @@ BACKBONES = {
     "mobilenet": Backbone(_mobilenet_v2, "features.13 and features.16",
                           {3: 24, 6: 32, 13: 96, 16: 160}, (13, 16), 16, 4, "features.",
                           models.MobileNet_V2_Weights.IMAGENET1K_V1,
-                          factor=2.0, top_k=5, zoom=1.2, stem=(1, 16)),
+                          factor=2.0, top_k=5, zoom=1.2),
 }
 
 
@@ -183,15 +182,13 @@ class Encoder(nn.Module):
         """The matched features: (B, 3, H, W) float32 -> (B, C, h, w), h about H / stride."""
         return self._joined(self._run(image, self.spec.matched))
 
-    def pyramid(self, image: torch.Tensor,
-                stem: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def pyramid(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The matched features, as by `forward`, and those of all `levels`, finest first.
 
         Args:
             image: (B, 3, H, W) ImageNet-normalised float32.
-            stem: return the level of stride 2, too, before all others.
         """
-        levels = self._run(image, [*([self.spec.stem[0]] if stem else []), *self.spec.levels])
+        levels = self._run(image, self.spec.levels)
         return self._joined(levels), list(levels.values())
 
     def _joined(self, levels: dict[int, torch.Tensor]) -> torch.Tensor:

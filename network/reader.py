@@ -14,7 +14,7 @@ from torch import nn
 
 from network.decoder import antialiased
 from network.search import LOWEST, largest, nearest, windows
-from network.state import MASKS, TOKENS, Features, State, Widths, extra
+from network.state import PER_LABEL, Features, State, Widths, extra
 
 # KEY, NEAR, VALUE and WIDTH fix shapes of weights: another value needs a newly trained checkpoint.
 # Channels of global keys (compared with all memory frames) and of local keys (short-term memory
@@ -76,13 +76,11 @@ class Reader(nn.Module):
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
             nn.GroupNorm(GROUPS, WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1))
         self.value = nn.Conv2d(WIDTH, VALUE, 1)
-        self.tokens: nn.Module | None = None  # `ObjectTokens`, in checkpoints that have them
 
     @property
     def widths(self) -> Widths:
         """Numbers of channels, which determine the shapes of the state."""
-        tokens = 0 if self.tokens is None else self.tokens.memory_size
-        return Widths(self.key.in_features, KEY, NEAR, VALUE, WIDTH, self.side, tokens)
+        return Widths(self.key.in_features, KEY, NEAR, VALUE, WIDTH, self.side)
 
     def comparing(self) -> list[nn.Parameter]:
         """Return the parameters that determine similarities; training gives them their own rate."""
@@ -263,24 +261,21 @@ class Reader(nn.Module):
 
         Returns:
             squares: (C, C) features times features, weighted so that objects count equally,
-            labels: (C, N+1) features times area shares, with the same weights,
-            tokens: (N+1, ...) object memory, with object tokens only.
+            labels: (C, N+1) features times area shares, with the same weights.
         """
-        shares = self.shares(masks)
-        labels = shares.T  # (h*w, N+1)
+        labels = self.shares(masks).T  # (h*w, N+1)
         weights = (labels / (labels.mean(0) + LEAST)).sum(1)
         weighted = unit * (weights / weights.sum())[:, None]
-        sums = {"squares": unit.T @ weighted, "labels": weighted.T @ labels}
-        return sums if self.tokens is None else sums | {"tokens": self.tokens.sums(unit, shares)}
+        return {"squares": unit.T @ weighted, "labels": weighted.T @ labels}
 
     def shares(self, masks: torch.Tensor) -> torch.Tensor:
         """Average (n, h*side, w*side) masks over each location, to (n, h*w) area shares."""
         return F.avg_pool2d(masks[None], self.side)[0].flatten(1)
 
     def _fit(self, state: State) -> State:
-        """Fit the ridge regression labels to the sums, and average the object memory.
+        """Fit the ridge regression to the sums.
 
-        The regression predicts a location's label from its features and is solved in closed form.
+        It predicts a location's label from its features and is solved in closed form.
         """
         references = state.reference_keys.shape[0]
         # the reference frames alone, until there is a long-term memory frame
@@ -290,9 +285,8 @@ class Reader(nn.Module):
             later = getattr(state, f"memory_{name}")
             return later + (getattr(state, f"reference_{name}") / references - later) * weight
 
-        linear = solved(mean("squares"), mean("labels"), self.log_ridge.exp())
-        tokens = {} if self.tokens is None else {"tokens": mean("tokens")}
-        return state._replace(linear=linear, **tokens)
+        return state._replace(
+            linear=solved(mean("squares"), mean("labels"), self.log_ridge.exp()))
 
     # reading
 
@@ -431,16 +425,12 @@ def filled(chosen: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def widened(state: State, new: int) -> State:
     """Add `new` objects that no memory frame contains; recompute values with `Reader.revalued`."""
-    def longer(x, axis, count):
-        size = list(x.shape)
-        size[axis] = count
-        return torch.cat([x, x.new_zeros(size)], axis)
+    def longer(x, count):
+        return torch.cat([x, x.new_zeros(x.shape[0], count, *x.shape[2:])], 1)
 
-    fields = {name: longer(getattr(state, name), 1, new)
-              for name in (*MASKS, "reference_labels", "memory_labels", "linear")}
-    fields |= {name: longer(getattr(state, name), 0, new) for name in TOKENS}
+    fields = {name: longer(getattr(state, name), new) for name in PER_LABEL}
     rows = new * extra(state.memory_valid.shape[1])
-    fields |= {name: longer(getattr(state, name), 1, rows)
+    fields |= {name: longer(getattr(state, name), rows)
                for name in ("reference_keys", "reference_valid", "reference_rows")}
     return state._replace(**fields)
 

@@ -83,16 +83,12 @@ class State(NamedTuple):
     recent_shared: Array  # (2, ., h, w)
     recent_masks: Array  # (2, N+1, h*side, w*side) probabilities
     # Sums over frames: the normal equations of the ridge regression, features times features and
-    # features times labels; and the object memory, features summed over masks (zero width without
-    # object tokens).
+    # features times labels.
     reference_squares: Array  # (C, C), sum over the reference frames
     reference_labels: Array  # (C, N+1)
-    reference_tokens: Array  # (N+1, TOKENS * (WIDTH + 1)), see `ObjectTokens.sums`
     memory_squares: Array  # (C, C), moving average over long-term memory frames
     memory_labels: Array  # (C, N+1)
-    memory_tokens: Array  # (N+1, ...)
     linear: Array  # (C, N+1) weights of the ridge regression
-    tokens: Array  # (N+1, ...) object memory: weighted mean of the two sums above
     frames: Array  # () int64, number of frames processed
     memories: Array  # () int64, number of frames added to the long-term memory
 
@@ -123,9 +119,9 @@ class State(NamedTuple):
 
 
 KEYS = "reference_keys", "memory_keys", "recent_keys"  # stored in the network's precision
-# fields with one entry per background and object: channel axis 1 of masks, axis 0 of token sums
-MASKS = "reference_masks", "memory_masks", "recent_masks"
-TOKENS = "reference_tokens", "memory_tokens", "tokens"
+# fields with one entry per background and object, on axis 1
+PER_LABEL = ("reference_masks", "memory_masks", "recent_masks", "reference_labels", "memory_labels",
+             "linear")
 INTEGERS = "reference_rows", "frames", "memories"
 
 
@@ -138,7 +134,6 @@ class Widths(NamedTuple):
     value: int
     shared: int
     side: int  # mask pixels along each side of a location
-    tokens: int  # numbers per object in the object memory, 0 without object tokens
 
 
 def blank(grid: tuple[int, int], objects: int, widths: Widths,
@@ -157,7 +152,7 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
     groups = max(MEMBERS, -(-h * w // members))
     rows = members + (objects + 1) * extra(members), groups
     slots = MEM_FRAMES, members, groups
-    features, labels, tokens = widths.features, objects + 1, (objects + 1, widths.tokens)
+    features, labels = widths.features, objects + 1
     shared, masks = (widths.shared, h, w), (labels, h * widths.side, w * widths.side)
     shapes = {
         "reference_keys": (0, *rows, widths.key), "reference_valid": (0, *rows),
@@ -170,7 +165,6 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
         "recent_values": (SHORT_TERM, h * w, channels, value),
         "recent_shared": (SHORT_TERM, *shared), "recent_masks": (SHORT_TERM, *masks),
         "reference_squares": (features, features), "reference_labels": (features, labels),
-        "reference_tokens": tokens, "memory_tokens": tokens, "tokens": tokens,
         "memory_squares": (features, features), "memory_labels": (features, labels),
         "linear": (features, labels), "frames": (), "memories": ()}
     return State(**{name: zeros(name, shape) for name, shape in shapes.items()})
@@ -207,8 +201,6 @@ def without(state: State, channel: int) -> State:
     fields = {f"reference_{name}": getattr(state, f"reference_{name}")[:, rows]
              for name in ("keys", "valid", "rows")}
     # ridge regression is linear in its targets, so dropping a column equals fitting without it
-    for name in (*MASKS, "reference_labels", "memory_labels", "linear"):
+    for name in PER_LABEL:
         fields[name] = getattr(state, name)[:, remaining]
-    for name in TOKENS:
-        fields[name] = getattr(state, name)[remaining]
     return state._replace(**fields)

@@ -53,6 +53,20 @@ def test_balanced_cross_entropy_matches_values_by_hand():
     assert losses.balanced(P, target).item() == pytest.approx(by_hand)
 
 
+def test_grouping_matches_values_by_hand():
+    truth = torch.tensor([[0, 1, 1, 2]])
+    probabilities = torch.tensor([[0.7, 0.2, 0.1, 0.2], [0.2, 0.6, 0.7, 0.2],
+                                  [0.1, 0.2, 0.2, 0.6]])[:, None]
+    foreground = torch.stack([probabilities[0], 1 - probabilities[0]])
+    # per object, the mean cross-entropy of its identity given the foreground, over its pixels
+    mean = -(np.log(0.6 / 0.8) + np.log(0.7 / 0.9)) / 2, -np.log(0.6 / 0.8)
+    expected = losses.dice(foreground, (truth > 0).long()) + sum(mean) / 2
+    assert losses.grouping(probabilities, truth).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert losses.grouping(foreground, (truth > 0).long()) == 0
+    assert losses.grouping(probabilities, 0 * truth).isfinite()
+    assert losses.cross_entropy(probabilities, truth) > 0
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_losses_stay_finite_at_certainty(name):
     one = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -107,7 +121,6 @@ def test_steps_on_clips_lower_the_loss(sequences):
 def test_the_memory_method_trains_and_saves_all_unfrozen_weights(sequences, options):
     torch.manual_seed(0)
     model = VideoMatch(VideoMatch.load(SHIPPED["mobilenet"]).encoder, 2, 5, refined=True)
-    model.extend()
     before = {name: p.clone() for name, p in model.named_parameters()}
     options.iterations, options.report = 2, -1
     best = train.train(model, *sequences, options)
@@ -172,6 +185,17 @@ def test_a_state_of_another_run_is_not_resumed(fact, value, model, sequences, op
     torch.save(state, options.save.with_suffix(".state"))
     options.resume = True
     with pytest.raises(ValueError, match=f"another {fact}"):
+        train.train(model, *sequences, options)
+
+
+def test_a_state_of_another_network_is_not_resumed(model, sequences, options):
+    options.iterations, options.report = 1, 1
+    train.train(model, *sequences, options)
+    state = torch.load(options.save.with_suffix(".state"), weights_only=True)
+    state["model"].popitem()
+    torch.save(state, options.save.with_suffix(".state"))
+    options.resume = True
+    with pytest.raises(ValueError, match="vm.state is of another version"):
         train.train(model, *sequences, options)
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,34 @@ def test_probability_is_the_softmax_of_scores_over_the_temperature(model, monkey
     foreground = predict(model, reference(model, *frame(0)), frame(1)[0])[1]
     expected = 1 / (1 + np.exp(-(0.7 - 0.5) / 0.05))  # 0.982: not shut in below 0.88
     torch.testing.assert_close(foreground, torch.full(SHAPE, expected, dtype=torch.float32))
+
+
+def catmull_rom(before: int, after: int) -> np.ndarray:
+    """(after, before) float64 matrix: cubic convolution with a = -1/2 (Keys, 1981, equation 15).
+
+    Outside of the samples the kernel is cut off, and what is left is normalised.
+    """
+    distance = abs((np.arange(after)[:, None] + 0.5) * before / after - 0.5 - np.arange(before))
+    near = 1.5 * distance ** 3 - 2.5 * distance ** 2 + 1
+    far = -0.5 * distance ** 3 + 2.5 * distance ** 2 - 4 * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("shape", [(20, 34), (23, 31)])
+def test_decoded_logits_are_enlarged_by_cubic_convolution(shape):
+    logits = np.random.default_rng(0).normal(size=(3, 6, 9))
+    rows, columns = (catmull_rom(*sides) for sides in zip(logits.shape[1:], shape))
+    odds = np.exp(rows @ logits @ columns.T)
+    found = VideoMatch.enlarged(torch.from_numpy(logits), shape, cubic=True)
+    np.testing.assert_allclose(found, odds / odds.sum(0), atol=1e-12)
+
+
+def test_a_diagonal_line_as_thin_as_a_location_stays_connected():
+    logits = torch.stack([torch.zeros(9, 9), 2.7 * torch.eye(9) - 1.5])
+    parts = [cv2.connectedComponents((VideoMatch.enlarged(logits, (36, 36), cubic)[1] > 0.5)
+                                     .numpy().astype(np.uint8))[0] - 1 for cubic in (False, True)]
+    assert parts == [9, 1]
 
 
 @pytest.mark.parametrize("refined", [False, True])
@@ -131,6 +160,20 @@ def test_a_checkpoint_of_an_earlier_memory_is_refused(model, tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"old\.pth.*earlier version.*train again"):
         VideoMatch.load(path)
+
+
+def test_parts_of_an_earlier_version_that_changed_no_mask_are_ignored(tmp_path, caplog):
+    model = VideoMatch(Encoder("mobilenet"), 2.0, refined=True)
+    model.save(tmp_path / "old.pth")
+    checkpoint = torch.load(tmp_path / "old.pth", weights_only=True)
+    checkpoint["config"] |= {"object_tokens": True, "edges": True}
+    for name in ("reader.tokens.mask.weight", "decoder.edges.score.bias"):
+        checkpoint["model"][name] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "old.pth")
+    with caplog.at_level("INFO"):
+        loaded = VideoMatch.load(tmp_path / "old.pth")
+    assert "no such parts: object_tokens, edges" in caplog.text
+    assert loaded.digest() == model.digest()
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

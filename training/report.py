@@ -127,8 +127,12 @@ class Report:
                 raise ValueError(f"--resume: {self.state} belongs to a run with another {name} "
                                  f"({run.get(name)}, now {value}): use the same flags, or start "
                                  "a new run without --resume")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"--resume: {self.state} is of another version, whose network "
+                             "differs: start a new run without --resume") from error
         self.history, self.best = state["history"], state["best"]
         self.reports_since_best = state["stale"]
         self.start -= self.history[-1]["seconds"]

@@ -85,7 +85,7 @@ class Network {
   // Probabilities of a frame at the size of `picture`, as {channels, height, width, data}.
   async predict(state, features, {height, width}) {
     const {data, dims: [channels, h, w]} = (await this.run('step', {...state, ...features})).logits;
-    const out = resize({channels, height: h, width: w, data}, [height, width]), size = height * width;
+    const out = resize({channels, height: h, width: w, data}, [height, width], 'cubic'), size = height * width;
     for (let i = 0; i < size; i++) {
       let most = -Infinity, sum = 0;
       for (let j = i; j < out.data.length; j += size) most = Math.max(most, out.data[j]);

@@ -9,22 +9,25 @@ const THRESHOLD = 0.5;  // of the foreground, as main.py's default
 
 // Each output pixel along one side is a weighted sum of `count` inputs, from `first[i]` on.
 // "linear" is OpenCV's INTER_LINEAR and "area" its INTER_AREA; "antialiased" is linear, and averages
-// over as many inputs as an output pixel covers.
+// over as many inputs as an output pixel covers; "cubic" is Pillow's BICUBIC.
 function taps(before, after, kind) {
-  const step = before / after, reach = kind === 'antialiased' ? Math.max(1, step) : 1;
-  const half = kind === 'area' ? (step + 1) / 2 : reach, count = Math.min(before, Math.floor(2 * half) + 1);
+  const step = before / after, reach = ['antialiased', 'cubic'].includes(kind) ? Math.max(1, step) : 1;
+  const half = {area: (step + 1) / 2, cubic: 2 * reach}[kind] ?? reach, count = Math.min(before, Math.floor(2 * half) + 1);
   const first = new Int32Array(after), weights = new Float32Array(after * count);
   for (let i = 0; i < after; i++) {
     const centre = (i + 0.5) * step - 0.5, own = weights.subarray(i * count, (i + 1) * count);
     first[i] = Math.max(0, Math.min(before - count, Math.ceil(centre - half)));
     for (let k = 0, j = first[i]; k < count; k++, j++)
-      own[k] = Math.max(0, kind === 'area' ? Math.min(j + 1, (i + 1) * step) - Math.max(j, i * step)
-        : 1 - Math.abs(j - centre) / reach);
+      own[k] = kind === 'area' ? Math.max(0, Math.min(j + 1, (i + 1) * step) - Math.max(j, i * step))
+        : (kind === 'cubic' ? catmullRom : triangle)(Math.abs(j - centre) / reach);
     const sum = own.reduce((x, y) => x + y);
     for (let k = 0; k < count; k++) own[k] /= sum;
   }
   return {count, first, weights};
 }
+
+const triangle = x => Math.max(0, 1 - x);
+const catmullRom = x => x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((2.5 - 0.5 * x) * x - 4) * x + 2 : 0;
 
 // Resizes a picture to [rows, columns].
 export function resize(picture, [rows, columns], kind = 'linear') {

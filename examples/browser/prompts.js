@@ -36,7 +36,7 @@ async function predictCrop(network, picture, prompts, at) {
     mask: prompts.mask && crop({height: picture.height, width: picture.width, data: prompts.mask}, at)};
   const image = network.tensor(patch.data, [1, 3, rows, columns]);
   const features = await network.run('encode', {image});
-  const coarse = features.near.dims.slice(1, 3), fine = features[`level${Number(network.edges)}`].dims.slice(2);
+  const coarse = features.near.dims.slice(1, 3), fine = features.level0.dims.slice(2);
   const clicked = (points, [h, w]) => network.tensor(BigInt64Array.from(points, ([x, y]) => BigInt(
     clamp(Math.floor((y + 0.5) * h / rows), h) * w + clamp(Math.floor((x + 0.5) * w / columns), w))), [points.length]);
   const {logits} = await network.run('show', {...features, image,
