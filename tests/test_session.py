@@ -108,6 +108,7 @@ def test_objects_are_added_renamed_and_deleted(client):
     assert do(client, "add").json() == {"object": 3}, "numbers are never used twice"
     do(client, "undo")
     np.testing.assert_array_equal(shown(client, 0), mask)
+    assert [obj["id"] for obj in state(client)["objects"]] == [1, 2, 3], "what was added stays"
 
 
 def test_the_state_lists_only_changes(client):

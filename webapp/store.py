@@ -463,15 +463,19 @@ class Editor:
     def delete_object(self, object_id: int) -> None:
         """Delete an object; its mask stays in the files, so that undo brings it back."""
         with self.lock:
-            find_object(self.store.objects, object_id)
-            old_objects = list(self.store.objects)
+            deleted = find_object(self.store.objects, object_id)
+            place = self.store.objects.index(deleted)
+
+            def others() -> list[TrackedObject]:
+                return [obj for obj in self.store.objects if obj.id != object_id]
 
             def undo() -> int:
-                self._set_objects(old_objects)
+                # among the objects of now: adding one is no step that would have been undone
+                self._set_objects([*others()[:place], deleted, *others()[place:]])
                 return min(self.store.user_frames, default=0)
 
             self._push_undo(0, undo)
-            self._set_objects([obj for obj in old_objects if obj.id != object_id])
+            self._set_objects(others())
 
     def _set_objects(self, objects: list[TrackedObject]) -> None:
         self.store.objects = objects
