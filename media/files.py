@@ -94,8 +94,10 @@ def lock_folder(folder: Path, stem: str = "", instead: str = "another folder (--
     holder = path.with_name(f"{path.name}.holder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # with the folder's permissions: a group that shares it must be able to lock it
-        lock = FileLock(path, mode=folder.stat().st_mode & 0o666, thread_local=False)
+        # with the folder's permissions: a group that shares it must be able to lock it; root may
+        # lock a read-only one
+        mode = folder.stat().st_mode & 0o666 | 0o600
+        lock = FileLock(path, mode=mode, thread_local=False)
         lock.acquire(timeout=0)
     except Timeout:
         try:

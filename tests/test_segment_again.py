@@ -261,6 +261,19 @@ def test_a_folder_is_locked_by_one_run_at_a_time(tmp_path):
     assert not list(tmp_path.glob("*.holder"))
 
 
+def test_a_read_only_folder_is_locked_by_root_and_named_to_others(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir(mode=0o555)
+    if os.geteuid():
+        with pytest.raises(OSError, match=f"Permission denied.*{folder}"), \
+                files.lock_folder(folder):
+            pass
+    else:
+        with held(folder), pytest.raises(ValueError, match="another run"), \
+                files.lock_folder(folder):
+            pass
+
+
 def test_a_lock_on_a_name_covers_only_its_files(tmp_path):
     names = (".vm.part-1.pth", ".other.part-1.pth", ".part.pth")
     with held(tmp_path, "other"):
