@@ -5,6 +5,7 @@ the code here makes the selection cheaper.
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ MAX_MEMBERS = 32
 # Indices that fit into the last bits of a similarity: those of a bfloat16 product, stored as
 # float32, are 16 zeros, so it stays exact. More keys than that carry their member's index instead.
 INDICES = 1 << 16
+# Parts in which rows of similarities are reduced to maxima before their partial sort, and the least
+# number of columns per result for which that pays (2,304 rows of 640, k = 8, AMD Zen 4: 6.3 ms
+# without, 3.0, 1.7 and 1.4 with 2, 4 and 8 parts; of 112, k = 16: 0.5 ms without, 1.6 with 4)
+SORTED_PARTS, LONG = 4, 32
 # Channels added to keys to mark empty rows. One would do, but matrix units of CPUs take channels in
 # pairs, those of GPUs in eights.
 PADDING = 8
@@ -83,6 +88,10 @@ def _by_groups(query, keys, valid, k):
     by_index = _by_index(query, len(flat))
     numbers = (torch.arange(len(flat), dtype=torch.int32, device=query.device) if by_index else
                torch.arange(valid.shape[2], dtype=torch.int32, device=query.device)[:, None])
+    def column_of(row):
+        _, sets, members, groups = valid.shape
+        return _divided(row, sets * members * groups) * groups + row % groups
+
     # Reused for all parts: each new buffer of this size would cost a page fault per page.
     float32_buffer = torch.empty(ROWS, len(flat), device=query.device)
     product_buffer = torch.empty_like(float32_buffer, dtype=query.dtype)
@@ -96,7 +105,7 @@ def _by_groups(query, keys, valid, k):
         (bits if by_index else bits.unflatten(1, valid.shape)).bitwise_or_(numbers)
         best = similarity.unflatten(1, valid.shape).amax(3).transpose(1, 2).flatten(2)
         if by_index:
-            results.append(_separated(_partitioned(best, k)))
+            results.append(_largest_by_index(best, k, column_of))
         else:
             best, column = best.topk(k, dim=2, sorted=False)
             results.append((best, _row(column, best.view(torch.int32) & MAX_MEMBERS - 1, valid)))
@@ -110,6 +119,28 @@ def _by_index(values: torch.Tensor, count: int) -> bool:
     """
     return (values.dtype == torch.bfloat16 and values.device.type == "cpu" and count <= INDICES
             and not torch.is_grad_enabled())
+
+
+def _largest_by_index(values: torch.Tensor, k: int, column: Callable[[torch.Tensor], torch.Tensor]
+                      ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest values of each row and their indices, (..., k) each, unsorted.
+
+    The k largest of a long row are in the columns of the k largest maxima of `SORTED_PARTS` columns
+    each, so only those are sorted.
+
+    Args:
+        values: (..., m) float32, with an index in the last bits (see `_separated`) that differs
+            within a row.
+        column: maps such indices to the values' columns.
+    """
+    count = values.shape[-1]
+    if count % SORTED_PARTS == 0 and count >= LONG * k:
+        groups = count // SORTED_PARTS
+        maxima = _partitioned(values.unflatten(-1, (SORTED_PARTS, groups)).amax(-2), k)
+        group = column(_separated(maxima)[1]) % groups
+        first = groups * torch.arange(SORTED_PARTS)[:, None]
+        values = values.gather(-1, (group[..., None, :] + first).flatten(-2))
+    return _separated(_partitioned(values, k))
 
 
 def _partitioned(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -139,9 +170,8 @@ def largest(values: torch.Tensor, k: int, like: torch.Tensor) -> tuple[torch.Ten
     if not _by_index(like, values.shape[1]):
         return values.topk(k, dim=1, sorted=False)
     columns = torch.arange(values.shape[1], dtype=torch.int32)
-    with_columns = (values.view(torch.int32) | columns).view(torch.float32)
-    best, chosen = _separated(_partitioned(with_columns, k))
-    return best, chosen.clamp_(max=len(columns) - 1)
+    with_columns = (values.view(torch.int32) & -INDICES | columns).view(torch.float32)
+    return _largest_by_index(with_columns, k, lambda column: column)
 
 
 def _row(column, member, valid):

@@ -88,6 +88,31 @@ def test_sets_of_several_frames_are_searched_separately(grad, members, dtype):
                                    values[:, i][real].double(), atol=tolerance, rtol=0)
 
 
+def test_long_rows_of_several_frames_and_sets_are_sorted_by_their_maxima():
+    """Bfloat16 similarities, of which a partial sort of maxima preselects."""
+    frames, sets, members, groups, k = 4, 2, 3, 72, 8
+    assert frames * groups >= search.LONG * k
+    query = unit(2, 300, 32, dtype=torch.bfloat16)
+    keys = unit(3, frames, sets, members, groups, 32, dtype=torch.bfloat16)
+    # similar keys side by side, so that the best ones share columns of the maxima
+    keys[:, :, :, 1::4] = keys[:, :, :, ::4]
+    valid = torch.ones(keys.shape[:-1])
+    valid[1:, 1] = 0  # 72 groups of the second set, fewer than SORTED_PARTS * k columns
+    valid[0, 1, :, 5:] = 0
+    with torch.no_grad():
+        values, positions = nearest(query, keys, valid, k)
+        similarity = (query @ keys.flatten(0, 3).T).double()
+    grouped = similarity.masked_fill(valid.flatten() == 0, -1e4).unflatten(1, valid.shape)
+    for i in range(sets):
+        expected = grouped[:, :, i].amax(2).flatten(1).sort(1, descending=True).values[:, :k]
+        torch.testing.assert_close(values[:, i].double().sort(1, descending=True).values.clamp(-2),
+                                   expected.clamp(-2), atol=0, rtol=0)
+        real = values[:, i] > -2
+        assert real.sum() == 300 * (k, 5)[i]
+        torch.testing.assert_close(similarity.gather(1, positions[:, i])[real],
+                                   values[:, i][real].double(), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("n, frames, sets, members, groups", [
     (50, 1, 1, 20, 40), (7, 3, 2, 4, 17), (1, 2, 3, 1, 16)])
 def test_an_exported_search_gives_the_same_result(n, frames, sets, members, groups):
