@@ -393,18 +393,17 @@ class VideoMatch(Checkpointed):
         return cls(encoder, **config)
 
     @classmethod
-    def upgraded(cls, config: dict, weights: dict) -> tuple[dict, dict]:
+    def upgrade(cls, config: dict, weights: dict) -> None:
         """Leave out parts that earlier versions had although they changed no mask.
 
         See docs/log/2026-11-29-faster-step.md.
         """
         parts = {"object_tokens": "reader.tokens.", "edges": "decoder.edges."}
-        present = [part for part in parts if config.get(part)]
+        present = [part for part in parts if config.pop(part, False)]
         if present:
             log.info("ignored, since this version has no such parts: %s", ", ".join(present))
-        prefixes = tuple(parts.values())
-        return ({name: value for name, value in config.items() if name not in parts},
-                {name: x for name, x in weights.items() if not name.startswith(prefixes)})
+        for name in [name for name in weights if name.startswith(tuple(parts.values()))]:
+            del weights[name]
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:

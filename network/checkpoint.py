@@ -32,9 +32,8 @@ class Checkpointed(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def upgraded(cls, config: dict, weights: dict) -> tuple[dict, dict]:
-        """Return the configuration and weights of a checkpoint as this version has them."""
-        return config, weights
+    def upgrade(cls, config: dict, weights: dict) -> None:
+        """Change the contents of an earlier version's checkpoint to what this version has."""
 
     def save(self, path: str | Path, **facts) -> None:
         """Write weights, configuration and metadata to a checkpoint."""
@@ -62,10 +61,12 @@ class Checkpointed(nn.Module):
                                     "--model_save")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            config, weights = cls.upgraded(checkpoint["config"], checkpoint["model"])
-            model = cls.configured(config)
+            # in place: a copy of the weights would lack PyTorch's metadata, without which some of
+            # them may be missing
+            cls.upgrade(checkpoint["config"], checkpoint["model"])
+            model = cls.configured(checkpoint["config"])
             try:
-                model.load_state_dict(weights)
+                model.load_state_dict(checkpoint["model"])
             except RuntimeError as error:  # its message lists every parameter, hundreds of lines
                 raise ValueError("of another version, whose weights differ: train again, or "
                                  "use the one in models/") from error
