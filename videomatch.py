@@ -207,7 +207,7 @@ class VideoMatch(Checkpointed):
             logits = self.decoder(readout, torch.stack([with_union(previous), rivals(previous)], 1),
                                   features.levels)
         logits = foreground_first(logits.float(), previous.shape[0])
-        return F.pad(logits, (0, 0, 0, 0, 1, 0)), scores  # with the background's
+        return F.pad(logits, (0, 0, 0, 0, 1, 0)), scores  # prepend the background's logit, 0
 
     def remember(self, state: State, features: Features, probabilities: torch.Tensor,
                  long: bool) -> State:

@@ -89,7 +89,7 @@ def test_sets_of_several_frames_are_searched_separately(grad, members, dtype):
 
 
 def test_long_rows_of_several_frames_and_sets_are_sorted_by_their_maxima():
-    """Bfloat16 similarities, of which a partial sort of maxima preselects."""
+    """The top-k of bfloat16 similarities; only the columns of the largest maxima are sorted."""
     frames, sets, members, groups, k = 4, 2, 3, 72, 8
     assert frames * groups >= search.LONG * k
     query = unit(2, 300, 32, dtype=torch.bfloat16)

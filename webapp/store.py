@@ -464,14 +464,14 @@ class Editor:
         """Delete an object; its mask stays in the files, so that undo brings it back."""
         with self.lock:
             deleted = find_object(self.store.objects, object_id)
-            place = self.store.objects.index(deleted)
+            index = self.store.objects.index(deleted)
 
             def others() -> list[TrackedObject]:
                 return [obj for obj in self.store.objects if obj.id != object_id]
 
             def undo() -> int:
-                # among the objects of now: adding one is no step that would have been undone
-                self._set_objects([*others()[:place], deleted, *others()[place:]])
+                # keep objects added since: adding one cannot be undone
+                self._set_objects([*others()[:index], deleted, *others()[index:]])
                 return min(self.store.user_frames, default=0)
 
             self._push_undo(0, undo)
