@@ -178,9 +178,9 @@ class Page:
         self.draw((x, y), (x + width // 2, y + height // 2), (x + width - 1, y + height - 1))
 
     def track(self) -> None:
-        """Track to the end of the clip."""
+        """Track all frames that have no mask that is up to date."""
         self.click("#track")
-        self.wait("app.next === app.clip.count", "the end of the clip")
+        self.wait("app.next === app.clip.count && app.previous < 0", "the end of the clip")
         self.idle()
 
 

@@ -220,6 +220,60 @@ def test_a_prompt_is_for_the_frame_and_object_that_it_was_drawn_for(page, clip):
 
 
 @pytest.mark.slow
+def test_frames_before_the_first_prompt_are_tracked_backward(page, clip, exact):
+    paths = sorted(clip.glob("*.png"))[:6]
+    frames = [images.read_image(path) for path in paths]
+    page.open_frames(paths)
+    visit(page, 3)
+    page.wait("app.shown === 3")
+    page.draw_box(*cv2.boundingRect((truth(3) == 1).astype(np.uint8)))
+    page.track()
+    found = masks_of(page)
+    assert sorted(found) == list(range(6))
+    for order in ((3, 4, 5), (3, 2, 1, 0)):
+        expected = pytorch_masks(exact, [frames[i] for i in order], found[3])
+        for i, mask in zip(order, expected):
+            assert overlap(found[i] == 1, mask == 1) >= 0.99, i
+
+    visit(page, 4)
+    page.wait("app.shown === 4")
+    page.draw((140, 20), alt=True)
+    assert page.ask("[app.next, app.previous]") == [4, -1], "they depend on frame 3 only"
+    visit(page, 1)
+    page.wait("app.shown === 1")
+    page.draw((140, 20), alt=True)
+    assert page.ask("[app.next, app.previous]") == [1, 0]
+    page.track()
+    assert sorted(masks_of(page)) == list(range(6))
+
+
+@pytest.mark.slow
+def test_an_object_is_removed(page, clip):
+    """The masks of the others stay, and so does the clip's first user mask if it has others."""
+    page.open_frames(sorted(clip.glob("*.png"))[:4])
+    assert not page.find("#remove").is_enabled(), "one object has to stay"
+    page.draw_box(*cv2.boundingRect((truth(0) == 1).astype(np.uint8)))
+    page.click("#add")
+    page.draw((140, 20))
+    page.track()
+    before = masks_of(page)
+    assert set(np.unique(before[3])) == {0, 1, 2}
+    page.click("#remove")
+    page.driver.switch_to.alert.accept()
+    page.idle()
+    after = masks_of(page)
+    for i in range(4):
+        np.testing.assert_array_equal(after[i], np.where(before[i] == 2, 0, before[i]))
+    assert page.ask("[app.object, app.objects, app.next]") == [1, [1], 4]
+    assert page.ask("[...app.edits.keys()]") == ["0 1"]
+    visit(page, 2)
+    page.wait("app.shown === 2")
+    page.draw((140, 20), alt=True)
+    page.track()
+    assert set(np.unique(masks_of(page)[3])) == {0, 1}
+
+
+@pytest.mark.slow
 def test_stop_may_be_clicked_twice(page):
     page.open_demo()
     page.draw_box(*benchmark.BOX)

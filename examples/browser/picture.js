@@ -241,6 +241,9 @@ export function unpack({height, width, runs}) {
   return {height, width, data};
 }
 
+// A packed mask without an object.
+export const without = (id, {runs, ...mask}) => ({...mask, runs: runs.map((value, k) => k % 2 || value !== id ? value : 0)});
+
 // The colour of an object id in DAVIS masks: its bits, spread over red, green and blue.
 export function colour(id) {
   const rgb = [0, 0, 0];
