@@ -374,7 +374,8 @@ def main() -> int:
     parser.add_argument("results", type=Path, nargs="+", help="folder with SEQUENCE/FRAME.png")
     parser.add_argument("--dataset", "-d", metavar="PATH", type=Path, default=Path("./DAVIS"),
                         help="folder of the data set (default: ./DAVIS)")
-    parser.add_argument("--year", "-y", choices=YEARS, help="default: 2016")
+    parser.add_argument("--year", "-y", choices=YEARS, help="2016: one object per sequence; "
+                        "2017: several; all: both lists (default: 2016 where it exists, else 2017)")
     parser.add_argument("--set", "-t", metavar="NAME", default="val",
                         help=f"{', '.join(SETS)}, or another list or folder (default: val)")
     parser.add_argument("--sequences", "-q", metavar="NAME", nargs="+", help="only these sequences")

@@ -33,7 +33,7 @@ from tracking.tracker import Tracker
 
 PROGRAM = "lite.py"  # in manifest.json, to distinguish a run of this script from one of main.py
 DESCRIPTION = "videomatch.json"
-FORMAT = 5  # of an export; increased when graphs change such that another lite.py must run them
+FORMAT = 6  # of an export; increased when graphs change such that another lite.py must run them
 DEFAULT = Path("models/lite")
 
 
@@ -131,16 +131,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--box", type=int, nargs=4, metavar=("X", "Y", "W", "H"), action="append", default=[],
         help="instead of a mask, a box around the object; repeat for each object")
     add("--point", type=int, nargs="+", metavar="X Y", action="append", default=[],
-        help="instead of a mask, pixels on the object; repeat for each object")
-    add("--not_point", type=int, nargs="+", metavar="X Y", action="append", default=[],
-        help="pixels that are not on the object; repeat for each object")
+        help="instead of a mask, positive points, on the object; repeat for each object")
+    add("--negative_point", "--not_point", type=int, nargs="+", metavar="X Y", action="append",
+        default=[], help="negative points, which are not on the object; repeat for each object")
     add("--results_dir", "-j", type=Path, metavar="DIR", required=True,
         help="output folder for masks/ and overlay.mp4; replaces those of an earlier run")
     add("--model_load", "-o", type=Path, metavar="DIR", default=DEFAULT,
         help="folder of the export (default: models/lite)")
     add("--size", type=int, default=480, metavar="PIXELS",
-        help="short side of frames for the network, smaller ones are enlarged up to twice; 0 "
-             "keeps the original size (default: 480)")
+        help="short side at which the network sees frames (small frames are enlarged by at most a "
+             "factor of 2); 0: the frame's own size (default: 480)")
     add("--threads", type=int, default=0, metavar="N",
         help="threads of onnxruntime; 0 uses all cores (default)")
     args = parser.parse_args(argv)
@@ -174,9 +174,10 @@ def segment(args: argparse.Namespace) -> None:
         raise ValueError(f"--threads: expected at least 0, got {args.threads}")
     if (args.mask is None) == (not args.box and not args.point):
         raise ValueError("expected a mask of the first frame, or else --box or --point")
-    for values in (*args.point, *args.not_point):
+    for values in (*args.point, *args.negative_point):
         if len(values) % 2:
-            raise ValueError(f"--point, --not_point: expected pairs of numbers, X Y, got {values}")
+            raise ValueError("--point, --negative_point: expected pairs of numbers, X Y, got "
+                             f"{values}")
     mask_files = [args.mask] if args.mask else []
     clip = open_clip(args.clip, mask_files)
     check_no_overlap([args.results_dir / name for name in ("masks", "overlay.mp4")],
@@ -186,7 +187,7 @@ def segment(args: argparse.Namespace) -> None:
         first = read_masks({0: [args.mask]}, frame_names={0: clip.frame_name(0)})[0]
     else:
         first = predict_masks(model, next(clip.frames()), group_by_object(
-            args.box, args.point, args.not_point))
+            args.box, args.point, args.negative_point))
     with lock_folder(args.results_dir):
         replaces = made_here(args.results_dir)
         if not args.mask:

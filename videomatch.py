@@ -420,7 +420,8 @@ def main():
     parser.add_argument("tests", type=Path, nargs="+", metavar="TEST", help="test frames")
     parser.add_argument("--model_load", "-o", type=Path, default=SHIPPED["mobilenet"],
                         metavar="PATH", help="checkpoint (default: the one in models/)")
-    parser.add_argument("--save", metavar="DIR", type=Path, help="write figures, open no windows")
+    parser.add_argument("--save", metavar="DIR", type=Path,
+                        help="write the figures to DIR instead of opening windows")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # guesses are logged
     with errors.one_line(parser):

@@ -27,5 +27,5 @@ def build_page(args: argparse.Namespace, model: VideoMatch) -> None:
         sizes = browser.build(model, args.browser, 8 if args.eight_bit else 16)
     for name, size in sizes.items():
         print(f"{name}: {size / 1e6:.1f} MB")
-    print(f"{args.browser}: to open it, python -m http.server --bind 127.0.0.1 --directory "
-          f"{args.browser}")
+    print(f"to open it: python -m http.server --bind 127.0.0.1 --directory {args.browser}, then "
+          "http://127.0.0.1:8000")

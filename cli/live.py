@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
             count = show_page(args, LiveSession(model, clip, results, options,
                                                 prompting.make_prompter(model), sinks))
     print(f"{count} frames: masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
-          + f" in {results}; {clip.skipped} of {clip.count + clip.skipped} received were skipped"
+          + f" in {results}; {clip.skipped} of {clip.count + clip.skipped} received frames skipped"
           if count else "no object was tracked, so nothing was written")
 
 
@@ -67,7 +67,7 @@ def first_mask(args: argparse.Namespace, model: VideoMatch, clip: LiveClip,
     """The (H, W) uint8 mask of the first frame, from --mask, or from --box and --point."""
     if not args.mask:
         return prompting.predict_masks(model, image, prompting.group_by_object(
-            args.box, args.point, args.not_point))
+            args.box, args.point, args.negative_point))
     mask = clip.fit(next(iter(read_masks({0: [Path(name) for name in args.mask]}).values())))
     images.check_same_shape(clip.name, clip.shape, f"--mask {args.mask[0]}", mask.shape)
     return mask

@@ -150,7 +150,8 @@ def frame_range(text: str) -> tuple[int | None, int | None]:
     """What --frames takes: A:B, A: or :B."""
     match = re.fullmatch(r"(\d*):(\d*)", text)
     if not match or not (match[1] or match[2]):
-        raise argparse.ArgumentTypeError(f"expected A:B, frames from A to before B, got {text}")
+        raise argparse.ArgumentTypeError("expected A:B, frames from A up to, but not including, "
+                                         f"B, got {text}")
     start, stop = (int(number) if number else None for number in match.groups())
     if stop is not None and stop <= (start or 0):
         raise argparse.ArgumentTypeError(f"expected a later frame after the colon, got {text}")
@@ -205,8 +206,8 @@ def _data(add) -> None:
     add("--demo", action="store_true",
         help="a small data set that the toolkit draws itself: to try things without DAVIS")
     add("--year", "-y", choices=YEARS, default=None,
-        help="2016: one object per sequence; 2017: several; all: both lists, several "
-             "(default: 2016, for the demo 2017)")
+        help="2016: one object per sequence; 2017: several; all: both lists, several (default: "
+             "2016 where the data set has that list, else 2017; for the demo 2017)")
     add("--set", "-t", metavar="NAME", default=None, metadata=False,
         help=f"which sequences: {', '.join(SETS)}, or another list or folder of the data set "
              "(default: train for training, val for evaluation)")
@@ -245,9 +246,9 @@ def _model(add) -> None:
              "memory: a learned memory of past frames (default: memory for training and where the "
              "checkpoint was trained for it, as the one in models/; else matching)")
     add("--precision", choices=precision.NAMES, metadata=False,
-        help="of the network and its products; fp32 if another machine must reproduce a result "
-             "exactly (default: fp16 on a CUDA device except for training; bf16 for --method "
-             "memory on a CPU that multiplies it natively; else fp32)")
+        help="data type of the network's computations; fp32 if another machine must reproduce a "
+             "result (default: fp16 on a CUDA device except for training; bf16 for --method memory "
+             "on a CPU with bfloat16 instructions; else fp32)")
     add("--input_image_shape", "-p", metavar=("H", "W"), nargs=2, type=side,
         help="size at which the network sees frames: smaller for speed and memory (default: "
              "as --size says; for training {} {})".format(*TRAINING_SHAPE))
@@ -272,9 +273,11 @@ def _training(add) -> None:
         help="AdamW learning rate of the encoder, ten times as much for the decoder, with cosine "
              "decay; lower it for larger encoders, or if the loss diverges (default: 1e-4)")
     add("--weight_decay", "-w", metavar="DECAY", type=float, default=0.0,
-        help="of AdamW; raise it if held-out IoU falls while the loss falls too (default: 0)")
+        help="AdamW weight decay; raise it if held-out IoU falls although the loss falls too "
+             "(default: 0)")
     add("--loss_function", "-lf", choices=train.LOSSES, nargs="+", default=["dice", "bce"],
-        help="one, or several to add up; balancedbce for small objects (default: dice bce)")
+        help="loss, or several whose sum is minimised; balancedbce for small objects "
+             "(default: dice bce)")
     add("--workers", metavar="N", type=at_least(0), default=2,
         help="processes that read and augment clips: more if a GPU waits for data, 0 to debug "
              "(default: 2)")
@@ -286,16 +289,16 @@ def _training(add) -> None:
     add("--iters", "-i", metavar="N", type=int, default=-1,
         help="steps per epoch; -1: as many as show each frame once (default: -1)")
     add("--no-augment", "-a", action="store_true",
-        help="no augmentation, only resizing: to see what augmentation gives")
+        help="no augmentation, only resizing: to measure what augmentation contributes")
     add("--validation_size", "-vs", metavar="SHARE", type=float, default=0.1,
         help="share of the sequences held out, whole, to select the best weights; 0 trains on all "
              "and keeps the last weights (default: 0.1)")
     add("--val_report", "-r", metavar="ITERS", type=int, default=100,
-        help="iterations between validations; -1: only at the end (default: 100)")
+        help="steps between validations; -1: only at the end (default: 100)")
     add("--patience", metavar="N", type=at_least(1), default=10,
         help="stop after this many validations without a better held-out IoU (default: 10)")
     add("--resume", action="store_true",
-        help="continue an interrupted run from its last validation")
+        help="resume an interrupted run from its last validation")
     add("--loss_visualization", "-x", action="store_true",
         help="write curves of loss and held-out IoU next to the weights (.png)")
 
@@ -315,23 +318,23 @@ def _clip(add) -> None:
              "camera:0 or the URL of a stream (rtsp, http, udp, tcp, ...) is tracked live, see "
              "docs/live.md")
     add("--seconds", metavar="S", type=positive, metadata=False,
-        help="of a live --video: end after this time (default: at Ctrl+C, or when it ends)")
+        help="stop a live --video after this time (default: at Ctrl+C or the stream's end)")
     add("--mask", metavar="[N:]FILE", nargs="+", default=[], metadata=False, command=False,
         help="masks of frames, numbered from 0 or as the files in a folder are: FIRST.png, or "
              "0:a.png 120:b.png; each value or flat colour is an object; several files of one "
              "frame are joined; labelme and COCO JSON files are read too. N:absent=2 says that "
              "object 2 is not in frame N, N:gone=2 that it is gone from there on")
     add("--mask_frame", metavar="N", type=at_least(0), metadata=False, command=False,
-        help="the frame of the mask or box; the clip is segmented forward and backward from it "
-             "(default: the first)")
+        help="frame that --mask, --box or --point is for; the clip is segmented forward and "
+             "backward from it (default: the first)")
     add("--box", metavar=("X", "Y", "W", "H"), nargs=4, type=int, action="append", default=[],
         metadata=False, command=False,
         help="instead of a mask, a box around the object; repeat the flag for each object")
     add("--point", metavar="X Y", nargs="+", type=int, action="append", default=[],
         metadata=False, command=False,
-        help="instead of a mask, points on the object as X Y pairs; repeat the flag for each "
-             "object, in the order of the boxes")
-    add("--not_point", "--negative_point", metavar="X Y", nargs="+", type=int, action="append",
+        help="instead of a mask, positive points, on the object, as X Y pairs; repeat the flag "
+             "for each object, in the order of the boxes")
+    add("--negative_point", "--not_point", metavar="X Y", nargs="+", type=int, action="append",
         default=[], metadata=False, command=False,
         help="negative points, which are not on the object; repeat the flag for each object")
     add("--page", "--annotate", metavar="PORT", nargs="?", type=int, const=0, metadata=False,
@@ -342,14 +345,15 @@ def _clip(add) -> None:
         help="address that --page listens on, 0.0.0.0 in a container or to let other machines in; "
              "then the host names of proxies in front of it, if any (default: 127.0.0.1)")
     add("--frames", metavar="A:B", type=frame_range, default=(None, None),
-        help="only frames A to before B, numbered as for --mask; A: and :B leave one end open")
+        help="only frames from A up to, but not including, B, numbered as for --mask; A: and :B "
+             "leave one end open")
     add("--cutout", metavar="HOW", metadata=False, command=False,
-        help="also cut the object out: transparent, blur (the background, mp4) or a colour such "
-             "as #00ff00 (mp4)")
+        help="also write the object cut out, HOW being the background: transparent, blur (the "
+             "frame's own, blurred; mp4) or a colour such as #00ff00 (mp4)")
     add("--cutout_format", metavar="FORMAT", choices=("png", "mov", "webm"), default="png",
         metadata=False, command=False,
-        help="of --cutout transparent: png, a folder of images; mov, ProRes 4444 for editors; "
-             "webm, VP9 for web pages (default: png)")
+        help="file format for --cutout transparent: png, a folder of images; mov, ProRes 4444 for "
+             "editors; webm, VP9 for web pages (default: png)")
     add("--export", metavar="FORMAT", choices=annotations.FORMATS, nargs="+", default=[],
         metadata=False,
         help="also write the masks for other tools: coco (annotations.json, run lengths), yolo "
@@ -369,12 +373,12 @@ def _check_clip(args) -> None:
     require(args.frames == (None, None) or args.page is None and (args.mask or prompted),
             "--frames", "no --page with it", args.frames)
     _check_live(args)
-    for name in ("point", "not_point"):
+    for name in ("point", "negative_point"):
         for values in getattr(args, name):
             require(len(values) % 2 == 0, f"--{name}", "pairs of numbers, X Y", values)
-    require(prompted or not args.not_point, "--not_point",
+    require(prompted or not args.negative_point, "--negative_point",
             "a --box or --point of the same object with it", "none")
-    require(len(args.not_point) <= max(len(args.box), len(args.point)), "--not_point",
+    require(len(args.negative_point) <= max(len(args.box), len(args.point)), "--negative_point",
             "a --box or --point of the same object", "none")
     require(args.cutout in (None, "transparent", "blur")
             or bool(re.fullmatch("#[0-9a-fA-F]{6}", args.cutout)), "--cutout",
@@ -397,15 +401,15 @@ def _check_live(args) -> None:
 
 def _results(add) -> None:
     add("--size", metavar="PIXELS", type=int, default=480,
-        help="short side at which the network sees frames, smaller ones enlarged at most twice; "
-             "masks keep the frame's size: higher for small objects in large frames, lower for "
-             "speed; 0: the frame's own size (default: 480)")
+        help="short side at which the network sees frames (small frames are enlarged by at most a "
+             "factor of 2); masks keep the frame's size: higher for small objects in large frames, "
+             "lower for speed; 0: the frame's own size (default: 480)")
     add("--results_dir", "-j", metavar="DIR", type=Path, metadata=False, command=False,
         help="write masks and tables there (default: results/NAME for a clip, results/demo for "
              "the demo, else only print the table)")
     add("--segmentation_shape", "-g", metavar=("H", "W"), nargs=2, type=side,
-        help="size at which pixels are decided, before masks are resized to the frame: smaller "
-             "for speed with large frames (default: the frame's own size)")
+        help="size at which each pixel is assigned to an object, before masks are resized to the "
+             "frame: smaller for speed with large frames (default: the frame's own size)")
     add("--leave_outliers", "-ro", action="store_true",
         help="no outlier removal: for fast objects and for cuts")
     add("--fg_thresh", "-fg", metavar="P", type=float, default=0.5,
@@ -432,8 +436,8 @@ def _export(add) -> None:
     add("--export_dir", metavar="DIR", type=Path, default=lite.DEFAULT, metadata=False,
         help="folder for the graphs that lite.py runs without PyTorch (default: models/lite)")
     add("--browser", metavar="DIR", type=Path, metadata=False,
-        help="instead, write a page that tracks objects in a browser, with weights of 16 bits; "
-             "needs onnxruntime-web from npm (docs/browser.md)")
+        help="write a static page that tracks objects in a browser instead of graphs for lite.py, "
+             "with 16-bit weights; needs onnxruntime-web from npm (docs/browser.md)")
     add("--eight_bit", action="store_true", metadata=False,
         help="store weights in 8 bits: a third of the size, at the same speed")
 

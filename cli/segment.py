@@ -167,13 +167,13 @@ def load_user_masks(args: argparse.Namespace, clip: Clip, results: Path, model: 
 
 def prompted_mask(args: argparse.Namespace, clip: Clip, results: Path, model: VideoMatch,
                   number: int) -> dict[int, np.ndarray]:
-    """Predict the mask of one frame from --box, --point and --not_point, and write it."""
+    """Predict the mask of one frame from --box, --point and --negative_point, and write it."""
     frame = clip.index(number)
     image = next(clip.frames(frame), None)
     if image is None:
         raise ValueError(f"--mask_frame {number}: the clip ends before it")
     mask = prompting.predict_masks(model, image, prompting.group_by_object(
-        args.box, args.point, args.not_point))
+        args.box, args.point, args.negative_point))
     path = results / f"mask_{number:05d}.png"
     images.write_mask(path, mask)
     print(f"mask from the prompts: {path} (to use it again: --mask {number}:{path})")
@@ -277,7 +277,7 @@ def index_range(args: argparse.Namespace, clip: Clip) -> tuple[int, int | None]:
     start = 0 if first is None else clip.first_from(first)
     stop = None if behind is None else clip.first_from(behind)
     if clip.numbers and not clip.numbers[start:stop]:
-        raise ValueError(f"--frames: {args.video} has no frame from {first or 0} to before "
-                         f"{behind}, its frames are numbered {clip.numbers[0]} to "
-                         f"{clip.numbers[-1]}")
+        wanted = f"{'' if first is None else first}:{'' if behind is None else behind}"
+        raise ValueError(f"--frames {wanted}: {args.video} has no frame in this range, its frames "
+                         f"are numbered {clip.numbers[0]} to {clip.numbers[-1]}")
     return start, stop

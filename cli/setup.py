@@ -46,7 +46,7 @@ def select_device(name: str | None) -> torch.device:
             return torch.device("mps")
         raise ValueError("--cuda_device mps: this machine has no MPS device, use -c cpu")
     if not name.isdecimal():
-        raise ValueError(f"--cuda_device {name}: expected the id of a CUDA device, cpu or mps")
+        raise ValueError(f"--cuda_device {name}: expected the index of a CUDA device, cpu or mps")
     if int(name) >= torch.cuda.device_count():
         raise ValueError(f"--cuda_device {name}: this machine has {torch.cuda.device_count()} "
                          "CUDA devices, use -c cpu to run on the processor")

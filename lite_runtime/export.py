@@ -157,7 +157,7 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     parts["revalue"] = (graphs.Revalue(model.reader), fields,
                         [NEXT + field for field in graphs.Revalue.changed])
     if model.prompts is not None:
-        clicks = dict(zip(("points", "not_points", "fine_points", "fine_not_points"),
+        clicks = dict(zip(("points", "negative_points", "fine_points", "fine_negative_points"),
                           (torch.arange(count) for count in (2, 3, 4, 5))))
         prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *frame[names[0]].shape[2:])}
         inputs = {"image": image[:1], "unit": frame["unit"]} | prompts | clicks

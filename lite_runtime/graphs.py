@@ -29,8 +29,8 @@ AXES = {
     "reference_squares": "..", "reference_labels": ".n", "memory_squares": "..",
     "memory_labels": ".n", "linear": ".n", "frames": "", "memories": "", "unit": ".c.",
     "key": "vc.", "near": ".hw.", "shared": "v.hw", "masks": "vnyx", "labels": "vhw",
-    "probabilities": "nYX", "image": "..YX", "known": "..kl", "points": "p", "not_points": "q",
-    "fine_points": "P", "fine_not_points": "Q"}
+    "probabilities": "nYX", "image": "..YX", "known": "..kl", "points": "p", "negative_points": "q",
+    "fine_points": "P", "fine_negative_points": "Q"}
 
 
 class Graph(nn.Module):
@@ -94,16 +94,16 @@ class SegmentFromPrompts(nn.Module):
         super().__init__()
         self.prompts, self.finer = prompts, finer
 
-    def forward(self, image, unit, known, points, not_points, fine_points, fine_not_points,
-                *levels):
+    def forward(self, image, unit, known, points, negative_points, fine_points,
+                fine_negative_points, *levels):
         """Predict the (H/2, W/2) logits of the object.
 
         Args:
             image: (1, 3, H, W) normalised; sides are multiples of the coarsest level's stride.
             unit, levels: the image's outputs of `Encode`.
-            known, points, ...: see `PromptDecoder.decode`; not_points are negative points.
+            known, points, ...: see `PromptDecoder.decode`.
         """
         coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])
         features = PromptFeatures(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
         return self.prompts.decode(features, known,
-                                   [points, not_points, fine_points, fine_not_points])
+                                   [points, negative_points, fine_points, fine_negative_points])

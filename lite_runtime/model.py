@@ -64,7 +64,7 @@ class LiteVideoMatch:
         features = self._encoded(image)
         shapes = features.near.shape[1:3], features.levels[0].shape[2:]
         # at the coarse level, then at the finest one, as in `PromptDecoder.decode`
-        names = "points", "not_points", "fine_points", "fine_not_points"
+        names = "points", "negative_points", "fine_points", "fine_negative_points"
         clicks = [clicked_locations(points, size, shape) for shape in shapes
                   for points in (prompts.points, prompts.negative_points)]
         return self.run("show", image=image, known=prompt_maps(prompts, size, shapes[1])[None],

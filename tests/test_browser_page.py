@@ -135,7 +135,7 @@ def test_a_clip_is_cut_out_corrected_and_saved(page, tmp_path):
     page.click("#add")
     page.draw_box(44, 48, 48, 40)
     page.draw((140, 20), alt=True)
-    assert len(page.ask("app.edits.get('4 2').notPoints")) == 1
+    assert len(page.ask("app.edits.get('4 2').negativePoints")) == 1
     assert page.find("#track").text == "Track from frame 4"
     corrected = masks_of(page)[4]
     assert overlap(corrected == 2, truths[4] == 2) > 0.6

@@ -145,7 +145,7 @@ def test_a_clip_is_segmented_from_a_box_without_torch(clip, exported, tmp_path):
 @pytest.mark.parametrize("more, message", [
     ([], "expected a mask of the first frame, or else --box or --point"),
     (["FIRST", "--box", 1, 2, 3, 4], "expected a mask of the first frame, or else"),
-    (["--point", 1, 2, 3], "--point, --not_point: expected pairs of numbers"),
+    (["--point", 1, 2, 3], "--point, --negative_point: expected pairs of numbers"),
     (["--box", 0, 0, 999, 3], "--box 0 0 999 3: expected a part of the frame")])
 def test_invalid_prompts_get_one_line(more, message, clip, first, exported, tmp_path, capsys):
     more = [str(first) if value == "FIRST" else str(value) for value in more]

@@ -265,7 +265,7 @@ def test_components_are_selected_by_points_and_boxes():
     (Prompts([(-1, 0, 20, 20)]), "--box -1 0 20 20: expected a part of the frame of 80x48"),
     (Prompts([(0, 0, 500, 20)]), "--box"), (Prompts([(5, 5, 0, 9)]), "--box"),
     (Prompts(points=[(80, 0)]), "--point 80 0: expected a pixel of the frame of 80x48"),
-    (Prompts(points=[(1, 1)], negative_points=[(0, -1)]), "--not_point 0 -1"),
+    (Prompts(points=[(1, 1)], negative_points=[(0, -1)]), "--negative_point 0 -1"),
     (Prompts(mask=np.ones((4, 5), bool)), "expected a mask of 80x48 pixels, got 5x4"),
 ])
 def test_prompts_must_lie_in_the_frame(promptable, wrong, message):

@@ -184,7 +184,7 @@ def test_boxes_and_points_become_objects_in_order(clip_dir, checkpoint, tmp_path
     out = tmp_path / "out"
     assert main.main(["-m", "segment", "--video", str(clip_dir), "-o", str(tmp_path / "shown.pth"),
                       "--box", "8", "6", "20", "16", "--point", "9", "9", "10", "10", "--point",
-                      "12", "30", "--not_point", "1", "1", "-j", str(out), "-c", "cpu"]) == 0
+                      "12", "30", "--negative_point", "1", "1", "-j", str(out), "-c", "cpu"]) == 0
     assert asked == [Prompts([(8, 6, 20, 16)], [(9, 9), (10, 10)], [(1, 1)]),
                      Prompts([], [(12, 30)], [])]
     kept = read_mask(out / "mask_00000.png")

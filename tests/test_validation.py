@@ -106,7 +106,7 @@ def test_a_mask_of_one_object_holds_0_and_1(value):
 @pytest.mark.parametrize("shown, words", [
     (Prompts(boxes=[(1, 2, 3)]), "--box: expected x y width height"),
     (Prompts(points=[(1, 2, 3)]), "--point: expected x y"),
-    (Prompts(points=[(1, 2)], negative_points=[7]), "--not_point: expected x y"),
+    (Prompts(points=[(1, 2)], negative_points=[7]), "--negative_point: expected x y"),
     (Prompts(mask=MASK), "mask: expected bool, got uint8"),
     (Prompts(mask=ONE[:-1]), "mask of 80x48")])
 def test_malformed_prompts_are_refused(shown, words, model):

@@ -129,7 +129,7 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
         raise ValueError("--point, --box: expected a box or a point on the object, found none")
     for name, kind, count, entries in (("box", "x y width height", 4, prompts.boxes),
                                        ("point", "x y", 2, prompts.points),
-                                       ("not_point", "x y", 2, prompts.negative_points)):
+                                       ("negative_point", "x y", 2, prompts.negative_points)):
         for entry in entries:
             if np.shape(entry) != (count,):
                 raise ValueError(f"--{name}: expected {kind}, got {entry}")
@@ -137,7 +137,7 @@ def check(prompts: Prompts, shape: tuple[int, int]) -> None:
         if not (0 <= x < x + w <= width and 0 <= y < y + h <= height):
             raise ValueError(f"--box {x} {y} {w} {h}: expected a part of the frame of "
                              f"{width}x{height} pixels, as x y width height")
-    for name, points in (("point", prompts.points), ("not_point", prompts.negative_points)):
+    for name, points in (("point", prompts.points), ("negative_point", prompts.negative_points)):
         for x, y in points:
             if not (0 <= x < width and 0 <= y < height):
                 raise ValueError(f"--{name} {x} {y}: expected a pixel of the frame of "

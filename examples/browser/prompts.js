@@ -8,7 +8,7 @@ const MAPS = 10, NEAR = 8, FAR = 64;
 
 // The mask of the prompted object: a Uint8Array of 0 and 1.
 // `frame` is {height, width, data} of a canvas' ImageData. `prompts` are in pixels: boxes of x, y, width,
-// height; points and notPoints of x, y; and `mask`, the current one, or null.
+// height; points and negativePoints of x, y; and `mask`, the current one, or null.
 export async function predictMask(network, frame, prompts) {
   const picture = fromPixels(frame);
   let current = prompts, at = cropAround(prompts, frame), mask;
@@ -31,7 +31,7 @@ async function predictCrop(network, picture, prompts, at) {
   const patch = network.normalized(resize(crop(picture, at), [rows, columns], kind));
   const tall = rows / at.rows, wide = columns / at.columns;
   const move = ([x, y]) => [(x + 0.5 - at.left) * wide - 0.5, (y + 0.5 - at.top) * tall - 0.5];
-  const moved = {points: prompts.points.map(move), notPoints: prompts.notPoints.map(move),
+  const moved = {points: prompts.points.map(move), negativePoints: prompts.negativePoints.map(move),
     boxes: prompts.boxes.map(([x, y, w, h]) => [(x - at.left) * wide, (y - at.top) * tall, w * wide, h * tall]),
     mask: prompts.mask && crop({height: picture.height, width: picture.width, data: prompts.mask}, at)};
   const image = network.tensor(patch.data, [1, 3, rows, columns]);
@@ -41,8 +41,8 @@ async function predictCrop(network, picture, prompts, at) {
     clamp(Math.floor((y + 0.5) * h / rows), h) * w + clamp(Math.floor((x + 0.5) * w / columns), w))), [points.length]);
   const {logits} = await network.run('show', {...features, image,
     known: network.tensor(promptMaps(moved, [rows, columns], fine), [1, MAPS, ...fine]),
-    points: clicked(moved.points, coarse), not_points: clicked(moved.notPoints, coarse),
-    fine_points: clicked(moved.points, fine), fine_not_points: clicked(moved.notPoints, fine)});
+    points: clicked(moved.points, coarse), negative_points: clicked(moved.negativePoints, coarse),
+    fine_points: clicked(moved.points, fine), fine_negative_points: clicked(moved.negativePoints, fine)});
   const [height, width] = logits.dims;
   const large = resize({channels: 1, height, width, data: logits.data}, [at.rows, at.columns]);
   const data = new Uint8Array(picture.height * picture.width);
@@ -55,7 +55,7 @@ async function predictCrop(network, picture, prompts, at) {
 const clamp = (i, count) => Math.min(Math.max(i, 0), count - 1);
 
 // Ten maps of the prompts in a picture of [rows, columns] at [h, w] locations, see network/prompt_maps.py.
-function promptMaps({boxes, points, notPoints, mask}, [rows, columns], [h, w]) {
+function promptMaps({boxes, points, negativePoints, mask}, [rows, columns], [h, w]) {
   const maps = Array.from({length: MAPS}, () => new Float32Array(h * w));
   if (mask) {
     maps[8].fill(1);
@@ -69,7 +69,7 @@ function promptMaps({boxes, points, notPoints, mask}, [rows, columns], [h, w]) {
       const [across, down] = depths.reduce((a, b) => Math.min(...b) > Math.min(...a) ? b : a).map(d => Math.max(d, -1));
       [maps[0][i], maps[1][i], maps[2][i], maps[3][i]] = [1, Math.min(across, down) >= 0, across, down];
     }
-    [points, notPoints].forEach((clicks, k) => {
+    [points, negativePoints].forEach((clicks, k) => {
       const distance = Math.min(Infinity, ...clicks.map(([u, v]) => Math.hypot(x - u - 0.5, y - v - 0.5)));
       maps[4 + 2 * k][i] = Math.exp(-0.5 * (distance / NEAR) ** 2);
       maps[5 + 2 * k][i] = Math.exp(-distance / FAR);
@@ -98,7 +98,7 @@ function selectComponents({height, width, data}, {boxes, points, mask}) {
 }
 
 // The crop of a frame around prompts; with points alone the whole frame.
-function cropAround({boxes, points, notPoints, mask}, {height, width}) {
+function cropAround({boxes, points, negativePoints, mask}, {height, width}) {
   let extents = boxes.map(([x, y, w, h]) => [x, y, x + w, y + h]);
   const where = mask ? [...mask.keys()].filter(i => mask[i]) : [];
   if (where.length) {
@@ -107,7 +107,7 @@ function cropAround({boxes, points, notPoints, mask}, {height, width}) {
       columns.reduce(most) + 1, Math.floor(where.at(-1) / width) + 1]);
   }
   if (!extents.length) return {top: 0, left: 0, rows: height, columns: width};
-  extents = [...extents, ...[...points, ...notPoints].map(([x, y]) => [x, y, x + 1, y + 1])];
+  extents = [...extents, ...[...points, ...negativePoints].map(([x, y]) => [x, y, x + 1, y + 1])];
   const [left, top, right, bottom] = [Math.min, Math.min, Math.max, Math.max].map((choose, i) =>
     choose(...extents.map(extent => extent[i])));
   const least = MIN_CROP * Math.min(height, width), more = 2 * CROP_MARGIN * Math.max(right - left, bottom - top);
