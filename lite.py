@@ -200,8 +200,10 @@ def segment(args: argparse.Namespace) -> None:
             for image, mask in progress(frames, desc="frames", total=clip.count or None):
                 if count == 0:  # not earlier: an invalid mask must not delete results
                     begin(args.results_dir, clip.path, replaces)
-                images.write_mask(args.results_dir / "masks" / f"{clip.frame_name(count)}.png",
-                                  mask)
+                path = args.results_dir / "masks" / f"{clip.frame_name(count)}.png"
+                if not replaces:
+                    check_new(path)
+                images.write_mask(path, mask)
                 overlay.write(drawing.overlay(image, mask), clip.time(count))
                 count += 1
     print(f"{count} frames: masks, overlay.mp4 in {args.results_dir}")
@@ -226,11 +228,20 @@ def made_here(results: Path) -> bool:
     return True
 
 
+def check_new(path: Path) -> None:
+    """Raise a ValueError rather than overwrite a file that another program wrote."""
+    if path.exists():
+        raise ValueError(f"{path}: {PROGRAM} did not write this file, expected another folder "
+                         "(--results_dir)")
+
+
 def begin(results: Path, clip: Path, replaces: bool) -> None:
     """Delete results of an earlier run, whose clip may have more frames; write run metadata."""
     if replaces:
         for old in (*(results / "masks").glob("*.png"), results / "overlay.mp4"):
             old.unlink(missing_ok=True)
+    else:
+        check_new(results / "overlay.mp4")
     files.write(results / "manifest.json", json.dumps({
         "program": PROGRAM, "data": str(clip.resolve()),
         "versions": f"videomatch {version.__version__}"}, indent=1))

@@ -82,12 +82,12 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
     report = Report(model, optimizer, schedule, training, held_out, options, static_images)
     if model.prompts is not None:
         report.run["trained"] = "all but the encoder"
-    done = report.start_or_resume()
-    total = options.iterations if report.reports_since_best < options.patience else done
     augment = preprocess.Augment(options.shape, options.augment)
-    drawn = batches(Clips if model.method == "memory" else Pairs, training, static_images, augment,
-                    options, range(done, total))
     with report, interruptible() as interrupted:
+        done = report.start_or_resume()
+        total = options.iterations if report.reports_since_best < options.patience else done
+        drawn = batches(Clips if model.method == "memory" else Pairs, training, static_images,
+                        augment, options, range(done, total))
         bar = progress(drawn, desc="training", disable=distributed.rank() > 0, initial=done,
                        total=total)
         for iteration, batch in enumerate(bar, start=done + 1):
@@ -98,6 +98,7 @@ def train(model: VideoMatch, training: list[Sequence], held_out: list[Sequence],
             last = any(distributed.gather(interrupted())) or iteration == options.iterations
             if last or (options.report > 0 and iteration % options.report == 0):
                 report(iteration)
+                last = any(distributed.gather(interrupted())) or last  # reports take a while
             if last or report.reports_since_best >= options.patience:
                 break
     if interrupted():
@@ -131,7 +132,7 @@ def prepare(model: VideoMatch, sources: list, shape: tuple[int, int]) -> None:
     """
     if model.prompts is not None:
         freeze_encoder(model)
-    if model.refined and not model.facts:  # new weights: a checkpoint is trained as it is
+    if model.refined and not model.is_loaded:  # a checkpoint is trained as it is
         initialise_keys(model, sources, shape)
 
 
@@ -178,14 +179,12 @@ def make_optimizer(model: VideoMatch, options: Options):
     return optimizer, one_cycle(optimizer, rates, options.iterations)
 
 
-def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
-         shared: bool = True) -> float:
+def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...]) -> float:
     """Update the model once; returns the loss before the update.
 
     Args:
         batch: (B, T, 3, H, W) images and (B, T, H, W) masks.
         losses: keys of `LOSSES`, added up.
-        shared: average the gradients over all processes of a distributed job.
 
     Raises:
         ValueError: the loss is NaN or infinite.
@@ -200,8 +199,7 @@ def step(model: VideoMatch, optimizer, batch, losses: tuple[str, ...],
                          "weights so far are saved")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if shared:
-        distributed.average_gradients(model.parameters())
+    distributed.average_gradients(model.parameters())
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
     return loss.item()

@@ -13,6 +13,7 @@ As a script it shows the probabilities of single frames:
 import argparse
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -174,8 +175,9 @@ class VideoMatch(Checkpointed):
         return self.reader.describe(features, levels, precision)
 
     def _in_precision(self):
-        return torch.autocast(self.device.type, self.precision,
-                              enabled=self.precision != torch.float32)
+        if self.precision == torch.float32:  # not every device has autocast
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
 
     def start(self, state: State | None, features: Features, masks: torch.Tensor,
               labels: torch.Tensor) -> State:

@@ -54,7 +54,9 @@ def record(args: argparse.Namespace, model: VideoMatch, clip: LiveClip, options:
     """Track the objects that the flags point out in the first frame; returns the frames written."""
     changes: SimpleQueue[live.Reference | live.Removal] = SimpleQueue()
     frames = live.track(model, clip, changes, options)
-    first = next(frames)
+    first = next(frames, None)
+    if first is None:  # --seconds is over
+        return 0
     changes.put(live.Reference(first.index, first.image, first_mask(args, model, clip,
                                                                     first.image)))
     bar = progress(frames, desc="frames", unit="frame")

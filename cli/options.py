@@ -305,6 +305,8 @@ def _training(add) -> None:
 
 def _check_training(args) -> None:
     require(args.weight_decay >= 0, "--weight_decay", "at least 0", args.weight_decay)
+    require(0 <= args.validation_size < 1, "--validation_size", "a share in [0, 1)",
+            args.validation_size)
     for name in ("iters", "val_report"):
         value = getattr(args, name)
         require(value == -1 or value >= 1, f"--{name}", "-1 or at least 1", value)

@@ -62,6 +62,21 @@ def export(model: VideoMatch, folder: Path, bits: int = 32) -> None:
     if model.zoom < 1:
         raise ValueError(f"-m export: expected a model with a zoom of at least 1, got {model.zoom}")
     precision, model.precision = model.precision, torch.float32
+    try:
+        _write(model, folder, bits, onnx)
+        most, mean = _differences(model, lite.load(folder))
+        log.info("probabilities of the export and PyTorch differ by at most %.1e, on average %.1e",
+                 most, mean)
+        _check_differences(most, mean, bits)
+    except BaseException:
+        (folder / lite.DESCRIPTION).unlink(missing_ok=True)  # a wrong export must not be used
+        raise
+    finally:
+        model.precision = precision
+
+
+def _write(model: VideoMatch, folder: Path, bits: int, onnx) -> None:
+    """Write the graphs, the JSON file and the contract."""
     written = {}
     for name, (graph, inputs, outputs) in _graphs(model).items():
         content = _trace(graph, inputs, outputs)
@@ -79,10 +94,10 @@ def export(model: VideoMatch, folder: Path, bits: int = 32) -> None:
                     "shown": model.prompts is not None},
         "graphs": written}, indent=1))
     files.write(folder / CONTRACT, contract(folder, list(written)))
-    most, mean = _differences(model, lite.load(folder))
-    model.precision = precision
-    log.info("probabilities of the export and PyTorch differ by at most %.1e, on average %.1e",
-             most, mean)
+
+
+def _check_differences(most: float, mean: float, bits: int) -> None:
+    """Raise a ValueError if probabilities differ too much from PyTorch's."""
     if bits < 32 and not mean < MEAN_TOLERANCES[bits]:
         raise ValueError(f"-m export: with weights of {bits} bits probabilities differ from "
                          f"PyTorch's by {mean:.2g} on average, expected less than "

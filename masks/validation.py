@@ -77,14 +77,14 @@ def check_frame(image: Any) -> None:
 
 
 def check_normalized(image: Any, dimensions: int = 3) -> None:
-    """Check an image for the network: (3, H, W) float, ImageNet-normalised.
+    """Check an image for the network: (3, H, W) float32, ImageNet-normalised.
 
     Args:
         image: an array or a tensor, on any device.
         dimensions: 4 for a batch, (B, 3, H, W).
 
     Raises:
-        ValueError: other dimensions, integers, or values that no normalised image has.
+        ValueError: other dimensions, another dtype, or values that no normalised image has.
     """
     shape = "(3, H, W)" if dimensions == 3 else "(B, 3, H, W)"
     advice = "as preprocess.to_tensor makes it"
@@ -92,7 +92,7 @@ def check_normalized(image: Any, dimensions: int = 3) -> None:
             or 0 in tuple(image.shape):
         raise ValueError(f"image: expected {shape}, {advice}, got "
                          f"{_shape(image) if hasattr(image, 'shape') else type(image).__name__}")
-    if "float" not in str(image.dtype):
+    if not str(image.dtype).endswith("float32"):
         raise ValueError(f"image: expected float32, ImageNet-normalised, {advice}, got "
                          f"{image.dtype}")
     least, most = float(image.min()), float(image.max())

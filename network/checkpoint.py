@@ -16,11 +16,13 @@ class Checkpointed(nn.Module):
 
     Attributes:
         facts: metadata saved with the weights, such as `held_out_iou`; numbers and strings.
+        is_loaded: whether the weights come from a checkpoint.
     """
 
     def __init__(self):
         super().__init__()
         self.facts: dict = {}
+        self.is_loaded = False
 
     def configuration(self) -> dict:
         """The arguments, besides the weights, that rebuild the network: plain values only."""
@@ -33,7 +35,7 @@ class Checkpointed(nn.Module):
 
     @classmethod
     def upgrade(cls, config: dict, weights: dict) -> None:
-        """Change the contents of an earlier version's checkpoint to what this version has."""
+        """Convert the contents of an earlier version's checkpoint, in place."""
 
     def save(self, path: str | Path, **facts) -> None:
         """Write weights, configuration and metadata to a checkpoint."""
@@ -70,7 +72,7 @@ class Checkpointed(nn.Module):
             except RuntimeError as error:  # its message lists every parameter, hundreds of lines
                 raise ValueError("of another version, whose weights differ: train again, or "
                                  "use the one in models/") from error
-            model.facts = dict(checkpoint["facts"])
+            model.facts, model.is_loaded = dict(checkpoint["facts"]), True
             for name, tensor in model.state_dict().items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{name} holds values that are not finite")

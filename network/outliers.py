@@ -15,7 +15,7 @@ import numpy as np
 # went to the other object for good; a larger reach protects less against look-alikes
 # (docs/log/2026-11-28-identities.md).
 REACH = 0.5
-MIN_REACH = 8  # pixels: even a small object moves between frames, and masks are not exact
+MIN_REACH = 8  # pixels of the network's input: even a small object moves between frames, and masks are not exact
 # The reach of a single object, whose components out of reach become background. Larger, because no
 # other object competes for a component: at 0.25 an object that emerges from behind a tree is lost
 # (demo hiding 0.83, soccerball 0.899); without the rule look-alikes are included (six single
@@ -67,7 +67,7 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         previous: (H, W) uint8 mask of the previous frame.
         object_ids: the objects of channels 1 to N.
         shares: reference area of each object as a fraction of the frame, in [0, 1].
-        distance: of the extrusion, in pixels.
+        distance: of the extrusion, in pixels of the probabilities.
     """
     for channel, object_id in enumerate(object_ids, start=1):
         before = previous == object_id
@@ -81,7 +81,8 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
 
 
 def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
-                    shares: Mapping[int, float], threshold: float = 0.5) -> None:
+                    shares: Mapping[int, float], threshold: float = 0.5,
+                    pixel: float = 1) -> None:
     """Restrict each connected component of the foreground to objects within reach, in place.
 
     With several objects, a component can only contain those whose previous masks were within
@@ -89,7 +90,7 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     in any component, and a component that no object was near may belong to any.
 
     With a single object, components out of its reach become background, which excludes
-    look-alikes, unless all are: then the object re-appears somewhere else.
+    look-alikes, unless all are, or the object had vanished: then it may re-appear anywhere.
 
     Args:
         probabilities: (N+1, H, W), channel 0 the background, which is unchanged if N > 1.
@@ -97,13 +98,15 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         object_ids: the objects of channels 1 to N.
         shares: reference area of each object as a fraction of the frame, in [0, 1].
         threshold: of the foreground, see `decide`.
+        pixel: size of a pixel of the network's input, in which `MIN_REACH` is, in pixels of the
+            probabilities.
     """
     foreground = probabilities[0] < 1 - threshold
     count, parts = cv2.connectedComponents(foreground.astype(np.uint8))
     if len(object_ids) == 1:
         before = previous == object_ids[0]
-        if count > 2 and before.any():
-            reach = max(MIN_REACH, REACH_ALONE * np.sqrt(shares[object_ids[0]] * before.size))
+        if count > 2 and _share(before) > VANISHED * shares[object_ids[0]]:
+            reach = max(MIN_REACH * pixel, REACH_ALONE * np.sqrt(shares[object_ids[0]] * before.size))
             near = np.zeros(count, bool)
             window, inside = _surroundings(before, reach)
             near[parts[window][inside]] = True
@@ -119,7 +122,7 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         before, share = previous == object_id, shares[object_id]
         vanished[channel] = _share(before) <= VANISHED * share
         if not vanished[channel]:
-            reach = max(MIN_REACH, REACH * np.sqrt(share * previous.size))
+            reach = max(MIN_REACH * pixel, REACH * np.sqrt(share * previous.size))
             window, inside = _surroundings(before, reach)
             near[channel, parts[window][inside]] = True
     allowed = near | vanished | ~near.any(0)

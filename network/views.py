@@ -72,8 +72,9 @@ class View(NamedTuple):
 def labels_of(mask: np.ndarray, grid: tuple[int, int], object_ids: Sequence[int]) -> np.ndarray:
     """Assign each location of the feature map to a set, by nearest neighbour.
 
-    An object too small to contain the centre of a location gets the location that it covers most;
-    otherwise it would have an empty set and could not be matched.
+    An object that contains no centre of a location gets the location that it covers most, or, if
+    that is another object's only one, the nearest free one. So no object has an empty set, which
+    could not be matched.
 
     Args:
         mask: (H, W) object ids.
@@ -85,8 +86,15 @@ def labels_of(mask: np.ndarray, grid: tuple[int, int], object_ids: Sequence[int]
     """
     rows, columns = (_centres(side, count) for side, count in zip(mask.shape, grid))
     ids = mask[rows][:, columns].astype(np.int64)
-    for object_id in set(np.unique(mask).tolist()) - set(np.unique(ids).tolist()) - {0}:
-        ids.flat[_pooled((mask == object_id).astype(np.float32), grid).argmax()] = object_id
+    for object_id in sorted(set(np.unique(mask).tolist()) - set(np.unique(ids).tolist()) - {0}):
+        inside = mask == object_id
+        y, x = ((places.mean() + 0.5) * count / side
+                for places, count, side in zip(np.nonzero(inside), grid, mask.shape))
+        distance = np.hypot(np.arange(grid[0])[:, None] + 0.5 - y, np.arange(grid[1]) + 0.5 - x)
+        # the distance only decides between locations that the object doesn't cover
+        preference = _pooled(inside.astype(np.float32), grid) - 1e-6 * distance
+        only = (ids > 0) & (np.bincount(ids.ravel(), minlength=256)[ids] == 1)
+        ids.flat[np.where(only, -np.inf, preference).argmax()] = object_id
     labels = np.full(grid, -1)
     for i, object_id in enumerate((0, *object_ids)):
         labels[ids == object_id] = i

@@ -21,7 +21,7 @@ def one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
     """End a script with exit status 2 and one line for errors that have a one-line message."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         message = explained(error)
         if message is None:
             raise

@@ -90,6 +90,13 @@ def test_a_shorter_clip_replaces_all_earlier_masks(clip, first, exported, tmp_pa
     by_hand = out / "masks" / "99999.png"
     by_hand.parent.mkdir(parents=True)
     shutil.copy(first, by_hand)
+    own = out / "overlay.mp4"
+    for own in (own, out / "masks" / "00000.png"):
+        own.write_bytes(b"the user's")
+        assert lite.main([str(shorter), *arguments]) == 2
+        assert own.read_bytes() == b"the user's" and f"{own}: lite.py" in capsys.readouterr().err
+        own.unlink()
+        (out / "manifest.json").unlink(missing_ok=True)
     assert lite.main([str(shorter), *arguments]) == 0
     assert by_hand.is_file()  # without a manifest, files in the folder may be the user's
     assert lite.main([str(shorter), *arguments]) == 0
@@ -380,6 +387,8 @@ def test_an_8_bit_export_that_differs_too_much_is_refused(exact, tmp_path, monke
     monkeypatch.setattr(quantize, "quantized", reversed_scales)
     with pytest.raises(ValueError, match="weights of 8 bits.*differ"):
         export.export(exact, tmp_path, bits=8)
+    with pytest.raises(FileNotFoundError):
+        lite.load(tmp_path)
 
 
 def test_the_docs_have_the_contract_of_the_export(exported):

@@ -317,6 +317,15 @@ def test_objects_are_added_on_earlier_frames_and_ended(shipped):
             assert overlap(frame.mask == i, truth(frame.index, both) == i) > 0.8
 
 
+def test_what_is_asked_for_during_the_last_frame_is_done(shipped):
+    changes = SimpleQueue()
+    tracked = live.track(shipped, Scripted(2), changes, Options())
+    assert [next(tracked).index, next(tracked).index] == [0, 1]
+    changes.put(live.Reference(1, image(1), truth(1)))
+    last, = tracked
+    assert last.index == 1 and np.array_equal(last.mask, truth(1))
+
+
 @pytest.mark.slow
 def test_a_correction_of_one_object_leaves_the_others(shipped):
     both, changes = (1, 2), SimpleQueue()

@@ -195,6 +195,28 @@ def test_distant_look_alikes_are_dropped_and_hidden_objects_return():
         np.testing.assert_array_equal(found, both)
 
 
+@pytest.mark.parametrize("ids", [[3], [3, 7]])
+def test_stray_pixels_do_not_hold_a_vanished_object(ids):
+    stray = np.zeros((120, 300), np.uint8)
+    stray[100, 10:13] = 3
+    probabilities = np.zeros((1 + len(ids), 120, 300), np.float32)
+    probabilities[1, 20:60, 200:240] = probabilities[1, 100, 10:13] = 1
+    probabilities[0] = 1 - probabilities[1]
+    keep_identities(probabilities, stray, ids, {3: 1600 / stray.size, 7: 0.01})
+    assert (decide(probabilities, ids) == 3).sum() == 1603
+
+
+@pytest.mark.parametrize("pixel, kept", [(1, False), (2, True)])
+def test_the_least_reach_is_in_pixels_of_the_network(pixel, kept):
+    previous = np.zeros((60, 160), np.uint8)
+    previous[20:24, 10:14] = 1
+    probabilities = np.zeros((2, 60, 160), np.float32)
+    probabilities[1, 20:24, 12:16] = probabilities[1, 20:24, 24:28] = 1  # the latter 11 away
+    probabilities[0] = 1 - probabilities[1]
+    keep_identities(probabilities, previous, [1], {1: 16 / previous.size}, pixel=pixel)
+    assert (probabilities[1, 20:24, 24:28] == 1).all() == kept
+
+
 def test_a_component_without_a_plausible_object_stays_foreground():
     previous = np.zeros((20, 30), np.uint8)
     previous[5:9, 5:9], previous[5:9, 25:29] = 1, 2

@@ -1,5 +1,6 @@
 """Training pairs and clips, and the order in which they are sampled."""
 
+import shutil
 from collections import Counter
 
 import cv2
@@ -101,6 +102,22 @@ def test_a_sequence_without_objects_is_named(tmp_path):
     write_list(tmp_path, "2016", "train", ["ant"])
     with pytest.raises(ValueError, match="ant"):
         Pairs(Davis(tmp_path).sequences, as_is)[0, 0]
+
+
+def test_a_reference_whose_object_vanishes_by_resizing_is_drawn_again(tmp_path):
+    write_sequence(tmp_path, "ant", frames=3)
+    folder = tmp_path / "Annotations/480p/ant"
+    for i in (1, 2):
+        tiny = np.zeros(SHAPE, np.uint8)
+        tiny[0, 0] = 255
+        Image.fromarray(tiny).save(folder / f"{i:05d}.png")
+    write_list(tmp_path, "2016", "train", ["ant"])
+    pairs = Pairs(Davis(tmp_path).sequences, Augment((24, 40), random=False))
+    for seed in range(12):
+        assert pairs[seed % 3, seed][1][0].any()
+    shutil.copy(folder / "00001.png", folder / "00000.png")
+    with pytest.raises(ValueError, match="ant: no object in any mask that is large"):
+        Pairs(Davis(tmp_path).sequences, Augment((24, 40), random=False))[0, 0]
 
 
 class AsIs:

@@ -246,6 +246,45 @@ def test_an_object_that_jumped_too_far_is_predicted_one_frame_later(model, monke
     assert moving_spot(model, monkeypatch, [(0,), (160,), (160,)]) == [[], [160]]
 
 
+@pytest.mark.parametrize("scale", [1, 3])
+def test_the_dilation_is_in_pixels_of_the_network_input(scale, model, monkeypatch):
+    """The mask may be larger: here a square moves by 15 pixels of the input."""
+    def predict(state, features, shape):
+        mask = torch.zeros(shape)
+        mask[20 * scale:28 * scale, 23 * scale:31 * scale] = 1
+        return torch.stack([1 - mask, mask])
+
+    first = np.zeros((60, 200), np.uint8)
+    first[20:28, :8] = 1
+    monkeypatch.setattr(model, "predict", predict)
+    for model.dilation, area in ((14, 0), (23, 64)):
+        tracker = Tracker(model)
+        tracker.step(torch.zeros(3, 60, 200), first)
+        mask = tracker.step(torch.zeros(3, 60, 200), shape=(60 * scale, 200 * scale)).mask
+        assert mask.sum() == area * scale ** 2
+
+
+def test_masks_belong_to_the_caller(model):
+    """Changing one, as for writing it as 0 and 255, does not change what is tracked."""
+    untouched, changed = Tracker(model), Tracker(model)
+    image, mask = frame(0, scale=4)
+    untouched.step(image, mask)
+    for result in (changed.step(image, mask).mask, mask):
+        result[result > 0] = 255
+    for step in (1, 2):
+        image = frame(step, scale=4)[0]
+        result = changed.step(image).mask
+        np.testing.assert_array_equal(result, untouched.step(image).mask)
+        assert result.any()
+        result[result > 0] = 255
+
+
+def test_a_tracker_that_has_seen_no_frame_can_be_saved(model):
+    tracker = Tracker(model)
+    tracker.load_state(Tracker(model).state())
+    assert tracker.previous is None and tracker.step(*frame(0)).mask.any()
+
+
 def test_method_memory_requires_frames_of_one_size():
     model = VideoMatch(Encoder("mobilenet"), 2.0, top_k=3, refined=True).eval()
     mask = np.zeros((64, 96), np.uint8)

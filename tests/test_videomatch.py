@@ -120,6 +120,15 @@ def test_labels_are_nearest_and_keep_tiny_objects():
     np.testing.assert_array_equal(labels, expected)
 
 
+def test_tiny_objects_in_one_location_both_get_one():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[17:19, 17:20] = 1
+    mask[28:30, 29:32] = 2  # both in location (1, 1), the latter near (1, 2)
+    expected = np.zeros((4, 4), int)
+    expected[1, 1:3] = 1, 2
+    np.testing.assert_array_equal(labels_of(mask, (4, 4), [1, 2]), expected)
+
+
 def test_a_checkpoint_restores_configuration_and_weights(model, tmp_path):
     model.top_k, model.temperature, model.dilation = 7, 0.1, 33
     model.save(tmp_path / "new" / "vm.pth", held_out_iou=0.5, held_out=["bear"])

@@ -52,7 +52,11 @@ def track(model: VideoMatch, clip: LiveClip, changes: "SimpleQueue[Reference | R
     model.eval()
     tracker = Tracker(model, options.threshold, options.remove_outliers)
     last = -1  # index of the last frame with a step
-    for index, image in enumerate(clip.frames()):
+
+
+    def applied() -> Iterator[Frame]:
+        """Apply the changes; yields the frames that they add."""
+        nonlocal last
         for change in _pending(changes):
             if isinstance(change, Removal):
                 if change.object_id in tracker.object_ids:
@@ -62,11 +66,15 @@ def track(model: VideoMatch, clip: LiveClip, changes: "SimpleQueue[Reference | R
             if change.index > last:
                 last = change.index
                 yield frame
+
+    for index, image in enumerate(clip.frames()):
+        yield from applied()
         if tracker.previous is None:
             yield Frame(index, image, None, True, tracker, np.zeros(image.shape[:2], np.uint8))
         else:
             last = index
             yield _segment(tracker, index, image, None, options)
+    yield from applied()  # what was asked for while the last frame was segmented
 
 
 def _segment(tracker: Tracker, index: int, image: np.ndarray, mask: np.ndarray | None,

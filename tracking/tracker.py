@@ -61,16 +61,16 @@ class Tracker:
         model: the network; may be shared between trackers and threads.
         threshold: a pixel is foreground where the probability of all objects together exceeds
             this, in [0, 1).
-        outlier_removal: drop predictions further than the model's `dilation` pixels from the
-            object's previous mask (the paper's section 3.3). An object that has vanished may
-            reappear anywhere.
+        outlier_removal: drop predictions further than the model's `dilation` from the object's
+            previous mask (the paper's section 3.3), in pixels of the network's input. An object
+            that has vanished may reappear anywhere.
         size: short side at which the network sees uint8 images, see `images.working_shape`; masks
             have the image's own size. Larger for small objects, at a cost in proportion to the
             area; 0: the image's own size. Tensors are taken as they are.
 
     Attributes:
         memory: the network's `State` of the video; None before the first reference frame.
-        previous: (H, W) uint8 mask of the last frame.
+        previous: (H, W) uint8 mask of the last frame; None before the first.
         shares: for each object, the share of its last reference frame that it covers.
     """
 
@@ -112,7 +112,8 @@ class Tracker:
     def state(self) -> dict:
         """Return everything but network and settings, as numbers, lists and tensors."""
         return {"memory": None if self.memory is None else self.model.serialize(self.memory),
-                "previous": self.model.array(self.previous), "shares": list(self.shares.items())}
+                "previous": None if self.previous is None else self.model.array(self.previous),
+                "shares": list(self.shares.items())}
 
     def load_state(self, state: dict) -> None:
         """Restore the `state` of a tracker with the same network and settings.
@@ -120,9 +121,10 @@ class Tracker:
         Raises:
             KeyError, TypeError, ValueError: not such a state.
         """
-        memory = state["memory"]
+        memory, previous = state["memory"], state["previous"]
         self.memory = None if memory is None else self.model.deserialize(memory)
-        self.previous, self.shares = to_numpy(state["previous"]), dict(state["shares"])
+        self.previous = None if previous is None else to_numpy(previous)
+        self.shares = dict(state["shares"])
 
     def step(self, image: Array | Image.Image, mask: np.ndarray | None = None,
              shape: tuple[int, int] | None = None, absent: Collection[int] = ()) -> Step:
@@ -152,7 +154,7 @@ class Tracker:
         if self.memory is None and self.previous is not None and (mask is None or not mask.any()):
             self.previous = np.zeros(size if mask is None else mask.shape, np.uint8)
             nothing = np.ones((1, *self.previous.shape), np.float32)
-            return Step(self.previous, self.model.array(nothing), ())
+            return Step(self.previous.copy(), self.model.array(nothing), ())
         with self.model.inference():
             if mask is None:
                 return self._predicted(image, size)
@@ -162,7 +164,7 @@ class Tracker:
                        shape: tuple[int, int] | None) -> tuple[Array, tuple[int, int]]:
         """The (3, h, w) network input of an image, and the (H, W) of the mask to return."""
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = np.array(image.convert("RGB"))  # `asarray` would be read-only
         if getattr(image, "dtype", None) == np.uint8:
             check_frame(image)
             small = scaled(np.ascontiguousarray(image), self.size)
@@ -184,7 +186,7 @@ class Tracker:
             self.memory = model.remember(self.memory, features, probabilities,
                                          frames % MEM_EVERY == 0)
         self.previous = decide(after, self.object_ids, self.threshold)
-        return Step(self.previous, probabilities, self.object_ids)
+        return Step(self.previous.copy(), probabilities, self.object_ids)
 
     def _find(self, image: Array, shape: tuple[int, int]) -> tuple[Any, Array, np.ndarray]:
         """A frame's features; (N+1, H, W) probabilities, raw and after all corrections."""
@@ -194,11 +196,12 @@ class Tracker:
         # a copy, because the online update also needs the raw probabilities
         after = to_numpy(before).copy()
         previous = resize_mask(self.previous, shape)
+        pixel = min(shape) / min(image.shape[-2:])  # distances are in pixels of the network's input
         # Identities first: outlier removal would give another object's part to the background.
         if model.method == "memory":
-            keep_identities(after, previous, self.object_ids, self.shares, self.threshold)
+            keep_identities(after, previous, self.object_ids, self.shares, self.threshold, pixel)
         if self.outlier_removal:
-            remove_outliers(after, previous, self.object_ids, self.shares, model.dilation)
+            remove_outliers(after, previous, self.object_ids, self.shares, model.dilation * pixel)
         return features, before, after
 
     def _referred(self, image: Array, mask: np.ndarray, absent: Collection[int]) -> Step:
@@ -215,7 +218,7 @@ class Tracker:
         self.memory = self.model.add_reference(self.memory, image[None], mask, object_ids)
         self.shares = {i: float((mask == i).mean()) or self.shares.get(i, 0.0)
                        for i in object_ids}
-        self.previous = mask
+        self.previous = mask.copy()  # the caller may change theirs
         known = np.stack([mask == i for i in (0, *self.object_ids)]).astype(np.float32)
         return Step(mask, self.model.array(known), self.object_ids)
 

@@ -27,7 +27,7 @@ from tracking import prompting
 from training import distractors, simulated_user
 from training.options import MAX_GRADIENT_NORM, Options, one_cycle
 from training.report import Report
-from training.samples import large_enough
+from training.samples import large_enough, prepare_worker
 from training.static_images import StaticImage
 from training.warps import cut_out
 from videomatch import VideoMatch
@@ -221,11 +221,12 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], static_images: l
     optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=options.weight_decay)
     schedule = one_cycle(optimizer, RATE * options.learning_rate, options.iterations)
     report = PromptReport(model, optimizer, schedule, sequences, held_out, options, static_images)
-    done = report.start_or_resume()
     with report, interruptible() as interrupted:
+        done = report.start_or_resume()
         bar = progress(total=options.iterations, initial=done, desc="training",
                        disable=distributed.rank() > 0)
-        while done < options.iterations and report.reports_since_best < options.patience:
+        while (done < options.iterations and report.reports_since_best < options.patience
+               and not any(distributed.gather(interrupted()))):
             every = options.report if options.report > 0 else options.iterations
             last = min(options.iterations, (done // every + 1) * every)
             for loss in training_steps(model, optimizer, sequences, static_images, options, done,
@@ -238,9 +239,8 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], static_images: l
                 if any(distributed.gather(interrupted())):
                     break
             report(done)
-            if done < last:
-                log.info("interrupted after iteration %d; continue with --resume", done)
-                break
+    if interrupted():
+        log.info("interrupted after iteration %d; continue with --resume", done)
     log.info("saved in %s", options.save)
     return report.best
 
@@ -267,7 +267,7 @@ def training_steps(model: VideoMatch, optimizer, sequences: list[Sequence],
     each = options.batch_size * distributed.count()
     indices = range(first * each + distributed.rank(), (last + 1) * each, distributed.count())
     loader = iter(DataLoader(samples, None, sampler=indices, num_workers=options.workers,
-                             collate_fn=_unchanged))
+                             collate_fn=_unchanged, worker_init_fn=prepare_worker))
     model.eval()
     active: list[ActiveSample] = []
     for _ in range(first, last):
@@ -381,7 +381,7 @@ def evaluate_prompts(model: VideoMatch, sources: list, count: int) -> list[dict]
 def split_static_images(static_images: list[StaticImage], share: float,
                         seed: int) -> tuple[list, list]:
     """Hold out a share of the images, at most `MAX_HELD_OUT`; returns (training, held out)."""
-    count = min(round(share * len(static_images)), MAX_HELD_OUT)
+    count = min(round(share * len(static_images)), MAX_HELD_OUT, max(0, len(static_images) - 1))
     held_out = set(np.random.default_rng(seed).choice(len(static_images), count,
                                                       replace=False).tolist())
     return ([image for i, image in enumerate(static_images) if i not in held_out],

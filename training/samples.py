@@ -2,8 +2,10 @@
 
 import itertools
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -87,17 +89,28 @@ class Pairs(Dataset):
         frame, seed = index
         sequence, test = self.frames[frame]
         rng = np.random.default_rng(seed)
-        reference, mask, object_id = self._reference(sequence, rng)
-        pair = [(sequence.image(reference), mask), (sequence.image(test), sequence.mask(test))]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pair = [self.augment(image, (mask == object_id).astype(np.uint8))
-                    for image, mask in pair]
-        return tuple(torch.stack(tensors) for tensors in zip(*pair))
+            for reference, mask, object_id in self._references(sequence, rng):
+                pair = [self.augment(image, (ids == object_id).astype(np.uint8))
+                        for image, ids in ((sequence.image(reference), mask),
+                                           (sequence.image(test), sequence.mask(test)))]
+                if pair[0][1].any():  # resizing may remove a tiny object
+                    return tuple(torch.stack(tensors) for tensors in zip(*pair))
+        raise ValueError(f"{sequence.masks[test].parent}: no object in any mask that is large "
+                         f"enough to train on. {TOO_SMALL}")
 
     def _reference(self, sequence: Source, rng,
                    object_id: int | None = None) -> tuple[int, np.ndarray, int]:
-        """Return a random frame that shows an object, its mask, and one of its objects.
+        """Return the first of `_references`; raises a ValueError if there is none."""
+        for reference in self._references(sequence, rng, object_id):
+            return reference
+        raise ValueError(f"{sequence.masks[sequence.labelled[0]].parent}: no object in any mask")
+
+    @staticmethod
+    def _references(sequence: Source, rng, object_id: int | None = None
+                    ) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Yield frames that show an object in random order, with their mask and one of its objects.
 
         Args:
             object_id: the object that the frame has to show; defaults to any.
@@ -106,8 +119,7 @@ class Pairs(Dataset):
             mask = sequence.mask(frame)
             ids = np.unique(mask[mask > 0] if object_id is None else mask[mask == object_id])
             if len(ids):
-                return frame, mask, int(rng.choice(ids))
-        raise ValueError(f"{sequence.masks[sequence.labelled[0]].parent}: no object in any mask")
+                yield frame, mask, int(rng.choice(ids))
 
 
 class Clips(Pairs):
@@ -480,4 +492,14 @@ def batches(kind: type[Pairs], sequences: list[Sequence], static_images: list, a
                               shuffle=options.shuffle, seed=options.seed, skip=drawn.start * each,
                               rank=distributed.rank(), ranks=distributed.count())
         yield from DataLoader(samples, options.batch_size, sampler=sampler,
-                              num_workers=options.workers)
+                              num_workers=options.workers, worker_init_fn=prepare_worker)
+
+
+def prepare_worker(_: int) -> None:
+    """Prepare a process that makes samples.
+
+    Ctrl+C is for the training process, which finishes its step; a worker that died of it would end
+    the training. OpenCV would start a thread per core in every worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)

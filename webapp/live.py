@@ -133,10 +133,12 @@ class LiveSession:
             prompts, mask=current == object_id))
         if not found.any():
             raise ValueError("nothing was found there: draw a box, or click on another part")
-        if box:  # forget what the object was before
-            self._changes.put(live.Removal(object_id))
-        self._changes.put(live.Reference(frame, image,
-                                         np.where(found, object_id, 0).astype(np.uint8)))
+        with self.lock:
+            find_object(self.objects, object_id)  # it may have been deleted meanwhile
+            if box:  # forget what the object was before
+                self._changes.put(live.Removal(object_id))
+            self._changes.put(live.Reference(frame, image,
+                                             np.where(found, object_id, 0).astype(np.uint8)))
 
     def add_object(self) -> int:
         """Add an object and return its id."""

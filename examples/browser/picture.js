@@ -135,11 +135,17 @@ export function extrude({height, width, data}, id, distance) {
 // Each location's set: 0 background, i for ids[i - 1], -1 for others. An object too small to contain the
 // centre of a location gets the one that it covers most.
 export function labelsOf(mask, grid, ids) {
-  const {data} = nearest(mask, grid);
-  for (const id of new Set(mask.data)) {
+  const {data} = nearest(mask, grid), [h, w] = grid;
+  for (const id of [...new Set(mask.data)].sort((a, b) => a - b)) {
     if (!id || data.includes(id)) continue;
-    const covered = resize(planes(mask, [id]), grid, 'area').data;
-    data[covered.indexOf(Math.max(...covered))] = id;
+    const counts = new Uint32Array(256), pixels = [...mask.data.keys()].filter(i => mask.data[i] === id);
+    const centre = (of, scale) => scale * (pixels.reduce((sum, i) => sum + of(i), 0) / pixels.length + 0.5);
+    const y = centre(i => Math.floor(i / mask.width), h / mask.height), x = centre(i => i % mask.width, w / mask.width);
+    for (const other of data) counts[other]++;
+    const preferences = resize(planes(mask, [id]), grid, 'area').data.map((covered, i) =>
+      data[i] && counts[data[i]] === 1 ? -Infinity
+        : covered - 1e-6 * Math.hypot(Math.floor(i / w) + 0.5 - y, i % w + 0.5 - x));
+    data[preferences.indexOf(Math.max(...preferences))] = id;
   }
   return BigInt64Array.from(data, id => BigInt(id && (ids.indexOf(id) + 1 || -1)));
 }
@@ -184,7 +190,7 @@ export function keepIdentities({data, height, width}, previous, ids, shares) {
   const {count, parts} = components({height, width, data: foreground});
   const near = ids.map(id => {  // null: it vanished, and may re-appear anywhere
     const area = previous.data.filter(x => x === id).length;
-    if (area <= (alone ? 0 : VANISHED * shares[id] * size)) return null;
+    if (area <= VANISHED * shares[id] * size) return null;
     const reach = Math.max(MIN_REACH, (alone ? REACH_ALONE : REACH) * Math.sqrt(shares[id] * size));
     const reached = new Uint8Array(count);
     extrude(previous, id, reach).forEach((inside, i) => { if (inside) reached[parts[i]] = 1; });
