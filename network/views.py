@@ -91,8 +91,8 @@ def labels_of(mask: np.ndarray, grid: tuple[int, int], object_ids: Sequence[int]
         y, x = ((places.mean() + 0.5) * count / side
                 for places, count, side in zip(np.nonzero(inside), grid, mask.shape))
         distance = np.hypot(np.arange(grid[0])[:, None] + 0.5 - y, np.arange(grid[1]) + 0.5 - x)
-        # the distance only decides between locations that the object doesn't cover
-        preference = _pooled(inside.astype(np.float32), grid) - 1e-6 * distance
+        share = _pooled(inside.astype(np.float32), grid)
+        preference = np.where(share > 0, share, -distance)
         only = (ids > 0) & (np.bincount(ids.ravel(), minlength=256)[ids] == 1)
         ids.flat[np.where(only, -np.inf, preference).argmax()] = object_id
     labels = np.full(grid, -1)

@@ -144,7 +144,7 @@ export function labelsOf(mask, grid, ids) {
     for (const other of data) counts[other]++;
     const preferences = resize(planes(mask, [id]), grid, 'area').data.map((covered, i) =>
       data[i] && counts[data[i]] === 1 ? -Infinity
-        : covered - 1e-6 * Math.hypot(Math.floor(i / w) + 0.5 - y, i % w + 0.5 - x));
+        : covered || -Math.hypot(Math.floor(i / w) + 0.5 - y, i % w + 0.5 - x));
     data[preferences.indexOf(Math.max(...preferences))] = id;
   }
   return BigInt64Array.from(data, id => BigInt(id && (ids.indexOf(id) + 1 || -1)));
