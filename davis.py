@@ -350,14 +350,8 @@ def main() -> int:
                         help="2016: one object per sequence, 1.9 GB; 2017: several, 0.8 GB "
                              "(default: 2016)")
     args = parser.parse_args()
-    try:
+    with errors.one_line(parser):
         download.download(args.download, args.year)
-    except (OSError, ValueError) as error:
-        message = errors.explained(error)
-        if message is None:
-            raise
-        print(f"davis.py: error: {message}", file=sys.stderr)
-        return 2
     print(f"{args.download}: ready, python main.py -m eval -d {args.download}")
     return 0
 

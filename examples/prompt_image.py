@@ -22,4 +22,6 @@ def main(image: str, x: str, y: str, width: str, height: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 7:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

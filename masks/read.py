@@ -169,6 +169,8 @@ def is_empty(path: str | Path) -> bool:
     image = images.open_image(path, "a mask")
     if is_transparent(image):
         return False
+    if image.mode.startswith(("I", "F")):  # Pillow lacks the extrema of some of them
+        return not np.asarray(image).any()
     return not np.any(image.convert("RGB").getextrema() if "A" in image.mode
                       else image.getextrema())
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
@@ -172,9 +173,9 @@ class YoloSink(AnnotationSink):
         if self.clip.path.is_dir():
             command = f"copy or link the frames of {self.clip.path}"
         else:
-            command = (f"ffmpeg -i {self.clip.path} -fps_mode passthrough -start_number 0 "
+            command = (f"ffmpeg -i {shlex.quote(str(self.clip.path))} -fps_mode passthrough -start_number 0 "
                        "images/%05d.png")
-        names = "".join(f"  {i}: {json.dumps(name)}\n"
+        names = "".join(f"  {i}: {json.dumps(name, ensure_ascii=False)}\n"
                         for i, name in enumerate(self.categories.all or [CATEGORY]))
         return ("# yolo segment train data=data.yaml; paths are relative to this file\n"
                 f"# images/ has to hold the frames: {command}\n"

@@ -239,6 +239,16 @@ def test_frames_before_the_first_prompt_are_tracked_backward(page, clip, exact):
     page.wait("app.shown === 4")
     page.draw((140, 20), alt=True)
     assert page.ask("[app.next, app.previous]") == [4, -1], "they depend on frame 3 only"
+    page.click("#undo")
+    page.idle()
+    assert page.ask("[...app.user.keys()]") == [3] and page.ask("app.edits.size") == 1
+    np.testing.assert_array_equal(masks_of(page)[4], found[4])
+    page.driver.execute_script(  # as after an object was removed while frame 1 was tracked
+        "app.previous = 1; app.backward = null; asked = []; const {picture} = app.clip;"
+        "app.clip.picture = i => { asked.push(i); return picture.call(app.clip, i); }")
+    page.track()
+    assert page.ask("asked") == [3, 4, 5, 3, 2, 1, 0]
+    np.testing.assert_array_equal(masks_of(page)[0], found[0])
     visit(page, 1)
     page.wait("app.shown === 1")
     page.draw((140, 20), alt=True)

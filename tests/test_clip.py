@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from test_video import SHAPE, make, numbers_of, picture
 
+from masks.read import is_empty
 from media import images, video
 
 
@@ -44,6 +45,17 @@ def test_a_truncated_animation_is_read_to_its_last_frame(tmp_path, caplog):
 def deep(i):
     """A 16-bit image, as microscopes and thermal cameras write it."""
     return Image.fromarray(picture(i)[..., 0].astype(np.uint16) * 257)
+
+
+def test_a_tiff_of_16_bits_is_read_the_same_in_either_byte_order(tmp_path):
+    """Also a dark one, which is not taken for one of 8 bits."""
+    values = np.arange(200, dtype=np.uint16).reshape(10, 20)
+    for order in "<>":
+        path = tmp_path / f"{order}.tif"
+        mode = "I;16" if order == "<" else "I;16B"
+        Image.frombytes(mode, (20, 10), values.astype(f"{order}u2").tobytes()).save(path)
+        assert images.read_image(path).max() == 1
+        assert not is_empty(path)
 
 
 @pytest.mark.parametrize("page", [lambda i: Image.fromarray(picture(i)),

@@ -198,8 +198,8 @@ def test_an_unavailable_address_is_named(client):
     ("/mask/0", labelme([80, 48], ("a", 0, 0)), 400, "80x48 pixels, expected 160x96"),
     ("/mask/0", labelme([10**6, 10**6], ("a", 0, 0)), 400, "expected 160x96"),
     ("/mask/99", png(np.ones(SHAPE, np.uint8)), 400, "no frame 99"),
-    ("/mask/0", bytes(MAX_MASK + 1), 413, "bytes at most"),
-    ("/mask/0", bytes(100_000_000), 413, "bytes at most")])
+    ("/mask/0", bytes(MAX_MASK + 1), 413, "at most 64 MB"),
+    ("/mask/0", bytes(100_000_000), 413, "at most 64 MB")])
 def test_an_upload_that_is_no_mask_of_the_frame_is_refused(path, content, status, message, client):
     answer = client.put(path, content=content)
     assert answer.status_code == status and message in answer.json()["error"]

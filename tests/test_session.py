@@ -171,6 +171,72 @@ def test_labels_of_an_annotation_file_are_the_objects_names(clip, tmp_path, monk
     assert opened[1]["objects"][0]["name"] == "dog"
 
 
+def test_the_same_command_resumes_and_keeps_corrections(clip, tmp_path, monkeypatch):
+    def corrected(session, *_):
+        session.editor.set_mask(0, truth(1))
+        session.editor.mark(5, 1, "absent", False)
+
+    def resumed(session, *_):
+        masks.append([session.mask(frame) for frame in (0, 3)])
+        assert not session.store.presence.absent
+
+    masks = []
+    for step in (0, 2, 3):
+        images.write_mask(tmp_path / f"{step}.png", truth(step))
+    arguments = ["-m", "segment", "--video", str(clip), "--page", "-c", "cpu", "-j",
+                 str(tmp_path / "out"), "--mask"]
+    first, mark = f"0:{tmp_path / '0.png'}", "5:absent=1"
+    for serve, given in ((corrected, (first, mark)), (resumed, (first, mark)),
+                         (resumed, (first, f"3:{tmp_path / '3.png'}", mark)),
+                         (resumed, (f"0:{tmp_path / '2.png'}",))):
+        monkeypatch.setattr(server, "serve", serve)
+        assert main.main([*arguments, *given]) == 0
+    np.testing.assert_array_equal(masks[0][0], truth(1))
+    assert masks[0][1] is None
+    np.testing.assert_array_equal(masks[1], [truth(1), truth(3)])  # another mask is read
+    np.testing.assert_array_equal(masks[2], [truth(2), truth(3)])
+
+
+def test_a_prompt_that_finds_nothing_changes_nothing(client):
+    client.put("/mask/0", content=png(truth(0)))
+    answer = do(client, "box", frame=0, object=1, corners=[[120, 80], [150, 95]])
+    assert answer.status_code == 400 and "nothing was found there" in answer.text
+    np.testing.assert_array_equal(shown(client, 0), truth(0))
+    assert not client.session.store.presence.absent
+
+
+def test_masks_of_a_deleted_object_do_not_return_with_an_uploaded_one(client):
+    for frame in (0, 1):
+        client.put(f"/mask/{frame}", content=png(truth(frame)))
+    do(client, "delete", object=1)
+    client.put("/mask/2", content=png(truth(2)))
+    np.testing.assert_array_equal(shown(client, 2), 2 * truth(2))
+    assert [one["id"] for one in state(client)["objects"]] == [2] and not shown(client, 1).any()
+
+
+def test_a_colour_means_the_same_in_all_uploaded_masks(client):
+    colours = np.array([[0, 0, 0], [200, 30, 90], [10, 240, 120]], np.uint8)
+    both, second = truth(0, (1, 2)), np.where(truth(1, (1, 2)) == 2, 2, 0)
+    for frame, mask in ((0, both), (1, second)):
+        assert client.put(f"/mask/{frame}", content=png(colours[mask])).status_code == 200
+    ids = shown(client, 0)[both == 2]
+    np.testing.assert_array_equal(shown(client, 1), np.where(second == 2, ids[0], 0))
+
+
+def test_undo_knows_whether_a_mask_was_used(client, monkeypatch):
+    """Masks were predicted from the corrected one, so the earlier one is not used any more."""
+    editor, store = client.session.editor, client.session.store
+    editor.set_mask(0, truth(0))
+    store.mark_propagated(0)
+    editor.set_mask(0, truth(1))
+    editor.undo()
+    assert not store.pending
+    editor.set_mask(0, truth(1))
+    store.mark_propagated(0)
+    editor.undo()
+    assert store.pending == {0}
+
+
 def test_frames_are_numbered_as_their_files(begin, clip, tmp_path):
     folder = tmp_path / "numbered from 1, with a gap"
     folder.mkdir()
@@ -319,11 +385,11 @@ def test_without_a_nearby_user_mask_the_predicted_mask_is_a_reference(begin, mon
     monkeypatch.setattr(sessions.pipeline, "segment_frame", lambda tracker, index, image, small,
                         mask, *rest, **more: references.append((index, mask is not None)) or step(
                             tracker, index, image, small, mask, *rest, **more))
-    session.propagator.states.clear()
+    session.propagator.states.saved_states.clear()
     go(session, 3)
     assert references[:4] == [(0, True), (1, False), (2, False), (3, False)]
     monkeypatch.setattr(sessions.StateCache, "MAX_DISTANCE", 2)
-    session.propagator.states.clear()
+    session.propagator.states.saved_states.clear()
     references.clear()
     go(session, 3)
     assert references[:3] == [(0, True), (3, True), (4, False)]

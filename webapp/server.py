@@ -17,6 +17,7 @@ import socket
 import webbrowser
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -32,7 +33,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from masks import annotation_files
-from masks.read import read_mask
+from masks.encoding import MaskEncoding
 from media import images
 from media.drawing import PALETTE
 from webapp.store import encode_mask
@@ -207,7 +208,7 @@ class Fields:
         value = self.values.get(name)
         if not (value is None or isinstance(value, str) and value.isprintable()
                 and len(value) <= MAX_TEXT):
-            raise ValueError(f"{name}: expected a text of at most {MAX_TEXT} characters")
+            raise ValueError(f"{name}: expected one line of at most {MAX_TEXT} printable characters")
         return value
 
     def flag(self, name: str) -> bool | None:
@@ -245,7 +246,7 @@ def _point(session, fields: Fields) -> None:
 
 def _stroke(session, fields: Fields) -> None:
     session.editor.paint(fields.whole("frame"), fields.whole("object", 1, 254),
-                         fields.points("points"), fields.whole("radius", 1, 500),
+                         fields.points("points"), fields.whole("radius", 1, 2000),
                          bool(fields.flag("erase")))
 
 
@@ -293,12 +294,12 @@ async def _body(request: Request, limit: int) -> bytes:
     """Read a request's body; reject one of more than `limit` bytes without storing it."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > limit:
-        raise HTTPException(413, f"expected {limit} bytes at most")
+        raise HTTPException(413, f"too large: expected at most {limit / 2**20:g} MB")
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > limit:
-            raise HTTPException(413, f"expected {limit} bytes at most")
+            raise HTTPException(413, f"too large: expected at most {limit / 2**20:g} MB")
     return bytes(content)
 
 
@@ -323,19 +324,21 @@ def _upload_mask(session, frame: int, content: bytes) -> None:
     else:
         try:
             # reads only the header: an image of another size is rejected before it is decompressed
-            image = Image.open(io.BytesIO(content))
-            size, kind = image.size, str(image.format).lower()
+            shape = images.image_shape(io.BytesIO(content), "a mask")
+            kind = str(Image.open(io.BytesIO(content)).format).lower()
         except Exception:
             raise ValueError("this is not an image file, nor one of labelme or COCO (JSON)"
                              ) from None
-        images.check_same_shape("the clip", session.shape, "this file", size[::-1])
+        if shape != session.clip.stored:
+            images.check_same_shape("the clip", session.shape, "this file", shape)
     with TemporaryDirectory() as folder:
         path = Path(folder, f"mask.{kind}")
         path.write_bytes(content)
         try:
             mask = (annotation_files.read(path, session.clip.frame_name(frame), names=names,
                                           shape=session.shape) if is_json
-                    else read_mask(path, user_drawn=True))
+                    else session.clip.fit(MaskEncoding.detect(
+                        [path], user_drawn=True, assigned=session.store.colours).read(path)))
         except (OSError, ValueError) as error:
             raise ValueError(str(error).replace(str(path), "this file")) from None
     session.editor.set_mask(frame, mask, names)
@@ -352,6 +355,8 @@ def application(session, token: str, html: str | None = None, codes: Sequence[st
     """
     key = secrets.token_hex(8)
     html = html or HTML.read_text(encoding="utf-8")
+    name = session.clip.name if session.live else session.clip.path.name
+    html = html.replace("<title>", f"<title>{escape(name)} – ")
     html = html.replace("<body>", f'<body data-session="{key}" data-palette="{_palette()}">')
 
     async def page(request: Request) -> Response:

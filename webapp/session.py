@@ -10,6 +10,7 @@ import shlex
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, field
@@ -184,10 +185,6 @@ class StateCache:
         """Whether `frame` is at most `MAX_DISTANCE` frames after `start` in this direction."""
         return 0 <= (frame - start if forward else start - frame) <= self.MAX_DISTANCE
 
-    def clear(self) -> None:
-        """Delete all states."""
-        self.saved_states = {}
-
 
 def _tensor_sizes(value) -> dict[int, int]:
     """Address and size in bytes of each tensor's memory in nested dicts, lists and tuples."""
@@ -260,9 +257,7 @@ class Propagator:
         Earlier user masks are reference masks, as they are on the command line.
         """
         store = self.store
-        references = sorted(store.user_frames)
-        while references and not store.mask(references[0]).any():
-            del references[0]
+        references = store.reference_frames()
         near = [] if start in store.user_frames else [
             frame for frame in references if self.states.in_reach(frame, start, forward)]
         first = min(near, key=lambda frame: abs(frame - start), default=start)
@@ -328,7 +323,7 @@ class Session:
         # which earlier versions saved there, up to 200 MB
         shutil.rmtree(folder / "page" / "states", ignore_errors=True)
         self.propagator = Propagator(model, clip, options, self.image, self.store)
-        self.editor = Editor(self.store, self.image, prompter, self.propagator.states.clear)
+        self.editor = Editor(self.store, self.image, prompter)
         self.lock = self.editor.lock
         self._confidences: dict[int, np.ndarray] = {}  # by object id, (frames,)
         for frame, prediction in self.store.predictions.items():
@@ -352,7 +347,8 @@ class Session:
 
     def _image(self, reader: FrameReader, frame: int) -> np.ndarray:
         if not 0 <= frame < self.count:
-            raise ValueError(f"there is no frame {frame}, the clip has {self.count}")
+            raise ValueError(f"there is no frame {frame}, the clip has {self.count} frames, counted "
+                             "from 0")
         image = reader(frame)
         if image is None:
             self._shorten(self.clip.count)
@@ -482,7 +478,9 @@ class Session:
         """
         form = form if cutout == "transparent" else "png"
         with self.lock:
-            self._start({"kind": "export", "total": self.count},
+            missing = self.count - len(self.store.user_frames | self.store.predictions.keys())
+            warning = f"{missing} frames have no mask yet: they are exported as empty"
+            self._start({"kind": "export", "total": self.count, "warning": warning * bool(missing)},
                         lambda: self._export(cutout, form, list(formats)))
 
     def close(self) -> None:
@@ -561,7 +559,7 @@ class Session:
                                overwrite=read_metadata(self.folder) is not None)
         run_folder.start([self.folder / "masks", self.folder / "cutout"])
         paths = {frame: self.folder / f"mask_{self.clip.number(frame):05d}.png"
-                 for frame in sorted(self.store.user_frames)}
+                 for frame in self.store.reference_frames()}
         if run_folder.replaces:
             writers.delete_outputs(self.folder, set())
         for frame, path in paths.items():
@@ -572,11 +570,11 @@ class Session:
             *annotations.clip_sinks(self.folder, self.clip, formats, names)])
         measures = self.measures()
         confidence.write(self.folder / "confidence.csv", measures, self.clip)
-        report.write_clip(self.folder / "report.html", self.store.clip, self.clip, measures,
+        report.write_clip(self.folder / "report.html", self.clip.path.name, self.clip, measures,
                           self.metadata)
         masks = [f"{self.clip.number(frame)}:{path}" for frame, path in paths.items()]
         masks += self._marks()
-        command = shlex.join([*self.command, "--mask", *masks, *_flags_of(cutout, form, formats),
+        command = shlex.join([*self.command, *(["--mask", *masks] if masks else []), *_flags_of(cutout, form, formats),
                               "-j", f"{self.folder}_again"])
         files.write(self.folder / "command.txt", command + "\n")
         return command
@@ -645,6 +643,9 @@ def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence
               names: Mapping[int, str] | None = None) -> None:
     """Serve a session in a browser until Ctrl+C. Call `check_page` before.
 
+    A session that is resumed keeps the user's corrections: masks and marks that it was given before
+    are not read again.
+
     Args:
         masks: (H, W) uint8 user masks to start with, by frame.
         presence: objects that are absent or gone to start with.
@@ -654,12 +655,18 @@ def open_page(session: Session, masks: dict[int, np.ndarray], presence: Presence
     """
     from webapp import server  # here, because only the page needs its packages
     try:
+        flags, editor = session.store.flags, session.editor
         for frame, mask in masks.items():
-            session.editor.set_mask(frame, mask, names)
+            if flags.get(f"mask {frame}") != (checksum := zlib.crc32(mask.tobytes())):
+                editor.set_mask(frame, mask, names)
+                flags[f"mask {frame}"] = checksum
         for word in ("absent", "gone"):
             for frame, ids in getattr(presence, word).items():
                 for object_id in sorted(ids):
-                    session.editor.mark(frame, object_id, word)
+                    if (flag := f"{word} {frame} {object_id}") not in flags:
+                        editor.mark(frame, object_id, word)
+                        flags[flag] = 1
+        session.store.save()
         server.serve(session, port or 0, figures.has_browser(), hosts)
     finally:
         session.close()

@@ -4,7 +4,8 @@
     found/00058.png   predicted masks
     found.jsonl       for each predicted mask the confidence measures and the frame that propagation
                       started from
-    session.json      objects, where they are absent or gone, and pending frames
+    session.json      objects, where they are absent or gone, pending frames, colours of uploaded
+                      masks, and what was read from the command line
 
 Each file is complete at every moment, so that a killed process loses nothing.
 """
@@ -66,6 +67,9 @@ class MaskStore:
         predictions: by frame, for frames with a predicted mask.
         presence: objects that the user marked as absent or gone, and those in each user mask.
         pending: frames whose user input changed since propagation last started from them.
+        colours: ids of colours in uploaded masks, so that a colour means the same in all of them.
+        flags: what was read from the command line: marks, and checksums of masks by frame. The same
+            command resumes a session and must not undo corrections.
 
     Raises:
         ValueError: another process uses the folder, it belongs to another clip, or one of its files
@@ -76,6 +80,8 @@ class MaskStore:
         self.folder, self.clip, self.shape = folder, clip, tuple(shape)
         self._lock = ExitStack()
         self._lock.enter_context(files.lock_folder(folder))
+        self.colours: dict[tuple, int] = {}
+        self.flags: dict[str, int] = {}
         for name in ("given", "found"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         try:
@@ -86,7 +92,8 @@ class MaskStore:
 
     def _read(self) -> None:
         folder = self.folder
-        self.user_frames = {int(path.stem) for path in (folder / "given").glob("[0-9]*.png")}
+        self.user_frames = {int(path.stem) for path in (folder / "given").glob("*.png")
+                            if path.stem.isdecimal()}
         self.predictions = self._read_predictions()
         self.presence, self._checksums = Presence(), {}
         for frame in self.user_frames:
@@ -143,6 +150,13 @@ class MaskStore:
         (self.pending.add if self.input_key(frame) else self.pending.discard)(frame)
         self.save()
 
+    def reference_frames(self) -> list[int]:
+        """The frames with a user mask, from the first one on that shows an object."""
+        frames = sorted(self.user_frames)
+        while frames and not self.mask(frames[0]).any():
+            del frames[0]
+        return frames
+
     def input_frames(self) -> set[int]:
         """The frames with user input: a mask, or an object marked as absent or gone."""
         return {*self.user_frames, *self.presence.absent, *self.presence.gone}
@@ -152,7 +166,9 @@ class MaskStore:
         presence, has_mask = self.presence, frame in self.user_frames
         if not (has_mask or frame in presence.absent or frame in presence.gone):
             return None
-        return (self._checksums[frame] if has_mask else -1, *sorted(presence.missing(frame)))
+        visible = presence.in_user_mask.get(frame, set()) & {obj.id for obj in self.objects}
+        return (self._checksums[frame] if has_mask else -1, tuple(sorted(visible)),
+                *sorted(presence.missing(frame)))
 
     def input_keys(self) -> dict[int, tuple]:
         """The `input_key` of every frame with user input."""
@@ -195,8 +211,8 @@ class MaskStore:
             "clip": self.clip, "shape": self.shape,
             "objects": [asdict(obj) for obj in self.objects], "next_id": self.next_id,
             "pending": sorted(self.pending),
-            "absent": _listed(self.presence.absent), "gone": _listed(self.presence.gone)},
-            indent=1))
+            "absent": _listed(self.presence.absent), "gone": _listed(self.presence.gone),
+            "colours": list(self.colours.items()), "flags": self.flags}, indent=1))
 
     def _path(self, kind: str, frame: int) -> Path:
         return self.folder / kind / f"{frame:05d}.png"
@@ -211,14 +227,17 @@ class MaskStore:
             for name in ("absent", "gone"):  # which earlier versions did not write
                 getattr(self.presence, name).update(
                     (int(frame), set(ids)) for frame, ids in content.get(name, {}).items())
+            self.colours = {tuple(colour): i for colour, i in content.get("colours", [])}
+            self.flags = dict(content.get("flags", {}))
             session = ([TrackedObject(obj["id"], obj["name"]) for obj in content["objects"]],
                        int(content["next_id"]), set(content["pending"]) & self.input_frames())
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not the file of a session ({error})") from error
         if (clip, shape) != (self.clip, self.shape):
-            raise ValueError(f"{self.folder}: a session on {clip} with frames of "
-                             f"{shape[1]}x{shape[0]} pixels, expected one on {self.clip}: name "
-                             "another folder (--results_dir)")
+            raise ValueError(f"{self.folder}: a session on {clip} of {shape[1]}x{shape[0]} pixels, "
+                             f"expected one on {self.clip} of {self.shape[1]}x{self.shape[0]}: "
+                             "name another folder (--results_dir). The digits in brackets change "
+                             "with the name, size and time of the clip's files")
         return session
 
     def _read_predictions(self) -> dict[int, Prediction]:
@@ -255,7 +274,6 @@ class Editor:
             no such frame.
         prompter: maps an (H, W, 3) uint8 RGB image and the `Prompts` of one object to its (H, W)
             bool mask.
-        forget_states: called when no saved tracker state is valid any more.
 
     Attributes:
         lock: held during every change.
@@ -268,10 +286,8 @@ class Editor:
     """
 
     def __init__(self, store: MaskStore, image: Callable[[int], np.ndarray],
-                 prompter: Callable[[np.ndarray, Prompts], np.ndarray],
-                 forget_states: Callable[[], None]):
+                 prompter: Callable[[np.ndarray, Prompts], np.ndarray]):
         self.store, self.image, self.prompter = store, image, prompter
-        self.forget_states = forget_states
         self.lock = threading.RLock()
         self.version = self.everywhere = time.time_ns() // 10**6
         self.changed = dict.fromkeys(store.user_frames | set(store.predictions), self.version)
@@ -305,6 +321,9 @@ class Editor:
         Args:
             box: x, y, width, height.
             point: x, y; ignored if there is a box.
+
+        Raises:
+            ValueError: there is no such frame or object, or nothing is found.
         """
         image = self.image(frame)
         with self.lock:
@@ -315,6 +334,8 @@ class Editor:
             # points correct the current mask; a box starts from nothing
             mask = np.asarray(self.prompter(image, prompts if box else replace(
                 prompts, mask=current == object_id)), bool)
+            if positive and not mask.any():
+                raise ValueError("nothing was found there: draw a box, or click on another part")
             self._set_object_mask(frame, current, mask, object_id, {object_id: prompts})
 
     def paint(self, frame: int, object_id: int, points: list[tuple[int, int]], radius: int,
@@ -377,6 +398,11 @@ class Editor:
             if frame in self.store.user_frames and np.array_equal(mask, self.store.mask(frame)):
                 return
             images.check_same_shape("the clip", self.store.shape, "the mask", mask.shape)
+            existing = {obj.id for obj in self.store.objects}
+            for object_id in sorted(ids_in(mask) - existing):
+                if object_id < self.store.next_id:  # a deleted one's, whose masks must not return
+                    new = self.store.add_object((names or {}).get(object_id) or "").id
+                    mask = np.where(mask == object_id, new, mask).astype(np.uint8)
             self._add_missing_objects(np.unique(mask[mask > 0]).tolist(), names or {})
             self._set_input(frame, mask, {})
 
@@ -421,8 +447,10 @@ class Editor:
         old_prompts = self.prompts.get(frame, {})
 
         def undo() -> int:
+            # whether propagation has not started from the frame since this step
+            unused = frame in store.pending or not store.input_key(frame)
             self._store_input(frame, _decode(old_png) if old_png else None, *old_marks)
-            if not was_pending:
+            if unused and not was_pending:
                 store.mark_propagated(frame)
             self.prompts[frame] = old_prompts
             return frame
@@ -480,7 +508,6 @@ class Editor:
     def _set_objects(self, objects: list[TrackedObject]) -> None:
         self.store.objects = objects
         self.store.save()
-        self.forget_states()
         self.change()
         self.everywhere = self.version
 
