@@ -254,11 +254,11 @@ def _loss_of_frame(model: VideoMatch, frame: Features, mask: torch.Tensor, memor
     if sets is not None:
         weight = FEATURE_WEIGHT if model.method == "memory" else 1
         matched = model.match(frame, sets) / model.temperature
-        outputs.append((model.enlarged(matched, mask.shape), mask, weight))
+        outputs.append((model.to_probabilities(matched, mask.shape), mask, weight))
     if memory is not None:
         logits, scores = model.step(memory, frame)
-        keys = model.enlarged(scores / model.temperature, small.shape)
-        outputs += [(model.enlarged(logits, mask.shape, cubic=True), mask, 1),
+        keys = model.to_probabilities(scores / model.temperature, small.shape)
+        outputs += [(model.to_probabilities(logits, mask.shape, decoded=True), mask, 1),
                     (keys, small, KEY_WEIGHT)]
         memory = _remembered(model, memory, frame, logits)
     total = torch.zeros(())

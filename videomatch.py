@@ -280,8 +280,8 @@ class VideoMatch(Checkpointed):
             raise RuntimeError("nothing to match with: add a reference frame first")
         if self.method == "memory":
             state.check_size(features)
-            return self.enlarged(self.step(state, features)[0], shape, cubic=True)
-        return self.enlarged(self.match(features, state) / self.temperature, shape)
+            return self.to_probabilities(self.step(state, features)[0], shape, decoded=True)
+        return self.to_probabilities(self.match(features, state) / self.temperature, shape)
 
     def match(self, features: Features, sets: Sets) -> torch.Tensor:
         """Return the (N+1, h, w) scores of soft matching (section 3.1), mean cosines in [-1, 1]."""
@@ -325,18 +325,22 @@ class VideoMatch(Checkpointed):
     inference = staticmethod(torch.no_grad)
 
     @staticmethod
-    def enlarged(logits: torch.Tensor, shape: tuple[int, int], cubic: bool = False) -> torch.Tensor:
+    def to_probabilities(logits: torch.Tensor, shape: tuple[int, int],
+                         decoded: bool = False) -> torch.Tensor:
         """Turn (N+1, h, w) logits into probabilities of size `shape`, (N+1, H, W).
 
         Args:
-            cubic: bicubic interpolation instead of bilinear, for decoded masks: between two
-                locations bilinear interpolation flattens the peaks that thin parts consist of.
+            decoded: of `step`, whose background has logit 0. They are resized bicubically: between
+                two locations bilinear interpolation flattens the peaks that thin parts consist of.
         """
+        if not decoded:
+            return F.interpolate(logits[None], size=tuple(shape), mode="bilinear",
+                                 align_corners=False).softmax(1)[0]
         # `antialias` has no effect on an enlargement, but chooses a separable implementation, five
         # times as fast, and the kernel that Pillow has too (see lite_runtime/model.py)
-        logits = F.interpolate(logits[None], size=tuple(shape), align_corners=False,
-                               mode="bicubic" if cubic else "bilinear", antialias=cubic)
-        return logits.softmax(1)[0]
+        objects = F.interpolate(logits[None, 1:], size=tuple(shape), mode="bicubic",
+                                align_corners=False, antialias=True)
+        return F.pad(objects[0], (0, 0, 0, 0, 1, 0)).softmax(0)
 
     def online_update(self, sets: Sets, features: Features, before: torch.Tensor,
                       after: torch.Tensor) -> Sets:

@@ -112,8 +112,9 @@ class LiteVideoMatch:
         state.check_size(features)
         logits = self.run("step", **state._asdict(), **_named(features))["logits"]
         # by Pillow, whose bicubic kernel is that of PyTorch; OpenCV's overshoots more
-        logits = np.stack([Image.fromarray(channel).resize(shape[::-1], Image.Resampling.BICUBIC)
-                           for channel in logits])
+        logits = np.stack([np.zeros(shape, np.float32), *(
+            Image.fromarray(channel).resize(shape[::-1], Image.Resampling.BICUBIC)
+            for channel in logits[1:])])
         odds = np.exp(logits - logits.max(0))
         return odds / odds.sum(0)
 

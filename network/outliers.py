@@ -15,7 +15,8 @@ import numpy as np
 # went to the other object for good; a larger reach protects less against look-alikes
 # (docs/log/2026-11-28-identities.md).
 REACH = 0.5
-MIN_REACH = 8  # pixels of the network's input: even a small object moves between frames, and masks are not exact
+# Pixels of the network's input: even a small object moves between frames, and masks are not exact.
+MIN_REACH = 8
 # The reach of a single object, whose components out of reach become background. Larger, because no
 # other object competes for a component: at 0.25 an object that emerges from behind a tree is lost
 # (demo hiding 0.83, soccerball 0.899); without the rule look-alikes are included (six single
@@ -35,25 +36,46 @@ def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
     with the distance.
     """
     extruded = np.zeros(mask.shape, bool)
-    window, inside = _surroundings(mask, distance)
-    extruded[window] = inside
+    window = _window(mask, distance)
+    if mask[window].size:
+        extruded[window] = _extruded(mask[window], distance)
     return extruded
 
 
-def _surroundings(mask: np.ndarray, distance: float) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Return the window of a mask that `extrude` can reach, and the extruded mask in it.
-
-    The distance transform takes most of the time of deciding a frame, so it is limited to the
-    window: outside of it every pixel is further away. An empty mask has an empty window.
-    """
+def _window(mask: np.ndarray, distance: float) -> tuple[slice, slice]:
+    """Return the window of a mask that `extrude` can reach; empty if the mask is."""
     left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
     if not width:
-        return (slice(0), slice(0)), np.zeros((0, 0), bool)
+        return slice(0), slice(0)
     margin = int(distance) + 1
-    window = (slice(max(0, top - margin), top + height + margin),
-              slice(max(0, left - margin), left + width + margin))
-    return window, cv2.distanceTransform((~mask[window]).astype(np.uint8), cv2.DIST_L2,
-                                         cv2.DIST_MASK_PRECISE) <= distance
+    return (slice(max(0, top - margin), top + height + margin),
+            slice(max(0, left - margin), left + width + margin))
+
+
+def _extruded(mask: np.ndarray, distance: float) -> np.ndarray:
+    """Extrude the part of a mask in its `_window`: outside of it every pixel is further away.
+
+    The distance transform takes most of the time of deciding a frame.
+    """
+    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
+                                 cv2.DIST_MASK_PRECISE) <= distance
+
+
+def _components_near(mask: np.ndarray, distance: float, parts: np.ndarray,
+                     count: int) -> np.ndarray:
+    """Return which of `count` connected components come within `distance` of a mask, (count,) bool.
+
+    Args:
+        parts: (H, W) the component of each pixel, 0 for none.
+    """
+    window = _window(mask, distance)
+    mask, parts = mask[window], parts[window]
+    near, around = np.zeros((2, count), bool)
+    near[parts[mask]] = True
+    around[parts.ravel()] = True
+    if (around & ~near)[1:].any():  # else the distances tell nothing new
+        near[parts[_extruded(mask, distance)]] = True
+    return near
 
 
 def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids: Sequence[int],
@@ -74,8 +96,8 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         if _share(before) <= VANISHED * shares[object_id]:
             continue
         removed = probabilities[channel].copy()
-        window, inside = _surroundings(before, distance)
-        removed[window][inside] = 0
+        window = _window(before, distance)
+        removed[window][_extruded(before[window], distance)] = 0
         probabilities[0] += removed
         probabilities[channel] -= removed
 
@@ -106,10 +128,9 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
     if len(object_ids) == 1:
         before = previous == object_ids[0]
         if count > 2 and _share(before) > VANISHED * shares[object_ids[0]]:
-            reach = max(MIN_REACH * pixel, REACH_ALONE * np.sqrt(shares[object_ids[0]] * before.size))
-            near = np.zeros(count, bool)
-            window, inside = _surroundings(before, reach)
-            near[parts[window][inside]] = True
+            size = np.sqrt(shares[object_ids[0]] * before.size)
+            reach = max(MIN_REACH * pixel, REACH_ALONE * size)
+            near = _components_near(before, reach, parts, count)
             if near[1:].any():
                 near[0] = True
                 far = ~near[parts]
@@ -123,8 +144,7 @@ def keep_identities(probabilities: np.ndarray, previous: np.ndarray, object_ids:
         vanished[channel] = _share(before) <= VANISHED * share
         if not vanished[channel]:
             reach = max(MIN_REACH * pixel, REACH * np.sqrt(share * previous.size))
-            window, inside = _surroundings(before, reach)
-            near[channel, parts[window][inside]] = True
+            near[channel] = _components_near(before, reach, parts, count)
     allowed = near | vanished | ~near.any(0)
     allowed[:, 0] = True  # the background
     limited = (~allowed.all(0))[parts]  # pixels

@@ -532,7 +532,7 @@ def best_mean(best: torch.Tensor) -> torch.Tensor:
     Returns:
         (n, S).
     """
-    best = best.topk(K_SET, dim=2).values
+    best = best.topk(K_SET, dim=2, sorted=False).values
     exists = (best > LOWEST).float()
     return (best * exists).sum(2) / exists.sum(2).clamp(min=1)
 

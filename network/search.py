@@ -81,13 +81,11 @@ def _by_groups(query, keys, valid, k):
     Each similarity carries its key's index in its last bits (`_by_index`), or its member's index,
     so that a maximum or a partial sort of similarities yields both.
     """
-    # More channels add NOTHING to the similarity of empty rows, which costs less than a sum.
-    query = F.pad(query, (0, PADDING), value=1)
-    empty = ((valid - 1) * (-NOTHING / PADDING))[..., None].expand(*valid.shape, PADDING)
-    flat = torch.cat([keys, empty.to(keys.dtype)], -1).flatten(0, 3)
+    query, keys = _with_empty_rows(query, keys, valid)
+    flat = keys.flatten(0, 3)
     by_index = _by_index(query, len(flat))
-    numbers = (torch.arange(len(flat), dtype=torch.int32, device=query.device) if by_index else
-               torch.arange(valid.shape[2], dtype=torch.int32, device=query.device)[:, None])
+    members = torch.arange(valid.shape[2], dtype=torch.int32, device=query.device)[:, None]
+
     def column_of(row):
         _, sets, members, groups = valid.shape
         return _divided(row, sets * members * groups) * groups + row % groups
@@ -98,11 +96,14 @@ def _by_groups(query, keys, valid, k):
     results = []
     for rows in query.split(ROWS):
         similarity = float32_buffer[:len(rows)]
-        similarity.copy_(torch.mm(rows, flat.T, out=product_buffer[:len(rows)]))
-        bits = similarity.view(torch.int32)
-        if query.dtype == torch.float32:  # half precision leaves the last bits 0
-            bits.bitwise_and_(-MAX_MEMBERS)
-        (bits if by_index else bits.unflatten(1, valid.shape)).bitwise_or_(numbers)
+        product = torch.mm(rows, flat.T, out=product_buffer[:len(rows)])
+        if by_index:
+            _write_indices(product, similarity)
+        else:
+            bits = similarity.copy_(product).view(torch.int32)
+            if query.dtype == torch.float32:  # half precision leaves the last bits 0
+                bits.bitwise_and_(-MAX_MEMBERS)
+            bits.unflatten(1, valid.shape).bitwise_or_(members)
         best = similarity.unflatten(1, valid.shape).amax(3).transpose(1, 2).flatten(2)
         if by_index:
             results.append(_largest_by_index(best, k, column_of))
@@ -110,6 +111,28 @@ def _by_groups(query, keys, valid, k):
             best, column = best.topk(k, dim=2, sorted=False)
             results.append((best, _row(column, best.view(torch.int32) & MAX_MEMBERS - 1, valid)))
     return tuple(torch.cat(parts) for parts in zip(*results))
+
+
+def _with_empty_rows(query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add channels to (..., C) queries and keys that make the similarity of empty rows `NOTHING`.
+
+    They cost less than adding it to the similarities.
+
+    Args:
+        valid: 1, or 0 for an empty row; of the keys' shape without C.
+    """
+    empty = ((valid - 1) * (-NOTHING / PADDING))[..., None].expand(*valid.shape, PADDING)
+    return F.pad(query, (0, PADDING), value=1), torch.cat([keys, empty.to(keys.dtype)], -1)
+
+
+def _write_indices(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Convert (n, m) bfloat16 values to float32, with the column in the last 16 bits.
+
+    (Interleaving the halves of the float32 in one pass, by `cv2.merge`, takes longer.)
+    """
+    columns = torch.arange(values.shape[1], dtype=torch.int32)
+    out.copy_(values).view(torch.int32).bitwise_or_(columns)
 
 
 def _by_index(values: torch.Tensor, count: int) -> bool:
@@ -160,17 +183,17 @@ def _separated(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def largest(values: torch.Tensor, k: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k largest of each row and their columns, unsorted.
+    """Return the k largest of each row, as float32, and their columns, unsorted.
 
     Args:
-        values: (n, m) float32 similarities. Those above `LOWEST` must be exact in the precision of
-            `like`; of others the column may be any.
+        values: (n, m) similarities, float32 or as `like`. Those above `LOWEST` must be exact in the
+            precision of `like`; of others the column may be any.
         like: a tensor of keys, whose precision and device decide how to search.
     """
     if not _by_index(like, values.shape[1]):
-        return values.topk(k, dim=1, sorted=False)
-    columns = torch.arange(values.shape[1], dtype=torch.int32)
-    with_columns = (values.view(torch.int32) & -INDICES | columns).view(torch.float32)
+        return values.float().topk(k, dim=1, sorted=False)
+    with_columns = torch.empty(values.shape)
+    _write_indices(values.to(like.dtype), with_columns)
     return _largest_by_index(with_columns, k, lambda column: column)
 
 
@@ -215,19 +238,19 @@ def windows(query: torch.Tensor, others: torch.Tensor, valid: torch.Tensor, k: i
     """
     # while exporting, sizes are symbolic and must not be cached
     tiles = _tiles.__wrapped__ if torch.onnx.is_in_onnx_export() else _tiles
-    members, position, surroundings, in_window, in_frame = tiles(
-        *query.shape[:2], radius, others.shape[0], query.device)
+    members, position, surroundings, start, excluded = tiles(
+        *query.shape[:2], radius, others.shape[0], query.device, query.dtype)
+    query, others = _with_empty_rows(query, others,
+                                     valid[:, None, None].expand(others.shape[:3]))
     products = query.flatten(0, 1)[members] @ others.flatten(0, 2)[surroundings].transpose(1, 2)
-    missing = ((valid - 1) * -NOTHING).repeat_interleave(in_window.shape[1])
-    similarity = products.float() + in_window.repeat(1, others.shape[0]) + (in_frame + missing)
-    best, column = largest(similarity.flatten(0, 1), k, query)
-    tile = _divided(position, TILE[0] * TILE[1])
-    best, location = best[position], surroundings[tile].gather(1, column[position])
+    products += excluded
+    best, column = largest(products.flatten(0, 1), k, query)
+    best, location = best[position], surroundings.flatten()[start + column[position]]
     return torch.where(best > LOWEST, best, NOTHING), location
 
 
 @functools.lru_cache(8)  # one entry per frame size; several, for clips of other sizes in turn
-def _tiles(h: int, w: int, radius: int, frames: int, device: torch.device):
+def _tiles(h: int, w: int, radius: int, frames: int, device: torch.device, dtype: torch.dtype):
     """Return the index tables of `windows`.
 
     The windows of neighbouring locations overlap, so each tile of t locations is multiplied with
@@ -238,13 +261,14 @@ def _tiles(h: int, w: int, radius: int, frames: int, device: torch.device):
         radius: of a window, in locations.
         frames: T.
         device: of the tables.
+        dtype: of the keys.
 
     Returns:
         (tiles, t) the locations of each tile, repeated where a tile extends beyond the frame;
         (h*w,) the position of each location in that table;
         (tiles, T*m) the surroundings of each tile, frame by frame;
-        (t, m) 0 inside a location's window, else `NOTHING`;
-        (tiles, 1, T*m) 0 inside the frame, else `NOTHING`.
+        (h*w, 1) where the surroundings of each location's tile start in that table;
+        (tiles, t, T*m) 0 inside a location's window and the frame, else `NOTHING` or less.
     """
     (high, wide), border = TILE, 2 * radius
     down, across = (h + high - 1) // high, (w + wide - 1) // wide  # numbers of tiles
@@ -268,8 +292,10 @@ def _tiles(h: int, w: int, radius: int, frames: int, device: torch.device):
     rows, columns = ((arange(n + border) - arange(n)[:, None] - radius).abs() <= radius
                      for n in TILE)
     in_window = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
-    return (members, position, surroundings, (in_window.float() - 1) * -NOTHING,
-            in_frame.repeat(1, frames)[:, None])
+    in_window = (in_window.float() - 1) * -NOTHING
+    start = _divided(position, high * wide)[:, None] * surroundings.shape[1]
+    return (members, position, surroundings, start,
+            (in_window + in_frame[:, None]).repeat(1, 1, frames).to(dtype))
 
 
 def _divided(x: torch.Tensor, by: int) -> torch.Tensor:

@@ -173,8 +173,8 @@ class YoloSink(AnnotationSink):
         if self.clip.path.is_dir():
             command = f"copy or link the frames of {self.clip.path}"
         else:
-            command = (f"ffmpeg -i {shlex.quote(str(self.clip.path))} -fps_mode passthrough -start_number 0 "
-                       "images/%05d.png")
+            command = (f"ffmpeg -i {shlex.quote(str(self.clip.path))} -fps_mode passthrough "
+                       "-start_number 0 images/%05d.png")
         names = "".join(f"  {i}: {json.dumps(name, ensure_ascii=False)}\n"
                         for i, name in enumerate(self.categories.all or [CATEGORY]))
         return ("# yolo segment train data=data.yaml; paths are relative to this file\n"

@@ -69,16 +69,20 @@ def catmull_rom(before: int, after: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(20, 34), (23, 31)])
 def test_decoded_logits_are_enlarged_by_cubic_convolution(shape):
     logits = np.random.default_rng(0).normal(size=(3, 6, 9))
+    logits[0] = 0
     rows, columns = (catmull_rom(*sides) for sides in zip(logits.shape[1:], shape))
     odds = np.exp(rows @ logits @ columns.T)
-    found = VideoMatch.enlarged(torch.from_numpy(logits), shape, cubic=True)
+    found = VideoMatch.to_probabilities(torch.from_numpy(logits), shape, decoded=True)
     np.testing.assert_allclose(found, odds / odds.sum(0), atol=1e-12)
 
 
 def test_a_diagonal_line_as_thin_as_a_location_stays_connected():
     logits = torch.stack([torch.zeros(9, 9), 2.7 * torch.eye(9) - 1.5])
-    parts = [cv2.connectedComponents((VideoMatch.enlarged(logits, (36, 36), cubic)[1] > 0.5)
-                                     .numpy().astype(np.uint8))[0] - 1 for cubic in (False, True)]
+    parts = []
+    for decoded in (False, True):
+        probabilities = VideoMatch.to_probabilities(logits, (36, 36), decoded)
+        line = (probabilities[1] > 0.5).numpy().astype(np.uint8)
+        parts.append(cv2.connectedComponents(line)[0] - 1)
     assert parts == [9, 1]
 
 

@@ -208,7 +208,8 @@ class Fields:
         value = self.values.get(name)
         if not (value is None or isinstance(value, str) and value.isprintable()
                 and len(value) <= MAX_TEXT):
-            raise ValueError(f"{name}: expected one line of at most {MAX_TEXT} printable characters")
+            raise ValueError(f"{name}: expected one line of at most {MAX_TEXT} printable "
+                             "characters")
         return value
 
     def flag(self, name: str) -> bool | None:

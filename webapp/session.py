@@ -347,8 +347,8 @@ class Session:
 
     def _image(self, reader: FrameReader, frame: int) -> np.ndarray:
         if not 0 <= frame < self.count:
-            raise ValueError(f"there is no frame {frame}, the clip has {self.count} frames, counted "
-                             "from 0")
+            raise ValueError(f"there is no frame {frame}, the clip has {self.count} frames, "
+                             "counted from 0")
         image = reader(frame)
         if image is None:
             self._shorten(self.clip.count)
@@ -574,7 +574,8 @@ class Session:
                           self.metadata)
         masks = [f"{self.clip.number(frame)}:{path}" for frame, path in paths.items()]
         masks += self._marks()
-        command = shlex.join([*self.command, *(["--mask", *masks] if masks else []), *_flags_of(cutout, form, formats),
+        command = shlex.join([*self.command, *(["--mask", *masks] if masks else []),
+                              *_flags_of(cutout, form, formats),
                               "-j", f"{self.folder}_again"])
         files.write(self.folder / "command.txt", command + "\n")
         return command
