@@ -85,7 +85,7 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
         todo = [s for s in sequences if not _is_finished(folder, s, options.videos)]
         todo = distributed.gather(todo)[0]  # the same list everywhere, before any sequence finishes
         if len(todo) < len(sequences):
-            log.info("%d sequences were finished before", len(sequences) - len(todo))
+            log.info("%d sequences were already finished", len(sequences) - len(todo))
         _segment(model, todo, folder, options)
         folder.gather()
         return _conclude(sequences, folder, options)

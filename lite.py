@@ -99,7 +99,7 @@ def _run(session, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip((x.name for x in session.get_outputs()), outputs))
 
 
-def masks(clip, first: np.ndarray, model: LiteVideoMatch,
+def track(clip, first: np.ndarray, model: LiteVideoMatch,
           size: int = 480) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield each frame of a clip, (H, W, 3) uint8 RGB, with its (H, W) uint8 mask.
 
@@ -196,7 +196,7 @@ def segment(args: argparse.Namespace) -> None:
             print(f"predicted mask of the first frame: {path}")
         count = 0
         with VideoWriter(args.results_dir / "overlay.mp4", clip.fps, clip.path) as overlay:
-            frames = masks(clip, first, model, args.size)
+            frames = track(clip, first, model, args.size)
             for image, mask in progress(frames, desc="frames", total=clip.count or None):
                 if count == 0:  # not earlier: an invalid mask must not delete results
                     begin(args.results_dir, clip.path, replaces)

@@ -160,14 +160,14 @@ def initialise_keys(model: VideoMatch, sources: list, shape: tuple[int, int]) ->
     with torch.no_grad():
         images = (preprocess.to_tensor(source.image(0), shape, model.device) for source in chosen)
         features = [model.encoder(image[None])[0].flatten(1).T for image in images]
-    model.reader.begin(torch.cat(features))
+    model.reader.initialise_keys(torch.cat(features))
 
 
 def make_optimizer(model: VideoMatch, options: Options):
     """Return AdamW with a learning rate for each part, and its `one_cycle` schedule."""
     parts = [(list(model.encoder.parameters()), 1)]
     if model.refined:
-        keys = model.reader.comparing()
+        keys = model.reader.matching_parameters()
         apart = {id(p) for p in keys}
         others = [p for part in (model.reader, model.decoder) for p in part.parameters()
                   if id(p) not in apart]
@@ -221,7 +221,7 @@ def loss_of(model: VideoMatch, images: torch.Tensor, masks: torch.Tensor,
     first, mask = features.frame(0), masks[0].cpu().numpy().astype(np.uint8)
     memory = sets = None
     if model.method == "memory":
-        grid = tuple(first.near.shape[1:3])
+        grid = tuple(first.local_key.shape[1:3])
         pixels = shares_of(mask, tuple(model.side * side for side in grid), object_ids)
         memory = model.start(None, first, model.array(pixels[None]),
                              model.array(labels_of(mask, grid, object_ids)[None]))

@@ -32,7 +32,7 @@ from network.decoder import Decoder
 from network.encoder import Encoder
 from network.matching import Grid, soft_match
 from network.outliers import decide
-from network.prompt_decoder import PromptDecoder, segment_from_prompts
+from network.prompt_decoder import PromptDecoder
 from network.reader import READOUT, Reader, foreground_first, rivals, with_union
 from network.sets import Sets
 from network.state import INTEGERS, KEYS, Features, State, blank, without
@@ -130,7 +130,7 @@ class VideoMatch(Checkpointed):
         """Fold BatchNorm into convolutions and choose the precision.
 
         The network can't be trained afterwards. The digest of the weights before folding is kept in
-        `facts`, since it identifies the checkpoint.
+        `metadata`, since it identifies the checkpoint.
 
         Args:
             precision_name: a key of `precision.NAMES`; None chooses the fastest one that has no
@@ -139,7 +139,7 @@ class VideoMatch(Checkpointed):
         Returns:
             The network itself, in eval mode.
         """
-        self.facts["digest"] = self.digest()
+        self.metadata["digest"] = self.digest()
         self.eval().encoder.fold_batchnorm()
         self.precision = precision.of(precision_name, self.device, self.method)
         return self
@@ -193,7 +193,8 @@ class VideoMatch(Checkpointed):
                 dtype = torch.long if name in INTEGERS else torch.float32
                 return torch.zeros(shape, dtype=features.key.dtype if name in KEYS else dtype,
                                    device=self.device)
-            state = blank(features.near.shape[1:3], masks.shape[1] - 1, self.reader.widths, zeros)
+            state = blank(features.local_key.shape[1:3], masks.shape[1] - 1, self.reader.widths,
+                          zeros)
         return self.reader.start(state, features, masks, labels)
 
     def step(self, state: State, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -367,11 +368,19 @@ class VideoMatch(Checkpointed):
         """Normalise an (H, W, 3) uint8 RGB image: (3, H, W) float32 on the network's device."""
         return preprocess.to_tensor(image, device=self.device)
 
+    @torch.no_grad()
     def segment_from_prompts(self, image: np.ndarray, prompts: Prompts) -> np.ndarray:
-        """Segment the prompted object: (H, W, 3) uint8 RGB -> (H/2, W/2) float32 logits."""
-        tensor = preprocess.to_tensor(image)[None].to(self.device)
-        logits = segment_from_prompts(self.encoder, self.prompts, tensor, prompts)
-        return logits.cpu().numpy()
+        """Segment the prompted object: (H, W, 3) uint8 RGB -> (H/2, W/2) float32 logits.
+
+        Raises:
+            ValueError: the checkpoint has no prompt decoder.
+        """
+        if self.prompts is None:
+            raise ValueError("this checkpoint has no prompt decoder, expected one that takes boxes "
+                             "and clicks: -m train --prompts -o CHECKPOINT adds it")
+        tensor = self.normalized(image)[None]
+        features = self.prompts.prepare(tensor, *self.encoder.pyramid(tensor))
+        return self.prompts(features, prompts).cpu().numpy()
 
     def configuration(self) -> dict:
         """Return the constructor's arguments, as a checkpoint stores them."""
@@ -400,7 +409,7 @@ class VideoMatch(Checkpointed):
 
     @classmethod
     def upgrade(cls, config: dict, weights: dict) -> None:
-        """Leave out parts that earlier versions had although they changed no mask.
+        """Rename weights, and leave out parts of earlier versions that changed no mask.
 
         See docs/log/2026-11-29-faster-step.md.
         """
@@ -410,6 +419,8 @@ class VideoMatch(Checkpointed):
             log.info("ignored, since this version has no such parts: %s", ", ".join(present))
         for name in [name for name in weights if name.startswith(tuple(parts.values()))]:
             del weights[name]
+        if "reader.near.weight" in weights:
+            weights["reader.local_key.weight"] = weights.pop("reader.near.weight")
 
 
 def _resized(image: torch.Tensor, size, antialias: bool) -> torch.Tensor:

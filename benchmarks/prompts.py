@@ -30,14 +30,14 @@ REPORTED = (1, 3, 8)  # numbers of clicks after which J is printed
 def measure_prompts(model: VideoMatch, sequences: list[Sequence], repeats: int) -> dict:
     """Print and return J of each object, the mean J, and seconds per prompt."""
     rows = prompt_training.evaluate_prompts(model, sequences, CLICKS)
-    columns = ("true box", "moved box", *(f"{i} clicks" for i in REPORTED))
+    columns = ("true box", "jittered box", *(f"{i} clicks" for i in REPORTED))
     table = [[row["box"], row["jittered"], *(row["clicks"][i - 1] for i in REPORTED)]
              for row in rows]
-    print(f"{'object':24}" + "".join(f"{name:>10}" for name in columns))
+    print(f"{'object':24}" + "".join(f"{name:>13}" for name in columns))
     for row, values in zip(rows, table):
-        print(f"{row['name']:24}" + "".join(f"{value:10.3f}" for value in values))
+        print(f"{row['name']:24}" + "".join(f"{value:13.3f}" for value in values))
     means = np.mean(table, 0)
-    print(f"{'mean J':24}" + "".join(f"{value:10.3f}" for value in means))
+    print(f"{'mean J':24}" + "".join(f"{value:13.3f}" for value in means))
     seconds = prompt_seconds(model, repeats)
     print(f"{seconds:.4f} s per prompt after the encoder, {torch.get_num_threads()} threads")
     return {"rows": rows, "mean": dict(zip(columns, means.tolist())), "seconds": seconds}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             count = record(args, model, clip, options, sinks)
         else:
             count = show_page(args, LiveSession(model, clip, results, options,
-                                                prompting.make_prompter(model), sinks))
+                                                partial(prompting.predict_mask, model), sinks))
     print(f"{count} frames: masks, overlay.mp4" + (" and cut-out" if args.cutout else "")
           + f" in {results}; {clip.skipped} of {clip.count + clip.skipped} received frames skipped"
           if count else "no object was tracked, so nothing was written")

@@ -4,6 +4,7 @@ import argparse
 import logging
 import zlib
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def segment_clip(args: argparse.Namespace, clip: Clip, results: Path, data: str)
                          for i in range(entry["frames"])):
         entry = None  # a mask was deleted: segment again
     if entry and has_outputs(entry, outputs, results):
-        print(f"{entry['frames']} frames were finished before, in {results} (--overwrite "
+        print(f"{entry['frames']} frames were already finished, in {results} (--overwrite "
               "starts over)")
         return
     if entry and args.cutout == "transparent":
@@ -138,7 +139,7 @@ def show_page(args: argparse.Namespace, clip: Clip, results: Path, data: str) ->
         masks = load_user_masks(args, clip, results, model, names)
     session.open_page(session.Session(
         model, clip, results, pipeline.Options(**setup.pipeline_options(args)),
-        prompting.make_prompter(model), setup.run_metadata(args, model, {"data": data}),
+        partial(prompting.predict_mask, model), setup.run_metadata(args, model, {"data": data}),
         session.command_line(changed(args, "command")), args.export),
         masks, user_presence(args, clip, masks), args.page,
         args.page_host or ["127.0.0.1"], names)

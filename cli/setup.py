@@ -86,7 +86,7 @@ def load_checkpoint(path: Path, args: argparse.Namespace) -> VideoMatch:
     if args.encoder not in (None, model.encoder.name):
         raise ValueError(f"--encoder {args.encoder} contradicts the checkpoint {path}, whose "
                          f"encoder is {model.encoder.name}")
-    iou = model.facts.get("held_out_iou")
+    iou = model.metadata.get("held_out_iou")
     log.info("checkpoint %s: encoder %s%s", path, model.encoder.name,
              "" if iou is None else f", held-out IoU {iou:.3f}")
     return model
@@ -120,7 +120,7 @@ def run_metadata(args: argparse.Namespace, model: VideoMatch,
     """
     flags = options.changed(args, "metadata")
     return {"flags": " ".join(f"--{name} {value}" for name, value in flags.items()) or "default",
-            **data, "weights": f"{model.encoder.name}, SHA-256 {model.facts['digest']}",
+            **data, "weights": f"{model.encoder.name}, SHA-256 {model.metadata['digest']}",
             # the working size of small frames: saved states of another size can't be resumed
             "frames": f"enlarged {images.ENLARGED} times at most",
             "arithmetic": f"{model.precision} on {model.device.type}",

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 CONTRACT = "contract.md"  # the table of docs/lite.md
 # Shapes of tensors that no graph takes, for the table: ONNX has made-up names for their axes
-RETURNED = {"logits (step)": "n, h0, w0", "scores": "n, h, w", "logits (show)": "Y/2, X/2"}
+RETURNED = {"logits (step)": "n, h0, w0", "scores": "n, h, w", "logits (prompt)": "Y/2, X/2"}
 OPSET = 18  # version of the ONNX operators; newer ones need a newer onnxruntime
 TRACED_SHAPE = 6, 10  # (h, w) of the traced frame: small, to trace quickly; other sizes work, too
 # Largest difference allowed between the probabilities of the export and of PyTorch, on noise
@@ -86,12 +86,12 @@ def _write(model: VideoMatch, folder: Path, bits: int, onnx) -> None:
         files.write(folder / f"{name}.onnx", content)
         written[name] = hashlib.sha256(content).hexdigest()
     files.write(folder / lite.DESCRIPTION, json.dumps({
-        "format": lite.FORMAT, "weights": model.facts.get("digest") or model.digest(),
+        "format": lite.FORMAT, "weights": model.metadata.get("digest") or model.digest(),
         "config": model.configuration(),
         "network": {"stride": model.encoder.spec.stride, "zoom": model.zoom,
                     "mean": preprocess.IMAGENET_MEAN, "std": preprocess.IMAGENET_STD,
                     "dilation": model.dilation, "widths": model.reader.widths._asdict(),
-                    "shown": model.prompts is not None},
+                    "has_prompts": model.prompts is not None},
         "graphs": written}, indent=1))
     files.write(folder / CONTRACT, contract(folder, list(written)))
 
@@ -174,11 +174,11 @@ def _graphs(model: VideoMatch) -> dict[str, tuple[nn.Module, dict[str, torch.Ten
     if model.prompts is not None:
         clicks = dict(zip(("points", "negative_points", "fine_points", "fine_negative_points"),
                           (torch.arange(count) for count in (2, 3, 4, 5))))
-        prompts = {"known": torch.rand(1, BOX + CLICKS + MASK, *frame[names[0]].shape[2:])}
+        prompts = {"prompt_maps": torch.rand(1, BOX + CLICKS + MASK, *frame[names[0]].shape[2:])}
         inputs = {"image": image[:1], "unit": frame["unit"]} | prompts | clicks
         inputs |= {name: frame[name] for name in names}
         segment = graphs.SegmentFromPrompts(model.prompts, spec.finer)
-        parts["show"] = segment, inputs, ["logits"]
+        parts["prompt"] = segment, inputs, ["logits"]
     return parts
 
 

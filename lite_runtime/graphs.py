@@ -13,7 +13,7 @@ from torch import nn
 from network.prompt_decoder import PromptDecoder, PromptFeatures
 from network.state import Features, State
 
-FIELDS = ("unit", "key", "near", "shared")  # of `Features`, which are followed by its levels
+FIELDS = ("unit", "key", "local_key", "shared")  # of `Features`, which are followed by its levels
 # Dynamic axes of each tensor, one letter per axis: f reference frames, r their views, m members of
 # their rows, s members of a long-term memory frame's rows, g groups, o objects and their union, n
 # objects and background, h, w locations, c all locations, y, x mask pixels, v views of a frame,
@@ -28,9 +28,9 @@ AXES = {
     "recent_values": ".co.", "recent_shared": "..hw", "recent_masks": ".nyx",
     "reference_squares": "..", "reference_labels": ".n", "memory_squares": "..",
     "memory_labels": ".n", "linear": ".n", "frames": "", "memories": "", "unit": ".c.",
-    "key": "vc.", "near": ".hw.", "shared": "v.hw", "masks": "vnyx", "labels": "vhw",
-    "probabilities": "nYX", "image": "..YX", "known": "..kl", "points": "p", "negative_points": "q",
-    "fine_points": "P", "fine_negative_points": "Q"}
+    "key": "vc.", "local_key": ".hw.", "shared": "v.hw", "masks": "vnyx", "labels": "vhw",
+    "probabilities": "nYX", "image": "..YX", "prompt_maps": "..kl", "points": "p",
+    "negative_points": "q", "fine_points": "P", "fine_negative_points": "Q"}
 
 
 class Graph(nn.Module):
@@ -94,16 +94,16 @@ class SegmentFromPrompts(nn.Module):
         super().__init__()
         self.prompts, self.finer = prompts, finer
 
-    def forward(self, image, unit, known, points, negative_points, fine_points,
+    def forward(self, image, unit, prompt_maps, points, negative_points, fine_points,
                 fine_negative_points, *levels):
         """Predict the (H/2, W/2) logits of the object.
 
         Args:
             image: (1, 3, H, W) normalised; sides are multiples of the coarsest level's stride.
             unit, levels: the image's outputs of `Encode`.
-            known, points, ...: see `PromptDecoder.decode`.
+            prompt_maps, points, ...: see `PromptDecoder.decode`.
         """
         coarse = unit[0].T.reshape(1, unit.shape[2], *levels[self.finer].shape[2:])
         features = PromptFeatures(image, [coarse, F.normalize(levels[0], dim=1)], list(levels))
-        return self.prompts.decode(features, known,
+        return self.prompts.decode(features, prompt_maps,
                                    [points, negative_points, fine_points, fine_negative_points])

@@ -32,7 +32,7 @@ class LiteVideoMatch:
         dilation: outlier removal keeps pixels within this distance, in pixels, of the object's
             previous mask.
         mean, std: of the RGB channels, in [0, 1], to normalise images.
-        shown: whether the export has a prompt decoder.
+        has_prompts: whether the export has a prompt decoder.
         widths: see `Widths`.
     """
 
@@ -41,10 +41,10 @@ class LiteVideoMatch:
     inference = nullcontext
 
     def __init__(self, run: Run, stride: int, zoom: float, dilation: int, mean: list[float],
-                 std: list[float], shown: bool, widths: dict[str, int]):
+                 std: list[float], has_prompts: bool, widths: dict[str, int]):
         self.run, self.stride, self.zoom, self.dilation = run, stride, zoom, dilation
         self.mean, self.std = np.float32(mean), np.float32(std)
-        self.shown, self.widths = shown, Widths(**widths)
+        self.has_prompts, self.widths = has_prompts, Widths(**widths)
         self.side = self.widths.side
 
     def normalized(self, image: np.ndarray) -> np.ndarray:
@@ -57,17 +57,18 @@ class LiteVideoMatch:
         Raises:
             ValueError: the exported checkpoint has no prompt decoder.
         """
-        if not self.shown:
+        if not self.has_prompts:
             raise ValueError("this export has no prompt decoder, expected one of a checkpoint that "
                              "takes boxes and clicks")
         size, image = image.shape[:2], np.ascontiguousarray(self.normalized(image)[None])
         features = self._encoded(image)
-        shapes = features.near.shape[1:3], features.levels[0].shape[2:]
+        shapes = features.local_key.shape[1:3], features.levels[0].shape[2:]
         # at the coarse level, then at the finest one, as in `PromptDecoder.decode`
         names = "points", "negative_points", "fine_points", "fine_negative_points"
         clicks = [clicked_locations(points, size, shape) for shape in shapes
                   for points in (prompts.points, prompts.negative_points)]
-        return self.run("show", image=image, known=prompt_maps(prompts, size, shapes[1])[None],
+        maps = prompt_maps(prompts, size, shapes[1])[None]
+        return self.run("prompt", image=image, prompt_maps=maps,
                         **dict(zip(names, clicks)), **_named(features))["logits"]
 
     def encode(self, image: np.ndarray, grid: tuple[int, int] | None = None) -> Features:
@@ -99,7 +100,7 @@ class LiteVideoMatch:
         """
         features, masks, labels = reference(self, image, mask, object_ids)
         if state is None:
-            state = blank(features.near.shape[1:3], len(object_ids), self.widths, _zeros)
+            state = blank(features.local_key.shape[1:3], len(object_ids), self.widths, _zeros)
         state.check_size(features)
         return self._changed("start", state, features, masks=masks, labels=labels)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -73,7 +74,7 @@ def write_mask(path: str | Path, mask: np.ndarray) -> None:
         image.save(temporary, format="PNG")
 
 
-def image_shape(path: str | Path, what: str) -> tuple[int, int]:
+def image_shape(path: str | Path | BinaryIO, what: str) -> tuple[int, int]:
     """Read the size (H, W) of an image from its header alone; raises as `read_image` does.
 
     Args:
@@ -187,7 +188,7 @@ def pictures(image: Image.Image) -> int:
 
 
 @contextmanager
-def _naming(path: str | Path, what: str):
+def _naming(path: str | Path | BinaryIO, what: str):
     """Turn any exception of Pillow into an OSError that names the file and what was expected."""
     try:
         yield

@@ -15,13 +15,13 @@ class Checkpointed(nn.Module):
     """Base class of networks that a checkpoint can rebuild from its configuration.
 
     Attributes:
-        facts: metadata saved with the weights, such as `held_out_iou`; numbers and strings.
+        metadata: what is saved with the weights, such as `held_out_iou`; numbers and strings.
         is_loaded: whether the weights come from a checkpoint.
     """
 
     def __init__(self):
         super().__init__()
-        self.facts: dict = {}
+        self.metadata: dict = {}
         self.is_loaded = False
 
     def configuration(self) -> dict:
@@ -37,9 +37,9 @@ class Checkpointed(nn.Module):
     def upgrade(cls, config: dict, weights: dict) -> None:
         """Convert the contents of an earlier version's checkpoint, in place."""
 
-    def save(self, path: str | Path, **facts) -> None:
+    def save(self, path: str | Path, **metadata) -> None:
         """Write weights, configuration and metadata to a checkpoint."""
-        save(path, {"config": self.configuration(), "facts": facts, "model": self.state_dict()})
+        save(path, {"config": self.configuration(), "facts": metadata, "model": self.state_dict()})
 
     def digest(self) -> str:
         """Hexadecimal SHA-256 of weights and configuration, which identifies the network."""
@@ -72,7 +72,7 @@ class Checkpointed(nn.Module):
             except RuntimeError as error:  # its message lists every parameter, hundreds of lines
                 raise ValueError("of another version, whose weights differ: train again, or "
                                  "use the one in models/") from error
-            model.facts, model.is_loaded = dict(checkpoint["facts"]), True
+            model.metadata, model.is_loaded = dict(checkpoint["facts"]), True
             for name, tensor in model.state_dict().items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{name} holds values that are not finite")

@@ -92,20 +92,20 @@ class Decoder(nn.Module):
             (N, H, W), at the finest level of `channels`.
         """
         if torch.onnx.is_in_onnx_export():  # a trace of the loop would fix N
-            shared = self.shared(list(levels))
+            shared = self.project_frame(list(levels))
             coarse = self.coarse(readout, previous, shared)
             return self.finest(coarse, readout, previous, shared)
         readout, previous, *levels = (
             x.to(levels[0].dtype).contiguous(memory_format=torch.channels_last)
             for x in (readout, previous, *levels))
-        shared = self.shared(levels)
+        shared = self.project_frame(levels)
         # the finest level one object at a time: five at once exceed the caches and take longer.
         # `split` keeps NHWC
         coarse = self.coarse(readout, previous, shared)
         return torch.cat([self.finest(*own, shared) for own in zip(
             coarse.split(1), readout.split(1), previous.split(1))])
 
-    def shared(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    def project_frame(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Compute what is common to all objects, an input of `coarse` and `finest`."""
         levels = [*levels, halved(levels[-1])]
         for i, layer in enumerate(self.detail):

@@ -29,21 +29,8 @@ VANISHED = 0.01
 TINY = np.float32(1e-12)  # a probability that is negligible but not 0
 
 
-def extrude(mask: np.ndarray, distance: float) -> np.ndarray:
-    """Extrude a mask: (H, W) bool -> (H, W) bool, all pixels within `distance` pixels of it.
-
-    The same as dilation by a disk, but computed by a distance transform, whose cost doesn't grow
-    with the distance.
-    """
-    extruded = np.zeros(mask.shape, bool)
-    window = _window(mask, distance)
-    if mask[window].size:
-        extruded[window] = _extruded(mask[window], distance)
-    return extruded
-
-
 def _window(mask: np.ndarray, distance: float) -> tuple[slice, slice]:
-    """Return the window of a mask that `extrude` can reach; empty if the mask is."""
+    """Return the window of an (H, W) bool mask that its extrusion can reach; empty if it is."""
     left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
     if not width:
         return slice(0), slice(0)
@@ -52,10 +39,12 @@ def _window(mask: np.ndarray, distance: float) -> tuple[slice, slice]:
             slice(max(0, left - margin), left + width + margin))
 
 
-def _extruded(mask: np.ndarray, distance: float) -> np.ndarray:
-    """Extrude the part of a mask in its `_window`: outside of it every pixel is further away.
+def extruded(mask: np.ndarray, distance: float) -> np.ndarray:
+    """Extrude an (H, W) bool mask, which isn't empty, by `distance` pixels.
 
-    The distance transform takes most of the time of deciding a frame.
+    The same as dilation by a disk, but computed by a distance transform, whose cost doesn't grow
+    with the distance. It takes most of the time of deciding a frame, so it is limited to the mask's
+    `_window`: outside of it every pixel is further away.
     """
     return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2,
                                  cv2.DIST_MASK_PRECISE) <= distance
@@ -74,7 +63,7 @@ def _components_near(mask: np.ndarray, distance: float, parts: np.ndarray,
     near[parts[mask]] = True
     around[parts.ravel()] = True
     if (around & ~near)[1:].any():  # else the distances tell nothing new
-        near[parts[_extruded(mask, distance)]] = True
+        near[parts[extruded(mask, distance)]] = True
     return near
 
 
@@ -97,7 +86,7 @@ def remove_outliers(probabilities: np.ndarray, previous: np.ndarray, object_ids:
             continue
         removed = probabilities[channel].copy()
         window = _window(before, distance)
-        removed[window][_extruded(before[window], distance)] = 0
+        removed[window][extruded(before[window], distance)] = 0
         probabilities[0] += removed
         probabilities[channel] -= removed
 

@@ -166,20 +166,6 @@ class PromptDecoder(nn.Module):
         return torch.cat([maps, *(resized(x, maps) for x in similarities)], 1)
 
 
-@torch.no_grad()
-def segment_from_prompts(encoder: nn.Module, decoder: PromptDecoder | None, image: torch.Tensor,
-                         prompts: Prompts) -> torch.Tensor:
-    """Segment the prompted object: (1, 3, H, W) normalised image -> (H/2, W/2) logits.
-
-    Raises:
-        ValueError: `decoder` is None, as in a checkpoint without a prompt decoder.
-    """
-    if decoder is None:
-        raise ValueError("this checkpoint has no prompt decoder, expected one that takes boxes and "
-                         "clicks: -m train --prompts -o CHECKPOINT adds it")
-    return decoder(decoder.prepare(image, *encoder.pyramid(image)), prompts)
-
-
 def matching_sets(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the foreground and background sets for soft matching within the image.
 

@@ -16,11 +16,11 @@ from network.decoder import antialiased
 from network.search import LOWEST, largest, nearest, windows
 from network.state import PER_LABEL, Features, State, Widths, extra
 
-# KEY, NEAR, VALUE and WIDTH fix shapes of weights: another value needs a newly trained checkpoint.
+# KEY, LOCAL_KEY, VALUE and WIDTH fix shapes of weights: others need a newly trained checkpoint.
 # Channels of global keys (compared with all memory frames) and of local keys (short-term memory
 # only). 64 instead of the 256 of the features took the product and the top-k from 107 to 41 ms per
 # frame in float32 (docs/log/2026-11-25-keys-and-values.md).
-KEY, NEAR = 64, 32
+KEY, LOCAL_KEY = 64, 32
 # Channels of a value, besides the object's area share. Memory and readout time grow with VALUE
 # times the number of objects.
 VALUE = 24
@@ -37,7 +37,7 @@ K = 16
 K_SET = 5  # K of the paper: the score of a set is the mean similarity of its 5 best locations
 # Top-k in the short-term memory, and radius of the window in locations of stride 16. A larger
 # radius follows faster motion, admits more look-alikes, and costs time with its square.
-K_NEAR, RADIUS = 8, 6
+K_LOCAL, RADIUS = 8, 6
 # Weight of the reference frames in the ridge regression and the object memory. Long-term memory has
 # the rest: a higher weight drifts less, a lower one adapts more to changes of appearance.
 REFERENCE_WEIGHT = 0.6
@@ -67,7 +67,7 @@ class Reader(nn.Module):
         super().__init__()
         self.finest, self.side = finest, side
         self.key = nn.Linear(channels, KEY, bias=False)
-        self.near = nn.Linear(finest, NEAR, bias=False)
+        self.local_key = nn.Linear(finest, LOCAL_KEY, bias=False)
         self.log_temperatures = nn.Parameter(torch.tensor([TEMPERATURE, TEMPERATURE]).log())
         self.log_ridge = nn.Parameter(torch.tensor(RIDGE).log())
         self.shared = nn.Conv2d(channels, WIDTH, 1)
@@ -80,20 +80,20 @@ class Reader(nn.Module):
     @property
     def widths(self) -> Widths:
         """Numbers of channels, which determine the shapes of the state."""
-        return Widths(self.key.in_features, KEY, NEAR, VALUE, WIDTH, self.side)
+        return Widths(self.key.in_features, KEY, LOCAL_KEY, VALUE, WIDTH, self.side)
 
-    def comparing(self) -> list[nn.Parameter]:
+    def matching_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that determine similarities; training gives them their own rate."""
-        return [self.key.weight, self.near.weight, self.log_temperatures, self.log_ridge]
+        return [self.key.weight, self.local_key.weight, self.log_temperatures, self.log_ridge]
 
     @torch.no_grad()
-    def begin(self, features: torch.Tensor) -> None:
+    def initialise_keys(self, features: torch.Tensor) -> None:
         """Initialise the keys with the principal directions of (n, C) features.
 
         Untrained keys then match about as well as the features do.
         """
         unit = F.normalize(features.double(), dim=1)
-        for layer, samples in ((self.key, unit), (self.near, unit[:, :self.finest])):
+        for layer, samples in ((self.key, unit), (self.local_key, unit[:, :self.finest])):
             directions = torch.linalg.eigh(samples.T @ samples).eigenvectors
             layer.weight.copy_(directions[:, -len(layer.weight):].T)
 
@@ -109,11 +109,11 @@ class Reader(nn.Module):
         """
         grid = matched.shape[2:]
         unit = F.normalize(matched.flatten(2).transpose(1, 2).float(), dim=2)
-        near = F.normalize(self.near(unit[..., :self.finest]), dim=2).to(precision)
+        local_key = F.normalize(self.local_key(unit[..., :self.finest]), dim=2).to(precision)
+        local_key = local_key.reshape(local_key.shape[0], *grid, LOCAL_KEY)
         key = F.normalize(self.key(unit), dim=2).to(precision)
         shared = self.shared(unit.transpose(1, 2).reshape(unit.shape[0], -1, *grid))
-        return Features(matched, unit, key, near.reshape(near.shape[0], *grid, NEAR), shared,
-                        tuple(levels))
+        return Features(matched, unit, key, local_key, shared, tuple(levels))
 
     # writing
 
@@ -301,15 +301,16 @@ class Reader(nn.Module):
         global_temperature, local_temperature = self.log_temperatures.exp()
         scores, values, best, rows = self._global_candidates(state, features.key[0])
         best, chosen = largest(best, K, features.key)
-        distant = _weighted_sum(values, best, rows.gather(1, chosen), global_temperature)
-        close = windows(features.near[0], state.recent_keys, state.recent_valid, K_NEAR, RADIUS)
-        recent = _weighted_sum(state.recent_values.flatten(0, 1), *close, local_temperature)
+        global_read = _weighted_sum(values, best, rows.gather(1, chosen), global_temperature)
+        local_best, local_rows = windows(features.local_key[0], state.recent_keys,
+                                         state.recent_valid, K_LOCAL, RADIUS)
+        local_read = _weighted_sum(state.recent_values.flatten(0, 1), local_best, local_rows,
+                                   local_temperature)
         before = self.shares(state.previous[1:])
         linear = (features.unit[0] @ state.linear).T
-        parts = [scores, linear, before, best.amax(1), close[0].amax(1),
-                 *_by_object(distant), *_by_object(recent)]
-        readout = _assemble(*parts)
-        grid = features.near.shape[1:3]
+        readout = _assemble(scores, linear, before, best.amax(1), local_best.amax(1),
+                            *_by_object(global_read), *_by_object(local_read))
+        grid = features.local_key.shape[1:3]
         return (readout.reshape(*readout.shape[:2], *grid),
                 scores[:before.shape[0] + 1].reshape(-1, *grid))
 
@@ -357,7 +358,7 @@ def _add_short_term(state: State, features: Features, values: torch.Tensor,
                     masks: torch.Tensor) -> State:
     """Append a frame to the short-term memory and drop its oldest one."""
     return state._replace(
-        recent_keys=torch.cat([state.recent_keys[1:], features.near[:1]]),
+        recent_keys=torch.cat([state.recent_keys[1:], features.local_key[:1]]),
         recent_values=torch.cat([state.recent_values[1:], values[None]]),
         recent_valid=torch.cat([state.recent_valid[1:], torch.ones_like(state.recent_valid[:1])]),
         recent_shared=torch.cat([state.recent_shared[1:], features.shared[:1]]),
@@ -497,17 +498,17 @@ def _by_object(read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, labels[:, 0]
 
 
-def _assemble(scores, linear, before, far_similarity, close_similarity, far, far_label, close,
-              close_label) -> torch.Tensor:
+def _assemble(scores, linear, before, global_similarity, local_similarity, global_value,
+              global_label, local_value, local_label) -> torch.Tensor:
     """Assemble the (M, READOUT, n) memory readout of N objects and, where N > 1, their union.
 
     Args:
         scores: (M+1, n) soft matching, of the background first.
         linear: (N+1, n) ridge regression labels.
         before: (N, n) area shares in the previous frame.
-        far_similarity, close_similarity: (n,) of the most similar global and local key.
-        far, close: (M, VALUE, n) values read globally and locally.
-        far_label, close_label: (M, n) area shares read with them.
+        global_similarity, local_similarity: (n,) of the most similar global and local key.
+        global_value, local_value: (M, VALUE, n) values read globally and locally.
+        global_label, local_label: (M, n) area shares read with them.
     """
     objects, labels, count = scores[1:], with_union(linear[1:]), before.shape[0]
     other = rivals(linear[1:])
@@ -515,10 +516,10 @@ def _assemble(scores, linear, before, far_similarity, close_similarity, far, far
     # decoder was trained with
     scalars = [5 * (objects - scores[:1]), 5 * (objects - rivals(objects[:count])), objects,
                labels, labels - torch.maximum(other, linear[:1]), other,
-               far_label, rivals(far_label[:count]), far_similarity.expand_as(objects),
-               close_label, rivals(close_label[:count]), close_similarity.expand_as(objects),
-               with_union(before), rivals(before), close_label - far_label]
-    return torch.cat([torch.stack(scalars, 1), far, close], 1)
+               global_label, rivals(global_label[:count]), global_similarity.expand_as(objects),
+               local_label, rivals(local_label[:count]), local_similarity.expand_as(objects),
+               with_union(before), rivals(before), local_label - global_label]
+    return torch.cat([torch.stack(scalars, 1), global_value, local_value], 1)
 
 
 def best_mean(best: torch.Tensor) -> torch.Tensor:

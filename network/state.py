@@ -43,7 +43,7 @@ class Features(NamedTuple):
     matched: Array  # (B, C, h, w) encoder features
     unit: Array | None = None  # (B, h*w, C) the same, normalised to unit length
     key: Array | None = None  # (B, h*w, KEY) global keys, unit vectors
-    near: Array | None = None  # (B, h, w, NEAR) local keys, unit vectors
+    local_key: Array | None = None  # (B, h, w, LOCAL_KEY) local keys, unit vectors
     shared: Array | None = None  # (B, WIDTH, h, w) the part of the values that all objects share
     levels: tuple[Array, ...] = ()  # (B, C, ., .) feature maps for the decoder, finest first
 
@@ -77,7 +77,7 @@ class State(NamedTuple):
     memory_shared: Array  # (T, ., h, w)
     memory_masks: Array  # (T, N+1, h*side, w*side) probabilities
     # Short-term memory, oldest first.
-    recent_keys: Array  # (2, h, w, NEAR)
+    recent_keys: Array  # (2, h, w, LOCAL_KEY)
     recent_valid: Array  # (2,)
     recent_values: Array  # (2, h*w, M, VALUE + 1)
     recent_shared: Array  # (2, ., h, w)
@@ -103,9 +103,9 @@ class State(NamedTuple):
         Raises:
             ValueError: their feature maps differ in size.
         """
-        if tuple(features.near.shape[1:3]) != self.grid:
+        if tuple(features.local_key.shape[1:3]) != self.grid:
             raise ValueError("image: expected the size of the reference frame, whose feature map "
-                             f"is {self.grid}, got one of {tuple(features.near.shape[1:3])}")
+                             f"is {self.grid}, got one of {tuple(features.local_key.shape[1:3])}")
 
     @property
     def objects(self) -> int:
@@ -130,7 +130,7 @@ class Widths(NamedTuple):
 
     features: int
     key: int
-    near: int
+    local_key: int
     value: int
     shared: int
     side: int  # mask pixels along each side of a location
@@ -161,7 +161,7 @@ def blank(grid: tuple[int, int], objects: int, widths: Widths,
         "memory_keys": (*slots, widths.key), "memory_valid": slots,
         "memory_values": (*slots, channels, value), "memory_shared": (MEM_FRAMES, *shared),
         "memory_masks": (MEM_FRAMES, *masks),
-        "recent_keys": (SHORT_TERM, h, w, widths.near), "recent_valid": (SHORT_TERM,),
+        "recent_keys": (SHORT_TERM, h, w, widths.local_key), "recent_valid": (SHORT_TERM,),
         "recent_values": (SHORT_TERM, h * w, channels, value),
         "recent_shared": (SHORT_TERM, *shared), "recent_masks": (SHORT_TERM, *masks),
         "reference_squares": (features, features), "reference_labels": (features, labels),

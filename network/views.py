@@ -35,7 +35,7 @@ def reference(model: Any, image: Any, mask: np.ndarray,
         shares of background and objects; (V, h, w) int64 labels (see `labels_of`).
     """
     features = model.encode(image)
-    grid = tuple(features.near.shape[1:3])
+    grid = tuple(features.local_key.shape[1:3])
     pixels = tuple(model.side * side for side in grid)
     views, masks = [features], [shares_of(mask, pixels, object_ids)]
     labels = [labels_of(mask, grid, object_ids)]
@@ -160,7 +160,7 @@ def closer(mask: np.ndarray, shape: tuple[int, int], grid: tuple[int, int],
         for scale in CLOSER if where.any() else ():
             rows, columns = around(where, scale)
             part = mask[rows, columns]
-            chosen = thinned(near(labels_of(part, grid, [object_id]) == 1), most)
+            chosen = thinned(dilated(labels_of(part, grid, [object_id]) == 1), most)
             yield View(rows, columns, part,
                        np.where(chosen, labels_of(part, grid, object_ids), -1))
 
@@ -184,7 +184,7 @@ def around(mask: np.ndarray, scale: float) -> tuple[slice, slice]:
     return crop[0], crop[1]
 
 
-def near(where: np.ndarray) -> np.ndarray:
+def dilated(where: np.ndarray) -> np.ndarray:
     """Dilate an (h, w) bool mask by `MARGIN` locations, with a square."""
     side = 2 * MARGIN + 1
     return cv2.dilate(where.astype(np.uint8), np.ones((side, side), np.uint8)) > 0

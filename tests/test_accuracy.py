@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_two_davis_sequences_score_as_documented(davis_dir, tmp_path):
 
 def test_box_prompts_on_the_demo_give_accurate_masks(shipped):
     """The prompts are the true bounding boxes in the first frames."""
-    prompt, scores = prompting.make_prompter(shipped), {}
+    prompt, scores = partial(prompting.predict_mask, shipped), {}
     for name, scene in demo.SCENES["val"].items():
         image, mask = next(demo.draw(scene))
         for object_id in np.unique(mask[mask > 0]).tolist():

@@ -293,7 +293,7 @@ def test_youtube_vos_is_segmented_and_written_as_its_server_expects(tmp_path, ca
     assert "segmented and not scored" in caplog.text
     assert not list((tmp_path / "out").glob("*results*.csv"))
     assert run(root, "-j", str(tmp_path / "out")) == 0
-    assert "2 sequences were finished before" in caplog.text
+    assert "2 sequences were already finished" in caplog.text
 
 
 @pytest.mark.slow

@@ -90,8 +90,7 @@ def test_a_shorter_clip_replaces_all_earlier_masks(clip, first, exported, tmp_pa
     by_hand = out / "masks" / "99999.png"
     by_hand.parent.mkdir(parents=True)
     shutil.copy(first, by_hand)
-    own = out / "overlay.mp4"
-    for own in (own, out / "masks" / "00000.png"):
+    for own in (out / "overlay.mp4", out / "masks" / "00000.png"):
         own.write_bytes(b"the user's")
         assert lite.main([str(shorter), *arguments]) == 2
         assert own.read_bytes() == b"the user's" and f"{own}: lite.py" in capsys.readouterr().err
@@ -458,7 +457,7 @@ def test_adaptive_pooling_equals_a_matrix_product(before, after):
 def test_dilation_and_subsampling_of_locations():
     locations = np.random.default_rng(0).random((9, 12)) > 0.95
     dilated = F.max_pool2d(torch.from_numpy(locations)[None].float(), 5, 1, 2)[0] > 0
-    np.testing.assert_array_equal(views.near(locations), dilated.numpy())
+    np.testing.assert_array_equal(views.dilated(locations), dilated.numpy())
     assert views.thinned(dilated.numpy(), 7).sum() == min(7, int(dilated.sum()))
 
 

@@ -12,7 +12,7 @@ from network.outliers import (
     REACH,
     VANISHED,
     decide,
-    extrude,
+    extruded,
     keep_identities,
     remove_outliers,
 )
@@ -26,7 +26,7 @@ def test_extruding_is_a_disk_dilation(distance):
     ys, xs = np.nonzero(mask)
     y, x = np.mgrid[:37, :53]
     nearest = np.sqrt((y[..., None] - ys) ** 2 + (x[..., None] - xs) ** 2).min(-1)
-    np.testing.assert_array_equal(extrude(mask, distance), nearest <= distance)
+    np.testing.assert_array_equal(extruded(mask, distance), nearest <= distance)
 
 
 def test_a_few_stray_pixels_do_not_lock_the_object_out():
@@ -56,7 +56,7 @@ def test_removed_probability_goes_to_the_background():
     before = probabilities.copy()
     remove_outliers(probabilities, mask, [1, 2], shares, distance=3)
     np.testing.assert_allclose(probabilities.sum(0), 1)
-    near = extrude(mask == 2, 3)
+    near = extruded(mask == 2, 3)
     np.testing.assert_array_equal(probabilities[2], np.where(near, before[2], 0))
 
 

@@ -53,7 +53,7 @@ def test_a_part_of_a_clip_is_segmented(part, expected, clip, tmp_path, capsys):
     with av.open(str(tmp_path / "out" / "overlay.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == len(expected)
     assert main.main([*clip, "--frames", part, "--cutout", "transparent"]) == 0
-    assert f"{len(expected)} frames were finished before" in capsys.readouterr().out
+    assert f"{len(expected)} frames were already finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -222,7 +222,7 @@ def test_points_alone_start_with_the_whole_frame_then_crop(promptable, monkeypat
 
     monkeypatch.setattr(prompting, "_predict_crop", predict_crop)
     image = np.zeros((200, 300, 3), np.uint8)
-    mask = prompting.make_prompter(promptable)(image, Prompts(points=[(35, 15)]))
+    mask = prompting.predict_mask(promptable, image, Prompts(points=[(35, 15)]))
     assert mask.sum() == 100 and len(crops) == 2
     assert crops[0] == ((slice(0, 200), slice(0, 300)), None)
     rows, columns = crops[1][0]
@@ -270,17 +270,17 @@ def test_components_are_selected_by_points_and_boxes():
 ])
 def test_prompts_must_lie_in_the_frame(promptable, wrong, message):
     with pytest.raises(ValueError, match=message):
-        prompting.make_prompter(promptable)(draw_frame(0)[0], wrong)
+        prompting.predict_mask(promptable, draw_frame(0)[0], wrong)
 
 
 def test_a_model_without_prompt_decoder_names_the_flag_that_adds_it(model):
     with pytest.raises(ValueError, match="-m train --prompts"):
-        prompting.make_prompter(model)(np.zeros((48, 80, 3), np.uint8), Prompts([(8, 8, 20, 20)]))
+        prompting.predict_mask(model, np.zeros((48, 80, 3), np.uint8), Prompts([(8, 8, 20, 20)]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (7, 400, 3), (48, 80, 3)])
 def test_the_mask_has_the_shape_of_the_frame(promptable, shape):
-    found = prompting.make_prompter(promptable)(np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
+    found = prompting.predict_mask(promptable, np.zeros(shape, np.uint8), Prompts(points=[(0, 0)]))
     assert found.shape == shape[:2] and found.dtype == bool
 
 

@@ -171,8 +171,8 @@ def test_the_local_readout_equals_the_dense_formula(reader, frames, monkeypatch)
         readout, _ = reader.read(state, query)
     y, x = torch.arange(H * W) // W, torch.arange(H * W) % W
     near = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs()) <= 1
-    keys = torch.cat([seen.near[0].flatten(0, 1) for seen, _, _ in recent]).double()
-    similarity = (query.near[0].flatten(0, 1).double() @ keys.T).masked_fill(
+    keys = torch.cat([seen.local_key[0].flatten(0, 1) for seen, _, _ in recent]).double()
+    similarity = (query.local_key[0].flatten(0, 1).double() @ keys.T).masked_fill(
         ~near.repeat(1, len(recent)), -torch.inf)
     values = torch.cat([values_of(reader, *x[:2]) for x in recent]).double()
     best, where = similarity.topk(8, dim=1)  # in a corner of one frame there are four
@@ -256,7 +256,7 @@ def test_the_number_of_memory_frames_is_bounded(reader):
         found = state.memory_keys[(frame - 2) // 3 % MEM_FRAMES].flatten(0, 1)[:H * W]
         torch.testing.assert_close(found, features(reader, frame).key[0])
     for i, frame in enumerate((28, 29)):
-        torch.testing.assert_close(state.recent_keys[i], features(reader, frame).near[0])
+        torch.testing.assert_close(state.recent_keys[i], features(reader, frame).local_key[0])
         torch.testing.assert_close(
             state.recent_values[i], values_of(reader, features(reader, frame), masks(frame, 1)))
     torch.testing.assert_close(state.previous, masks(29, 1))
@@ -345,7 +345,7 @@ def test_keys_are_initialised_with_principal_components(reader):
     torch.manual_seed(1)
     wide = Reader(100, 40, SIDE)
     samples = torch.randn(500, 100) @ torch.diag(torch.linspace(0.1, 3, 100))
-    wide.begin(samples)
+    wide.initialise_keys(samples)
     unit = F.normalize(samples, dim=1)
     _, _, directions = torch.linalg.svd(unit, full_matrices=False)
     kept = unit @ wide.key.weight.T

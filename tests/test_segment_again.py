@@ -88,11 +88,11 @@ def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypa
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     capsys.readouterr()
     assert main.main(clip("out")) == 0
-    assert "16 frames were finished before" in capsys.readouterr().out
+    assert "16 frames were already finished" in capsys.readouterr().out
     assert content(out) == before
     for how in ("transparent", "blur", "#00ff00"):
         assert main.main(clip("out", "--cutout", how)) == 0
-        assert "finished before" not in capsys.readouterr().out
+        assert "already finished" not in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     green, drawn = (out / "cutout.mp4").read_bytes(), content(out)
     for path, data in content(tmp_path / "whole").items():
@@ -103,7 +103,7 @@ def test_a_finished_clip_is_not_segmented_again(clip, tmp_path, capsys, monkeypa
             assert drawn[path] == data
     for how in ("transparent", "#00ff00"):  # both exist
         assert main.main(clip("out", "--cutout", how)) == 0
-        assert "finished before" in capsys.readouterr().out
+        assert "already finished" in capsys.readouterr().out
     assert main.main(clip("out", "--cutout", "blur")) == 0  # was replaced
     assert (out / "cutout.mp4").read_bytes() != green
     monkeypatch.setattr(Tracker, "step", step)
@@ -311,7 +311,7 @@ def test_the_fingerprint_covers_only_files_of_the_clip(clip, tmp_path, capsys):
     (frames / "mask_00007.png").write_bytes((frames / "mask.png").read_bytes())  # as --box makes
     os.utime(frames / "mask.png", (0, 0))
     capsys.readouterr()
-    assert main.main(again) == 0 and "finished before" in capsys.readouterr().out
+    assert main.main(again) == 0 and "already finished" in capsys.readouterr().out
     assert clip_fingerprint(open_clip(frames, [frames / "mask.png"])) == before
     os.utime(frames / "00003.png", (0, 0))
     assert main.main(again) == 2 and "results of other data" in capsys.readouterr().err

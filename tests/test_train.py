@@ -130,7 +130,7 @@ def test_the_memory_method_trains_and_saves_all_unfrozen_weights(sequences, opti
                     if name.startswith(tuple(f"encoder.backbone.{i}." for i in range(4)))}
     loaded = VideoMatch.load(options.save)
     assert (loaded.method, loaded.refined) == ("memory", True)
-    if loaded.facts["iteration"] == 2:
+    if loaded.metadata["iteration"] == 2:
         assert np.mean(report.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
 
 
@@ -158,8 +158,8 @@ def test_the_best_weights_are_saved_with_log_and_curves(model, sequences, option
     assert best == max(line["held_out_iou"] for line in lines)
     assert lines[0]["loss"] is None and lines[1]["loss"] > 0
     loaded = VideoMatch.load(options.save)
-    assert loaded.facts["held_out_iou"] == best
-    assert loaded.facts["held_out"] == [s.name for s in sequences[1]]
+    assert loaded.metadata["held_out_iou"] == best
+    assert loaded.metadata["held_out"] == [s.name for s in sequences[1]]
     assert np.mean(report.validate(loaded, sequences[1], options.shape)) == pytest.approx(best)
     with Image.open(options.save.with_suffix(".png")) as curves:
         assert curves.size[0] > 300
@@ -171,7 +171,7 @@ def test_without_held_out_sequences_the_last_weights_are_saved(model, sequences,
     assert np.isnan(train.train(model, sum(sequences, []), [], options))
     assert [line["held_out_iou"] for line in lines_of(options)] == [None] * 3
     loaded = VideoMatch.load(options.save)
-    assert loaded.facts == {"iteration": 4, "held_out": [], "version": version.__version__}
+    assert loaded.metadata == {"iteration": 4, "held_out": [], "version": version.__version__}
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
 
@@ -212,7 +212,7 @@ def test_training_stops_early_without_improvement(model, sequences, options, mon
     options.iterations, options.report, options.patience = 20, 1, 2
     assert train.train(model, *sequences, options) == 0.6
     assert [line["iteration"] for line in lines_of(options)] == [0, 1, 2, 3, 4]
-    assert VideoMatch.load(options.save).facts["iteration"] == 2
+    assert VideoMatch.load(options.save).metadata["iteration"] == 2
 
 
 def test_an_interrupt_finishes_the_iteration_and_saves(model, sequences, options, monkeypatch):

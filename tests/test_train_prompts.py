@@ -56,8 +56,8 @@ def test_training_changes_the_prompt_decoder_only_and_resumes(davis_2016, stills
     before, after = VideoMatch.load(checkpoint), VideoMatch.load(whole)
     for name, value in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], value), name
-    assert after.prompts is not None and after.facts["held_out_iou"] == 0.7
-    assert 0 <= after.facts["prompts"]["held_out_iou"] <= 1
+    assert after.prompts is not None and after.metadata["held_out_iou"] == 0.7
+    assert 0 <= after.metadata["prompts"]["held_out_iou"] <= 1
     assert before.digest() != after.digest()
     lines = [json.loads(line) for line in whole.with_suffix(".jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 2, 4]
@@ -156,7 +156,7 @@ def test_the_benchmark_prints_the_j_of_prompted_masks(davis_2017, checkpoint, tm
     assert prompt_bench.main() == 0
     figures = json.loads((tmp_path / "b.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["dog_1", "dog_2"]
-    assert figures["mean"] == pytest.approx({"true box": 0.6, "moved box": 0.6, "1 clicks": 0.6,
+    assert figures["mean"] == pytest.approx({"true box": 0.6, "jittered box": 0.6, "1 clicks": 0.6,
                                              "3 clicks": 1, "8 clicks": 1})
     assert "mean J" in capsys.readouterr().out and figures["seconds"] > 0
 
@@ -216,6 +216,6 @@ def test_training_the_tracker_further_keeps_the_prompt_decoder_working(davis_201
     changed = {name.split(".")[0] for name, value in before.state_dict().items()
                if not torch.equal(after.state_dict()[name], value)}
     assert changed == {"reader", "decoder"}
-    assert after.facts["prompts"] == before.facts["prompts"]
+    assert after.metadata["prompts"] == before.metadata["prompts"]
     assert main.main([*command, "--method", "matching", "--overwrite"]) == 2
     assert "trains the encoder only" in capsys.readouterr().err

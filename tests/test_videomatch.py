@@ -139,7 +139,7 @@ def test_a_checkpoint_restores_configuration_and_weights(model, tmp_path):
     loaded = VideoMatch.load(tmp_path / "new" / "vm.pth").eval()
     assert (loaded.top_k, loaded.temperature, loaded.dilation) == (7, 0.1, 33)
     assert (loaded.encoder.name, loaded.upsample_factor) == ("mobilenet", 2.0)
-    assert loaded.facts == {"held_out_iou": 0.5, "held_out": ["bear"]}
+    assert loaded.metadata == {"held_out_iou": 0.5, "held_out": ["bear"]}
     first, second = (predict(m, reference(m, *frame(0)), frame(1)[0]) for m in (model, loaded))
     assert torch.equal(first, second)
 

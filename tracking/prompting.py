@@ -6,8 +6,6 @@ exported network.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -33,16 +31,6 @@ SAME_CROP = 0.6  # stop when the next crop would overlap the current one by this
 # A mask may extend beyond a box by this share of the box's sides: people draw boxes a little tight.
 BOX_TOLERANCE = 0.1
 
-Prompter = Callable[[np.ndarray, Prompts], np.ndarray]
-
-
-def make_prompter(model: Any) -> Prompter:
-    """Return a function that maps an (H, W, 3) uint8 RGB image and `Prompts` to a mask.
-
-    The mask is (H, W) bool; see `predict_mask`.
-    """
-    return partial(predict_mask, model)
-
 
 def predict_mask(model: Any, image: np.ndarray, prompts: Prompts) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) bool, the mask of the prompted object; see `predict_logits`."""
@@ -56,7 +44,7 @@ def predict_logits(model: Any, image: np.ndarray, prompts: Prompts) -> np.ndarra
     if the predicted mask calls for a different crop, prediction is repeated with that crop.
 
     Args:
-        model: a `VideoMatch`, or another object with its method `look`.
+        model: a `VideoMatch`, or another object with its method `segment_from_prompts`.
         image: (H, W, 3) uint8 RGB.
 
     Returns:

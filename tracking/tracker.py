@@ -219,8 +219,8 @@ class Tracker:
         self.shares = {i: float((mask == i).mean()) or self.shares.get(i, 0.0)
                        for i in object_ids}
         self.previous = mask.copy()  # the caller may change theirs
-        known = np.stack([mask == i for i in (0, *self.object_ids)]).astype(np.float32)
-        return Step(mask, self.model.array(known), self.object_ids)
+        certain = np.stack([mask == i for i in (0, *self.object_ids)]).astype(np.float32)
+        return Step(mask, self.model.array(certain), self.object_ids)
 
 
 def to_numpy(x: Array) -> np.ndarray:

@@ -8,6 +8,7 @@ finished sample makes room for another. Reports and resuming work as in every tr
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -206,7 +207,7 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], static_images: l
         options: `shape`, `losses` and `shuffle` have no effect.
 
     Returns:
-        The best held-out J in [0, 1]: the mean over the true box, a moved box, one click and three
+        The best held-out J in [0, 1]: the mean over the true and a jittered box, one click and three
         clicks.
 
     Raises:
@@ -340,9 +341,9 @@ class PromptReport(Report):
         self.run["trained"] = "prompts"
 
     def save_weights(self, iteration: int, **held_out) -> None:
-        facts = {"iteration": iteration, **held_out}
-        # the rest of the model is unchanged, so its facts stay valid
-        self.model.save(self.options.save, **{**self.model.facts, "prompts": facts})
+        prompts = {"iteration": iteration, **held_out}
+        # the rest of the model is unchanged, so its metadata stay valid
+        self.model.save(self.options.save, **{**self.model.metadata, "prompts": prompts})
 
     def scores(self, held_out: list) -> list[float]:
         return [float(np.mean([row["box"], row["jittered"], *row["clicks"][0::2]]))
@@ -360,7 +361,7 @@ def evaluate_prompts(model: VideoMatch, sources: list, count: int) -> list[dict]
         For each object its "name", J of the true "box", J of a box whose sides are moved by up to
         `JITTER` of its size ("jittered"), and a list of J after 1 to `count` "clicks".
     """
-    prompt, rows = prompting.make_prompter(model.eval()), []
+    prompt, rows = partial(prompting.predict_mask, model.eval()), []
     for source in sources:
         first = source.labelled[0]
         image, mask = source.image(first), source.mask(first)

@@ -140,9 +140,9 @@ class Report:
         return self.history[-1]["iteration"]
 
     def save_weights(self, iteration: int, **held_out) -> None:
-        """Save the current weights with the facts of this report."""
-        # a tracker's training does not change the prompt decoder, whose facts stay valid
-        prompts = {name: fact for name, fact in self.model.facts.items() if name == "prompts"}
+        """Save the current weights with the scores of this report."""
+        # a tracker's training does not change the prompt decoder, whose metadata stay valid
+        prompts = {name: x for name, x in self.model.metadata.items() if name == "prompts"}
         self.model.save(self.options.save, iteration=iteration, version=version.__version__,
                         **held_out, **prompts)
 

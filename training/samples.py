@@ -220,10 +220,10 @@ class Clips(Pairs):
         least = min(least, MIN_PIXELS - 1) if small else least
         seen = np.array([areas(mask) for mask in masks.numpy()]) > least
         seen[0, hidden] = False
-        known = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
-        again = [i for i in known if seen[1:, i].any()]
+        visible = rng.permutation(1 + np.flatnonzero(seen[0, 1:]))
+        again = [i for i in visible if seen[1:, i].any()]
         left_out = 1.0 if rng.random() < self.ALONE else self.DISTRACTORS
-        others = [i for i in known if i not in again[:1] and rng.random() >= left_out]
+        others = [i for i in visible if i not in again[:1] and rng.random() >= left_out]
         chosen = (again[:1] and again[:1] + others)[:self.objects]
         new = np.zeros(256, np.uint8)
         new[chosen] = 1 + rng.permutation(len(chosen))

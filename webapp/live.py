@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +18,6 @@ import numpy as np
 from media.live import LiveClip
 from media.prompts import Prompts
 from tracking import live, pipeline
-from tracking.prompting import Prompter
 from videomatch import VideoMatch
 from webapp.store import MAX_OBJECTS, TrackedObject, find_object
 
@@ -35,7 +34,7 @@ class LiveSession:
     Args:
         model, clip, options: see `live.track`.
         folder: where the results go, for the page.
-        prompter: see `prompting.make_prompter`.
+        prompter: maps an (H, W, 3) uint8 RGB image and `Prompts` to an (H, W) bool mask.
         sinks: receive the frames from the first object on.
 
     Attributes:
@@ -48,7 +47,8 @@ class LiveSession:
     live = True
 
     def __init__(self, model: VideoMatch, clip: LiveClip, folder: Path, options: pipeline.Options,
-                 prompter: Prompter, sinks: Sequence[pipeline.Sink]):
+                 prompter: Callable[[np.ndarray, Prompts], np.ndarray],
+                 sinks: Sequence[pipeline.Sink]):
         self.model, self.clip, self.folder, self.options = model, clip, folder, options
         self.prompter, self.sinks, self.shape = prompter, list(sinks), clip.shape
         self.editor = self  # has those methods of an `Editor` that apply here

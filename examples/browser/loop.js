@@ -62,7 +62,7 @@ class Network {
   // The state after a reference frame. Its views are the frame and zoomed crops of its objects; objects
   // that are not in the mask have empty ones, as shapes must not depend on values.
   async refer(state, picture, mask, ids) {
-    const frame = await this.encode(picture), grid = frame.near.dims.slice(1, 3), views = [];
+    const frame = await this.encode(picture), grid = frame.local_key.dims.slice(1, 3), views = [];
     const pixels = grid.map(side => side * this.widths.side), n = ids.length + 1;
     const add = ({key, shared}, part, labels) => views.push({key: key.data, shared: shared.data, labels,
       masks: resize(planes(part, [0, ...ids]), pixels, 'antialiased').data});

@@ -36,11 +36,11 @@ async function predictCrop(network, picture, prompts, at) {
     mask: prompts.mask && crop({height: picture.height, width: picture.width, data: prompts.mask}, at)};
   const image = network.tensor(patch.data, [1, 3, rows, columns]);
   const features = await network.run('encode', {image});
-  const coarse = features.near.dims.slice(1, 3), fine = features.level0.dims.slice(2);
+  const coarse = features.local_key.dims.slice(1, 3), fine = features.level0.dims.slice(2);
   const clicked = (points, [h, w]) => network.tensor(BigInt64Array.from(points, ([x, y]) => BigInt(
     clamp(Math.floor((y + 0.5) * h / rows), h) * w + clamp(Math.floor((x + 0.5) * w / columns), w))), [points.length]);
-  const {logits} = await network.run('show', {...features, image,
-    known: network.tensor(promptMaps(moved, [rows, columns], fine), [1, MAPS, ...fine]),
+  const {logits} = await network.run('prompt', {...features, image,
+    prompt_maps: network.tensor(promptMaps(moved, [rows, columns], fine), [1, MAPS, ...fine]),
     points: clicked(moved.points, coarse), negative_points: clicked(moved.negativePoints, coarse),
     fine_points: clicked(moved.points, fine), fine_negative_points: clicked(moved.negativePoints, fine)});
   const [height, width] = logits.dims;
