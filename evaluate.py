@@ -82,6 +82,8 @@ def evaluate(model: VideoMatch, sequences: list[Sequence], options: Options) -> 
                 locks.enter_context(lock_folder(options.results))
             folder = RunFolder(options.results, options.metadata,
                                options.overwrite and distributed.rank() == 0)
+            if options.results and distributed.rank() == 0:  # also those of the other processes
+                folder.check(options.results / s.name for s in sequences)
         todo = [s for s in sequences if not _is_finished(folder, s, options.videos)]
         todo = distributed.gather(todo)[0]  # the same list everywhere, before any sequence finishes
         if len(todo) < len(sequences):
@@ -145,11 +147,10 @@ def _segment(model: VideoMatch, todo: list[Sequence], folder: RunFolder,
     # Longest first, so that the processes of a job finish at about the same time.
     todo = distributed.share(sorted(todo, key=len, reverse=True) if distributed.count() > 1
                              else todo)
-    mask_folders = [options.results / s.name for s in todo] if options.results else []
     with progress(total=sum(len(s) - 1 for s in todo), unit="frame",
                   disable=distributed.rank() > 0) as bar:
         def on_frame(frame: pipeline.Frame) -> None:
-            folder.start(mask_folders)  # only now: a rejected first frame leaves no manifest
+            folder.start()  # only now: a rejected first frame leaves no manifest
             bar.update(frame.index > 0)
 
         for sequence in todo:

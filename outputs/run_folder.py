@@ -81,18 +81,26 @@ class RunFolder:
             output_folders: where the results go.
 
         Raises:
-            ValueError: one of them holds files, but there was no manifest: another program made
-                them, and they may not be replaced.
+            ValueError: see `check`.
         """
         if self.path is None or distributed.rank() or self._started:
             return
         self._started = True
+        self.check(output_folders)
+        files.write(self.path / "manifest.json", json.dumps(self.metadata, indent=1))
+
+    def check(self, output_folders: Iterable[Path]) -> None:
+        """Refuse to replace results of another program.
+
+        Raises:
+            ValueError: a folder holds files, but there was no manifest, and they may not be
+                replaced.
+        """
         for folder in output_folders:
             if not self._may_write and folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"{folder}: holds files, but {self.path} has no manifest.json of "
                                  "this toolkit: name another folder (-j), or replace them "
                                  "(--overwrite)")
-        files.write(self.path / "manifest.json", json.dumps(self.metadata, indent=1))
 
     def finish(self, name: str, entry: dict) -> None:
         """Record a video as finished; call it when all of its files are written.
