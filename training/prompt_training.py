@@ -207,8 +207,8 @@ def train_prompts(model: VideoMatch, sequences: list[Sequence], static_images: l
         options: `shape`, `losses` and `shuffle` have no effect.
 
     Returns:
-        The best held-out J in [0, 1]: the mean over the true and a jittered box, one click and three
-        clicks.
+        The best held-out J in [0, 1]: the mean over the true box, a jittered box, one click and
+        three clicks.
 
     Raises:
         ValueError: no object is large enough, or the state to resume from belongs to a run with
