@@ -52,6 +52,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     if np.issubdtype(values.dtype, np.floating):
         whole_range = 1.0 if values.max(initial=0) <= 1 else 255.0
     else:
+        # two bytes are uint16 in either byte order, even if no value is large
         whole_range = 255 if values.dtype.itemsize != 2 and values.max(initial=0) <= 255 else 65535
     return (values.clip(0, whole_range) * (255 / whole_range)).round().astype(np.uint8)
 

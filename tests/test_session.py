@@ -214,6 +214,14 @@ def test_masks_of_a_deleted_object_do_not_return_with_an_uploaded_one(client):
     assert [one["id"] for one in state(client)["objects"]] == [2] and not shown(client, 1).any()
 
 
+def test_a_deleted_id_and_a_new_one_in_an_uploaded_mask_stay_apart(client):
+    client.put("/mask/0", content=png(truth(0)))
+    do(client, "delete", object=1)
+    both = truth(1, (1, 2))
+    client.put("/mask/1", content=png(both))
+    np.testing.assert_array_equal(shown(client, 1), np.where(both == 1, 3, both))
+
+
 def test_a_colour_means_the_same_in_all_uploaded_masks(client):
     colours = np.array([[0, 0, 0], [200, 30, 90], [10, 240, 120]], np.uint8)
     both, second = truth(0, (1, 2)), np.where(truth(1, (1, 2)) == 2, 2, 0)

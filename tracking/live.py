@@ -53,7 +53,6 @@ def track(model: VideoMatch, clip: LiveClip, changes: "SimpleQueue[Reference | R
     tracker = Tracker(model, options.threshold, options.remove_outliers)
     last = -1  # index of the last frame with a step
 
-
     def applied() -> Iterator[Frame]:
         """Apply the changes; yields the frames that they add."""
         nonlocal last

@@ -480,7 +480,8 @@ class Session:
         with self.lock:
             missing = self.count - len(self.store.user_frames | self.store.predictions.keys())
             warning = f"{missing} frames have no mask yet: they are exported as empty"
-            self._start({"kind": "export", "total": self.count, "warning": warning * bool(missing)},
+            self._start({"kind": "export", "total": self.count,
+                         "warning": warning if missing else ""},
                         lambda: self._export(cutout, form, list(formats)))
 
     def close(self) -> None:

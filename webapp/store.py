@@ -398,13 +398,7 @@ class Editor:
             if frame in self.store.user_frames and np.array_equal(mask, self.store.mask(frame)):
                 return
             images.check_same_shape("the clip", self.store.shape, "the mask", mask.shape)
-            existing = {obj.id for obj in self.store.objects}
-            for object_id in sorted(ids_in(mask) - existing):
-                if object_id < self.store.next_id:  # a deleted one's, whose masks must not return
-                    new = self.store.add_object((names or {}).get(object_id) or "").id
-                    mask = np.where(mask == object_id, new, mask).astype(np.uint8)
-            self._add_missing_objects(np.unique(mask[mask > 0]).tolist(), names or {})
-            self._set_input(frame, mask, {})
+            self._set_input(frame, self._with_objects(mask, names or {}), {})
 
     def remove_mask(self, frame: int) -> None:
         """Remove the user mask of a frame; its predicted mask is shown again."""
@@ -511,12 +505,22 @@ class Editor:
         self.change()
         self.everywhere = self.version
 
-    def _add_missing_objects(self, object_ids: list[int], names: Mapping[int, str]) -> None:
-        """Add an object for each id that no object has yet."""
-        existing = {obj.id for obj in self.store.objects}
-        for object_id in object_ids:
-            if object_id not in existing:
-                self.store.add_object(names.get(object_id, ""), object_id)
+    def _with_objects(self, mask: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
+        """Add an object for each id that no object has yet; returns the mask with their ids.
+
+        An id that a deleted object had becomes a new one, else its masks in other frames would
+        come back.
+        """
+        store, first_unused = self.store, self.store.next_id
+        missing = sorted(ids_in(mask) - {obj.id for obj in store.objects})
+        for object_id in missing:
+            if object_id >= first_unused:
+                store.add_object(names.get(object_id, ""), object_id)
+        for object_id in missing:  # second, so that new ids are none of the mask's
+            if object_id < first_unused:
+                new = store.add_object(names.get(object_id, "")).id
+                mask = np.where(mask == object_id, new, mask).astype(np.uint8)
+        return mask
 
 
 def find_object(objects: list[TrackedObject], object_id: int) -> TrackedObject:

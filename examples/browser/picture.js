@@ -132,8 +132,8 @@ export function extrude({height, width, data}, id, distance) {
   return out;
 }
 
-// Each location's set: 0 background, i for ids[i - 1], -1 for others. An object too small to contain the
-// centre of a location gets the one that it covers most.
+// Each location's set: 0 background, i for ids[i - 1], -1 for others. An object that contains no centre of a
+// location gets the one that it covers most, or, if that is another object's only one, the nearest free one.
 export function labelsOf(mask, grid, ids) {
   const {data} = nearest(mask, grid), [h, w] = grid;
   for (const id of [...new Set(mask.data)].sort((a, b) => a - b)) {
